@@ -1,0 +1,22 @@
+// Plain data that every layer shares: element types, ISA levels, the status of a call. POD only, so that the ISA files (each compiled with
+// its own instruction set) can include it without emitting a symbol.
+#pragma once
+#include <cstdint>
+
+namespace refine_fast {
+
+enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+
+// In order of preference on one architecture; each level implies those before it (neon follows scalar directly).
+enum class Isa : int32_t { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4, neon = 5 };
+
+enum class Code : int32_t { ok = 0, invalid = 1, io = 2, no_memory = 3, interrupted = 4 };
+
+// What a core function returns; the bindings turn it into an exception. `message` is one sentence for the user.
+struct Status {
+  Code code = Code::ok;
+  char message[1000] = {};
+  explicit operator bool() const { return code == Code::ok; }
+};
+
+}  // namespace refine_fast

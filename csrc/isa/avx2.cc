@@ -1,0 +1,18 @@
+// AVX2 + FMA + F16C: 16 ymm registers, 2 FMA of 8 floats a cycle.
+// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+#include "core/kernels.h"
+
+namespace refine_fast {
+
+extern const Kernels avx2_kernels = {
+    .isa = Isa::avx2,
+    .matmul_f32 = nullptr,
+    .matmul_bf16 = nullptr,
+    .lerp = nullptr,
+    .select = nullptr,
+    .loss = nullptr,
+    .to_f32 = nullptr,
+    .from_f32 = nullptr,
+};
+
+}  // namespace refine_fast

@@ -1,0 +1,110 @@
+// Plain C++: the level that every machine has, and the simplest statement of what each kernel computes.
+// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+#include <cstddef>
+
+#include "core/kernels.h"
+
+namespace refine_fast {
+namespace {
+
+// --- conversions ---------------------------------------------------------------------------------------------------------------------
+
+float bits_to_float(uint32_t bits) {
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+uint32_t float_to_bits(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  return bits;
+}
+
+uint16_t bf16_from_float(float f) {
+  const uint32_t b = float_to_bits(f);
+  if ((b & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((b >> 16) | 0x40u);  // NaN stays a quiet NaN
+  return static_cast<uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+}
+
+float float_from_f16(uint16_t h) {
+  const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
+  if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u));
+  if (exponent != 0) return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  const float f = static_cast<float>(mantissa) * 0x1p-24f;
+  return sign ? -f : f;
+}
+
+uint16_t f16_from_float(float f) {
+  const uint32_t b = float_to_bits(f), sign = (b >> 16) & 0x8000u, a = b & 0x7fffffffu;
+  if (a > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((a >> 13) & 0x3ffu));
+  if (a >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
+  if (a < 0x38800000u) {  // a denormal half: the addition rounds to a multiple of 2^-24, nearest even
+    const float r = bits_to_float(a) + 0.5f;
+    return static_cast<uint16_t>(sign | (float_to_bits(r) - 0x3f000000u));
+  }
+  const uint32_t r = a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u;
+  return static_cast<uint16_t>(sign | (r >> 13));
+}
+
+void to_f32(const void* src, Dtype dtype, int64_t n, float* dst) {
+  const uint16_t* half = static_cast<const uint16_t*>(src);
+  switch (dtype) {
+    case Dtype::f32: __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4); break;
+    case Dtype::bf16: for (int64_t i = 0; i < n; ++i) dst[i] = bits_to_float(static_cast<uint32_t>(half[i]) << 16); break;
+    case Dtype::f16: for (int64_t i = 0; i < n; ++i) dst[i] = float_from_f16(half[i]); break;
+    case Dtype::f64: for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(static_cast<const double*>(src)[i]); break;
+  }
+}
+
+void from_f32(const float* src, Dtype dtype, int64_t n, void* dst) {
+  uint16_t* half = static_cast<uint16_t*>(dst);
+  switch (dtype) {
+    case Dtype::f32: __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4); break;
+    case Dtype::bf16: for (int64_t i = 0; i < n; ++i) half[i] = bf16_from_float(src[i]); break;
+    case Dtype::f16: for (int64_t i = 0; i < n; ++i) half[i] = f16_from_float(src[i]); break;
+    case Dtype::f64: for (int64_t i = 0; i < n; ++i) static_cast<double*>(dst)[i] = src[i]; break;
+  }
+}
+
+// --- matmul: panels are k-major, one element of each of the 4 rows (columns) after the other ------------------------------------------
+
+constexpr int kMr = 4, kNr = 4;
+
+template <bool kRound>
+void pack(const float* src, int64_t stride, int64_t k_stride, int64_t rows, int64_t k, void* panel) {
+  float* out = static_cast<float*>(panel);
+  for (int64_t p = 0; p < k; ++p)
+    for (int64_t r = 0; r < kMr; ++r) {
+      const float x = r < rows ? src[r * stride + p * k_stride] : 0.0f;
+      *out++ = kRound ? bits_to_float(static_cast<uint32_t>(bf16_from_float(x)) << 16) : x;
+    }
+}
+
+void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate) {
+  const float *pa = static_cast<const float*>(a), *pb = static_cast<const float*>(b);
+  float sum[kMr][kNr] = {};
+  for (int64_t p = 0; p < k; ++p, pa += kMr, pb += kNr)
+    for (int i = 0; i < kMr; ++i)
+      for (int j = 0; j < kNr; ++j) sum[i][j] += pa[i] * pb[j];
+  for (int i = 0; i < kMr; ++i)
+    for (int j = 0; j < kNr; ++j) c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sum[i][j];
+}
+
+const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<false>, pack<false>, tile};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<true>, pack<true>, tile};
+
+}  // namespace
+
+extern const Kernels scalar_kernels = {
+    .isa = Isa::scalar,
+    .matmul_f32 = &matmul_f32,
+    .matmul_bf16 = &matmul_bf16,
+    .lerp = nullptr,
+    .select = nullptr,
+    .loss = nullptr,
+    .to_f32 = to_f32,
+    .from_f32 = from_f32,
+};
+
+}  // namespace refine_fast

@@ -1,0 +1,36 @@
+"""Loads the compiled extensions and turns tensors into the integers that they take."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch  # first: its libgomp must be the one that _core shares  # noqa: F401
+
+from . import _core
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""torch dtype -> refine_fast::Dtype (csrc/core/types.h)."""
+
+
+def isa() -> str:
+    """The CPU level in force: scalar, avx2, avx512, avx512_bf16, amx or neon. The environment variable REFINE_FAST_ISA sets it at start."""
+    return _core.isa()
+
+
+def available_isas() -> list[str]:
+    """The levels that this machine can run, slowest first."""
+    return _core.available_isas()
+
+
+def force_isa(name: str) -> None:
+    """Runs every CPU kernel at the level ``name`` from now on. Raises ValueError if it is unknown or this machine lacks it."""
+    _core.force_isa(name)
+
+
+def cuda_module() -> ModuleType | None:
+    """``refine_fast._cuda``, or None where it was not built."""
+    try:
+        return importlib.import_module("refine_fast._cuda")
+    except ImportError:
+        return None

@@ -1,0 +1,131 @@
+"""The three operations in plain torch: what the kernels must equal.
+
+Gold for the tests (in float64), baseline for the benchmarks, and the path that runs where no kernel does. Every function here is allowed to
+build the matrix that its kernel must not.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(
+    q: Tensor,
+    d: Tensor,
+    *,
+    temperature: float | Tensor = 0.02,
+    positives: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    hard: Tensor | None = None,
+    hard_mask: Tensor | None = None,
+    margin: float | None = None,
+    symmetric: bool = False,
+    normalize: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """``cross_entropy(q @ d.T / temperature, positives)`` over the columns that are negatives of the row, plus its own hard negatives.
+
+    q (B, D); d (N, D); positives (B,) default arange(B); doc_ids (N,) default arange(N): a column with the id of the row's positive is no
+    negative; hard (B, K, D), hard_mask (B, K) True where used; margin: a negative with s > s_positive + margin is dropped; symmetric: the mean
+    with the direction from each row's positive to the queries (a query whose positive has the same id is no negative; hard negatives take no
+    part). weight (B,): mean divides by its sum. Returns () or, with reduction "none", (B,).
+    """
+    if normalize:
+        q, d = F.normalize(q, dim=-1), F.normalize(d, dim=-1)
+        hard = None if hard is None else F.normalize(hard, dim=-1)
+    rows = torch.arange(len(q), device=q.device)
+    positives = rows if positives is None else positives
+    ids = torch.arange(len(d), device=d.device) if doc_ids is None else doc_ids
+    s = q @ d.T
+    s_pos = s[rows, positives]
+    ceiling = float("inf") if margin is None else (s_pos.detach() + margin)[:, None]
+
+    def loss_over(scores: Tensor, dropped: Tensor, own: Tensor) -> Tensor:
+        """-log of the share of column ``own`` among the columns that are not dropped."""
+        dropped = (dropped | (scores.detach() > ceiling)).scatter(1, own[:, None], False)
+        return torch.logsumexp(scores.masked_fill(dropped, float("-inf")) / temperature, dim=1) - s_pos / temperature
+
+    scores, dropped = s, ids == ids[positives][:, None]
+    if hard is not None:
+        scores = torch.cat([s, torch.einsum("bd,bkd->bk", q, hard)], dim=1)
+        unused = torch.zeros(hard.shape[:2], dtype=torch.bool, device=q.device) if hard_mask is None else ~hard_mask
+        dropped = torch.cat([dropped, unused], dim=1)
+    loss = loss_over(scores, dropped, positives)
+    if symmetric:
+        loss = (loss + loss_over(s[:, positives].T, ids[positives] == ids[positives][:, None], rows)) / 2
+    if weight is not None:
+        loss = loss * weight
+    if reduction == "none":
+        return loss
+    return loss.sum() / (1 if reduction == "sum" else len(q) if weight is None else weight.sum())
+
+
+def hash64(seed: int, query: Tensor, doc: Tensor) -> Tensor:
+    """The order of ``select="random"``: splitmix64's finalizer over (seed, query, doc), as int64 that compares like the unsigned value.
+    int64 arithmetic wraps as uint64 does; >> is made logical by masking."""
+
+    def mix(x: Tensor) -> Tensor:
+        x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+        x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685  # 0x94D049BB133111EB
+        return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+    golden = -7046029254386353131  # 0x9E3779B97F4A7C15
+    start = mix(torch.tensor(seed, dtype=torch.int64) + golden)
+    return mix(mix(start + query * golden) + doc * golden) ^ torch.iinfo(torch.int64).min
+
+
+def band_topk(
+    queries: Tensor,
+    docs: Tensor,
+    k: int,
+    *,
+    band: tuple[float, float] = (0.5, 0.7),
+    skip: int = 5,
+    exclude: list[list[int]] | None = None,
+    ceiling: Tensor | None = None,
+    select: str = "hardest",
+    seed: int = 0,
+    order: str = "skip_then_band",
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per query: rank the documents by similarity (ties by lower id), leave out the excluded, drop the ``skip`` most similar, keep
+    ``lo <= s <= min(hi, ceiling)``, take k; with order "band_then_skip" the band first, then the skip.
+
+    queries (B, D), docs (N, D), exclude: per query the excluded ids, ceiling (B,). select "hardest": the k most similar; "random": the k
+    smallest ``hash64(seed, query, doc)``. Returns ids (B, k) int64 (most similar first; -1 where there are too few), scores (B, k) float32
+    (NaN there), in_band (B,) int64 = how many documents qualified. Scores are float64 inside.
+    """
+    queries, docs = queries.double(), docs.double()
+    if normalize:
+        queries, docs = F.normalize(queries, dim=-1), F.normalize(docs, dim=-1)
+    ids = torch.full((len(queries), k), -1, dtype=torch.int64)
+    scores = torch.full((len(queries), k), float("nan"), dtype=torch.float32)
+    in_band = torch.zeros(len(queries), dtype=torch.int64)
+    for i, s in enumerate(queries @ docs.T):
+        ranked = torch.sort(s, descending=True, stable=True).indices
+        if exclude is not None and len(exclude[i]):
+            ranked = ranked[~torch.isin(ranked, torch.as_tensor(exclude[i], dtype=torch.int64))]
+        hi = band[1] if ceiling is None else min(band[1], float(ceiling[i]))
+        if order == "skip_then_band":
+            ranked = ranked[skip:]
+        ranked = ranked[(s[ranked] >= band[0]) & (s[ranked] <= hi)]
+        if order == "band_then_skip":
+            ranked = ranked[skip:]
+        in_band[i] = len(ranked)
+        if select == "random":
+            chosen = torch.sort(hash64(seed, torch.tensor(i), ranked), stable=True).indices[:k]
+            ranked = ranked[torch.sort(chosen).values]
+        ranked = ranked[:k]
+        ids[i, : len(ranked)] = ranked
+        scores[i, : len(ranked)] = s[ranked].float()
+    return ids, scores, in_band
+
+
+def lerp(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
+    """``base + weight * (tuned - base)`` in the dtype of ``base``: float32 inside for the 16-bit types, one rounding."""
+    if base.dtype == torch.float64:
+        return torch.lerp(base, tuned.double(), weight)
+    return torch.lerp(base.float(), tuned.float(), weight).to(base.dtype)
