@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch  # first: its libgomp must be the one that _core shares  # noqa: F401
+import torch  # first: its libgomp must be the one that _core shares
 
 from . import _core
 

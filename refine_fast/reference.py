@@ -28,10 +28,10 @@ def info_nce(
 ) -> Tensor:
     """``cross_entropy(q @ d.T / temperature, positives)`` over the columns that are negatives of the row, plus its own hard negatives.
 
-    q (B, D); d (N, D); positives (B,) default arange(B); doc_ids (N,) default arange(N): a column with the id of the row's positive is no
-    negative; hard (B, K, D), hard_mask (B, K) True where used; margin: a negative with s > s_positive + margin is dropped; symmetric: the mean
-    with the direction from each row's positive to the queries (a query whose positive has the same id is no negative; hard negatives take no
-    part). weight (B,): mean divides by its sum. Returns () or, with reduction "none", (B,).
+    q (B, D); d (N, D); positives (B,) default arange(B); doc_ids (N,) default arange(N): a column with the id of the row's positive is
+    no negative; hard (B, K, D), hard_mask (B, K) True where used; margin: a negative with s > s_positive + margin is dropped; symmetric:
+    the mean with the direction from each row's positive to the queries (a query whose positive has the same id is no negative; hard
+    negatives take no part). weight (B,): mean divides by its sum. Returns () or, with reduction "none", (B,).
     """
     if normalize:
         q, d = F.normalize(q, dim=-1), F.normalize(d, dim=-1)
