@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "core/cpu.h"
+#include "core/matmul.h"
 
 namespace py = pybind11;
 namespace rf = refine_fast;
@@ -30,6 +32,19 @@ rf::Isa parse_isa(const std::string& name) {
   return *isa;
 }
 
+// out (m, n) = a (m, k) b (k, n), float32, any strides (in elements), on one thread: the product under info_nce and band_topk by itself,
+// for its tests and its benchmark
+void matmul(uintptr_t a, int64_t a_row, int64_t a_k, uintptr_t b, int64_t b_col, int64_t b_k, int64_t m, int64_t n, int64_t k, bool bf16,
+            uintptr_t out) {
+  const rf::MatmulKernels& kernels = bf16 ? *rf::kernels().matmul_bf16 : *rf::kernels().matmul_f32;
+  const int64_t size_a = rf::bytes_a(kernels, m, k);
+  std::vector<char> panels(size_a + rf::bytes_b(kernels, n, k) + 64);
+  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(panels.data()) + 63) & ~uintptr_t{63});
+  rf::pack_a(kernels, reinterpret_cast<const float*>(a), a_row, a_k, m, k, aligned);
+  rf::pack_b(kernels, reinterpret_cast<const float*>(b), b_col, b_k, n, k, aligned + size_a);
+  rf::matmul(kernels, aligned, aligned + size_a, m, n, k, reinterpret_cast<float*>(out), n, false);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -42,6 +57,7 @@ PYBIND11_MODULE(_core, m) {
       if (rf::isa_available(isa)) names.append(rf::isa_name(isa));
     return names;
   });
+  m.def("matmul", matmul, py::call_guard<py::gil_scoped_release>());
   // --- lerp and stream (fuse)
   // --- band_topk
   // --- info_nce

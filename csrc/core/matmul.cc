@@ -1,0 +1,37 @@
+#include "core/matmul.h"
+
+#include <algorithm>
+
+namespace refine_fast {
+
+void pack_a(const MatmulKernels& kernels, const float* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, char* out) {
+  for (int64_t r = 0; r < rows; r += kernels.mr, out += panel_bytes(kernels, kernels.mr, k))
+    kernels.pack_a(src + r * row_stride, row_stride, k_stride, std::min<int64_t>(kernels.mr, rows - r), k, out);
+}
+
+void pack_b(const MatmulKernels& kernels, const float* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, char* out) {
+  for (int64_t c = 0; c < cols; c += kernels.nr, out += panel_bytes(kernels, kernels.nr, k))
+    kernels.pack_b(src + c * col_stride, col_stride, k_stride, std::min<int64_t>(kernels.nr, cols - c), k, out);
+}
+
+// B's panel is the outer loop: it stays in L2 (32 columns x 768 floats: 96 KiB) while A's panels stream past it.
+void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t rows, int64_t cols, int64_t k, float* c, int64_t ldc,
+            bool accumulate) {
+  const int64_t mr = kernels.mr, nr = kernels.nr, step_a = panel_bytes(kernels, mr, k), step_b = panel_bytes(kernels, nr, k);
+  alignas(64) float edge[64 * 64];  // no level has a larger tile
+  for (int64_t j = 0; j < cols; j += nr, b += step_b) {
+    const char* panel = a;
+    for (int64_t i = 0; i < rows; i += mr, panel += step_a) {
+      float* out = c + i * ldc + j;
+      if (i + mr <= rows && j + nr <= cols) {
+        kernels.tile(panel, b, k, out, ldc, accumulate);
+        continue;
+      }
+      kernels.tile(panel, b, k, edge, nr, false);
+      for (int64_t r = 0; r < std::min(mr, rows - i); ++r)
+        for (int64_t s = 0; s < std::min(nr, cols - j); ++s) out[r * ldc + s] = (accumulate ? out[r * ldc + s] : 0.0f) + edge[r * nr + s];
+    }
+  }
+}
+
+}  // namespace refine_fast

@@ -1,0 +1,26 @@
+// C (+)= A B over the tiles of one ISA level (core/kernels.h): what stands between a packed panel and a matrix of any size.
+#pragma once
+#include "core/kernels.h"
+
+namespace refine_fast {
+
+// a multiple of 64 bytes, so that panels that follow one another stay aligned
+inline int64_t panel_bytes(const MatmulKernels& kernels, int64_t width, int64_t k) {
+  return ((k + kernels.kr - 1) / kernels.kr * kernels.kr * width * kernels.element_bytes + 63) & ~int64_t{63};
+}
+inline int64_t bytes_a(const MatmulKernels& kernels, int64_t rows, int64_t k) {
+  return (rows + kernels.mr - 1) / kernels.mr * panel_bytes(kernels, kernels.mr, k);
+}
+inline int64_t bytes_b(const MatmulKernels& kernels, int64_t cols, int64_t k) {
+  return (cols + kernels.nr - 1) / kernels.nr * panel_bytes(kernels, kernels.nr, k);
+}
+
+// element (row, p) of A at src[row * row_stride + p * k_stride], (p, col) of B at src[col * col_stride + p * k_stride]: panel after panel
+void pack_a(const MatmulKernels& kernels, const float* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, char* out);
+void pack_b(const MatmulKernels& kernels, const float* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, char* out);
+
+// C[rows x cols] (+)= A B of packed operands. Only that much of C is touched.
+void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t rows, int64_t cols, int64_t k, float* c, int64_t ldc,
+            bool accumulate);
+
+}  // namespace refine_fast

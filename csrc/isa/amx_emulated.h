@@ -1,0 +1,51 @@
+// The AMX tile intrinsics in plain C, so that amx.cc runs, and is tested, on any AVX-512 CPU (cmake -DREFINE_FAST_EMULATE_AMX=ON).
+// Semantics as in Intel's SDM, volume 2, for full tiles of 16 rows x 64 bytes (denormals, which the CPU flushes, are kept).
+#pragma once
+#include <cstdint>
+
+namespace refine_fast {
+namespace {
+
+struct EmulatedTile {
+  uint32_t word[16][16];
+};
+thread_local EmulatedTile emulated_tiles[8];
+
+inline void emulated_loadd(int tile, const void* base, int64_t stride) {
+  for (int i = 0; i < 16; ++i) __builtin_memcpy(emulated_tiles[tile].word[i], static_cast<const char*>(base) + i * stride, 64);
+}
+
+inline void emulated_stored(int tile, void* base, int64_t stride) {
+  for (int i = 0; i < 16; ++i) __builtin_memcpy(static_cast<char*>(base) + i * stride, emulated_tiles[tile].word[i], 64);
+}
+
+inline void emulated_dpbf16ps(int sum, int a, int b) {
+  const auto as_float = [](uint32_t bits) {
+    float f;
+    __builtin_memcpy(&f, &bits, 4);
+    return f;
+  };
+  for (int i = 0; i < 16; ++i)
+    for (int p = 0; p < 16; ++p)
+      for (int j = 0; j < 16; ++j) {
+        const uint32_t x = emulated_tiles[a].word[i][p], y = emulated_tiles[b].word[p][j];
+        float s = as_float(emulated_tiles[sum].word[i][j]);
+        s += as_float(x << 16) * as_float(y << 16);
+        s += as_float(x & 0xffff0000u) * as_float(y & 0xffff0000u);
+        __builtin_memcpy(&emulated_tiles[sum].word[i][j], &s, 4);
+      }
+}
+
+}  // namespace
+}  // namespace refine_fast
+
+#undef _tile_loadconfig
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_zero
+#undef _tile_dpbf16ps
+#define _tile_loadconfig(config) static_cast<void>(config)
+#define _tile_loadd(tile, base, stride) emulated_loadd(tile, base, stride)
+#define _tile_stored(tile, base, stride) emulated_stored(tile, base, stride)
+#define _tile_zero(tile) (emulated_tiles[tile] = {})
+#define _tile_dpbf16ps(sum, a, b) emulated_dpbf16ps(sum, a, b)
