@@ -1,0 +1,165 @@
+"""What is evaluated: passages, queries and which passages answer each. From a BEIR folder, or held out of the user's own documents."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import RefineFastError
+from .embed import passage_text
+
+if TYPE_CHECKING:
+    from .documents import Chunk
+    from .queries import Query
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    name: str
+    doc_ids: list[str]
+    docs: list[str]
+    query_ids: list[str]
+    queries: list[str]
+    relevant: list[set[int]]
+    """Per query the rows of ``docs`` that answer it; never empty."""
+
+    def sample(self, *, queries: int, docs: int, seed: int) -> RetrievalSet:
+        """A smaller set for a quick look: random ``queries``, all that answers them, and random passages up to ``docs`` in all. Easier than
+        the whole, so compare only figures from the same sample."""
+        rng = np.random.default_rng(seed)
+        kept = sorted(rng.permutation(len(self.queries))[:queries].tolist())
+        needed = set().union(*(self.relevant[i] for i in kept))
+        filler = [row for row in rng.permutation(len(self.docs)).tolist() if row not in needed]
+        rows = sorted(needed | set(filler[: max(0, docs - len(needed))]))
+        new_row = {row: i for i, row in enumerate(rows)}
+        return RetrievalSet(
+            self.name,
+            [self.doc_ids[row] for row in rows],
+            [self.docs[row] for row in rows],
+            [self.query_ids[i] for i in kept],
+            [self.queries[i] for i in kept],
+            [{new_row[row] for row in self.relevant[i]} for i in kept],
+        )
+
+
+def load_beir(folder: Path, split: str = "test") -> RetrievalSet:
+    """``corpus.jsonl[.gz]`` {"_id", "title", "text"}, ``queries.jsonl[.gz]`` {"_id", "text"}, ``qrels/<split>.tsv`` (query-id, corpus-id,
+    score; above 0 is relevant). All passages, and the queries that have a relevant passage in the split, in the order of the qrels."""
+    if not folder.is_dir():
+        raise RefineFastError(f"{folder} is not a folder; give one in BEIR layout (corpus.jsonl, queries.jsonl, qrels/{split}.tsv).")
+    corpus = {key: passage_text(record.get("title") or "", record["text"]) for key, record in _records(folder, "corpus")}
+    queries = {key: record["text"] for key, record in _records(folder, "queries")}
+    row_of = {key: row for row, key in enumerate(corpus)}
+    relevant: dict[str, set[int]] = {}
+    path = folder / "qrels" / f"{split}.tsv"
+    for place, query, passage in _judgements(path):
+        for kind, key, known in (("query", query, queries), ("passage", passage, corpus)):
+            if key not in known:
+                raise RefineFastError(f"{place}: the {kind} id {key!r} is not in {folder}; add it there or remove the line.")
+        relevant.setdefault(query, set()).add(row_of[passage])
+    if not relevant:
+        raise RefineFastError(f"{path} names no relevant passage: every score is 0 or the file is empty; choose another split.")
+    asked = [queries[key] for key in relevant]
+    return RetrievalSet(folder.resolve().name, list(corpus), list(corpus.values()), list(relevant), asked, list(relevant.values()))
+
+
+def _records(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """(_id, record) of each line of ``stem``.jsonl or .jsonl.gz."""
+    path = next((p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None)
+    if path is None:
+        raise RefineFastError(f"{folder} has no {stem}.jsonl or {stem}.jsonl.gz; give a folder in BEIR layout.")
+    seen: dict[str, int] = {}
+    for number, line in _lines(path):
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RefineFastError(f"{place}: not JSON ({error.msg} at column {error.colno}); write one object per line.") from None
+        if not isinstance(record, dict):
+            raise RefineFastError(f"{place}: a {type(record).__name__} where an object with _id and text belongs.")
+        for field in ("_id", "text"):
+            if not isinstance(record.get(field), str):
+                raise RefineFastError(f'{place}: field "{field}" is {json.dumps(record.get(field))}; it must be a string.')
+        key = record["_id"]
+        if key in seen:
+            raise RefineFastError(f"{place}: _id {key!r} is that of line {seen[key]} too; make the ids unique.")
+        seen[key] = number
+        yield key, record
+
+
+def _judgements(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(place, query id, passage id) of each relevant pair."""
+    if not path.is_file():
+        splits = sorted(p.stem for p in path.parent.glob("*.tsv"))
+        raise RefineFastError(f"{path} does not exist; the splits of this set are: {', '.join(splits) or 'none'}.")
+    for number, line in _lines(path):
+        place, fields = f"{path}, line {number}", line.split("\t")
+        if number == 1 and fields[-1] == "score":
+            continue
+        if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
+            raise RefineFastError(f"{place}: {line!r} is not query-id, corpus-id and an integer score, separated by tabs.")
+        if int(fields[2]) > 0:
+            yield place, fields[0], fields[1]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, numbered from 1."""
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise RefineFastError(f"{path}, after line {number}: not UTF-8 ({error.reason}); convert the file.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise RefineFastError(f"{path}, after line {number}: cannot be read ({error}); fetch the file again.") from None
+
+
+def held_out_set(chunks: Sequence[Chunk], queries: Sequence[Query], name: str = "held-out") -> RetrievalSet:
+    """All chunks as the corpus, ``queries`` (of ``split_by_document``) against it: each is answered by the chunk that it was made from."""
+    row_of = {chunk.id: row for row, chunk in enumerate(chunks)}
+    docs = [passage_text(chunk.title, chunk.text) for chunk in chunks]
+    return RetrievalSet(
+        name, list(row_of), docs, [f"q{i}" for i in range(len(queries))], [q.text for q in queries], [{row_of[q.chunk_id]} for q in queries]
+    )
+
+
+def split_by_document(queries: Sequence[Query], chunks: Sequence[Chunk], shares: dict[str, float], *, seed: int) -> dict[str, list[Query]]:
+    """{"train": ..., **{name: held out for it}}: whole documents at a time, so that no text that was trained on is asked about again.
+
+    A document is a chunk's ``source``; where fewer than 20 sources have queries (one long file, say), it is the chunk. Documents are drawn
+    in the order of a hash of (seed, source) and fill the parts in turn, until each has its share of the queries; the rest is "train". A
+    training query with the very words of a held-out one is dropped.
+    """
+    source_of = {chunk.id: chunk.source for chunk in chunks}
+    by_chunk = len({source_of[query.chunk_id] for query in queries}) < 20
+    groups: dict[str, list[Query]] = {}
+    for query in queries:
+        groups.setdefault(query.chunk_id if by_chunk else source_of[query.chunk_id], []).append(query)
+    drawn = iter(sorted(groups, key=lambda key: hashlib.blake2b(f"{seed}:{key}".encode()).digest()))
+    parts: dict[str, list[Query]] = {}
+    for name, share in shares.items():
+        part = parts[name] = []
+        while len(part) < share * len(queries):
+            part += groups[next(drawn)]
+    held_out = [query.text for part in parts.values() for query in part]
+    return {"train": without([query for key in drawn for query in groups[key]], held_out), **parts}
+
+
+def without(queries: Sequence[Query], texts: Sequence[str]) -> list[Query]:
+    """The queries whose words, case and spacing aside, are not among ``texts``: what may be trained on when those are the test queries."""
+
+    def words(text: str) -> str:
+        return " ".join(text.casefold().split())
+
+    taken = {words(text) for text in texts}
+    return [query for query in queries if words(query.text) not in taken]

