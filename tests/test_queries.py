@@ -1,0 +1,133 @@
+"""Queries: made without an LLM, and the user's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from refine_fast.errors import RefineFastError, RefineFastWarning
+from refine_fast.pipeline.chunks import Chunk
+from refine_fast.pipeline.queries import MIX, Query, load_queries, synthesize_queries
+
+pytest.importorskip("sentence_transformers", reason="the pipeline's extra is not installed")
+
+TEXTS = {
+    "rivers#0": ("Rivers", "The Oder rises in the Czech mountains and runs to the Baltic Sea. Barges carry coal on it all year."),
+    "rivers#1": ("Rivers", "The Elbe passes Dresden and Hamburg on its way to the North Sea. Paddle steamers still run near Dresden."),
+    "glaciers": ("Glaciers", "A glacier forms where more snow falls than melts over many years. The Aletsch is the longest glacier."),
+    "numbers": ("", "1 2 3 4."),
+}
+CHUNKS = [Chunk(id, text, title, id.partition("#")[0], 0, len(text)) for id, (title, text) in TEXTS.items()]
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))
+
+
+def test_synthetic_queries_come_from_their_chunk() -> None:
+    queries = synthesize_queries(CHUNKS, seed=0)
+    chunks = {chunk.id: chunk for chunk in CHUNKS}
+    assert {query.kind for query in queries} == set(MIX)
+    for query in queries:
+        assert words(query.text) <= words(chunks[query.chunk_id].passage), query
+        if query.kind == "cloze":
+            assert query.text in chunks[query.chunk_id].text
+    assert Query("Glaciers", "glaciers", "title") in queries
+    shared = [query.text for query in queries if query.kind == "title" and query.chunk_id.startswith("rivers")]
+    assert len(shared) == 2
+    assert all(text.startswith("Rivers ") and len(text) > len("Rivers ") for text in shared)
+    assert not [query for query in queries if query.chunk_id == "numbers"]  # nothing to ask about
+
+
+def test_seeded_per_chunk() -> None:
+    one, again, other = (synthesize_queries(CHUNKS, seed=seed) for seed in (1, 1, 2))
+    assert one == again != other
+    cloze = {"cloze": 1}
+    few = synthesize_queries(CHUNKS[:2], seed=1, per_chunk=cloze)
+    assert few == [query for query in synthesize_queries(CHUNKS, seed=1, per_chunk=cloze) if query.chunk_id.startswith("rivers")]
+    with pytest.raises(ValueError, match=r"per_chunk names the kinds \['poem'\]; there are"):
+        synthesize_queries(CHUNKS, seed=0, per_chunk={"poem": 1})
+    assert synthesize_queries([], seed=0) == []
+
+
+def test_user_queries(tmp_path: Path) -> None:
+    rows = [
+        {"text": "Where are paddle steamers?", "doc_id": "rivers"},  # a document cut in two: the chunk that fits best
+        {"text": "Which river carries coal?", "doc_id": "rivers#0"},
+        {"text": "How does a glacier form?", "doc_id": "glaciers"},
+        {"text": "Who?", "doc_id": "typo"},
+    ]
+    path = tmp_path / "queries.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(RefineFastWarning, match=r'1 of 4 queries are skipped .* the first "typo" at .*queries.jsonl:4'):
+        queries = load_queries(path, CHUNKS)
+    assert [(query.chunk_id, query.kind) for query in queries] == [("rivers#1", "user"), ("rivers#0", "user"), ("glaciers", "user")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "Why?"}', r'queries.jsonl:1 has no field "doc_id" but only .*; add it'),
+        ('{"text": " ", "doc_id": "glaciers"}', r'queries.jsonl:1: the field "text" is empty; write the query or delete the line'),
+        ('{"text": 1.5, "doc_id": "glaciers"}', r'queries.jsonl:1: the field "text" is 1.5; it must be a string'),
+        ('{"text": "Why?", "doc_id": "typo"}', r'none of its 1 doc_ids is a document, the first being "typo" at .*such as \'rivers#0\''),
+        ("", r"it holds no queries"),
+    ],
+)
+def test_bad_user_queries(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "queries.jsonl").write_text(content)
+    with pytest.raises(RefineFastError, match=message):
+        load_queries(tmp_path / "queries.jsonl", CHUNKS)
+
+
+def beir(folder: Path) -> Path:
+    (folder / "qrels").mkdir()
+    texts = {"q1": "Where is coal carried?", "q2": "How does a glacier form?", "q3": "how does a  glacier FORM?", "q4": "Unjudged?"}
+    (folder / "queries.jsonl").write_text("\n".join(json.dumps({"_id": id, "text": text}) for id, text in texts.items()))
+    header = "query-id\tcorpus-id\tscore\n"
+    (folder / "qrels" / "train.tsv").write_text(header + "q1\trivers#0\t1\nq1\trivers#1\t0\nq2\tglaciers\t1\n")
+    (folder / "qrels" / "test.tsv").write_text(header + "q3\tglaciers\t1\n")
+    return folder
+
+
+def test_beir_queries_that_the_test_asks_too_are_left_out(tmp_path: Path) -> None:
+    assert load_queries(beir(tmp_path), CHUNKS) == [Query("Where is coal carried?", "rivers#0", "user")]
+    (tmp_path / "qrels" / "test.tsv").unlink()
+    assert [query.chunk_id for query in load_queries(tmp_path, CHUNKS)] == ["rivers#0", "glaciers"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("qrels/train.tsv", "q1 rivers#0 1", r"train.tsv:1 is 'q1 rivers#0 1'; it must be query-id, corpus-id and whole score"),
+        ("qrels/train.tsv", "q1\trivers#0\thigh", r"train.tsv:1 is .*; it must be"),
+        ("qrels/train.tsv", "q9\trivers#0\t1", r'train.tsv:1: the query "q9" is not in queries.jsonl'),
+        ("qrels/train.tsv", None, r"has no qrels/train.tsv but only \['test'\]"),
+        ("queries.jsonl", None, r"has no queries.jsonl or queries.jsonl.gz; give a BEIR folder"),
+    ],
+)
+def test_bad_beir_queries(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    path = beir(tmp_path) / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(RefineFastError, match=message):
+        load_queries(tmp_path, CHUNKS)
+
+
+def test_real_train_queries() -> None:
+    if "REFINE_FAST_DATA" not in os.environ:
+        pytest.skip("REFINE_FAST_DATA names no folder of BEIR sets")
+    from refine_fast.pipeline.chunks import chunk_documents
+    from refine_fast.pipeline.documents import load_documents
+
+    folder = Path(os.environ["REFINE_FAST_DATA"]) / "squad"
+
+    class Words:  # a BEIR passage is never cut, so the tokenizer only has to exist
+        def num_special_tokens_to_add(self) -> int:
+            return 2
+
+    queries = load_queries(folder, chunk_documents(load_documents(folder), Words(), max_tokens=256))
+    assert len(queries) == 2611  # of 2,614: three are asked in dev or test too
