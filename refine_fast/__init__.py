@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._native import available_isas, force_isa, isa
+from .ops.band_topk import BandTopK, band_topk
 
 __version__ = "0.1.0"
-__all__ = ["available_isas", "force_isa", "isa"]
+__all__ = ["BandTopK", "available_isas", "band_topk", "force_isa", "isa"]

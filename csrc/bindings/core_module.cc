@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "core/band_topk.h"
 #include "core/cpu.h"
 #include "core/matmul.h"
 
@@ -20,7 +21,9 @@ namespace {
     case rf::Code::invalid: throw py::value_error(status.message);
     case rf::Code::io: PyErr_SetString(PyExc_OSError, status.message); break;
     case rf::Code::no_memory: PyErr_SetString(PyExc_MemoryError, status.message); break;
-    case rf::Code::interrupted: PyErr_SetNone(PyExc_KeyboardInterrupt); break;
+    case rf::Code::interrupted:
+      if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);  // else what the signal handler raised
+      break;
   }
   throw py::error_already_set();
 }
@@ -45,6 +48,21 @@ void matmul(uintptr_t a, int64_t a_row, int64_t a_k, uintptr_t b, int64_t b_col,
   rf::matmul(kernels, aligned, aligned + size_a, m, n, k, reinterpret_cast<float*>(out), n, false);
 }
 
+// Whether no signal handler raised: Ctrl-C inside a long call. Does nothing outside the main thread.
+bool no_signal(void*) {
+  py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() == 0;
+}
+
+rf::BandSpec band_spec(int64_t d, int64_t k, int64_t skip, double lo, bool random, uint64_t seed, bool band_first, bool normalize, int threads) {
+  return {d, k, skip, lo, random, seed, band_first ? rf::Order::band_then_skip : rf::Order::skip_then_band, normalize, threads};
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -60,5 +78,35 @@ PYBIND11_MODULE(_core, m) {
   m.def("matmul", matmul, py::call_guard<py::gil_scoped_release>());
   // --- lerp and stream (fuse)
   // --- band_topk
+  py::class_<rf::BandSpec>(m, "BandSpec")
+      .def(py::init(&band_spec), py::arg("d"), py::arg("k"), py::arg("skip"), py::arg("lo"), py::arg("random"), py::arg("seed"),
+           py::arg("band_first"), py::arg("normalize"), py::arg("threads"));
+  py::class_<rf::BandSearch>(m, "BandSearch")
+      .def_static("queries_within", &rf::BandSearch::queries_within)
+      .def(py::init([](const rf::BandSpec& spec, int64_t first, int64_t rows, uintptr_t hi, uintptr_t offsets, uintptr_t ids) {
+        return new rf::BandSearch(spec, first, rows, pointer<const double>(hi), {pointer<const int64_t>(offsets), pointer<const int64_t>(ids)});
+      }))
+      .def("set_queries",
+           [](rf::BandSearch& self, uintptr_t queries, int dtype, int64_t row_stride) {
+             rf::Status status;
+             {
+               py::gil_scoped_release release;
+               status = self.set_queries(pointer<const void>(queries), static_cast<rf::Dtype>(dtype), row_stride);
+             }
+             raise_unless_ok(status);
+           })
+      .def("push",
+           [](rf::BandSearch& self, uintptr_t docs, int dtype, int64_t row_stride, int64_t rows, int64_t first_id) {
+             rf::Status status;
+             {
+               py::gil_scoped_release release;
+               status = self.push(pointer<const void>(docs), static_cast<rf::Dtype>(dtype), row_stride, rows, first_id, {no_signal, nullptr});
+             }
+             raise_unless_ok(status);
+           })
+      .def("finish", [](rf::BandSearch& self, uintptr_t ids, uintptr_t scores, uintptr_t in_band) {
+        py::gil_scoped_release release;
+        self.finish(pointer<int64_t>(ids), pointer<float>(scores), pointer<int64_t>(in_band));
+      });
   // --- info_nce
 }

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "core/kernels.h"
+#include "core/select_kernels.h"
 
 namespace refine_fast {
 namespace {
@@ -90,6 +91,58 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
 const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile};
 const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile};
 
+// --- select: most scores lie below the band, so 32 of them are dismissed by four comparisons and one branch ---------------------------
+
+int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
+  const __m256 floor = _mm256_set1_ps(t->floor);
+  int64_t appended = 0;
+  for (int64_t j = 0; j < n; j += 32) {
+    uint32_t hits = 0;
+    if (n - j >= 32) {
+      for (int v = 0; v < 4; ++v)
+        hits |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(scores + j + 8 * v), floor, _CMP_GE_OQ))) << (8 * v);
+    } else {
+      for (int64_t i = 0; i < n - j; ++i) hits |= static_cast<uint32_t>(scores[j + i] >= t->floor) << i;
+    }
+    for (; hits != 0; hits &= hits - 1) {
+      const int64_t i = j + __builtin_ctz(hits);
+      const float s = scores[i];
+      if (s < t->sure || (s >= t->keep && s <= t->ceil)) {
+        index[appended] = first + static_cast<int32_t>(i);
+        score[appended++] = s;
+      } else if (s < t->keep) {
+        ++*counted;
+      }
+    }
+  }
+  return appended;
+}
+
+// 8 accumulators of 4 lanes
+double dot(const float* x, const float* y, int64_t d) {
+  __m256d lane[8];
+  for (int v = 0; v < 8; ++v) lane[v] = _mm256_setzero_pd();
+  int64_t i = 0;
+  for (; i + 32 <= d; i += 32)
+    for (int v = 0; v < 8; ++v) {
+      const __m256d a = _mm256_cvtps_pd(_mm_loadu_ps(x + i + 4 * v)), b = _mm256_cvtps_pd(_mm_loadu_ps(y + i + 4 * v));
+      lane[v] = _mm256_fmadd_pd(a, b, lane[v]);
+    }
+  if (i < d) {
+    float a[32] = {}, b[32] = {};
+    for (int64_t j = 0; i + j < d; ++j) a[j] = x[i + j], b[j] = y[i + j];
+    for (int v = 0; v < 8; ++v)
+      lane[v] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(a + 4 * v)), _mm256_cvtps_pd(_mm_loadu_ps(b + 4 * v)), lane[v]);
+  }
+  const __m256d low = _mm256_add_pd(_mm256_add_pd(lane[0], lane[2]), _mm256_add_pd(lane[4], lane[6]));
+  const __m256d high = _mm256_add_pd(_mm256_add_pd(lane[1], lane[3]), _mm256_add_pd(lane[5], lane[7]));
+  const __m256d four = _mm256_add_pd(low, high);
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+const SelectKernels select_kernels = {append, dot};
+
 }  // namespace
 
 extern const Kernels avx2_kernels = {
@@ -97,7 +150,7 @@ extern const Kernels avx2_kernels = {
     .matmul_f32 = &matmul_f32,
     .matmul_bf16 = &matmul_bf16,
     .lerp = nullptr,
-    .select = nullptr,
+    .select = &select_kernels,
     .loss = nullptr,
     .to_f32 = to_f32,
     .from_f32 = from_f32,

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "core/kernels.h"
+#include "core/select_kernels.h"
 #include "isa/pack_avx512.h"
 
 namespace refine_fast {
@@ -36,6 +37,62 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
 const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, false>, pack_panel_f32<kNr, false>, tile};
 const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, true>, pack_panel_f32<kNr, true>, tile};
 
+// --- select: most scores lie below the band, so 64 of them are dismissed by four comparisons and one branch ---------------------------
+
+int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
+  const __m512 floor = _mm512_set1_ps(t->floor), sure = _mm512_set1_ps(t->sure), keep = _mm512_set1_ps(t->keep), ceil = _mm512_set1_ps(t->ceil);
+  const __m512 nan = _mm512_set1_ps(__builtin_nanf(""));
+  const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  int64_t appended = 0, between = 0;
+  for (int64_t j = 0; j < n; j += 64) {
+    __m512 s[4];
+    __mmask16 hit[4];
+    for (int v = 0; v < 4; ++v) {
+      const int64_t left = n - j - 16 * v;
+      s[v] = left >= 16 ? _mm512_loadu_ps(scores + j + 16 * v)
+                        : _mm512_mask_loadu_ps(nan, static_cast<__mmask16>(left <= 0 ? 0 : (1u << left) - 1), scores + j + 16 * v);
+      hit[v] = _mm512_cmp_ps_mask(s[v], floor, _CMP_GE_OQ);
+    }
+    if ((hit[0] | hit[1] | hit[2] | hit[3]) == 0) continue;
+    for (int v = 0; v < 4; ++v) {
+      const __mmask16 unsure = _mm512_mask_cmp_ps_mask(hit[v], s[v], sure, _CMP_LT_OQ);
+      const __mmask16 kept = _mm512_mask_cmp_ps_mask(hit[v], s[v], keep, _CMP_GE_OQ);
+      const __mmask16 chosen = unsure | _mm512_mask_cmp_ps_mask(kept, s[v], ceil, _CMP_LE_OQ);
+      between += __builtin_popcount(hit[v] & ~unsure & ~kept);
+      // compressed in a register: vpcompressps to memory is microcoded on Zen
+      _mm512_storeu_ps(score + appended, _mm512_maskz_compress_ps(chosen, s[v]));
+      _mm512_storeu_si512(index + appended,
+                          _mm512_maskz_compress_epi32(chosen, _mm512_add_epi32(iota, _mm512_set1_epi32(first + static_cast<int32_t>(j) + 16 * v))));
+      appended += __builtin_popcount(chosen);
+    }
+  }
+  *counted += between;
+  return appended;
+}
+
+// 4 accumulators of 8 lanes
+double dot(const float* x, const float* y, int64_t d) {
+  __m512d lane[4];
+  for (int v = 0; v < 4; ++v) lane[v] = _mm512_setzero_pd();
+  int64_t i = 0;
+  for (; i + 32 <= d; i += 32)
+    for (int v = 0; v < 4; ++v)
+      lane[v] = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm256_loadu_ps(x + i + 8 * v)), _mm512_cvtps_pd(_mm256_loadu_ps(y + i + 8 * v)), lane[v]);
+  for (int v = 0; v < 4 && i + 8 * v < d; ++v) {
+    const int64_t left = d - i - 8 * v;
+    const __mmask8 mask = static_cast<__mmask8>(left >= 8 ? 0xff : (1u << left) - 1);
+    const __m256 a = _mm256_maskz_loadu_ps(mask, x + i + 8 * v), b = _mm256_maskz_loadu_ps(mask, y + i + 8 * v);
+    lane[v] = _mm512_fmadd_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b), lane[v]);
+  }
+  double fold[8];
+  _mm512_storeu_pd(fold, _mm512_add_pd(_mm512_add_pd(lane[0], lane[1]), _mm512_add_pd(lane[2], lane[3])));
+  for (int half = 4; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) fold[j] += fold[j + half];
+  return fold[0];
+}
+
+const SelectKernels select_kernels = {append, dot};
+
 }  // namespace
 
 extern const Kernels avx512_kernels = {
@@ -43,7 +100,7 @@ extern const Kernels avx512_kernels = {
     .matmul_f32 = &matmul_f32,
     .matmul_bf16 = &matmul_bf16,
     .lerp = nullptr,
-    .select = nullptr,
+    .select = &select_kernels,
     .loss = nullptr,
     .to_f32 = nullptr,
     .from_f32 = nullptr,

@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "core/kernels.h"
+#include "core/select_kernels.h"
 
 namespace refine_fast {
 namespace {
@@ -94,6 +95,35 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
 const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<false>, pack<false>, tile};
 const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<true>, pack<true>, tile};
 
+// --- select --------------------------------------------------------------------------------------------------------------------------
+
+int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
+  int64_t appended = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const float s = scores[j];
+    if (!(s >= t->floor)) continue;
+    if (s < t->sure || (s >= t->keep && s <= t->ceil)) {
+      index[appended] = first + static_cast<int32_t>(j);
+      score[appended++] = s;
+    } else if (s < t->keep) {
+      ++*counted;
+    }
+  }
+  return appended;
+}
+
+double dot(const float* x, const float* y, int64_t d) {
+  double lane[32] = {};
+  for (int64_t i = 0; i < d; ++i) lane[i & 31] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  double fold[8];
+  for (int i = 0; i < 8; ++i) fold[i] = (lane[i] + lane[i + 8]) + (lane[i + 16] + lane[i + 24]);
+  for (int half = 4; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) fold[i] += fold[i + half];
+  return fold[0];
+}
+
+const SelectKernels select_kernels = {append, dot};
+
 }  // namespace
 
 extern const Kernels scalar_kernels = {
@@ -101,7 +131,7 @@ extern const Kernels scalar_kernels = {
     .matmul_f32 = &matmul_f32,
     .matmul_bf16 = &matmul_bf16,
     .lerp = nullptr,
-    .select = nullptr,
+    .select = &select_kernels,
     .loss = nullptr,
     .to_f32 = to_f32,
     .from_f32 = from_f32,

@@ -1,0 +1,370 @@
+#include "core/band_topk.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <new>
+
+#include "core/cpu.h"
+#include "core/parallel.h"
+
+namespace refine_fast {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kLargestNorm = 1e18;  // beyond it a product of two rows could overflow float32
+constexpr double kSmallestNorm = 1e-12;  // torch.nn.functional.normalize's eps: a zero row stays zero
+constexpr int64_t kSlack = 16;           // SelectKernels::append writes up to a vector beyond
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// A level that only emulates bf16 gains nothing by rounding: it screens in float32, with a hundredth of the margin.
+const MatmulKernels& screen_kernels(const Kernels& kernels) {
+  return kernels.matmul_bf16->element_bytes == 2 ? *kernels.matmul_bf16 : *kernels.matmul_f32;
+}
+
+AlignedBuffer aligned(int64_t bytes) {
+  void* p = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(bytes, 1), 64)));
+  if (p == nullptr) throw std::bad_alloc();
+  return AlignedBuffer(static_cast<char*>(p));
+}
+
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// the largest float <= x, the smallest float >= x
+float down(double x) {
+  const float f = static_cast<float>(x);
+  return static_cast<double>(f) > x ? std::nextafter(f, -std::numeric_limits<float>::infinity()) : f;
+}
+float up(double x) { return -down(-x); }
+
+bool better(const Hit& a, const Hit& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
+
+// splitmix64's finalizer; refine_fast.reference.hash64 is the same
+uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
+
+Status bad_row(const char* what, int64_t row, const char* problem) {
+  Status status{Code::invalid};
+  std::snprintf(status.message, sizeof(status.message), "row %lld of %s %s", static_cast<long long>(row), what, problem);
+  return status;
+}
+
+constexpr char kNotFinite[] = "holds NaN or Inf; leave such rows out";
+constexpr char kTooLarge[] = "has a norm above 1e18; scale the rows, or pass normalize=True";
+
+}  // namespace
+
+BandSearch::Plan::Plan(const BandSpec& spec, const MatmulKernels& matmul) {
+  const int64_t depth = round_up(std::max<int64_t>(spec.d, 1), matmul.kr) * matmul.element_bytes;
+  panel_a = round_up(matmul.mr * depth, 64), panel_b = round_up(matmul.nr * depth, 64);
+  strip = std::max<int64_t>(std::min<int64_t>((256 << 10) / depth, 4096 / matmul.mr) / matmul.nr, 1) * matmul.nr;
+  block = std::max<int64_t>((6 << 20) / depth / strip, 1) * strip;
+  kept = spec.random ? spec.skip : spec.k + spec.skip;
+  drawn = spec.random ? spec.k + spec.skip : 0;
+  pending = strip + kSlack + std::max<int64_t>(256, kept / 4);
+  bytes_per_query = spec.d * 4 + panel_a / matmul.mr + (kept + drawn) * static_cast<int64_t>(sizeof(Hit)) + pending * 8 +
+                    static_cast<int64_t>(sizeof(Query));
+  const int64_t scratch = (matmul.nr * spec.d + matmul.mr * strip) * 4 + spec.d * 2 + (kept + 2 * pending) * (sizeof(Hit) + 8);
+  bytes_fixed = block / matmul.nr * panel_b + block * 8 + scratch * spec.threads;
+}
+
+int64_t BandSearch::queries_within(const BandSpec& spec, int64_t bytes) {
+  const MatmulKernels& matmul = screen_kernels(kernels());
+  const Plan plan(spec, matmul);
+  return std::max<int64_t>((bytes - plan.bytes_fixed) / plan.bytes_per_query / matmul.mr, 1) * matmul.mr;
+}
+
+BandSearch::BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const double* hi, Ragged exclude)
+    : spec_(spec),
+      kernels_(kernels()),
+      matmul_(screen_kernels(kernels_)),
+      plan_(spec, matmul_),
+      first_(first),
+      rows_(rows),
+      hi_(hi),
+      exclude_(exclude),
+      queries_(static_cast<size_t>(rows * spec.d)),
+      state_(static_cast<size_t>(rows)),
+      hits_(static_cast<size_t>(rows * plan_.kept)),
+      drawn_(static_cast<size_t>(rows * plan_.drawn)),
+      pending_column_(static_cast<size_t>(rows * plan_.pending)),
+      pending_score_(static_cast<size_t>(rows * plan_.pending)),
+      norms_(static_cast<size_t>(plan_.block)),
+      packed_queries_(aligned(round_up(rows, matmul_.mr) / matmul_.mr * plan_.panel_a)),
+      packed_documents_(aligned(plan_.block / matmul_.nr * plan_.panel_b)),
+      scratch_(static_cast<size_t>(std::max(spec.threads, 1))) {
+  for (Scratch& scratch : scratch_) {
+    scratch.rows.resize(static_cast<size_t>((std::max(matmul_.nr, matmul_.mr) + 1) * spec.d));
+    scratch.strip.resize(static_cast<size_t>(matmul_.mr * plan_.strip));
+    scratch.half.resize(static_cast<size_t>(spec.d));
+  }
+}
+
+// One row as the screen's operand before its rounding: float32, of unit length with normalize.
+BandSearch::Operand BandSearch::prepare(const char* row, Dtype dtype, float* out, Scratch& scratch) const {
+  kernels_.to_f32(row, dtype, spec_.d, out);
+  Operand operand;
+  operand.norm2 = kernels_.select->dot(out, out, spec_.d);
+  operand.norm = spec_.normalize ? std::max(std::sqrt(operand.norm2), kSmallestNorm) : 1.0;
+  operand.size = std::sqrt(operand.norm2) / operand.norm * (1 + 0x1p-20);
+  operand.residual = 0;
+  if (spec_.normalize) {
+    const double scale = 1 / operand.norm;
+    for (int64_t i = 0; i < spec_.d; ++i) out[i] = static_cast<float>(out[i] * scale);
+    operand.residual = 0x1p-23 * operand.size;
+  }
+  if (matmul_.element_bytes == 2) {
+    float* difference = scratch.rows.data() + scratch.rows.size() - spec_.d;
+    kernels_.from_f32(out, Dtype::bf16, spec_.d, scratch.half.data());
+    kernels_.to_f32(scratch.half.data(), Dtype::bf16, spec_.d, difference);
+    for (int64_t i = 0; i < spec_.d; ++i) difference[i] -= out[i];  // exact: both lie within a factor of two
+    operand.residual += std::sqrt(kernels_.select->dot(difference, difference, spec_.d)) * (1 + 0x1p-20);
+  }
+  return operand;
+}
+
+Status BandSearch::set_queries(const void* queries, Dtype dtype, int64_t row_stride) {
+  const int64_t d = spec_.d, row_bytes = row_stride * bytes_of(dtype);
+  Scratch& scratch = scratch_[0];
+  for (int64_t row = 0; row < rows_; ++row) {
+    const char* source = static_cast<const char*>(queries) + row * row_bytes;
+    const int64_t lane = row % matmul_.mr;
+    kernels_.to_f32(source, dtype, d, queries_.data() + row * d);
+    const Operand operand = prepare(source, dtype, scratch.rows.data() + lane * d, scratch);
+    if (!std::isfinite(operand.norm2)) return bad_row("queries", first_ + row, kNotFinite);
+    if (operand.size > kLargestNorm) return bad_row("queries", first_ + row, kTooLarge);
+    Query& query = state_[row];
+    query = {};
+    query.size = operand.size, query.residual = operand.residual, query.norm = operand.norm;
+    query.worst = plan_.kept == 0 ? kInfinity : -kInfinity;
+    query.hash = mix(mix(spec_.seed + kGolden) + static_cast<uint64_t>(first_ + row) * kGolden);
+    query.next_excluded = exclude_.offsets == nullptr ? 0 : exclude_.offsets[row];
+    if (lane == matmul_.mr - 1 || row == rows_ - 1)
+      matmul_.pack_a(scratch.rows.data(), d, 1, lane + 1, d, packed_queries_.get() + row / matmul_.mr * plan_.panel_a);
+  }
+  return {};
+}
+
+Status BandSearch::pack_documents(Block& block) {
+  const int64_t panels = (block.rows + matmul_.nr - 1) / matmul_.nr, d = spec_.d;
+  std::vector<Operand> largest(static_cast<size_t>(panels));  // of each panel; norm2: the first bad row, or -1
+  parallel_for(panels, spec_.threads, [&](int64_t panel, int thread) {
+    Scratch& scratch = scratch_[thread];
+    Operand& most = largest[panel] = {-1, 0, 0, 0};
+    const int64_t begin = panel * matmul_.nr, rows = std::min<int64_t>(matmul_.nr, block.rows - begin);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Operand operand = prepare(block.docs + (begin + r) * block.row_bytes, block.dtype, scratch.rows.data() + r * d, scratch);
+      if (most.norm2 < 0 && !(std::isfinite(operand.norm2) && operand.size <= kLargestNorm)) most.norm2 = static_cast<double>(begin + r);
+      norms_[begin + r] = operand.norm;
+      most.size = std::max(most.size, operand.size), most.residual = std::max(most.residual, operand.residual);
+    }
+    matmul_.pack_b(scratch.rows.data(), d, 1, rows, d, packed_documents_.get() + panel * plan_.panel_b);
+  });
+  block.size = block.residual = 0;
+  for (const Operand& most : largest) {
+    if (most.norm2 >= 0) {
+      const int64_t row = static_cast<int64_t>(most.norm2);
+      const double norm2 = prepare(block.docs + row * block.row_bytes, block.dtype, scratch_[0].rows.data(), scratch_[0]).norm2;
+      return bad_row("docs", block.first_id + row, std::isfinite(norm2) ? kTooLarge : kNotFinite);
+    }
+    block.size = std::max(block.size, most.size), block.residual = std::max(block.residual, most.residual);
+  }
+  return {};
+}
+
+void BandSearch::set_thresholds(Query& query, double hi) const {
+  BandThresholds& t = query.thresholds;
+  const double lo = spec_.lo, e = query.margin;
+  if (!(lo <= hi)) {
+    t.floor = t.sure = t.keep = t.ceil = std::numeric_limits<float>::infinity();
+    return;
+  }
+  const bool saturated = spec_.order == Order::band_then_skip || query.above >= spec_.skip;
+  t.floor = down(lo - e);
+  t.ceil = saturated ? up(hi + e) : std::numeric_limits<float>::infinity();
+  t.sure = spec_.random ? t.floor : up(lo + e);
+  t.keep = spec_.random ? t.floor : std::max(t.sure, std::min(down(query.worst - e), down(hi - e)));
+}
+
+double BandSearch::exact(int64_t row, int64_t column, const Block& block, Scratch& scratch) const {
+  const char* source = block.docs + column * block.row_bytes;
+  const float* document = reinterpret_cast<const float*>(source);
+  if (block.dtype != Dtype::f32) {
+    kernels_.to_f32(source, block.dtype, spec_.d, scratch.rows.data());
+    document = scratch.rows.data();
+  }
+  const double s = kernels_.select->dot(queries_.data() + row * spec_.d, document, spec_.d);
+  return spec_.normalize ? s / (state_[row].norm * norms_[column]) : s;
+}
+
+uint64_t BandSearch::hash(const Query& query, int64_t id) const { return mix(query.hash + static_cast<uint64_t>(id) * kGolden); }
+
+// Keeps the plan_.drawn smallest hashes: a heap with the largest on top.
+void BandSearch::draw(Query& query, Hit* drawn, Hit hit) const {
+  const auto less = [&](const Hit& a, const Hit& b) { return hash(query, a.id) < hash(query, b.id); };
+  if (query.drawn == plan_.drawn) {
+    if (query.drawn == 0 || !less(hit, drawn[0])) return;
+    std::pop_heap(drawn, drawn + query.drawn, less);
+    drawn[query.drawn - 1] = hit;
+  } else {
+    drawn[query.drawn++] = hit;
+  }
+  std::push_heap(drawn, drawn + query.drawn, less);
+}
+
+// Settles what is pending for a query: counts it, rescores what may be chosen, keeps the best.
+void BandSearch::flush(int64_t row, const Block& block, Scratch& scratch) {
+  Query& query = state_[row];
+  const int32_t* column = pending_column_.data() + row * plan_.pending;
+  const float* score = pending_score_.data() + row * plan_.pending;
+  Hit* const hits = hits_.data() + row * plan_.kept;
+  Hit* const drawn = drawn_.data() + row * plan_.drawn;
+  const double lo = spec_.lo, hi = hi_[row], e = query.margin;
+  std::vector<Hit>& merged = scratch.merged;          // exact scores: what is kept, and what is new
+  std::vector<Hit>& candidates = scratch.candidates;  // screened score and column of what is certainly in the band
+  merged.assign(hits, hits + query.kept);
+  candidates.clear();
+  for (int32_t i = 0; i < query.pending; ++i) {
+    const double s = score[i];
+    if (s > hi + e) {
+      ++query.above;
+    } else if (s >= lo + e && s <= hi - e) {
+      ++query.inside;
+      candidates.push_back({s, column[i]});
+    } else {
+      const Hit hit{exact(row, column[i], block, scratch), block.first_id + column[i]};
+      if (hit.score > hi) {
+        ++query.above;
+      } else if (hit.score >= lo) {
+        ++query.inside;
+        merged.push_back(hit);
+        draw(query, drawn, hit);
+      }
+    }
+  }
+  query.pending = 0;
+
+  // A candidate whose score is at most s~ + e cannot be kept when `kept` others have at least `bound`.
+  double bound = query.worst;
+  if (const size_t kept = static_cast<size_t>(plan_.kept); kept > 0 && merged.size() + candidates.size() > kept) {
+    std::vector<double>& bounds = scratch.bounds;
+    bounds.clear();
+    for (const Hit& hit : merged) bounds.push_back(hit.score);
+    for (const Hit& candidate : candidates) bounds.push_back(candidate.score - e);
+    std::nth_element(bounds.begin(), bounds.begin() + (kept - 1), bounds.end(), std::greater<>());
+    bound = std::max(bound, bounds[kept - 1]);
+  }
+  for (const Hit& candidate : candidates) {
+    const int64_t id = block.first_id + candidate.id;
+    const bool similar = candidate.score + e >= bound;
+    const bool lucky = spec_.random && (query.drawn < plan_.drawn || (query.drawn > 0 && hash(query, id) < hash(query, drawn[0].id)));
+    if (!similar && !lucky) continue;
+    const Hit hit{exact(row, candidate.id, block, scratch), id};
+    if (similar) merged.push_back(hit);
+    if (lucky) draw(query, drawn, hit);
+  }
+  if (static_cast<int64_t>(merged.size()) > plan_.kept) {
+    std::nth_element(merged.begin(), merged.begin() + plan_.kept, merged.end(), better);
+    merged.resize(static_cast<size_t>(plan_.kept));
+  }
+  std::copy(merged.begin(), merged.end(), hits);
+  query.kept = static_cast<int32_t>(merged.size());
+  if (plan_.kept > 0 && query.kept == plan_.kept) {
+    query.worst = kInfinity;
+    for (const Hit& hit : merged) query.worst = std::min(query.worst, hit.score);
+  }
+  set_thresholds(query, hi);
+}
+
+// A panel of queries against the strip of documents that starts at `start`.
+void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch) {
+  const int64_t columns = std::min(plan_.strip, block.rows - start), first_row = panel * matmul_.mr;
+  const int64_t last_row = std::min<int64_t>(first_row + matmul_.mr, rows_);
+  const char* a = packed_queries_.get() + panel * plan_.panel_a;
+  float* scores = scratch.strip.data();
+  for (int64_t j = 0; j < columns; j += matmul_.nr)
+    matmul_.tile(a, packed_documents_.get() + (start + j) / matmul_.nr * plan_.panel_b, spec_.d, scores + j, plan_.strip, false);
+  for (int64_t row = first_row; row < last_row; ++row, scores += plan_.strip) {
+    Query& query = state_[row];
+    if (exclude_.offsets != nullptr) {
+      const int64_t begin = block.first_id + start, end = exclude_.offsets[row + 1];
+      for (int64_t& next = query.next_excluded; next < end && exclude_.ids[next] < begin + columns; ++next)
+        if (exclude_.ids[next] >= begin) scores[exclude_.ids[next] - begin] = std::numeric_limits<float>::quiet_NaN();
+    }
+    if (query.pending + columns + kSlack > plan_.pending) flush(row, block, scratch);
+    const int64_t at = row * plan_.pending + query.pending;
+    query.pending += static_cast<int32_t>(kernels_.select->append(scores, columns, &query.thresholds, static_cast<int32_t>(start),
+                                                                  &pending_column_[at], &pending_score_[at], &query.inside));
+  }
+}
+
+Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id, Poll poll) {
+  using Clock = std::chrono::steady_clock;
+  const int64_t row_bytes = row_stride * bytes_of(dtype), panels = (rows_ + matmul_.mr - 1) / matmul_.mr;
+  // a task: a range of panels of queries against the whole block, strip by strip
+  const int64_t group = std::max<int64_t>(1, panels / (8 * std::max(spec_.threads, 1)));
+  const double d = static_cast<double>(spec_.d), sum = (d + 16) * 0x1p-23;
+  std::atomic<bool> stopped{false};
+  Clock::time_point asked = Clock::now();
+  for (int64_t begin = 0; begin < rows; begin += plan_.block) {
+    Block block{static_cast<const char*>(docs) + begin * row_bytes, dtype, row_bytes, std::min(plan_.block, rows - begin), first_id + begin, 0, 0};
+    if (Status status = pack_documents(block); !status) return status;
+    parallel_for((panels + group - 1) / group, spec_.threads, [&](int64_t task, int thread) {
+      Scratch& scratch = scratch_[thread];
+      const int64_t first_panel = task * group, last_panel = std::min(panels, first_panel + group);
+      const int64_t first_row = first_panel * matmul_.mr, last_row = std::min(rows_, last_panel * matmul_.mr);
+      for (int64_t row = first_row; row < last_row; ++row) {
+        Query& query = state_[row];
+        const double x = query.size + query.residual, y = block.size + block.residual;
+        // 1e-36: denormals that a bf16 product flushes to zero
+        query.margin = query.residual * block.size + x * block.residual + sum * x * y + 1e-36 * d * (1 + x) * (1 + y);
+        set_thresholds(query, hi_[row]);
+      }
+      for (int64_t start = 0; start < block.rows && !stopped.load(std::memory_order_relaxed); start += plan_.strip) {
+        if (thread == 0 && poll.go_on != nullptr && Clock::now() - asked > std::chrono::milliseconds(50)) {
+          if (!poll.go_on(poll.context)) stopped = true;
+          asked = Clock::now();
+        }
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) screen(panel, start, block, scratch);
+      }
+      for (int64_t row = first_row; row < last_row; ++row)
+        if (state_[row].pending > 0) flush(row, block, scratch);
+    });
+    if (stopped) return Status{Code::interrupted};
+  }
+  return {};
+}
+
+void BandSearch::finish(int64_t* ids, float* scores, int64_t* in_band) {
+  const int64_t k = spec_.k;
+  parallel_for(rows_, spec_.threads, [&](int64_t row, int) {
+    const Query& query = state_[row];
+    Hit *const hits = hits_.data() + row * plan_.kept, *const hits_end = hits + query.kept;
+    Hit *const drawn = drawn_.data() + row * plan_.drawn, *drawn_end = drawn + query.drawn;
+    std::sort(hits, hits_end, better);
+    const int64_t skipped = spec_.order == Order::band_then_skip ? spec_.skip : spec_.skip - std::min(query.above, spec_.skip);
+    in_band[row] = std::max<int64_t>(0, query.inside - skipped);
+    const Hit* chosen = hits + std::min<int64_t>(skipped, query.kept);
+    int64_t found = std::min(k, hits_end - chosen);
+    if (spec_.random) {
+      drawn_end = std::remove_if(drawn, drawn_end, [&](const Hit& hit) { return chosen > hits && !better(chosen[-1], hit); });
+      std::sort(drawn, drawn_end, [&](const Hit& a, const Hit& b) { return hash(query, a.id) < hash(query, b.id); });
+      chosen = drawn, found = std::min(k, drawn_end - drawn);
+      std::sort(drawn, drawn + found, better);
+    }
+    for (int64_t i = 0; i < k; ++i) {
+      ids[row * k + i] = i < found ? chosen[i].id : -1;
+      scores[row * k + i] = i < found ? static_cast<float>(chosen[i].score) : std::numeric_limits<float>::quiet_NaN();
+    }
+  });
+}
+
+}  // namespace refine_fast

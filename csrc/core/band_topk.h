@@ -1,0 +1,143 @@
+// Exact band search without the B x N similarity matrix: per query drop the `skip` most similar documents, keep lo <= s <= hi, take k.
+//
+// The maths. s = q . d (divided by the two norms with `normalize`), defined as the float64 sum in the fixed order of SelectKernels::dot. Its
+// rank, ties by lower id, and its comparisons with lo and hi decide everything, so the answer is the same at every ISA level, thread count
+// and block size.
+//
+// The screen. A tile product in float32 or bf16 gives s~ with |s - s~| <= e. For the rounded operands x', y' and Y, R the largest norm and the
+// largest |y - y'| of a block of documents,
+//     e = |x - x'| Y  +  (|x| + |x - x'|) R  +  (d + 16) 2^-23 (|x| + |x - x'|) (Y + R):
+// Cauchy-Schwarz on the rounding of each operand, plus twice the bound d 2^-24 of a float32 sum. About 3e-3 for bf16, 5e-5 for float32 at d = 384.
+// s~ then settles most documents (BandThresholds): below the band they are dropped, inside it and beyond the current k-th best they are
+// counted. What remains is appended to the query's pending list and, before its block leaves the cache, rescored in float64.
+//
+// What is kept. k + skip hits a query: how many lie above the band (a count that saturates at skip) decides at the end how many of them to drop.
+// A pending list that fills up is flushed on the spot, so a band that holds everything costs time and no memory. select = random keeps the
+// smallest hashes instead, which need no order of arrival, and the `skip` most similar beside them.
+//
+// Roofline. 2 B N d flops against N d elements read once per block of queries: the product binds for B beyond a few dozen. Documents are packed
+// once per block of queries (into a buffer that stays in L3), a strip of them stays in L2, a panel of queries and its scores in L1.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "core/kernels.h"
+#include "core/select_kernels.h"
+
+namespace refine_fast {
+
+enum class Order : int32_t { skip_then_band = 0, band_then_skip = 1 };
+
+struct BandSpec {
+  int64_t d, k, skip;
+  double lo;
+  bool random;     // the k smallest hash64(seed, query, document) instead of the k most similar
+  uint64_t seed;
+  Order order;
+  bool normalize;
+  int threads;
+};
+
+// A ragged list per query: row i is ids[offsets[i]] .. ids[offsets[i + 1]], ascending.
+struct Ragged {
+  const int64_t* offsets;
+  const int64_t* ids;
+};
+
+// Asked every 50 ms on the calling thread whether to go on.
+struct Poll {
+  bool (*go_on)(void* context) = nullptr;
+  void* context = nullptr;
+};
+
+struct Hit {
+  double score;
+  int64_t id;
+};
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using AlignedBuffer = std::unique_ptr<char, Free>;
+
+// One block of queries against a stream of documents. Memory is taken once, by set_queries, in proportion to the queries.
+class BandSearch {
+ public:
+  // How many queries one search may hold within `bytes` (at least one panel of them).
+  static int64_t queries_within(const BandSpec& spec, int64_t bytes);
+
+  // Queries first .. first + rows of the whole set; hi (rows) is the upper edge of the band of each. hi and exclude must outlive the search.
+  BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const double* hi, Ragged exclude);
+  // (rows, d), row_stride in elements; copied.
+  Status set_queries(const void* queries, Dtype dtype, int64_t row_stride);
+  // Documents first_id .. first_id + rows, ascending from call to call; row_stride in elements.
+  Status push(const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id, Poll poll);
+  // ids, scores (rows, k): most similar first, -1 and NaN where there are too few; in_band (rows).
+  void finish(int64_t* ids, float* scores, int64_t* in_band);
+
+ private:
+  // Sizes that follow from the shape and the kernels.
+  struct Plan {
+    Plan(const BandSpec& spec, const MatmulKernels& matmul);
+    int64_t panel_a, panel_b;      // bytes of a packed panel of queries, of documents
+    int64_t strip;                 // documents in L2 at a time; a panel of queries against them gives a strip of scores in L1
+    int64_t block;                 // documents packed at a time
+    int64_t kept, drawn, pending;  // entries per query: most similar hits, random hits, positions that await their float64 score
+    int64_t bytes_per_query, bytes_fixed;
+  };
+  struct Query {
+    double size, residual;  // upper bounds of |x| and |x - x'| of the screen's operand
+    double norm;            // what a score is divided by with normalize
+    double margin;          // |s - s~| in the current block
+    double worst;           // the least score that is kept, -inf until `kept` are
+    int64_t above, inside;  // documents above the band (saturates), in the band
+    int64_t next_excluded;  // the first excluded id that does not lie behind
+    uint64_t hash;          // of (seed, query)
+    int32_t kept, drawn, pending;
+    BandThresholds thresholds;
+  };
+  struct Block {
+    const char* docs;
+    Dtype dtype;
+    int64_t row_bytes, rows, first_id;
+    double size, residual;  // the largest of its documents
+  };
+  struct Scratch {
+    std::vector<float> rows, strip;
+    std::vector<uint16_t> half;
+    std::vector<Hit> merged, candidates;
+    std::vector<double> bounds;
+  };
+  struct Operand {
+    double norm2, norm, size, residual;
+  };
+
+  Operand prepare(const char* row, Dtype dtype, float* out, Scratch& scratch) const;
+  Status pack_documents(Block& block);
+  void set_thresholds(Query& query, double hi) const;
+  void screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch);
+  void flush(int64_t row, const Block& block, Scratch& scratch);
+  double exact(int64_t row, int64_t column, const Block& block, Scratch& scratch) const;
+  uint64_t hash(const Query& query, int64_t id) const;
+  void draw(Query& query, Hit* drawn, Hit hit) const;
+
+  const BandSpec spec_;
+  const Kernels& kernels_;
+  const MatmulKernels& matmul_;
+  const Plan plan_;
+  const int64_t first_, rows_;
+  const double* const hi_;
+  const Ragged exclude_;
+  std::vector<float> queries_;                    // (rows, d)
+  std::vector<Query> state_;                      // (rows)
+  std::vector<Hit> hits_, drawn_;                 // (rows, kept) in no order, (rows, drawn) heaps by hash
+  std::vector<int32_t> pending_column_;           // (rows, pending)
+  std::vector<float> pending_score_;
+  std::vector<double> norms_;                     // (block)
+  AlignedBuffer packed_queries_, packed_documents_;
+  std::vector<Scratch> scratch_;                  // per thread
+};
+
+}  // namespace refine_fast

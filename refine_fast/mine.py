@@ -1,0 +1,96 @@
+"""Hard negatives for queries whose positives are known, in a band that can be fitted to the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .ops.band_topk import Progress, band_topk
+
+
+class Mined(NamedTuple):
+    """ids (B, k), scores (B, k) and in_band (B,) as ``BandTopK``; band: the edges that were used."""
+
+    ids: Tensor
+    scores: Tensor
+    in_band: Tensor
+    band: tuple[float, float]
+
+
+def mine(
+    query_embeddings: Any,
+    doc_embeddings: Any,
+    positives: Sequence[Sequence[int]],
+    *,
+    k: int,
+    band: tuple[float, float] | Literal["auto"] = (0.5, 0.7),
+    skip: int = 5,
+    select: str = "hardest",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Mined:
+    """k negatives per query by REFINE's rule (arXiv 2410.12890, section 3.2) on the cosine: without the positives, drop the ``skip`` most
+    similar documents, keep the band. ``band="auto"`` is ``calibrate_band``. Arguments otherwise as ``band_topk``."""
+    edges = calibrate_band(query_embeddings, doc_embeddings, positives, k=k, skip=skip, seed=seed) if band == "auto" else (band[0], band[1])
+    found = band_topk(
+        query_embeddings,
+        doc_embeddings,
+        k,
+        band=edges,
+        skip=skip,
+        exclude=positives,
+        select=select,
+        seed=seed,
+        normalize=True,
+        progress=progress,
+    )
+    return Mined(*found, edges)
+
+
+def calibrate_band(
+    query_embeddings: Any,
+    doc_embeddings: Any,
+    positives: Sequence[Sequence[int]],
+    *,
+    skip: int = 5,
+    k: int = 5,
+    coverage: float = 0.9,
+    sample: int = 1024,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """A band for this encoder, whose cosines may lie anywhere: [0.5, 0.7] is empty for three queries in four under MiniLM.
+
+    hi is the lower quartile of the similarity of a query to its positives: what lies above is as similar as a quarter of the true answers,
+    and may be one that nobody marked. lo is the highest edge that leaves ``coverage`` of the queries k negatives below hi, after
+    ``skip``. Both from ``sample`` queries that have a positive, drawn with ``seed``.
+
+    Args: query_embeddings (B, D), doc_embeddings (N, D), positives: per query its rows of doc_embeddings.
+    Raises: ValueError if no query has a positive, or none has k other documents below hi.
+    """
+    known = np.array([i for i, rows in enumerate(positives) if len(rows)])
+    if not known.size:
+        raise ValueError("no query has a positive, so there is nothing to calibrate the band on; give the band as two numbers")
+    chosen = np.sort(np.random.default_rng(seed).permutation(known)[:sample])
+    queries = _unit(query_embeddings, chosen)
+    rows = [list(positives[i]) for i in chosen]
+    repeated = np.repeat(np.arange(len(chosen)), [len(r) for r in rows])
+    similarity = (queries[repeated] * _unit(doc_embeddings, np.concatenate(rows))).sum(1)
+    hi = float(similarity.quantile(0.25))
+    hardest = band_topk(queries, doc_embeddings, k, band=(-1.0, hi), skip=skip, exclude=rows, normalize=True)
+    found = hardest.scores[:, -1].nan_to_num(-1.0)
+    lo = float(found.quantile(1 - coverage))
+    if lo <= -1.0:
+        raise ValueError(
+            f"only {float((found > -1).float().mean()):.0%} of the queries have {k} documents below {hi:.3f} after skipping {skip}, "
+            f"and coverage asks for {coverage:.0%}; give the band as two numbers, or lower k or coverage"
+        )
+    return lo, hi
+
+
+def _unit(source: Any, rows: np.ndarray) -> Tensor:
+    picked = torch.cat([torch.as_tensor(source[int(i) : int(i) + 1]) for i in rows]) if not isinstance(source, Tensor) else source[rows]
+    return torch.nn.functional.normalize(picked.float(), dim=1)

@@ -1,0 +1,260 @@
+"""Exact hard negatives in a similarity band, without the similarity matrix (csrc/core/band_topk.h)."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _core
+from .._native import DTYPES
+
+MEMORY = 48 << 20
+"""What one search holds besides its outputs, in bytes; more queries than fit are searched in turn."""
+BLOCK = 8 << 20
+"""Bytes of documents that are read at a time."""
+
+Progress = Callable[[int, int], None]
+
+
+class BandTopK(NamedTuple):
+    """ids (B, k) int64, most similar first, -1 where the band has too few; scores (B, k) float32, NaN there; in_band (B,) int64: how many
+    documents qualified."""
+
+    ids: Tensor
+    scores: Tensor
+    in_band: Tensor
+
+
+def band_topk(
+    queries: Any,
+    docs: Any,
+    k: int,
+    *,
+    band: tuple[float, float] = (0.5, 0.7),
+    skip: int = 5,
+    exclude: Sequence[Any] | None = None,
+    ceiling: Any = None,
+    select: str = "hardest",
+    seed: int = 0,
+    order: str = "skip_then_band",
+    normalize: bool = False,
+    progress: Progress | None = None,
+) -> BandTopK:
+    """Per query: leave out the excluded documents, drop the ``skip`` most similar, keep those in the band, take k. Replaces::
+
+        s = queries.double() @ docs.double().T                                  # (B, N), never built
+        for i in range(B):
+            ranked = [j for j in s[i].sort(descending=True, stable=True).indices if j not in exclude[i]]
+            qualified = [j for j in ranked[skip:] if band[0] <= s[i, j] <= min(band[1], ceiling[i])]
+            ids[i], in_band[i] = qualified[:k], len(qualified)
+
+    Args:
+        queries: (B, D), float32, bfloat16 or float16: a torch tensor, a numpy array or memory map, or anything with a shape whose slices
+            are one of these (``safe_open(...).get_slice(name)``).
+        docs: (N, D), likewise. Read in blocks of 8 MiB, so it may be larger than memory.
+        k: documents per query.
+        band: lo and hi, both inclusive, on the inner product: on the cosine if the rows are unit vectors or ``normalize`` is set. Rows of
+            other lengths are taken as they are.
+        skip: how many of the most similar documents to drop.
+        exclude: per query the ids that take no part (its positives), of any length each; they do not count as skipped.
+        ceiling: (B,), a further upper bound per query, e.g. 0.95 times the similarity of its positive.
+        select: "hardest" takes the k most similar; "random" takes k at random, the smallest ``reference.hash64(seed, query, document)``.
+        seed: of "random".
+        order: "skip_then_band" is REFINE's rule (arXiv 2410.12890, section 3.2): the skipped are the most similar of all;
+            "band_then_skip" is sentence-transformers': the most similar in the band.
+        normalize: divide each row by its norm first. A zero row stays zero, as in ``torch.nn.functional.normalize``.
+        progress: called with (done, total), in documents times queries.
+
+    Returns:
+        BandTopK(ids, scores, in_band), the same as a float64 sort of the given values whatever the ISA level, the number of threads
+        (``torch.set_num_threads``) and the container. Memory beyond it: 64 MiB, whatever B, N and k.
+
+    Raises:
+        ValueError: shapes that do not fit, k or skip below 0, lo above hi, an excluded id that is no document, NaN in ceiling, and NaN, Inf
+            or a norm above 1e18 in a row, which is named.
+        TypeError: another dtype.
+    """
+    rows, count = _shape(queries, "queries")[0], _shape(docs, "docs")[0]
+    offsets, excluded = (None, None) if exclude is None else _ragged(exclude, rows, count)
+    ceiling = None if ceiling is None else torch.as_tensor(ceiling)
+    lo, hi = (float(edge) for edge in band)
+    if select not in ("hardest", "random"):
+        raise ValueError(f'select must be "hardest" or "random", not {select!r}')
+    if order not in ("skip_then_band", "band_then_skip"):
+        raise ValueError(f'order must be "skip_then_band" or "band_then_skip", not {order!r}')
+    rule = (k, lo, hi, skip, offsets, excluded, ceiling, select == "random", seed, order == "band_then_skip", normalize)
+    if isinstance(queries, Tensor) and isinstance(docs, Tensor) and progress is None:
+        return BandTopK(*_band_topk(queries.detach(), docs.detach(), *rule))
+    return BandTopK(*_search(queries, docs, *rule, progress=progress))
+
+
+@torch.library.custom_op("refine_fast::band_topk", mutates_args=(), device_types="cpu")
+def _band_topk(
+    queries: Tensor,
+    docs: Tensor,
+    k: int,
+    lo: float,
+    hi: float,
+    skip: int,
+    offsets: Tensor | None,
+    excluded: Tensor | None,
+    ceiling: Tensor | None,
+    random: bool,
+    seed: int,
+    band_first: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _search(queries, docs, k, lo, hi, skip, offsets, excluded, ceiling, random, seed, band_first, normalize)
+
+
+@_band_topk.register_fake
+def _(
+    queries: Tensor,
+    docs: Tensor,
+    k: int,
+    lo: float,
+    hi: float,
+    skip: int,
+    offsets: Tensor | None,
+    excluded: Tensor | None,
+    ceiling: Tensor | None,
+    random: bool,
+    seed: int,
+    band_first: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(queries, docs, k, lo, hi, skip, ceiling)
+    return _outputs(queries.shape[0], k, queries.device)
+
+
+def _search(
+    queries: Any,
+    docs: Any,
+    k: int,
+    lo: float,
+    hi: float,
+    skip: int,
+    offsets: Tensor | None,
+    excluded: Tensor | None,
+    ceiling: Tensor | None,
+    random: bool,
+    seed: int,
+    band_first: bool,
+    normalize: bool,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, count, width = _check(queries, docs, k, lo, hi, skip, ceiling)
+    edges = torch.full((rows,), hi, dtype=torch.float64)
+    if ceiling is not None:
+        if torch.isnan(ceiling).any():
+            raise ValueError(f"ceiling of query {int(torch.isnan(ceiling).nonzero()[0])} is NaN; give a number, or inf for none")
+        edges = edges.minimum(ceiling.to("cpu", torch.float64))
+    ids, scores, in_band = outputs = _outputs(rows, k, "cpu")
+    threads = torch.get_num_threads()
+    spec = _core.BandSpec(width, k, skip, lo, random, seed % 2**64, band_first, normalize, threads)
+    step = _core.BandSearch.queries_within(spec, MEMORY)
+    step = -(-rows // max(1, -(-rows // step)))  # equal shares
+    for first in range(0, rows, max(step, 1)):
+        last = min(first + step, rows)
+        row_offsets = 0 if offsets is None else offsets[first:].data_ptr()
+        row_ids = 0 if excluded is None else excluded.data_ptr()
+        search = _core.BandSearch(spec, first, last - first, edges[first:].data_ptr(), row_offsets, row_ids)
+        with _Block(queries, first, last, "queries") as block:
+            search.set_queries(block.pointer, block.dtype, block.row_stride)
+        for begin, end in _ranges(count, max(1, BLOCK // (4 * width))):
+            with _Block(docs, begin, end, "docs") as block:
+                search.push(block.pointer, block.dtype, block.row_stride, end - begin, begin)
+            if progress is not None:
+                progress(first * count + (last - first) * end, rows * count)
+        search.finish(ids[first:].data_ptr(), scores[first:].data_ptr(), in_band[first:].data_ptr())
+        del search  # before the next one takes its memory
+    return outputs
+
+
+def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((begin, min(begin + step, count)) for begin in range(0, count, step))
+
+
+def _outputs(rows: int, k: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty((rows, k), dtype=torch.int64, device=device),
+        torch.empty((rows, k), dtype=torch.float32, device=device),
+        torch.empty((rows,), dtype=torch.int64, device=device),
+    )
+
+
+def _shape(x: Any, name: str) -> tuple[int, int]:
+    shape = tuple(x.get_shape() if hasattr(x, "get_shape") else x.shape)
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"{name} must have two dimensions, rows and at least one column, not the shape {shape}")
+    return shape
+
+
+def _check(queries: Any, docs: Any, k: int, lo: float, hi: float, skip: int, ceiling: Tensor | None) -> tuple[int, int, int]:
+    (rows, width), (count, docs_width) = _shape(queries, "queries"), _shape(docs, "docs")
+    if width != docs_width:
+        raise ValueError(f"queries have {width} columns and docs {docs_width}; embed both with the same model")
+    for name, value in (("k", k), ("skip", skip)):
+        if not 0 <= value < 2**31:
+            raise ValueError(f"{name} must be 0 or more, not {value}")
+    if not lo <= hi:
+        raise ValueError(f"the band ({lo}, {hi}) is empty: the lower edge comes first, and neither is NaN")
+    if ceiling is not None and tuple(ceiling.shape) != (rows,):
+        raise ValueError(f"ceiling must have one value for each of the {rows} queries, not the shape {tuple(ceiling.shape)}")
+    return rows, count, width
+
+
+def _ragged(exclude: Sequence[Any], rows: int, count: int) -> tuple[Tensor, Tensor]:
+    """Offsets (rows + 1,) and ids, ascending within each row."""
+    if len(exclude) != rows:
+        raise ValueError(f"exclude must have one list for each of the {rows} queries, not {len(exclude)}")
+    lists = [np.asarray(ids, dtype=np.int64).reshape(-1) for ids in exclude]
+    lengths = np.array([len(ids) for ids in lists], dtype=np.int64)
+    flat = np.concatenate(lists) if lists else np.empty(0, np.int64)
+    row = np.repeat(np.arange(rows), lengths)
+    if (wrong := np.flatnonzero((flat < 0) | (flat >= count))).size:
+        raise ValueError(f"exclude of query {row[wrong[0]]} names document {flat[wrong[0]]}, but the ids are 0 to {count - 1}")
+    flat = flat[np.lexsort((flat, row))]
+    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))), torch.from_numpy(flat)
+
+
+class _Block:
+    """Rows begin .. end of a source as an address, while the context lasts."""
+
+    def __init__(self, source: Any, begin: int, end: int, name: str) -> None:
+        rows = source[begin:end]
+        if not isinstance(rows, Tensor):
+            rows = np.asarray(rows)
+        dtype = rows.dtype if isinstance(rows, Tensor) else _NUMPY.get(rows.dtype)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} are {rows.dtype}; give float32, bfloat16 or float16")
+        if isinstance(rows, Tensor):
+            if rows.device.type != "cpu":
+                raise ValueError(f"{name} are on {rows.device}; queries and docs must be on the same device")
+            rows = rows if rows.stride(1) == 1 else rows.contiguous()
+            self.pointer, self.row_stride = rows.data_ptr(), rows.stride(0)
+        else:
+            item = rows.itemsize
+            if rows.strides[1] != item or rows.strides[0] % item:
+                rows = np.ascontiguousarray(rows)
+            self.pointer, self.row_stride = rows.ctypes.data, rows.strides[0] // item
+        self.dtype, self._rows, self._source = DTYPES[dtype], rows, source
+
+    def __enter__(self) -> _Block:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives the pages of a memory map back to the page cache, which would count as ours until the system is short of memory."""
+        mapping = getattr(self._source, "_mmap", None)
+        if isinstance(self._source, np.memmap) and self._source.mode == "r" and mapping is not None and self._rows.size:
+            offset = self._rows.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+            begin = offset - offset % mmap.PAGESIZE
+            mapping.madvise(mmap.MADV_DONTNEED, begin, offset + self._rows.nbytes - begin)
+
+
+_NUMPY = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16}

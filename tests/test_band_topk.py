@@ -1,0 +1,262 @@
+"""band_topk against the float64 sort of reference.py, at every ISA level.
+
+The embeddings lie on a grid of multiples of 2^-12, or 2^-24 where the edges of the band matter: their inner products are then exact in
+float64 in any order of summation, so equality is exact and ties are real ties.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import refine_fast as rf
+from refine_fast import reference
+from refine_fast.ops import band_topk as module
+
+
+@pytest.fixture(params=rf.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = rf.isa()
+    rf.force_isa(request.param)
+    yield request.param
+    rf.force_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def unit_rows(rows: int, width: int, seed: int, bits: int = 12) -> Tensor:
+    x = torch.nn.functional.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return torch.round(x * 2**bits) / 2**bits
+
+
+def assert_same(ours: rf.BandTopK, gold: tuple[Tensor, Tensor, Tensor]) -> None:
+    differing = (ours.ids != gold[0]).any(1).nonzero()
+    assert not len(differing), f"query {int(differing[0])}: {ours.ids[differing[0]].tolist()}, not {gold[0][differing[0]].tolist()}"
+    assert torch.equal(ours.in_band, gold[2])
+    torch.testing.assert_close(ours.scores, gold[1], rtol=0, atol=0, equal_nan=True)
+
+
+def check(queries: Tensor, docs: Tensor, k: int, **rule: Any) -> rf.BandTopK:
+    ours = rf.band_topk(queries, docs, k, **rule)
+    assert_same(ours, reference.band_topk(queries, docs, k, **rule))
+    return ours
+
+
+# One row, one column, ragged against every tile (6, 12, 32 rows; 4, 16, 32 columns), more documents than a strip, no documents, no queries.
+SHAPES = [(1, 1, 1), (33, 333, 33), (7, 1500, 16), (13, 97, 384), (3, 0, 8), (0, 5, 8)]
+BANDS = [(-0.2, 0.4), (0.1, 0.3), (-2.0, 2.0), (0.99, 1.0), (-float("inf"), float("inf"))]
+
+
+@pytest.mark.parametrize("select", ["hardest", "random"])
+@pytest.mark.parametrize("order", ["skip_then_band", "band_then_skip"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_sort(isa: str, shape: tuple[int, int, int], order: str, select: str) -> None:
+    rows, count, width = shape
+    queries, docs = unit_rows(rows, width, 0), unit_rows(count, width, 1)
+    if count > 20:
+        docs[[10, 11, count - 1]] = docs[3].clone()  # ties
+    generator = torch.Generator().manual_seed(2)
+    exclude = [torch.randint(0, max(count, 1), (i % 5 if count else 0,), generator=generator) for i in range(rows)]
+    for band, (k, skip) in itertools.product(BANDS, [(0, 0), (0, 5), (1, 0), (10, 5), (400, 600)]):
+        rule = {"band": band, "skip": skip, "order": order, "select": select, "seed": 7}
+        check(queries, docs, k, **rule)
+        check(queries, docs, k, exclude=exclude, ceiling=torch.rand(rows, generator=generator), **rule)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_and_blocks_change_nothing(isa: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, docs = unit_rows(70, 24, 0), unit_rows(3000, 24, 1)
+    for select in ("hardest", "random"):
+        gold = reference.band_topk(queries, docs, 20, band=(0.1, 0.6), select=select, seed=3)
+        torch.set_num_threads(threads)
+        for memory, block in [(48 << 20, 8 << 20), (1, 4 * 24 * 100), (1 << 20, 4 * 24 * 37)]:  # all queries at once, a panel at a time
+            monkeypatch.setattr(module, "MEMORY", memory)
+            monkeypatch.setattr(module, "BLOCK", block)
+            assert_same(rf.band_topk(queries, docs[:3000], 20, band=(0.1, 0.6), select=select, seed=3), gold)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(isa: str, dtype: torch.dtype) -> None:
+    """The values as given are the truth: a bf16 document is scored as its bf16 value."""
+    queries, docs = unit_rows(40, 65, 0, bits=8).to(dtype), unit_rows(700, 65, 1, bits=8).to(dtype)
+    check(queries, docs, 10, band=(0.05, 0.3))
+    check(queries.float(), docs, 10, band=(0.05, 0.3))
+    check(queries, docs.T.contiguous().T, 10, band=(0.05, 0.3))  # columns far apart
+    check(queries, torch.cat([docs, docs], 1)[:, :65], 10, band=(0.05, 0.3))  # rows far apart
+
+
+def test_containers(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    queries, docs = unit_rows(20, 48, 0), unit_rows(2000, 48, 1)
+    gold = reference.band_topk(queries, docs, 8, band=(0.1, 0.5))
+    np.save(tmp_path / "docs.npy", docs.numpy())
+    save_file({"docs": docs, "queries": queries}, tmp_path / "x.safetensors")
+    mapped = np.load(tmp_path / "docs.npy", mmap_mode="r")
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        slices = file.get_slice("queries"), file.get_slice("docs")
+        for q, d in [(queries.numpy(), docs.numpy()), (queries, mapped), slices, (queries, docs.requires_grad_())]:
+            assert_same(rf.band_topk(q, d, 8, band=(0.1, 0.5)), gold)
+    assert_same(rf.band_topk(queries, mapped[::-1][::-1], 8, band=(0.1, 0.5)), gold)
+    assert torch.equal(torch.from_numpy(np.array(mapped)), docs)  # the map is intact after its pages were given back
+
+
+def test_normalize(isa: str) -> None:
+    """Rows times powers of two have the same cosines, bit for bit; a zero row scores 0."""
+    queries, docs = unit_rows(30, 64, 0), unit_rows(900, 64, 1)
+    scale = 2.0 ** torch.arange(900).remainder(40).sub(20)[:, None]
+    ours = rf.band_topk(queries * 8, docs * scale, 12, band=(0.05, 0.3), normalize=True)
+    assert_same(ours, reference.band_topk(queries * 8, docs * scale, 12, band=(0.05, 0.3), normalize=True))
+    docs[17] = 0
+    assert rf.band_topk(queries, docs, 1, band=(0.0, 0.0), skip=0, normalize=True).ids.eq(17).all()
+
+
+def test_an_outlier_row_is_no_trap(isa: str) -> None:
+    """One row of norm 1e4 widens the margin of its whole block; the answer stays exact."""
+    queries, docs = unit_rows(30, 64, 0), unit_rows(900, 64, 1)
+    docs[450] *= 2**14
+    check(queries, docs, 10, band=(0.1, 0.3))
+
+
+@pytest.mark.parametrize("edge", [0.5, 0.7])
+def test_edges_to_the_last_bit(isa: str, edge: float) -> None:
+    """Scores within 1e-7 of an edge on both sides: a screen in float32 cannot tell them apart."""
+    width, count = 40, 1200
+    generator = torch.Generator().manual_seed(5)
+    queries, docs = torch.zeros(16, width), torch.zeros(count, width)
+    queries[:, 0], queries[:, 1] = 1, 2**-12
+    docs[:, 0] = torch.round(torch.tensor(edge) * 2**20) / 2**20
+    docs[:, 1] = torch.randint(-2048, 2048, (count,), generator=generator) * 2.0**-24  # contributes multiples of 2^-36, up to 3e-8
+    noise = torch.randint(-8, 8, (count, width - 2), generator=generator) * 2.0**-6
+    queries[:, 2:], docs[:, 2:] = torch.randint(-1, 2, (16, width - 2), generator=generator) * 2.0**-20, noise
+    scores = queries.double() @ docs.double().T
+    exact = float(scores.median())
+    assert (scores - exact).abs().max() < 1e-5
+    assert ((scores - exact).abs() < 1e-7).sum() > 100
+    for band in [(exact, 2.0), (-2.0, exact), (exact, exact), (exact - 1e-7, exact + 1e-7)]:
+        for order in ("skip_then_band", "band_then_skip"):
+            check(queries, docs, 30, band=band, order=order)
+
+
+def test_beyond_rank_5000() -> None:
+    queries, docs = unit_rows(5, 16, 0), unit_rows(12_000, 16, 1)
+    ours = check(queries, docs, 10, band=(-0.2, 0.02))
+    ranks = (queries.double() @ docs.double().T > 0.02).sum(1)
+    assert ranks.min() > 5000
+    assert (ours.ids >= 0).all()
+
+
+def test_k_of_ten_thousand(isa: str) -> None:
+    check(unit_rows(3, 16, 0), unit_rows(11_000, 16, 1), 10_000, band=(-1.0, 1.0), skip=7)
+
+
+def test_ascending_scores_flush_the_list_often(isa: str) -> None:
+    """Each document beats all before it: the worst order of arrival."""
+    docs = (torch.arange(5000) * 2.0**-13)[:, None] * torch.tensor([[1.0, 0.0]])
+    check(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), docs, 20, band=(-1.0, 0.55))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_rule(data: st.DataObject) -> None:
+    draw = data.draw
+    rows, count, width = draw(st.integers(1, 20)), draw(st.integers(0, 300)), draw(st.integers(1, 40))
+    seed, bits = draw(st.integers(0, 2**31)), draw(st.sampled_from([2, 6, 12]))
+    queries, docs = unit_rows(rows, width, seed, bits), unit_rows(count, width, seed + 1, bits)
+    scores = (queries.double() @ docs.double().T).flatten()
+    edge = st.sampled_from(scores.tolist()) if count else st.just(0.0)  # an edge that some score equals
+    nudge = st.sampled_from([0.0, 1e-7, -1e-7, 1e-16, 0.1, -0.1, 3.0])
+    lo, hi = sorted((draw(edge) + draw(nudge), draw(edge) + draw(nudge)))
+    ids = st.lists(st.integers(0, count - 1), max_size=6) if count else st.just([])
+    before = rf.isa()
+    rf.force_isa(draw(st.sampled_from(rf.available_isas())))
+    try:
+        check(
+            queries,
+            docs,
+            draw(st.integers(0, 40)),
+            band=(lo, hi),
+            skip=draw(st.integers(0, 12)),
+            exclude=[draw(ids) for _ in range(rows)],
+            ceiling=torch.tensor([draw(edge) for _ in range(rows)], dtype=torch.float64) if draw(st.booleans()) else None,
+            order=draw(st.sampled_from(["skip_then_band", "band_then_skip"])),
+            select=draw(st.sampled_from(["hardest", "random"])),
+            seed=draw(st.integers(-(2**63), 2**63 - 1)),
+        )
+    finally:
+        rf.force_isa(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": -1}, ValueError, "k must be 0 or more, not -1"),
+        ({"skip": -2}, ValueError, "skip must be 0 or more, not -2"),
+        ({"band": (0.7, 0.5)}, ValueError, r"the band \(0.7, 0.5\) is empty"),
+        ({"band": (float("nan"), 0.5)}, ValueError, "neither is NaN"),
+        ({"docs": torch.zeros(9, 7)}, ValueError, "queries have 8 columns and docs 7"),
+        ({"docs": torch.zeros(9)}, ValueError, "docs must have two dimensions"),
+        ({"docs": torch.zeros(9, 8, dtype=torch.float64)}, TypeError, "docs are torch.float64"),
+        ({"queries": np.zeros((4, 8))}, TypeError, "queries are float64"),
+        ({"exclude": [[1]]}, ValueError, "one list for each of the 4 queries"),
+        ({"exclude": [[], [1, 9], [], []]}, ValueError, "exclude of query 1 names document 9, but the ids are 0 to 8"),
+        ({"ceiling": torch.zeros(3)}, ValueError, "one value for each of the 4 queries"),
+        ({"ceiling": torch.tensor([0, 0, float("nan"), 0])}, ValueError, "ceiling of query 2 is NaN"),
+        ({"select": "best"}, ValueError, "select must be"),
+        ({"order": "band"}, ValueError, "order must be"),
+    ],
+    ids=str,
+)
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"queries": torch.zeros(4, 8), "docs": torch.zeros(9, 8), "k": 3, **change}
+    with pytest.raises(error, match=message):
+        rf.band_topk(arguments.pop("queries"), arguments.pop("docs"), arguments.pop("k"), **arguments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bad_rows_are_named(isa: str, value: float, dtype: torch.dtype) -> None:
+    queries, docs = unit_rows(70, 24, 0).to(dtype), unit_rows(5000, 24, 1).to(dtype)
+    what = "a norm above 1e18" if value == 1e19 else "NaN or Inf"
+    docs[4321, 23] = docs[4999, 0] = value
+    with pytest.raises(ValueError, match=f"row 4321 of docs .*{what}"):
+        rf.band_topk(queries, docs, 3)
+    queries[66, 5] = value
+    with pytest.raises(ValueError, match=f"row 66 of queries .*{what}"):
+        rf.band_topk(queries, docs, 3)
+
+
+def test_progress_counts_documents_times_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MEMORY", 1)
+    monkeypatch.setattr(module, "BLOCK", 4 * 24 * 100)
+    seen: list[tuple[int, int]] = []
+    rf.band_topk(unit_rows(70, 24, 0), unit_rows(950, 24, 1), 3, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (70 * 950, 70 * 950)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_custom_op_and_compile() -> None:
+    queries, docs = unit_rows(20, 24, 0), unit_rows(300, 24, 1)
+    arguments = (queries, docs, 5, 0.1, 0.5, 2, None, None, None, False, 0, False, False)
+    torch.library.opcheck(torch.ops.refine_fast.band_topk.default, arguments)
+
+    def total(q: Tensor, d: Tensor) -> Tensor:
+        return rf.band_topk(2 * q, d, 5, band=(0.1, 0.5), normalize=True).scores.nan_to_num().sum()
+
+    torch.testing.assert_close(torch.compile(total, fullgraph=True, backend="aot_eager")(queries, docs), total(queries, docs))
