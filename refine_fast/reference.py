@@ -46,7 +46,7 @@ def info_nce(
     def loss_over(scores: Tensor, dropped: Tensor, own: Tensor) -> Tensor:
         """-log of the share of column ``own`` among the columns that are not dropped."""
         dropped = (dropped | (scores.detach() > ceiling)).scatter(1, own[:, None], False)
-        return torch.logsumexp(scores.masked_fill(dropped, float("-inf")) / temperature, dim=1) - s_pos / temperature
+        return torch.logsumexp((scores / temperature).masked_fill(dropped, float("-inf")), dim=1) - s_pos / temperature
 
     scores, dropped = s, ids == ids[positives][:, None]
     if hard is not None:

@@ -1,0 +1,352 @@
+"""info_nce on a GPU: the order of the kernels, their workspace, and why.
+
+    logits    x = (q d^T) log2(e) / tau, masked     weights   e = exp2(x - shift), 0 where d_j is no negative of q_i
+    loss      log(1 + odds), odds = sum_j e_ij / e_i,positive
+    gradient  dq = g / tau (P d - (1 - p) d_positive), dd = (g / tau P)^T q - ..., with P = e / row sum
+
+Roofline, per pair of a row and a column of D numbers: S, dq and dd are 2 D FLOPs each, so 6 D is the floor. The weights cannot stay on chip
+between S and both gradients (a row's sum must be known first, and a tile serves one gradient by rows and the other by columns). They are
+either written once, 2 bytes in bf16, and read twice, 6 bytes against 6 D FLOPs (at D = 768 an H100's data sheet gives 1.8 ps for the bytes
+and 5.8 ps for the FLOPs at 800 TFLOP/s, and the two overlap), or recomputed, 2 D FLOPs more each time. Hence two plans, chosen by shape:
+
+    waves   R rows at a time against all columns; e is R x N; dq is finished wave by wave, dd is summed over the waves in float32, N x D.
+            6 D FLOPs with the gradients in the forward. A wave reads and writes that sum once, 8 / (6 R) bytes a FLOP: within an H100's
+            balance (240 FLOPs a byte) from R of about 320, and hidden from R = 1,024, the least that is used.
+    tiles   where the workspace cannot hold that: blocks of R x R, once for dq and once for dd: 2 D for the loss + 4 D + 4 D = 10 D FLOPs,
+            in any workspace down to 16 MB, whatever B and N.
+
+The products with e are plain matrix products and go to cuBLAS (torch.addmm, float32 sums); S is a Triton kernel because the masks and the
+exponential belong in its registers. Two things make one pass enough. (1) No running maximum: prepare_kernel bounds each row's largest logit
+from both sides, and any shift within 150 powers of two of it serves, since bf16 and float32 have 8 bits of exponent. For unit vectors that
+holds at every tau >= 0.02; a row for which it does not is found on the device and gets its exact log-sum from one more pass over its block.
+(2) e stays unnormalized: q is scaled by 1 / row sum instead. The positive takes no part in e: the share of the negatives, 1 - p, is
+computed from their sum, without the cancellation of p - 1.
+
+float32 inputs: S in tf32x3, or tf32 where torch.backends.cuda.matmul.allow_tf32 says so; e in float32 and its products as torch is set.
+float16: S as given; e and its products in bf16, since e does not fit float16's exponent. symmetric: both directions in turn, 12 D FLOPs.
+No host synchronization and no atomics: equal inputs give equal bits, and a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import info_nce_kernels as kernels
+
+WORKSPACE_VARIABLE = "REFINE_FAST_WORKSPACE_MB"
+LEAST_WORKSPACE = 16 << 20
+LEAST_WAVE = 1024  # rows
+COMBINE_BLOCK = 128  # rows a program
+ENOUGH_PROGRAMS = 8 * 132  # of the log-sum pass: the columns are split where the row blocks alone are fewer
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """dL/d of each input, in the input's dtype (temperature: float32); hard is None where there are no hard negatives."""
+
+    q: Tensor
+    d: Tensor
+    hard: Tensor | None
+    temperature: Tensor
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The shape of a logits tile and how it is pipelined. Chosen by shared memory: stages x (m + n) x k x element size."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def tiling(capability: tuple[int, int], element_bytes: int) -> Tiling:
+    """The largest tile that keeps its accumulators in registers and fits a block's shared memory: 227 KB on sm_90, 163 on sm_80, 99 on
+    consumer parts, 64 on sm_75. wgmma (sm_90) wants 64 x 256 a warpgroup; tf32x3 splits both operands in registers: a smaller tile."""
+    if element_bytes == 4:
+        return Tiling(64, 128, 32, warps=8, stages=3 if capability >= (8, 0) else 2)
+    if capability[0] == 9:
+        return Tiling(128, 256, 64, warps=8, stages=4)
+    if capability == (8, 0):
+        return Tiling(128, 128, 64, warps=8, stages=4)
+    return Tiling(128, 128, 32, warps=8, stages=3 if capability >= (8, 0) else 2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """rows x cols: the block of weights that is in memory at once. waves: all columns at once."""
+
+    rows: int
+    cols: int
+    waves: bool
+
+
+def plan(B: int, N: int, D: int, *, element_bytes: int, copies: bool, workspace: int, tile: Tiling) -> Plan:
+    """The largest block, in whole tiles, that the workspace holds. copies: d has to be copied to bf16 (float16 inputs)."""
+    copy = 2 * D if copies else 0
+    per_row = element_bytes * (N + 64 + D) + 4 * D + 4 * triton.cdiv(N, tile.n)  # weights, scaled q, dq, row sums
+    rows = (workspace - N * (4 * D + copy)) // per_row // tile.m * tile.m
+    if rows >= min(LEAST_WAVE, B):
+        rows = triton.cdiv(triton.cdiv(B, triton.cdiv(B, rows)), tile.m) * tile.m  # equal waves
+        return Plan(rows, N, waves=True)
+    per_side = (element_bytes + 8) * D + copy  # of a square block: scaled q and a float32 gradient on either side
+    area = element_bytes + 4 / tile.n
+    side = int((math.sqrt(per_side**2 + 4 * area * workspace) - per_side) / (2 * area)) // tile.n * tile.n
+    return Plan(max(side, tile.n), max(side, tile.n), waves=False)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, summed in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.addmm(out, a.float(), b.float(), out=out)
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+class Direction:
+    """One direction of the loss, from the rows q to the columns d: its vectors of length B and N, and the kernels over them."""
+
+    def __init__(
+        self, q: Tensor, d: Tensor, positives: Tensor | None, ids: Tensor | None, hard: Tensor | None, hard_mask: Tensor | None,
+        temperature: Tensor, margin: float | None, normalize: bool,
+    ) -> None:  # fmt: skip
+        q, d = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, d))
+        self.q, self.d, self.temperature, self.normalize, self.margin = q, d, temperature, normalize, margin
+        self.B, self.N, self.D = len(q), len(d), q.shape[1]
+        rows = torch.arange(self.N, device=q.device, dtype=torch.int32)
+        self.order, self.starts = _segments(positives, self.B, self.N, rows)
+        self.positives = self.order if positives is None else positives.contiguous()
+        self.col_ids = rows if ids is None else ids.contiguous()
+        self.row_ids = self.col_ids[self.positives]
+        self.K = 0 if hard is None else hard.shape[1]
+        self.hard = q if hard is None else (hard if hard.stride(-1) == 1 else hard.contiguous())
+        self.hard_mask = None if hard_mask is None else hard_mask.contiguous()
+        norms = torch.linalg.vector_norm(d, dim=1, dtype=torch.float32)
+        self.d_bound = norms.amax()
+        self.col_scale = norms.clamp_min_(1e-12).reciprocal_() if normalize else norms
+        # 1 / |d_j| belongs to both gradients; only its ratio to the largest enters the weights, so that they keep their range
+        self.fold_top = self.col_scale.amax() if normalize else torch.ones_like(self.d_bound)
+        self.fold = self.col_scale / self.fold_top if normalize else self.col_scale
+        self.x_pos, self.row_scale, self.ceiling, self.shift, self.inverse, self.share, self.loss = (self.new(self.B) for _ in range(7))
+        self.hard_x, self.wide = self.new(self.B, self.K), self.new(self.B, dtype=torch.int8)
+        self.element = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
+        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
+        self.tile = tiling(capability, q.element_size())
+        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        self.form = {"NORMALIZE": normalize, "MARGIN": margin is not None}
+        self.tile_form = self.form | self.tile.constants | {"EVEN_K": self.D % self.tile.k == 0, "PRECISION": precision}
+        self.row_form = {"BLOCK_D": triton.next_power_of_2(self.D), "num_warps": 4 if self.D <= 1024 else 8}
+        kernels.prepare_kernel[(self.B,)](
+            q, d, self.hard, self.positives, self.hard_mask, temperature, self.d_bound,
+            self.x_pos, self.hard_x, self.row_scale, self.ceiling, self.shift, self.wide,
+            0.0 if margin is None else margin, self.D, self.K, q.stride(0), d.stride(0), *self.hard_strides,
+            HARD_MASK=hard_mask is not None, **self.form, **self.row_form,
+        )  # fmt: skip
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+    @property
+    def hard_strides(self) -> tuple[int, int]:
+        return (self.hard.stride(0), self.hard.stride(1)) if self.K else (0, 0)
+
+    def sum_wide_rows(self) -> None:
+        """The exact log-sum, as shift and loss, of the rows marked ``wide``."""
+        tiles = triton.cdiv(self.N, self.tile.n)
+        blocks = triton.cdiv(self.B, self.tile.m)
+        per_split = triton.cdiv(tiles, max(1, min(tiles, ENOUGH_PROGRAMS // blocks)))
+        splits = triton.cdiv(tiles, per_split)
+        top, total = self.new(splits, self.B), self.new(splits, self.B)
+        kernels.negatives_kernel[(blocks, splits)](
+            self.q, self.d, self.row_scale, self.col_scale, self.row_ids, self.col_ids, self.ceiling, self.wide, top, total,
+            self.B, self.N, self.D, self.q.stride(0), self.d.stride(0), per_split, **self.tile_form,
+        )  # fmt: skip
+        kernels.combine_kernel[(triton.cdiv(self.B, COMBINE_BLOCK),)](
+            top, total, self.wide, self.x_pos, self.hard_x, self.shift, self.loss, self.B, self.K, splits, BLOCK=COMBINE_BLOCK
+        )
+
+    def losses(self) -> Tensor:
+        """(B,) by the log-sum of every row; sets the shifts that make the weights probabilities."""
+        self.wide.fill_(1)
+        self.sum_wide_rows()
+        return self.loss
+
+    def shift_by(self, loss: Tensor) -> None:
+        """As ``losses``, from the losses of an earlier call."""
+        self.loss = loss
+        self.shift = torch.add(self.x_pos, loss, alpha=1 / math.log(2))
+
+    def weights(self, rows: slice, cols: slice, e: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's weights, a view into the buffer e, and the row sums of its tiles."""
+        q, d = self.q[rows], self.d[cols]
+        tiles = triton.cdiv(len(d), self.tile.n)
+        part = self.new(len(q), tiles)
+        kernels.weights_kernel[(triton.cdiv(len(q), self.tile.m) * tiles,)](
+            q, d, self.row_scale[rows], self.col_scale[cols], self.fold[cols], self.row_ids[rows], self.col_ids[cols], self.ceiling[rows],
+            self.shift[rows], e, part, len(q), len(d), self.D, q.stride(0), d.stride(0), e.stride(0), tiles, **self.tile_form,
+        )  # fmt: skip
+        return e[: len(q), : len(d)], part
+
+    def scaled_q(self, rows: slice, g: Tensor, part: Tensor | None) -> Tensor:
+        """g / tau / row sum * q, with the row sums of ``part``, or 1 where the shift is the row's log-sum already."""
+        q = self.q[rows]
+        out = self.new(len(q), self.D, dtype=self.element)
+        tiles = 0 if part is None else part.shape[1]
+        kernels.rows_kernel[(len(q),)](
+            q, g[rows], self.temperature, self.x_pos[rows], self.hard_x[rows], self.row_scale[rows], self.shift[rows], part,
+            self.loss[rows], self.inverse[rows], self.share[rows], out, self.D, self.K, q.stride(0), tiles,
+            BLOCK_T=min(1024, triton.next_power_of_2(max(tiles, 1))), SUMMED=part is not None, **self.row_form,
+        )  # fmt: skip
+        return out
+
+    def finish_rows(self, rows: slice, g: Tensor, acc: Tensor, extra: Tensor | None, out: Gradients, dtau: Tensor) -> None:
+        q = self.q[rows]
+        kernels.finish_rows_kernel[(len(q),)](
+            q, self.d, self.hard[rows], self.positives[rows], g[rows], self.temperature, self.fold_top,
+            self.hard_x[rows], self.row_scale[rows], self.shift[rows], self.inverse[rows], self.share[rows], acc,
+            None if extra is None else extra[rows], out.q[rows], None if out.hard is None else out.hard[rows], dtau[rows],
+            self.D, self.K, q.stride(0), self.d.stride(0), *self.hard_strides,
+            EXTRA=extra is not None, NORMALIZE=self.normalize, **self.row_form,
+        )  # fmt: skip
+
+    def finish_cols(self, cols: slice, g: Tensor, acc: Tensor, extra: Tensor | None, out: Gradients) -> None:
+        d = self.d[cols]
+        kernels.finish_cols_kernel[(len(d),)](
+            self.q, d, self.order, self.starts[cols.start : cols.stop + 1], g, self.fold_top, self.row_scale, self.share,
+            acc, extra, out.d[cols], self.D, self.q.stride(0), d.stride(0),
+            EXTRA=extra is not None, NORMALIZE=self.normalize, **self.row_form,
+        )  # fmt: skip
+
+    def gradients(self, g: Tensor, *, loss: Tensor | None, workspace: int, extra: Gradients | None = None) -> Gradients:
+        """g (B,): the upstream gradient of each row's loss. loss: (B,) of an earlier call, or None to compute it on the way (self.loss).
+        extra: gradients to add, by row of q (its .d) and by the row's positive (its .q)."""
+        copies = self.q.dtype != self.element
+        block = plan(self.B, self.N, self.D, element_bytes=self.element.itemsize, copies=copies, workspace=workspace, tile=self.tile)
+        if loss is not None:
+            self.shift_by(loss)
+        elif block.waves:
+            self.sum_wide_rows()
+        else:
+            self.losses()
+        hard = self.new(self.B, self.K, self.D, dtype=self.hard.dtype) if self.K else None
+        dtau = self.new(self.B)
+        out = Gradients(torch.empty_like(self.q), torch.empty_like(self.d), hard, dtau)
+        to_q, to_d = (None, None) if extra is None else (extra.d, extra.q)
+        rows, cols = min(block.rows, self.B), min(block.cols, self.N)
+        e = self.new(rows, triton.cdiv(cols, 64) * 64, dtype=self.element)
+        if block.waves:
+            d, dd = self.d.to(self.element), self.new(self.N, self.D).zero_()
+            for r in _blocks(self.B, rows):
+                weights, part = self.weights(r, slice(0, self.N), e)
+                _add_product(dd, weights.T, self.scaled_q(r, g, part if loss is None else None))
+                dq = torch.zeros((len(weights), self.D), device=dd.device)
+                _add_product(dq, weights, d)
+                self.finish_rows(r, g, dq, to_q, out, dtau)
+            self.finish_cols(slice(0, self.N), g, dd, to_d, out)
+        else:
+            for r in _blocks(self.B, rows):
+                dq = self.new(r.stop - r.start, self.D).zero_()
+                self.scaled_q(r, g, None)
+                for c in _blocks(self.N, cols):
+                    _add_product(dq, self.weights(r, c, e)[0], self.d[c].to(self.element))
+                self.finish_rows(r, g, dq, to_q, out, dtau)
+            for c in _blocks(self.N, cols):
+                dd = self.new(c.stop - c.start, self.D).zero_()
+                for r in _blocks(self.B, rows):
+                    _add_product(dd, self.weights(r, c, e)[0].T, self.scaled_q(r, g, None))
+                self.finish_cols(c, g, dd, to_d, out)
+        return replace(out, temperature=dtau.sum())
+
+
+def _segments(positives: Tensor | None, B: int, N: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(order, starts): the rows whose positive is j are order[starts[j]:starts[j + 1]], ascending."""
+    if positives is None:
+        return rows[:B], torch.arange(N + 1, device=rows.device, dtype=torch.int32).clamp_(max=B)
+    ranked = torch.sort(positives, stable=True)
+    starts = torch.searchsorted(ranked.values, torch.arange(N + 1, device=rows.device), out_int32=True)
+    return ranked.indices.int(), starts
+
+
+def _directions(
+    q: Tensor, d: Tensor, *, temperature: Tensor, positives: Tensor | None, doc_ids: Tensor | None, hard: Tensor | None,
+    hard_mask: Tensor | None, margin: float | None, symmetric: bool, normalize: bool,
+) -> list[Direction]:  # fmt: skip
+    there = Direction(q, d, positives, doc_ids, hard, hard_mask, temperature, margin, normalize)
+    if not symmetric:
+        return [there]
+    return [there, Direction(there.d[there.positives], there.q, None, there.row_ids, None, None, temperature, margin, normalize)]
+
+
+@contextmanager
+def _on(q: Tensor, workspace: int) -> Iterator[None]:
+    """Launches go to q's device, on torch's current stream there."""
+    try:
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"info_nce of {len(q)} rows found no room for {workspace >> 20} MB of workspace beside its gradients; "
+            f"lower {WORKSPACE_VARIABLE} (at least {LEAST_WORKSPACE >> 20}) or the batch size"
+        ) from error
+
+
+def workspace_bytes() -> int:
+    """What REFINE_FAST_WORKSPACE_MB allows besides inputs and gradients; 512 MB by default, at least 16."""
+    text = os.environ.get(WORKSPACE_VARIABLE, "512")
+    if not text.isdecimal() or int(text) << 20 < LEAST_WORKSPACE:
+        raise ValueError(f"{WORKSPACE_VARIABLE} is {text!r}; it must be a whole number of megabytes, at least {LEAST_WORKSPACE >> 20}")
+    return int(text) << 20
+
+
+def losses(q: Tensor, d: Tensor, **problem: Any) -> Tensor:
+    """(directions, B): each row's loss; one direction, or two where symmetric. 2 D FLOPs a pair and direction.
+
+    The problem is that of ``refine_fast.info_nce``: temperature (a tensor of one number), positives, doc_ids, hard, hard_mask, margin,
+    symmetric, normalize; all given, None where absent. Shapes, dtypes and devices are the caller's to check.
+    """
+    if len(q) == 0:
+        return q.new_zeros((2 if problem["symmetric"] else 1, 0), dtype=torch.float32)
+    with _on(q, 0):
+        return torch.stack([direction.losses() for direction in _directions(q, d, **problem)])
+
+
+def gradients(
+    g: Tensor, q: Tensor, d: Tensor, *, losses: Tensor | None = None, workspace: int | None = None, **problem: Any
+) -> tuple[Tensor, Gradients]:
+    """The losses (directions, B) and the gradients of ``sum_i g_i mean_direction loss_i``; g (B,) float32.
+
+    losses: what ``losses`` returned for the same problem, where g became known only afterwards; without it one pass computes both (6 D
+    FLOPs a pair instead of 2 + 6). workspace: bytes; default ``workspace_bytes()``.
+    """
+    workspace = workspace_bytes() if workspace is None else workspace
+    if len(q) == 0:
+        hard = None if problem["hard"] is None else torch.zeros_like(problem["hard"])
+        nothing = Gradients(torch.zeros_like(q), torch.zeros_like(d), hard, q.new_zeros((), dtype=torch.float32))
+        return q.new_zeros((2 if problem["symmetric"] else 1, 0), dtype=torch.float32), nothing
+    with _on(q, workspace):
+        there, *back = _directions(q, d, **problem)
+        g = g.float().contiguous() / (1 + len(back))
+        if not back:
+            grads = there.gradients(g, loss=None if losses is None else losses[0], workspace=workspace)
+            return there.loss[None], grads
+        extra = back[0].gradients(g, loss=None if losses is None else losses[1], workspace=workspace)
+        grads = there.gradients(g, loss=None if losses is None else losses[0], workspace=workspace, extra=extra)
+        return torch.stack([there.loss, back[0].loss]), replace(grads, temperature=grads.temperature + extra.temperature)

@@ -1,0 +1,71 @@
+"""Compiles every Triton kernel for sm_80 and sm_90 with no GPU and prints what came out, one JSON object a line; run by test_compile.py in
+a process of its own, since Triton decides at import whether its kernels are interpreted."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from refine_fast.triton_kernels import info_nce, info_nce_kernels
+
+INTS = {"B": "i32", "N": "i32", "D": "i32", "K": "i32", "tiles_n": "i32", "tiles_per_split": "i32", "splits": "i32"}
+POINTERS = {
+    **dict.fromkeys(("row_id", "col_id", "positives"), "*i64"),
+    **dict.fromkeys(("order", "starts"), "*i32"),
+    **dict.fromkeys(("hard_mask",), "*i1"),
+    **dict.fromkeys(("wide",), "*i8"),
+}
+STORED = {"q", "d", "hard", "dq", "dd", "dhard", "extra", "e", "scaled_q"}  # in the dtype of the inputs; the rest is float32
+
+
+def argument_type(name: str, dtype: str) -> str:
+    if name == "margin":
+        return "fp32"
+    if name in INTS or name.startswith("stride"):
+        return INTS.get(name, "i32")
+    return POINTERS.get(name) or "*" + (dtype if name in STORED else "fp32")
+
+
+def compile_kernel(name: str, dtype: str, capability: int, constants: dict[str, object], options: dict[str, int]) -> dict[str, object]:
+    kernel = getattr(info_nce_kernels, name)
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    signature = {arg: "constexpr" if arg in constants else argument_type(arg, dtype) for arg in kernel.arg_names}
+    multiples = [i for i, (arg, kind) in enumerate(signature.items()) if kind[0] == "*" or arg.startswith("stride") or arg == "D"]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in multiples}
+    built = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = built.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(built.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {
+        "kernel": name, "dtype": dtype, "capability": capability, "constants": constants, "shared": built.metadata.shared,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync"), "async_copies": ptx.count("cp.async"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    for capability in (80, 90):
+        for dtype, size in (("bf16", 2), ("fp32", 4)):
+            tile = info_nce.tiling((capability // 10, capability % 10), size)
+            form = dict.fromkeys(("NORMALIZE", "MARGIN", "HARD_MASK", "SUMMED", "EXTRA", "EVEN_K"), True) | {"PRECISION": "tf32x3"}
+            blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+            rows = {"BLOCK_D": 1024, "BLOCK_T": 256, "BLOCK": info_nce.COMBINE_BLOCK}
+            for name in ("negatives_kernel", "weights_kernel"):
+                options = {"num_warps": tile.warps, "num_stages": tile.stages}
+                print(json.dumps(compile_kernel(name, dtype, capability, form | blocks, options)), flush=True)
+            for name in ("prepare_kernel", "combine_kernel", "rows_kernel", "finish_rows_kernel", "finish_cols_kernel"):
+                print(json.dumps(compile_kernel(name, dtype, capability, form | rows, {"num_warps": 4})), flush=True)
+
+
+if __name__ == "__main__":
+    main()
