@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "core/kernels.h"
+#include "core/lerp_kernels.h"
 #include "core/select_kernels.h"
 
 namespace refine_fast {
@@ -124,13 +125,45 @@ double dot(const float* x, const float* y, int64_t d) {
 
 const SelectKernels select_kernels = {append, dot};
 
+// --- lerp: libm's fma rounds once, with or without the instruction -------------------------------------------------------------------
+
+void lerp_f32(const float* base, const float* tuned, int64_t n, float weight, float* out) {
+  const bool from_base = __builtin_fabsf(weight) < 0.5f;
+  const float w = from_base ? weight : weight - 1.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = base[i], b = tuned[i];
+    out[i] = a == b ? a : __builtin_fmaf(w, b - a, from_base ? a : b);
+  }
+}
+
+void lerp_f64(const double* base, const double* tuned, int64_t n, double weight, double* out) {
+  const bool from_base = __builtin_fabs(weight) < 0.5;
+  const double w = from_base ? weight : weight - 1.0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double a = base[i], b = tuned[i];
+    out[i] = a == b ? a : __builtin_fma(w, b - a, from_base ? a : b);
+  }
+}
+
+void lerp_change(const float* base, const float* out, int64_t n, Change* change) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = base[i], o = out[i];
+    const double d = static_cast<double>(o) - a;
+    change->change_squared += d * d;
+    change->base_squared += static_cast<double>(a) * a;
+    change->not_finite += o - o != 0.0f;
+  }
+}
+
+const LerpKernels lerp = {lerp_f32, lerp_f64, lerp_change};
+
 }  // namespace
 
 extern const Kernels scalar_kernels = {
     .isa = Isa::scalar,
     .matmul_f32 = &matmul_f32,
     .matmul_bf16 = &matmul_bf16,
-    .lerp = nullptr,
+    .lerp = &lerp,
     .select = &select_kernels,
     .loss = nullptr,
     .to_f32 = to_f32,

@@ -1,0 +1,28 @@
+// The kernels behind fuse, one table per ISA level. Every level gives the same bits as
+//     base == tuned ? base : torch.lerp(base, tuned, w)
+// that is fma(w, b - a, a) for |w| < 1/2 and fma(w - 1, b - a, b) otherwise, one rounding after the subtraction's. The first case is where
+// torch.lerp would make NaN of a mask's -inf and +0 of -0: what was not trained comes out as it went in. (A NaN is a NaN: its payload is open.)
+//
+// Two element types are enough: 16- and 8-bit types pass through float32 in blocks that stay in L1 (core/lerp.cc), where a conversion costs a
+// load and a store, against two reads and one write of memory.
+#pragma once
+#include <cstdint>
+
+namespace refine_fast {
+
+// What a tensor went through: sums over its elements in float64, taken from the values as they are stored.
+struct Change {
+  double change_squared = 0;  // (out - base)^2
+  double base_squared = 0;    // base^2
+  int64_t not_finite = 0;     // NaN or infinite in out
+  int64_t differing = 0;      // bytes in which a copied tensor differs from tuned's
+};
+
+struct LerpKernels {
+  void (*f32)(const float* base, const float* tuned, int64_t n, float weight, float* out);
+  void (*f64)(const double* base, const double* tuned, int64_t n, double weight, double* out);
+  // adds to the first three sums of `change`; n at most a few thousand, since a level may sum in float32
+  void (*change)(const float* base, const float* out, int64_t n, Change* change);
+};
+
+}  // namespace refine_fast
