@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ._native import available_isas, force_isa, isa
+from .fuse import FuseReport, fuse, fuse_into, fuse_sweep
 from .ops.band_topk import BandTopK, band_topk
 
 __version__ = "0.1.0"
-__all__ = ["BandTopK", "available_isas", "band_topk", "force_isa", "isa"]
+__all__ = ["BandTopK", "FuseReport", "available_isas", "band_topk", "force_isa", "fuse", "fuse_into", "fuse_sweep", "isa"]

@@ -125,7 +125,8 @@ def band_topk(
 
 
 def lerp(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
-    """``base + weight * (tuned - base)`` in the dtype of ``base``: float32 inside for the 16-bit types, one rounding."""
-    if base.dtype == torch.float64:
-        return torch.lerp(base, tuned.double(), weight)
-    return torch.lerp(base.float(), tuned.float(), weight).to(base.dtype)
+    """``base + weight * (tuned - base)`` in the dtype of ``base``: ``torch.lerp`` in float32 for the smaller types, one rounding. What is
+    equal in both stays as it is, where ``torch.lerp`` would make NaN of a mask's -inf and +0 of -0."""
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    a, b = base.to(wide), tuned.to(wide)
+    return torch.where(a == b, a, torch.lerp(a, b, weight)).to(base.dtype)

@@ -1,13 +1,19 @@
 // refine_fast._core: the CPU core for Python. Tensors arrive as integers (addresses, sizes), the GIL is released around the work, and a
 // Status becomes an exception. No torch header: one build serves every torch version.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <cstdint>
+#include <exception>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "core/band_topk.h"
 #include "core/cpu.h"
+#include "core/lerp.h"
 #include "core/matmul.h"
+#include "core/stream.h"
 
 namespace py = pybind11;
 namespace rf = refine_fast;
@@ -63,6 +69,62 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// --- lerp and stream (fuse)
+
+void lerp_in_place(uintptr_t base, int base_type, uintptr_t tuned, int tuned_type, int64_t n, double weight) {
+  py::gil_scoped_release release;
+  const auto type = static_cast<rf::Storage>(base_type);
+  auto* out = reinterpret_cast<void*>(base);
+  rf::lerp(type, out, static_cast<rf::Storage>(tuned_type), reinterpret_cast<const void*>(tuned), type, out, n, weight, nullptr);
+}
+
+using FileTuple = std::tuple<int, std::string>;
+using PieceTuple = std::tuple<int64_t, int, int, int, int, int64_t, int, int64_t, int>;
+using FactorTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
+using OutputTuple = std::tuple<int, std::string, int64_t, std::vector<double>>;
+
+// -> per output, per piece: (sum of squares of the change, of the base, values that are not finite, bytes that differ)
+py::list stream_merge(const std::vector<FileTuple>& files, const std::vector<PieceTuple>& pieces, const std::vector<FactorTuple>& factors,
+                      const std::vector<OutputTuple>& outputs, const py::function& on_block) {
+  std::vector<rf::File> in;
+  for (const auto& [fd, name] : files) in.push_back({fd, name});
+  std::vector<rf::Piece> work;
+  for (const auto& [count, base_type, tuned_type, out_type, base_file, base_offset, tuned_file, tuned_offset, low_rank] : pieces)
+    work.push_back({count, static_cast<rf::Storage>(base_type), static_cast<rf::Storage>(tuned_type), static_cast<rf::Storage>(out_type), base_file,
+                    tuned_file, base_offset, tuned_offset, low_rank});
+  std::vector<rf::LowRankFactors> low_rank;
+  for (const auto& [a, b, rank, rows, cols] : factors)
+    low_rank.push_back({reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), rank, rows, cols});
+  std::vector<rf::Output> out;
+  for (const auto& [fd, name, offset, weights] : outputs) out.push_back({{fd, name}, offset, weights, {}});
+
+  std::exception_ptr raised;
+  rf::Status status;
+  {
+    py::gil_scoped_release release;
+    status = rf::stream(in, work, low_rank, out, [&](int file, int64_t offset, const void* data, int64_t bytes) {
+      py::gil_scoped_acquire acquire;
+      try {
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        on_block(file, offset, py::memoryview::from_memory(data, bytes));
+        return true;
+      } catch (...) {
+        raised = std::current_exception();
+        return false;
+      }
+    });
+  }
+  if (raised) std::rethrow_exception(raised);
+  raise_unless_ok(status);
+  py::list changes;
+  for (const rf::Output& o : out) {
+    py::list of_output;
+    for (const rf::Change& c : o.changes) of_output.append(py::make_tuple(c.change_squared, c.base_squared, c.not_finite, c.differing));
+    changes.append(of_output);
+  }
+  return changes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -77,6 +139,10 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("matmul", matmul, py::call_guard<py::gil_scoped_release>());
   // --- lerp and stream (fuse)
+  m.def("lerp", lerp_in_place);
+  m.def("stream", stream_merge);
+  m.def("preallocate", [](int fd, const std::string& name, int64_t bytes) { raise_unless_ok(rf::preallocate({fd, name}, bytes)); });
+  m.def("exchange_paths", [](const std::string& a, const std::string& b) { return rf::exchange_paths(a.c_str(), b.c_str()); });
   // --- band_topk
   py::class_<rf::BandSpec>(m, "BandSpec")
       .def(py::init(&band_spec), py::arg("d"), py::arg("k"), py::arg("skip"), py::arg("lo"), py::arg("random"), py::arg("seed"),

@@ -131,8 +131,10 @@ void lerp_change(const float* base, const float* out, int64_t n, Change* change)
     size = _mm512_fmadd_ps(a, a, size);
     change->not_finite += __builtin_popcount(_mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q));
   }
-  change->change_squared += _mm512_reduce_add_ps(moved);
-  change->base_squared += _mm512_reduce_add_ps(size);
+  float m[16], s[16];
+  _mm512_storeu_ps(m, moved);
+  _mm512_storeu_ps(s, size);
+  for (int k = 0; k < 16; ++k) change->change_squared += m[k], change->base_squared += s[k];
 }
 
 const LerpKernels lerp = {lerp_f32, lerp_f64, lerp_change};

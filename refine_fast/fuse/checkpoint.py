@@ -1,0 +1,266 @@
+"""What lies in a checkpoint: safetensors headers and model folders, read as if they came from an enemy.
+
+A header is trusted with nothing: its length, its JSON, each dtype, shape and offset is checked before a byte of data is read, by the rules
+of the safetensors reference implementation (``SafeTensorError``) and one more, that no key occurs twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import RefineFastError
+
+# safetensors dtype -> (bits of an element, refine_fast::Storage: how it is interpolated; None: copied)
+DTYPES: dict[str, tuple[int, int | None]] = {
+    "F32": (32, 0),
+    "BF16": (16, 1),
+    "F16": (16, 2),
+    "F64": (64, 3),
+    "F8_E4M3": (8, 4),
+    "F8_E5M2": (8, 5),
+    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], (8, None)),
+    **dict.fromkeys(["U16", "I16"], (16, None)),
+    **dict.fromkeys(["U32", "I32"], (32, None)),
+    **dict.fromkeys(["U64", "I64", "C64"], (64, None)),
+    **dict.fromkeys(["F6_E2M3", "F6_E3M2"], (6, None)),
+    "F4": (4, None),
+}
+RAW = 6  # refine_fast::Storage::raw
+MAX_HEADER = 100_000_000
+WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite", ".xml", ".mlmodel")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor: where its bytes are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def storage(self) -> int | None:
+        return DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class Header:
+    """One safetensors file: ``raw`` is all that precedes the data, ``entries`` the tensors in the order of their bytes."""
+
+    path: Path
+    raw: bytes
+    entries: list[Entry]
+    metadata: dict[str, str]
+    size: int
+
+
+@dataclass(frozen=True)
+class Component:
+    """The weights of one folder of a model: one safetensors file, or the shards of an index."""
+
+    folder: Path
+    shards: list[Header]
+    index: Path | None = None
+
+    def entries(self) -> Iterator[Entry]:
+        return (entry for shard in self.shards for entry in shard.entries)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder, or one file. Keys are paths relative to ``root``; ``left_out`` are weights in formats (or duplicates) that fuse does
+    not write."""
+
+    root: Path
+    components: dict[str, Component]
+    others: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def files(self) -> list[Path]:
+        return [shard.path for component in self.components.values() for shard in component.shards]
+
+
+def _reject(path: Path, why: str) -> NoReturn:
+    raise RefineFastError(f"{path} is no valid safetensors file: {why}; download it or save it again")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return keys
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def parse_json(text: bytes) -> Any:
+    """Strict JSON: no key twice, no NaN, no unpaired surrogate. Raises ValueError."""
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _parse_entry(path: Path, name: str, info: object, data_start: int) -> Entry:
+    if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
+        _reject(path, f"tensor {name!r} lacks one of dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        _reject(path, f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        _reject(path, f"tensor {name!r} has the shape {str(shape)[:80]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        _reject(path, f"tensor {name!r} has the data_offsets {str(offsets)[:80]}")
+    bits, nbytes = math.prod(shape) * DTYPES[dtype][0], offsets[1] - offsets[0]
+    if bits != 8 * nbytes:
+        _reject(path, f"tensor {name!r} of dtype {dtype} and shape {shape} takes {bits / 8:.12g} bytes, but its data_offsets span {nbytes}")
+    return Entry(name, dtype, tuple(shape), path, data_start + offsets[0], nbytes)
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, fully validated. Raises RefineFastError."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = file.read(8)
+            n = int.from_bytes(length, "little")
+            if size < 8:
+                _reject(path, f"it has {size} bytes, less than the 8 that give the header's length")
+            if n > MAX_HEADER:
+                _reject(path, f"its header claims {n} bytes, more than the {MAX_HEADER} that the format allows")
+            if 8 + n > size:
+                _reject(path, f"its header claims {n} bytes, but the file ends after {size}")
+            text = file.read(n)
+    except OSError as error:
+        raise RefineFastError(f"cannot read {path}: {error.strerror}") from error
+    if not text.startswith(b"{"):
+        _reject(path, "its header does not start with '{'")
+    try:
+        header = parse_json(text)
+    except ValueError as error:
+        _reject(path, f"its header is malformed ({str(error)[:200]})")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _reject(path, "its __metadata__ is no map from text to text")
+    entries = sorted((_parse_entry(path, name, info, 8 + n) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes))
+    end = 8 + n
+    for entry in entries:
+        if entry.offset != end:
+            _reject(path, f"tensor {entry.name!r} starts at byte {entry.offset}, but the data before it ends at {end}")
+        end += entry.nbytes
+    if end != size:
+        _reject(path, f"its tensors end at byte {end}, but the file at {size}")
+    return Header(path, length + text, entries, metadata, size)
+
+
+def _check_inside(folder: Path, path: Path) -> None:
+    """A weight file must lie in its folder, or where the Hugging Face cache keeps the folder's files: snapshots/<rev>/x ->
+    ../../blobs/<hash>."""
+    homes = [folder.resolve()]
+    if homes[0].parent.name == "snapshots":
+        homes.append(homes[0].parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(home) for home in homes):
+        raise RefineFastError(f"{path} is a link that leaves the model's folder: put the file itself there")
+
+
+def _read_index(index: Path, root: Path) -> Component:
+    try:
+        content = parse_json(index.read_bytes())
+    except (ValueError, OSError) as error:
+        raise RefineFastError(f"{index} is no valid index: {str(error)[:200]}") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+        raise RefineFastError(f"{index} has no weight_map from tensor names to file names")
+    shards = {}
+    for file in sorted(set(weight_map.values())):
+        path = index.parent / file
+        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise RefineFastError(f"{index} points outside its folder, at {file!r}: only plain file names are accepted")
+        if not path.is_file():
+            raise RefineFastError(f"{index} names the shard {file}, which is missing: download the model again")
+        _check_inside(root, path)
+        shards[file] = read_header(path)
+    where: dict[str, str] = {}
+    for file, shard in shards.items():
+        for entry in shard.entries:
+            if where.setdefault(entry.name, file) != file:
+                raise RefineFastError(f"{index.parent}: tensor {entry.name!r} is in two shards, {where[entry.name]} and {file}")
+    for name, file in weight_map.items():
+        if where.get(name) != file:
+            found = f"it is in {where[name]}" if name in where else "no shard has it"
+            raise RefineFastError(f"{index} places tensor {name!r} in {file}, but {found}")
+    return Component(index.parent, list(shards.values()), index)
+
+
+def _read_component(folder: Path, names: list[str], root: Path) -> tuple[Component | None, set[str]]:
+    """The weights of one folder and the names of the files that they are read from."""
+    files = [name for name in names if name.endswith(".safetensors")]
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    if "model.safetensors" in files or (len(files) == 1 and not indexes):  # as transformers prefers: one file before an index
+        name = "model.safetensors" if "model.safetensors" in files else files[0]
+        _check_inside(root, folder / name)
+        return Component(folder, [read_header(folder / name)]), {name}
+    if len(indexes) == 1:
+        component = _read_index(folder / indexes[0], root)
+        return component, {indexes[0], *(shard.path.name for shard in component.shards)}
+    if files or indexes:
+        raise RefineFastError(
+            f"{folder} has {len(files)} safetensors files and {len(indexes)} indexes: one model.safetensors or one index is needed"
+        )
+    return None, set()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A model folder or one .safetensors file, every header validated. Raises RefineFastError."""
+    if path.is_file():
+        if path.suffix in WEIGHT_SUFFIXES:
+            raise RefineFastError(
+                f"{path} is no safetensors file: save the model again with model.save_pretrained(folder), which writes safetensors"
+            )
+        return Checkpoint(path.parent, {".": Component(path.parent, [read_header(path)])})
+    if not path.is_dir():
+        raise RefineFastError(
+            f"{path} does not exist: give a model folder or a .safetensors file (`hf download NAME --local-dir FOLDER` fetches one)"
+        )
+    components, others, left_out = {}, [], []
+    for current, folders, names in os.walk(path):
+        folder = Path(current)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if (folder / name).is_symlink():
+                raise RefineFastError(f"{folder / name} is a link to a folder: put the folder itself there")
+        component, used = _read_component(folder, names, path)
+        relative = folder.relative_to(path)
+        if component is not None:
+            components[str(relative)] = component
+        for name in sorted(set(names) - used):
+            if name.endswith((*WEIGHT_SUFFIXES, ".safetensors", ".safetensors.index.json", ".bin.index.json")):
+                left_out.append(str(relative / name))
+            else:
+                others.append(str(relative / name))
+    if not components:
+        if any(name.endswith(WEIGHT_SUFFIXES) for name in left_out):
+            raise RefineFastError(
+                f"{path} has no safetensors weights, only {left_out[0]}: convert them with"
+                f" AutoModel.from_pretrained({str(path)!r}).save_pretrained(FOLDER)"
+            )
+        raise RefineFastError(f"{path} has no weights: no *.safetensors file is in it")
+    return Checkpoint(path, components, others, left_out)

@@ -1,0 +1,63 @@
+"""Which tensor of the tuned model belongs to which of the base, where published and re-saved models name or keep them differently."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+# Tensors that one of two copies of the same encoder may lack: buffers that newer transformers no longer store, the pooler that retrieval
+# does not use, and heads on top of the encoder.
+OPTIONAL = re.compile(
+    r"(^|\.)(embeddings\.(position_ids|token_type_ids)|rotary_emb\.inv_freq)$"
+    r"|(^|\.)(pooler|cls|lm_head|classifier|score|qa_outputs|predictions)\."
+)
+
+
+@dataclass
+class Match:
+    """``pairs``: base name -> tuned name; ``notes``: what was reconciled, for the report; ``missing``, ``extra``: what could not be."""
+
+    pairs: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+
+
+def _prefixes(longer: Iterable[str], shorter: str) -> set[str]:
+    """Every prefix, ending in a dot, that turns ``shorter`` into one of the longer names."""
+    return {name.removesuffix(shorter) for name in longer if name.endswith("." + shorter)}
+
+
+def match_names(base: Iterable[str], tuned: Iterable[str]) -> Match:
+    """Equal names belong together; what is left is tried with one prefix (``bert.``, ``model.``) added or removed throughout."""
+    base_names, tuned_names = set(base), set(tuned)
+    match = Match({name: name for name in base_names & tuned_names})
+    left, right = base_names - tuned_names, tuned_names - base_names
+    needed = [name for name in left if not OPTIONAL.search(name)]
+    if needed and right:
+        sample = max(needed, key=lambda name: (name.count("."), name))  # the longest name, since a short one ends many others
+        rest = max(right, key=lambda name: (name.count("."), name))
+        candidates = [
+            *({name: prefix + name for name in left} for prefix in sorted(_prefixes(right, sample))),
+            *({prefix + name: name for name in right} for prefix in sorted(_prefixes(left, rest))),
+        ]
+        best = max(candidates, key=lambda renamed: sum(b in left and t in right for b, t in renamed.items()), default={})
+        renamed = {b: t for b, t in best.items() if b in left and t in right}
+        if renamed:
+            b, t = next(iter(renamed.items()))
+            prefix, side = (t.removesuffix(b), "tuned") if len(t) > len(b) else (b.removesuffix(t), "base")
+            match.notes.append(f"{len(renamed)} names carry the prefix {prefix!r} in {side} only")
+            match.pairs |= renamed
+            left, right = left - renamed.keys(), right - set(renamed.values())
+    for name in sorted(left):
+        if OPTIONAL.search(name):
+            match.notes.append(f"{name} is in base only: kept")
+        else:
+            match.missing.append(name)
+    for name in sorted(right):
+        if OPTIONAL.search(name):
+            match.notes.append(f"{name} is in tuned only: left out")
+        else:
+            match.extra.append(name)
+    return match

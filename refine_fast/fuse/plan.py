@@ -1,0 +1,225 @@
+"""What a merge will do: every tensor of the output, where its two inputs lie and with which weight, decided and checked before a byte is
+written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..errors import RefineFastError
+from .adapter import Adapter, LowRank, is_adapter, read_adapter
+from .checkpoint import DTYPES, RAW, Checkpoint, Component, Entry, Header, parse_json, read_checkpoint
+from .names import match_names
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of the output: interpolated where ``tuned`` or ``low_rank`` is given and the type is a float, else copied from base."""
+
+    name: str
+    base: Entry
+    tuned: Entry | None
+    low_rank: LowRank | None
+    weights: tuple[float, ...]  # one per output
+    out_storage: int
+    nbytes: int
+
+    @property
+    def is_float(self) -> bool:
+        return self.base.storage is not None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output: ``header``, then the pieces one after the other."""
+
+    relative: Path
+    header: bytes
+    pieces: list[Piece]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(piece.nbytes for piece in self.pieces)
+
+
+@dataclass
+class Plan:
+    base: Checkpoint
+    is_folder: bool
+    shards: list[Shard] = field(default_factory=list)
+    indexes: dict[Path, bytes] = field(default_factory=dict)
+    inputs: list[Header] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Weights:
+    """The weight of each tensor: the first glob that matches its name, else the output's own."""
+
+    def __init__(self, own: list[float], globs: Mapping[str, float] | None) -> None:
+        self._own, self._globs, self._used = tuple(own), dict(globs or {}), set[str]()
+        for value in (*own, *self._globs.values()):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise RefineFastError(f"the weight {value!r} is no finite number; 0 gives base, 1 gives tuned")
+
+    def of(self, name: str) -> tuple[float, ...]:
+        for glob, weight in self._globs.items():
+            if fnmatchcase(name, glob):
+                self._used.add(glob)
+                return (float(weight),) * len(self._own)
+        return self._own
+
+    def check_all_used(self) -> None:
+        for glob in self._globs:
+            if glob not in self._used:
+                raise RefineFastError(f"weights: the pattern {glob!r} matches no tensor, or only tensors that an earlier pattern matches")
+
+
+def modules_of(root: Path) -> list[str]:
+    """The folders of a sentence-transformers model in the order of its modules; the root alone for a plain one."""
+    path = root / "modules.json"
+    if not path.is_file():
+        return ["."]
+    try:
+        return [str(Path(module["path"])) for module in parse_json(path.read_bytes())]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefineFastError(f"{path} is malformed: {error}") from error
+
+
+def _tuned_component(relative: str, base: Checkpoint, tuned: Checkpoint, notes: list[str]) -> Component:
+    """The component of tuned that plays the part of base's: the same folder, or the same place in modules.json."""
+    found = tuned.components.get(relative)
+    if found is None:
+        theirs = dict(zip(modules_of(base.root), modules_of(tuned.root), strict=False))
+        found = tuned.components.get(theirs.get(relative, relative))
+        if found is not None:
+            notes.append(f"{base.root / relative} is {found.folder} in tuned")
+    if found is None:
+        raise RefineFastError(f"{tuned.root} has no weights in {relative!r}, where {base.root} has some: are both of one architecture?")
+    return found
+
+
+def some(names: list[str]) -> str:
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _check_pair(base: Entry, tuned: Entry) -> None:
+    if base.shape != tuned.shape:
+        why = ""
+        if base.shape[1:] == tuned.shape[1:] and "embed" in base.name:
+            why = ": the vocabularies differ; resize one model's token embeddings and save it again"
+        shapes = f"{list(base.shape)} in {base.file}, but {list(tuned.shape)} in {tuned.file}"
+        raise RefineFastError(f"tensor {base.name!r} is {shapes}{why or ': the architectures differ'}")
+    if (base.storage is None) != (tuned.storage is None):
+        types = f"{base.dtype} in {base.file}, but {tuned.dtype} in {tuned.file}"
+        raise RefineFastError(f"tensor {base.name!r} is {types}: dequantize the model and save it again")
+
+
+def _pairs(component: Component, tuned: Component, notes: list[str]) -> dict[str, Entry]:
+    entries = {entry.name: entry for entry in tuned.entries()}
+    match = match_names((entry.name for entry in component.entries()), entries)
+    if match.missing:
+        raise RefineFastError(f"{tuned.folder} lacks the tensor {some(match.missing)} of {component.folder}: are both of one architecture?")
+    if match.extra:
+        raise RefineFastError(f"{component.folder} lacks the tensor {some(match.extra)} of {tuned.folder}: are both of one architecture?")
+    notes += match.notes
+    return {base: entries[name] for base, name in match.pairs.items()}
+
+
+def _header(header: Header, dtype: str | None) -> bytes:
+    """base's header as it is, so that offsets match; or one with every float tensor in ``dtype``."""
+    if dtype is None:
+        return header.raw
+    content: dict[str, object] = {"__metadata__": header.metadata} if header.metadata else {}
+    end = 0
+    for entry in header.entries:
+        own = entry.dtype if entry.storage is None else dtype
+        start, end = end, end + math.prod(entry.shape) * DTYPES[own][0] // 8
+        content[entry.name] = {"dtype": own, "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def make_plan(
+    base_path: Path, tuned_path: Path, own_weights: list[float], globs: Mapping[str, float] | None = None, dtype: str | None = None
+) -> Plan:
+    """Reads and checks both checkpoints. Raises RefineFastError."""
+    if dtype is not None and (dtype not in DTYPES or DTYPES[dtype][1] is None):
+        raise RefineFastError(
+            f"dtype {dtype!r} is none of {', '.join(name for name, (_, storage) in DTYPES.items() if storage is not None)}"
+        )
+    weights = Weights(own_weights, globs)
+    base = read_checkpoint(base_path)
+    plan = Plan(base, base_path.is_dir())
+    adapter: Adapter | None = None
+    if is_adapter(tuned_path):
+        # the adapter changes the encoder, which lies in the first folder with weights
+        adapted = next(iter(base.components))
+        adapter = read_adapter(tuned_path, {entry.name: entry for entry in base.components[adapted].entries()})
+        plan.inputs.append(adapter.header)
+        plan.notes += adapter.notes
+    else:
+        tuned = read_checkpoint(tuned_path)
+        if plan.is_folder != tuned_path.is_dir():
+            raise RefineFastError(f"{base_path} and {tuned_path} must be two model folders or two .safetensors files")
+    used: list[Path] = []
+    for relative, component in base.components.items():
+        low_rank: dict[str, LowRank] = {}
+        if adapter is None:
+            other = _tuned_component(relative, base, tuned, plan.notes)
+            used.append(other.folder)
+            plan.inputs += [*component.shards, *other.shards]
+            pairs = _pairs(component, other, plan.notes)
+        else:
+            plan.inputs += component.shards
+            pairs, low_rank = (adapter.whole, adapter.low_rank) if relative == adapted else ({}, {})
+        for shard in component.shards:
+            header = _header(shard, dtype)
+            pieces = []
+            for entry in shard.entries:
+                partner = pairs.get(entry.name)
+                if partner is not None:
+                    _check_pair(entry, partner)
+                own = entry.dtype if entry.storage is None or dtype is None else dtype
+                name = entry.name if relative == "." else f"{relative}/{entry.name}"
+                nbytes = math.prod(entry.shape) * DTYPES[own][0] // 8
+                storage = RAW if entry.storage is None else DTYPES[own][1]
+                assert storage is not None
+                pieces.append(
+                    Piece(
+                        name,
+                        entry,
+                        partner,
+                        low_rank.get(entry.name),
+                        weights.of(name) if entry.storage is not None else (0.0,),
+                        storage,
+                        nbytes,
+                    )
+                )
+            plan.shards.append(Shard(shard.path.relative_to(base.root), header, pieces))
+        if component.index is not None:
+            plan.indexes[component.index.relative_to(base.root)] = _index(component.index, [s.relative for s in plan.shards], plan, dtype)
+    if adapter is None:
+        unused = [name for name, component in tuned.components.items() if component.folder not in used]
+        if unused:
+            raise RefineFastError(
+                f"{base_path} has no weights in {unused[0]!r}, where {tuned_path} has some: are both of one architecture?"
+            )
+    weights.check_all_used()
+    return plan
+
+
+def _index(index: Path, names: list[Path], plan: Plan, dtype: str | None) -> bytes:
+    """base's index as it is; with another dtype its total_size changes."""
+    content = index.read_bytes()
+    if dtype is None:
+        return content
+    parsed = parse_json(content)
+    folder = index.parent.relative_to(plan.base.root)
+    total = sum(piece.nbytes for shard in plan.shards if shard.relative.parent == folder for piece in shard.pieces)
+    parsed["metadata"] = {**(parsed.get("metadata") or {}), "total_size": total}
+    return json.dumps(parsed, indent=2).encode() + b"\n"

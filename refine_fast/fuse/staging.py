@@ -1,0 +1,89 @@
+"""Output that appears at once or not at all.
+
+Everything is written into ``.NAME.refine-fast``, beside the output and on the same disk, flushed, and renamed. Killed before the rename,
+the old output (or none) is what is there, and the next merge of the same inputs goes on from ``state.json``; killed after it, the new one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .. import _core
+from ..errors import RefineFastError
+
+
+def fsync_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class Staging:
+    """One output being written. ``content`` is what the rename will move to ``final``; ``state`` what an earlier, killed run of the same
+    ``plan`` had finished. Use as a context manager: an exception removes everything that was written."""
+
+    def __init__(self, final: Path, plan: str, *, is_folder: bool) -> None:
+        self.final = final
+        self.folder = final.parent / f".{final.name}.refine-fast"
+        self.content = self.folder / "content"
+        self._plan = plan
+        self._is_folder = is_folder
+
+    def __enter__(self) -> Staging:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise RefineFastError(f"another merge is writing {self.final}: wait for it, or give another output") from None
+        self.state = self._read_state()
+        if not self.state:
+            for path in self.folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self._is_folder:
+            self.content.mkdir(exist_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            state = json.loads((self.folder / "state.json").read_text())
+            return state["done"] if state["plan"] == self._plan and self.content.exists() else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def save_state(self, done: dict[str, Any]) -> None:
+        """Records what is finished and flushed."""
+        temporary = self.folder / "state.json.new"
+        temporary.write_text(json.dumps({"plan": self._plan, "done": done}))
+        fsync_path(temporary)
+        temporary.rename(self.folder / "state.json")
+
+    def publish(self) -> None:
+        """Moves the content to its final name, in place of what was there, and clears up."""
+        if self._is_folder:
+            for folder, _, _ in os.walk(self.content):
+                fsync_path(Path(folder))
+            (self.folder / "state.json").unlink(missing_ok=True)  # what the exchange leaves here is the old output, nothing to go on from
+            try:
+                self.content.rename(self.final)
+            except OSError:  # there is a folder with something in it
+                if not _core.exchange_paths(str(self.content), str(self.final)):  # a file system without exchange: two steps
+                    self.final.rename(self.folder / "replaced")
+                    self.content.rename(self.final)
+        else:
+            self.content.replace(self.final)
+        fsync_path(self.final.parent)
+        shutil.rmtree(self.folder)
