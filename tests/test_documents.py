@@ -240,7 +240,6 @@ def test_beir_passages_stay_whole(data: Path, tokenizer) -> None:
 
 def test_python_docs(tokenizer) -> None:
     documents = load_documents(None)
-    assert documents == load_documents(None)
     by_source = {document.source: document for document in documents}
     assert len(by_source) == len(documents) == len({document.id for document in documents})
     assert {"topic:assert", "json.dumps", "textwrap.TextWrapper"} <= {document.id for document in documents}

@@ -11,7 +11,7 @@ import pytest
 
 from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.chunks import Chunk
-from refine_fast.pipeline.queries import MIX, Query, load_queries, synthesize_queries
+from refine_fast.pipeline.queries import TURNS, Query, load_queries, synthesize_queries
 
 pytest.importorskip("sentence_transformers", reason="the pipeline's extra is not installed")
 
@@ -31,7 +31,7 @@ def words(text: str) -> set[str]:
 def test_synthetic_queries_come_from_their_chunk() -> None:
     queries = synthesize_queries(CHUNKS, seed=0)
     chunks = {chunk.id: chunk for chunk in CHUNKS}
-    assert {query.kind for query in queries} == set(MIX)
+    assert {query.kind for query in queries} == set(TURNS)
     for query in queries:
         assert words(query.text) <= words(chunks[query.chunk_id].passage), query
         if query.kind == "cloze":
@@ -46,11 +46,9 @@ def test_synthetic_queries_come_from_their_chunk() -> None:
 def test_seeded_per_chunk() -> None:
     one, again, other = (synthesize_queries(CHUNKS, seed=seed) for seed in (1, 1, 2))
     assert one == again != other
-    cloze = {"cloze": 1}
-    few = synthesize_queries(CHUNKS[:2], seed=1, per_chunk=cloze)
-    assert few == [query for query in synthesize_queries(CHUNKS, seed=1, per_chunk=cloze) if query.chunk_id.startswith("rivers")]
-    with pytest.raises(ValueError, match=r"per_chunk names the kinds \['poem'\]; there are"):
-        synthesize_queries(CHUNKS, seed=0, per_chunk={"poem": 1})
+    few = synthesize_queries(CHUNKS[:2], seed=1, per_chunk=1)
+    assert few == [query for query in synthesize_queries(CHUNKS, seed=1, per_chunk=1) if query.chunk_id.startswith("rivers")]
+    assert len(few) == 2
     assert synthesize_queries([], seed=0) == []
 
 
@@ -86,6 +84,8 @@ def test_bad_user_queries(tmp_path: Path, content: str, message: str) -> None:
 
 def beir(folder: Path) -> Path:
     (folder / "qrels").mkdir()
+    corpus = [{"_id": chunk.id, "text": chunk.text} for chunk in CHUNKS]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
     texts = {"q1": "Where is coal carried?", "q2": "How does a glacier form?", "q3": "how does a  glacier FORM?", "q4": "Unjudged?"}
     (folder / "queries.jsonl").write_text("\n".join(json.dumps({"_id": id, "text": text}) for id, text in texts.items()))
     header = "query-id\tcorpus-id\tscore\n"
@@ -98,23 +98,6 @@ def test_beir_queries_that_the_test_asks_too_are_left_out(tmp_path: Path) -> Non
     assert load_queries(beir(tmp_path), CHUNKS) == [Query("Where is coal carried?", "rivers#0", "user")]
     (tmp_path / "qrels" / "test.tsv").unlink()
     assert [query.chunk_id for query in load_queries(tmp_path, CHUNKS)] == ["rivers#0", "glaciers"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("qrels/train.tsv", "q1 rivers#0 1", r"train.tsv:1 is 'q1 rivers#0 1'; it must be query-id, corpus-id and whole score"),
-        ("qrels/train.tsv", "q1\trivers#0\thigh", r"train.tsv:1 is .*; it must be"),
-        ("qrels/train.tsv", "q9\trivers#0\t1", r'train.tsv:1: the query "q9" is not in queries.jsonl'),
-        ("qrels/train.tsv", None, r"has no qrels/train.tsv but only \['test'\]"),
-        ("queries.jsonl", None, r"has no queries.jsonl or queries.jsonl.gz; give a BEIR folder"),
-    ],
-)
-def test_bad_beir_queries(tmp_path: Path, name: str, content: str | None, message: str) -> None:
-    path = beir(tmp_path) / name
-    path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(RefineFastError, match=message):
-        load_queries(tmp_path, CHUNKS)
 
 
 def test_real_train_queries() -> None:

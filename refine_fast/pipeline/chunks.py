@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from .documents import Document
+from .embed import passage_text
 from .readers import markdown_headings
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class Chunk:
 
     @property
     def passage(self) -> str:
-        """What the encoder reads: title and text with a blank between, as BEIR does."""
-        return f"{self.title} {self.text}" if self.title else self.text
+        """What the encoder reads: title and text."""
+        return passage_text(self.title, self.text)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def load_documents(path: Path | None) -> list[Document]:
         raise RefineFastError(f"{path} does not exist; give a folder, a file or a dataset, or nothing for Python's own documentation.")
     if path.is_file():
         documents = _jsonl(path, "text") if path.name.endswith((".jsonl", ".jsonl.gz")) else _files([(path, path.name)])
-    elif corpus := beir_file(path, "corpus"):
+    elif corpus := next((file for suffix in (".jsonl", ".jsonl.gz") if (file := path / f"corpus{suffix}").is_file()), None):
         documents = _jsonl(corpus, "passage")
     elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         documents = _dataset(path)
@@ -60,11 +60,6 @@ def load_documents(path: Path | None) -> list[Document]:
     if not documents:
         raise RefineFastError(f"{path} holds no usable text; give a folder of {', '.join(SUFFIXES)} files, a JSONL file or a BEIR folder.")
     return documents
-
-
-def beir_file(folder: Path, name: str) -> Path | None:
-    """``corpus`` or ``queries`` of a BEIR folder, plain or gzipped; None where it has none."""
-    return next((path for suffix in (".jsonl", ".jsonl.gz") if (path := folder / f"{name}{suffix}").is_file()), None)
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, str]]:

@@ -6,14 +6,15 @@ import random
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 from ..errors import RefineFastError, RefineFastWarning
 from .chunks import Chunk
-from .documents import beir_file
 from .jsonl import read_jsonl, text_field
+from .retrieval_set import load_beir, without
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,12 @@ class Query:
     kind: str
 
 
-# Queries of each kind per chunk.
-MIX: Mapping[str, int] = {"cloze": 3, "title": 1, "span": 2}
+# The kinds are dealt in turn, chunk by chunk.
+TURNS = ("cloze", "span", "cloze", "title")
 
 
-def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: Mapping[str, int] = MIX) -> list[Query]:
-    """Queries without an LLM, ``per_chunk[kind]`` of each kind and chunk where the chunk has enough to offer:
+def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: int = len(TURNS)) -> list[Query]:
+    """At most ``per_chunk`` queries of each chunk without an LLM, of the kinds of TURNS, fewer where the chunk has not enough to offer:
 
     - "cloze": a sentence of the chunk (the inverse cloze task of Lee et al. 2019, arXiv 1906.00300; the chunk stays whole, since finding
       the words of a question in the passage is part of the task);
@@ -40,17 +41,16 @@ def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: Mapping
     Seeded per chunk, so that a chunk's queries do not depend on the other chunks' draws. An LLM writes better ones: these teach the
     collection's words, not how people ask.
     """
-    if unknown := per_chunk.keys() - MIX.keys():
-        raise ValueError(f"per_chunk names the kinds {sorted(unknown)}; there are {sorted(MIX)}")
+    count = Counter(islice(cycle(TURNS), per_chunk))
     terms = _salient_terms(chunks)
     sharing = Counter(chunk.title for chunk in chunks)
     queries = []
     for chunk, best in zip(chunks, terms, strict=True):
         rng = random.Random(f"{seed}:{chunk.id}")
         made = {
-            "cloze": _cloze(chunk, per_chunk.get("cloze", 0), rng),
-            "title": _title(chunk, best, sharing[chunk.title] > 1, per_chunk.get("title", 0), rng),
-            "span": _span(chunk, best, per_chunk.get("span", 0), rng),
+            "cloze": _cloze(chunk, count["cloze"], rng),
+            "title": _title(chunk, best, sharing[chunk.title] > 1, count["title"], rng),
+            "span": _span(chunk, best, count["span"], rng),
         }
         queries += [Query(text, chunk.id, kind) for kind, texts in made.items() for text in dict.fromkeys(texts)]
     return queries
@@ -134,6 +134,9 @@ def load_queries(path: Path, chunks: Sequence[Chunk], split: str = "train") -> l
             RefineFastWarning,
             stacklevel=2,
         )
+    if path.is_dir():
+        others = sorted(other.stem for other in path.glob("qrels/*.tsv") if other.stem != split)
+        queries = without(queries, [text for other in others for text in load_beir(path, other).queries])
     return list(dict.fromkeys(queries))
 
 
@@ -148,32 +151,10 @@ def _jsonl_judgements(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _beir_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str]]:
-    source = beir_file(folder, "queries")
-    if source is None:
-        raise RefineFastError(f"{folder} has no queries.jsonl or queries.jsonl.gz; give a BEIR folder or a JSONL file of queries.")
-    splits = sorted(path.stem for path in folder.glob("qrels/*.tsv"))
-    if split not in splits:
-        raise RefineFastError(f"{folder} has no qrels/{split}.tsv but only {splits}; give a set with queries of that split.")
-    texts = {text_field(row, ("_id",), f"{source}:{n}"): text_field(row, ("text",), f"{source}:{n}") for n, row in read_jsonl(source)}
-    others = {" ".join(texts.get(id, "").casefold().split()) for other in splits if other != split for id, _, _ in _qrels(folder, other)}
-    for id, doc_id, where in _qrels(folder, split):
-        if id not in texts:
-            raise RefineFastError(f'{where}: the query "{id}" is not in {source.name}; the two files belong to different sets.')
-        if " ".join(texts[id].casefold().split()) not in others:
-            yield texts[id], doc_id, where
-
-
-def _qrels(folder: Path, split: str) -> Iterator[tuple[str, str, str]]:
-    """(query id, document id, where) of the judgements above 0."""
-    path = folder / "qrels" / f"{split}.tsv"
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        fields = line.split("\t")
-        if not line.strip() or (number == 1 and fields[-1] == "score"):
-            continue
-        if len(fields) != 3 or not re.fullmatch(r"-?\d+", fields[2].strip()):
-            raise RefineFastError(f"{path}:{number} is {line!r:.80}; it must be query-id, corpus-id and whole score, tab-separated.")
-        if int(fields[2]) > 0:
-            yield fields[0], fields[1], f"{path}:{number}"
+    judged = load_beir(folder, split)
+    for id, text, relevant in zip(judged.query_ids, judged.queries, judged.relevant, strict=True):
+        for row in sorted(relevant):
+            yield text, judged.doc_ids[row], f"query {id} of {split}"
 
 
 def _finder(chunks: Sequence[Chunk]) -> Callable[[str, str], Chunk | None]:

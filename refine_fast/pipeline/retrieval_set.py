@@ -17,7 +17,7 @@ from ..errors import RefineFastError
 from .embed import passage_text
 
 if TYPE_CHECKING:
-    from .documents import Chunk
+    from .chunks import Chunk
     from .queries import Query
 
 
