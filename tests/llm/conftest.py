@@ -47,8 +47,9 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
 
 
 def make_chunks(count: int) -> list[Chunk]:
-    texts = [f"Harbour {i} was built by the city of Port {i}. Its crane lifts {i} tonnes and its quay is {2 * i} metres long." for i in range(count)]
-    return [Chunk(id=f"c{i}", text=text, title="", source=f"file{i // 10}", start=0, end=len(text)) for i, text in enumerate(texts)]
+    text = "Harbour {i} was built by the city of Port {i}. Its crane lifts {i} tonnes and its quay is {i}0 metres long."
+    texts = [text.format(i=i) for i in range(count)]
+    return [Chunk(f"c{i}", text, "", f"file{i // 10}", 0, len(text)) for i, text in enumerate(texts)]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 FAULTS = ("429", "500", "503", "drop", "half", "garbage", "stall")
 
@@ -75,7 +76,7 @@ class Server:
     async def answer(self, method: str, path: str, head: bytes, body: dict, writer: asyncio.StreamWriter) -> bool:
         if path == "/options":
             self.options = dataclasses.replace(self.options, **body)
-            self.answers = json.load(open(self.options.answers)) if self.options.answers else {}
+            self.answers = json.loads(Path(self.options.answers).read_text()) if self.options.answers else {}
             return await self.send(writer, 200, {})
         if path == "/stats":
             calls = sum(self.served.values())
@@ -130,7 +131,7 @@ class Server:
             return await self.send(writer, 200, '{"id": "c", "choices": [{"mess')
         if fault == "half":
             data = json.dumps(reply).encode()
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data[: len(data) // 2])
+            writer.write(head_of(200, len(data)) + data[: len(data) // 2])
             await writer.drain()
             return False
         await self.send(writer, 200, reply)
@@ -161,9 +162,13 @@ class Server:
 
     async def send(self, writer: asyncio.StreamWriter, status: int, body: dict | str, headers: str = "") -> bool:
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
-        writer.write(f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n{headers}\r\n".encode() + data)
+        writer.write(head_of(status, len(data), headers) + data)
         await writer.drain()
         return True
+
+
+def head_of(status: int, length: int, headers: str = "") -> bytes:
+    return f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n{headers}\r\n".encode()
 
 
 async def main() -> None:

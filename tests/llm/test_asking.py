@@ -82,7 +82,7 @@ def test_two_models_share_the_chunks(endpoint: Endpoint, chunks: list[Chunk], tm
 def test_failures_are_recorded_and_asked_again_by_the_next_start(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
     store = tmp_path / "replies.jsonl"
     endpoint.set(reply=" ")
-    with pytest.raises(RefineFastError, match="no chunk got a reply.*empty reply"):
+    with pytest.raises(RefineFastError, match=r"no chunk got a reply.*empty reply"):
         generate_queries(chunks[:5], endpoint.settings(), store)
     assert {record["error"] for record in records(store)} == {"empty reply (stop)"}
     endpoint.set(reply="")

@@ -1,11 +1,11 @@
 """Queries written by a language model: any OpenAI-compatible endpoint, or transformers in this process.
 
-    request -> client | local     one call, and what kind of failure it met
-    policy                        how many at a time, when again, when to stop, what it may cost
-    store                         every paid reply on disk before it counts
-    ask                           requests -> replies, through the three above
-    prompt, parse, filters        what is asked for, and which part of a reply becomes a query
-    generate                      the stage; probe: what doctor says about an endpoint
+request -> client | local     one call, and what kind of failure it met
+policy                        how many at a time, when again, when to stop, what it may cost
+store                         every paid reply on disk before it counts
+ask                           requests -> replies, through the three above
+prompt, parse, filters        what is asked for, and which part of a reply becomes a query
+generate                      the stage; probe: what doctor says about an endpoint
 """
 
 from .ask import Progress

@@ -46,10 +46,17 @@ Watch = Callable[[Progress], None]
 
 
 async def ask(
-    requests: Iterable[Request], state: Progress, backend: Backend, store: ReplyStore, throttle: Throttle, budget: Budget, watch: Watch | None = None
+    requests: Iterable[Request],
+    state: Progress,
+    backend: Backend,
+    store: ReplyStore,
+    throttle: Throttle,
+    budget: Budget,
+    watch: Watch | None = None,
 ) -> None:
     """Requests are drawn as they are needed, never all at once. Returns when there are no more, or when a limit stops the run cleanly;
-    raises a fatal :class:`Failure` when no request can succeed. Every reply is in the store by then; ``state`` tells how far it came."""
+    raises a fatal :class:`Failure` when no request can succeed. Every reply is in the store by then; ``state`` tells how far it came.
+    """
     stream = iter(requests)
     # Calls that wait for a Retry-After hold a worker but no slot: three workers a slot keep the slots busy.
     workers = [asyncio.create_task(_work(stream, backend, store, throttle, budget, state, watch)) for _ in range(3 * throttle.ceiling)]

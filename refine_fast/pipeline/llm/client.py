@@ -67,14 +67,12 @@ class HttpBackend:
         raise AssertionError("the last mode returns or raises")
 
     async def call(self, request: Request, mode: str) -> Reply:
+        fields: dict[str, Any] = {"model": request.model, "messages": request.messages, self._limit_name: request.max_tokens}
+        if request.temperature is not None:
+            fields["temperature"] = request.temperature
         try:
             async with asyncio.timeout(self._timeout):
-                completion = await self._client.chat.completions.create(
-                    model=request.model,
-                    messages=request.messages,  # type: ignore[arg-type]
-                    extra_body={self._limit_name: request.max_tokens, **response_format(mode, request.schema)},
-                    **({} if request.temperature is None else {"temperature": request.temperature}),
-                )
+                completion = await self._client.chat.completions.create(**fields, **response_format(mode, request.schema))
         except Exception as error:
             raise self._failure(error) from None
         return self._reply(completion, request)

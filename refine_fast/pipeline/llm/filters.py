@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -15,8 +16,8 @@ from .parse import Candidate, Parsed, no_query
 
 SHORTEST_WORDS, LONGEST_WORDS, LONGEST_CHARACTERS = 2, 48, 300
 SURE = 0.8
-"""Probability from which the language of a query counts as known. Of 6,472 human questions (SQuAD, COVID-QA) py3langid takes four for another
-language at 0.5 and none at 0.8."""
+"""Probability from which the language of a query counts as known. Of 6,472 human questions (SQuAD, COVID-QA) py3langid takes four for
+another language at 0.5 and none at 0.8."""
 
 _ASKS = re.compile(
     r"(?:who|whom|whose|what|when|where|which|why|how|is|are|was|were|do|does|did|can|could|should|would|will|has|have|had|may|might|must|"
@@ -30,7 +31,10 @@ _META = re.compile(
     r"\b(?:the|this) (?:passage|excerpt|snippet)\b|\bas (?:mentioned|described|stated) (?:above|in the)\b",
     re.IGNORECASE,
 )
-_PLACEHOLDER = re.compile(r"^[.…\-_\s<\[{(]*(?:(?:your |the )?(?:query|question|text|keywords?|string|placeholder)(?: ?\d+| here| text)?)?[.…\-_\s>\]})]*$", re.IGNORECASE)
+_PLACEHOLDER = re.compile(
+    r"^[.…\-_\s<\[{(]*(?:(?:your |the )?(?:query|question|text|keywords?|string|placeholder)(?: ?\d+| here| text)?)?[.…\-_\s>\]})]*$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -143,9 +147,9 @@ def normalize(text: str) -> str:
 
 
 def duplicates(texts: Iterable[str], *, threshold: float = 0.9) -> list[str | None]:
-    """Per text, in order: "exact duplicate" of an earlier one after :func:`normalize`, "near duplicate" when the Jaccard similarity of their
-    sets of words and word pairs is at least ``threshold``, otherwise None. MinHash proposes, the sets decide: questions that differ by
-    one year are two questions."""
+    """Per text, in order: "exact duplicate" of an earlier one after :func:`normalize`, "near duplicate" when the Jaccard similarity of
+    their sets of words and word pairs is at least ``threshold``, otherwise None. MinHash proposes, the sets decide:
+    questions that differ by one year are two questions."""
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=threshold, num_perm=128)
@@ -159,7 +163,7 @@ def duplicates(texts: Iterable[str], *, threshold: float = 0.9) -> list[str | No
             continue
         seen.add(plain)
         words = plain.split()
-        shingles = {*words, *(" ".join(pair) for pair in zip(words, words[1:], strict=False))}
+        shingles = {*words, *(" ".join(pair) for pair in itertools.pairwise(words))}
         sketch = MinHash(num_perm=128)
         sketch.update_batch([shingle.encode() for shingle in sorted(shingles)])
         if any(len(shingles & kept[i]) >= threshold * len(shingles | kept[i]) for i in index.query(sketch)):

@@ -171,7 +171,8 @@ async def _ask(
     try:
         await ask(requests, state, backend, replies, Throttle(settings.concurrency), budget, watch)
     except Failure as failure:
-        raise RefineFastError(f"llm: {settings.url} was given up: {failure}; {len(replies)} replies are kept, start again to go on.") from None
+        kept = f"{len(replies)} replies are kept, start again to go on"
+        raise RefineFastError(f"llm: {settings.url} was given up: {failure}; {kept}.") from None
     finally:
         await backend.close()
     return state, getattr(backend, "mode", None)
@@ -217,7 +218,9 @@ def _round_trip(chunks: list[Chunk], found: Found, top_n: int, embeddings: np.nd
     return _keep(found, [None if hit else f"not found in the top {top_n}" for hit in hits], account)
 
 
-async def _judged(chunks: list[Chunk], found: Found, settings: LLMSettings, replies: ReplyStore, account: Account, watch: Watch | None) -> Found:
+async def _judged(
+    chunks: list[Chunk], found: Found, settings: LLMSettings, replies: ReplyStore, account: Account, watch: Watch | None
+) -> Found:
     """Drops what the model itself says the chunk does not answer; without a usable verdict a query stays, and is counted as unjudged."""
     own: dict[int, list[int]] = {}
     for position, (i, _, _) in enumerate(found):

@@ -36,7 +36,8 @@ class LocalBackend:
         while self._waiting and not self._stop.is_set():
             await asyncio.sleep(0)  # lets the other requests of this moment join
             first = self._waiting[0][0]
-            same = [item for item in self._waiting if (item[0].model, item[0].temperature) == (first.model, first.temperature)][: self._batch]
+            same = [item for item in self._waiting if (item[0].model, item[0].temperature) == (first.model, first.temperature)]
+            same = same[: self._batch]
             self._waiting = [item for item in self._waiting if item not in same]
             requests = [request for request, _ in same]
             try:
@@ -62,9 +63,11 @@ class LocalBackend:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             try:
                 tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-                model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
+                model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+                model = model.to(device).eval()
             except (OSError, ValueError) as error:
-                raise RefineFastError(f"llm_model: {name} cannot be loaded ({' '.join(str(error).split())[:200]}); name a folder or model.") from None
+                why = " ".join(str(error).split())[:200]
+                raise RefineFastError(f"llm_model: {name} cannot be loaded ({why}); name a folder or a model on the hub.") from None
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
             self._loaded = (name, tokenizer, model)
@@ -99,10 +102,8 @@ class LocalBackend:
                 **sampling,
             )
         ends = {tokenizer.eos_token_id, *([end] if isinstance(end := model.generation_config.eos_token_id, int) else end or [])}
-        return [
-            self._reply(tokenizer, request, mask, row, ends)
-            for request, mask, row in zip(requests, inputs["attention_mask"].tolist(), output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
-        ]
+        masks, rows = inputs["attention_mask"].tolist(), output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self._reply(tokenizer, *item, ends) for item in zip(requests, masks, rows, strict=True)]
 
     def _reply(self, tokenizer: Any, request: Request, mask: list[int], row: list[int], ends: set[int]) -> Reply:
         end = next((i for i, token in enumerate(row) if token in ends), None)

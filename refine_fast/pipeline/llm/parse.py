@@ -35,10 +35,12 @@ _TEXT_KEYS = ("text", "query", "question", "content", "value")
 _KIND_KEYS = ("kind", "type", "category")
 _THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"```[a-zA-Z0-9]*\s*\n?(.*?)(?:```|\Z)", re.DOTALL)
-_MARKER = re.compile(r"^(?:[-*•–—]\s+|[(\[]?\d{1,3}[.):\]](?!\d)\s*|\(?[a-h][.)]\s+|[A-H]\)\s+|(?i:Q|Query|Question)\s*\d*\s*[:.)]\s*|#+\s*)")
+_MARKER = re.compile(
+    r"^(?:[-*•–—]\s+|[(\[]?\d{1,3}[.):\]](?!\d)\s*|\(?[a-h][.)]\s+|[A-H]\)\s+|(?i:Q|Query|Question)\s*\d*\s*[:.)]\s*|#+\s*)"
+)
 _PREAMBLE = re.compile(
-    r"^(?:here(?:'s| is| are)|sure\b|certainly\b|of course|okay\b|ok[,.!]|below (?:is|are)|the following|i (?:have|can|will|hope)\b(?!'t)|let me|"
-    r"note:|hier sind|voici|aquí|claro)|[:：]$",
+    r"^(?:here(?:'s| is| are)|sure\b|certainly\b|of course|okay\b|ok[,.!]|below (?:is|are)|the following|i (?:have|can|will|hope)\b(?!'t)|"
+    r"let me|note:|hier sind|voici|aquí|claro)|[:：]$",
     re.IGNORECASE,
 )
 _REFUSAL = re.compile(r"^(?:i'?m (?:sorry|unable)|i am (?:sorry|unable)|sorry\b|i (?:can'?t|can ?not|won'?t)\b|as an ai\b)", re.IGNORECASE)
@@ -108,11 +110,14 @@ def _bracketed(text: str) -> str:
 
 
 def _follows_schema(value: Any) -> bool:
+    def is_query(q: Any) -> bool:
+        return isinstance(q, dict) and q.keys() == {"kind", "text"} and all(isinstance(v, str) for v in q.values())
+
     return (
         isinstance(value, dict)
         and value.keys() == {"queries"}
         and isinstance(value["queries"], list)
-        and all(isinstance(q, dict) and q.keys() == {"kind", "text"} and all(isinstance(v, str) for v in q.values()) for q in value["queries"])
+        and all(map(is_query, value["queries"]))
     )
 
 
@@ -140,10 +145,8 @@ def _collect(value: Any, kind: str | None = None, depth: int = 0) -> list[Candid
 
 def _singular(key: str) -> str | None:
     """The kind that a list is named after: "questions" -> "question"; none for "1" or "result"."""
-    name = key.lower().replace("_", "-")
-    return {"questions": "question", "question": "question", "claims": "claim", "claim": "claim", "how-tos": "how-to", "how-to": "how-to"}.get(
-        name, "keywords" if name.startswith("keyword") else None
-    )
+    match = re.match(r"(question|keyword|claim|how[-_ ]?to)", key.lower())
+    return {"q": "question", "k": "keywords", "c": "claim", "h": "how-to"}[match[1][0]] if match else None
 
 
 def _lines(text: str, cut: bool) -> Parsed:

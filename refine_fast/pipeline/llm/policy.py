@@ -1,9 +1,9 @@
 """How many calls at a time, when to wait, when to give up, what may be spent.
 
-Concurrency starts low, doubles with each window of calls that the server took (slow start), and after the first cut grows by one a window.
-A few refusals are how one learns that the limit is near, and cost nothing: up to a tenth of a window is ignored, a quarter cuts the number of
-calls by a quarter. A refused call waits for its own Retry-After without a slot, so that a refusal now and then holds nobody up. When half of a
-window failed the circuit opens: everybody waits, at least as long as the longest Retry-After, then longer and longer.
+Concurrency starts low, doubles with each window of calls that the server took (slow start), and after the first cut grows by one a
+window. A few refusals are how one learns that the limit is near, and cost nothing: up to a tenth of a window is ignored, a quarter cuts
+the number of calls by a quarter. A refused call waits for its own Retry-After without a slot, so that a refusal now and then holds nobody
+up. When half of a window failed the circuit opens: everybody waits, at least as long as the longest Retry-After, then longer and longer.
 """
 
 from __future__ import annotations
@@ -27,10 +27,20 @@ LONGEST_WAIT = 120.0
 
 
 def delay(attempt: int, failure: Failure, first: float = 0.5) -> float:
-    """Seconds before the next try: what the server said, or 0.5, 1, 2, ... up to 30, with jitter so that calls that failed together part."""
+    """Seconds before the next try: what the server said, or 0.5, 1, 2, ... up to 30, with jitter to part what failed together."""
     if failure.retry_after is not None:
         return failure.retry_after + random.uniform(0, 0.1)
     return min(30.0, first * 2**attempt) * random.uniform(0.5, 1.5)
+
+
+@dataclass
+class _Window:
+    """The calls since the last decision."""
+
+    seen: int = 0
+    refused: int = 0
+    failed: int = 0
+    retry_after: float = 0.0
 
 
 class Throttle:
@@ -46,7 +56,7 @@ class Throttle:
         self._succeeded = False
         self._busy = 0
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
-        self._new_window()
+        self._window = _Window()
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -73,42 +83,39 @@ class Throttle:
 
     def record(self, failure: Failure | None) -> None:
         """Learns from a call that ended. Raises a fatal :class:`Failure` when the circuit has opened too often."""
+        window = self._window
         if failure is None or failure.kind == "wrong":  # the server works
             self._openings = 0
             self._succeeded = True
         elif failure.kind == "busy":
-            self._refused += 1
-            self._retry_after = max(self._retry_after, failure.retry_after or 0.0)
+            window.refused += 1
+            window.retry_after = max(window.retry_after, failure.retry_after or 0.0)
         else:
-            self._failed += 1
-        self._seen += 1
-        if self._seen >= max(16, int(self.limit)):
-            self._close_window(failure)
+            window.failed += 1
+        window.seen += 1
+        if window.seen >= max(16, int(self.limit)):
+            self._window = _Window()
+            self._decide(window, failure)
+            self._wake()
 
-    def _new_window(self) -> None:
-        self._seen = self._refused = self._failed = 0
-        self._retry_after = 0.0
-
-    def _close_window(self, last: Failure | None) -> None:
-        if self._refused + self._failed >= self._seen / 2:
-            self._open(last)
-        elif self._refused > self._seen / 4:
+    def _decide(self, window: _Window, last: Failure | None) -> None:
+        if window.refused + window.failed >= window.seen / 2:
+            self._open(window.retry_after, last)
+        elif window.refused > window.seen / 4:
             self._cut(0.75)
-        elif self._refused <= self._seen / 10:
+        elif window.refused <= window.seen / 10:
             self.limit = min(self.ceiling, self.limit * 2 if self._slow_start else self.limit + 1)
-        self._new_window()
-        self._wake()
 
     def _cut(self, factor: float) -> None:
         self.limit = max(1.0, self.limit * factor)
         self._slow_start = False
 
-    def _open(self, last: Failure | None) -> None:
+    def _open(self, retry_after: float, last: Failure | None) -> None:
         self._openings += 1
         # A server that never answered is most likely misnamed; one that did may be restarting: about eight minutes.
         if self._openings > (12 if self._succeeded else 3):
             raise Failure("fatal", f"half of the calls fail, and waiting did not help (last: {last})")
-        pause = max(self._retry_after, min(60.0, self._pause * 2 ** (self._openings - 1)))
+        pause = max(retry_after, min(60.0, self._pause * 2 ** (self._openings - 1)))
         self._resume = time.monotonic() + pause
         self._cut(0.5)
         asyncio.get_running_loop().call_later(pause + 0.01, self._wake)
@@ -124,7 +131,7 @@ class Limits:
 class Budget:
     """Spending that never passes its limits: a call reserves the most that it can cost before it is made, and settles after."""
 
-    def __init__(self, limits: Limits, price_in: float, price_out: float, *, calls: int = 0, tokens_in: int = 0, tokens_out: int = 0) -> None:
+    def __init__(self, limits: Limits, price_in: float, price_out: float, calls: int = 0, tokens_in: int = 0, tokens_out: int = 0) -> None:
         self.limits = limits
         self._prices = price_in / 1e6, price_out / 1e6
         self.calls, self.tokens_in, self.tokens_out = calls, tokens_in, tokens_out

@@ -55,7 +55,8 @@ class Template:
         try:
             return "".join(self._template.blocks[name](self._template.new_context(variables))).strip()
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise RefineFastError(f"prompt: {self._path}, block {name}: {error}; the variables are {', '.join(sorted(variables))}.") from None
+            names = ", ".join(sorted(variables))
+            raise RefineFastError(f"prompt: {self._path}, block {name}: {error}; the variables are {names}.") from None
 
 
 def wanted(mix: Mapping[str, float], count: int, draw: str) -> list[dict[str, Any]]:

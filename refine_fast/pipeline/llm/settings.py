@@ -51,9 +51,8 @@ class LLMSettings:
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise RefineFastError(f"llm: {self.url!r} is no endpoint; give a URL such as http://localhost:8000/v1, or {IN_PROCESS}.")
             if parts.username or parts.password or parts.query:
-                raise RefineFastError(
-                    f"llm: the URL of {parts.hostname} carries credentials or parameters; put the key in the environment variable {self.key_env}."
-                )
+                remedy = f"put the key in the environment variable {self.key_env}"
+                raise RefineFastError(f"llm: the URL of {parts.hostname} carries credentials or parameters; {remedy}.")
         if not self.models or not all(self.models):
             raise RefineFastError("llm_model: no model named; add --llm-model NAME.")
         if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:

@@ -39,7 +39,7 @@ class ReplyStore:
 
     def __enter__(self) -> ReplyStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")  # noqa: SIM115 - held until __exit__
+        self._file = open(self.path, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -61,7 +61,8 @@ class ReplyStore:
             try:
                 self._enter(json.loads(line), position)
             except (ValueError, KeyError, TypeError):
-                raise RefineFastError(f"{self.path}: line {number} is damaged; delete that line, and its reply is asked for again.") from None
+                remedy = "delete that line, and its reply is asked for again"
+                raise RefineFastError(f"{self.path}: line {number} is damaged; {remedy}.") from None
             position += len(line)
         self._end = position
 
