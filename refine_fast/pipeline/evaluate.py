@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from .. import reference
+from ..ops.band_topk import band_topk
 from .embed import Progress, encode
 from .retrieval_set import RetrievalSet, load_beir
 
@@ -58,16 +57,19 @@ def score_ranking(ranked: np.ndarray, relevant: Sequence[set[int]]) -> Scores:
 def rank(queries: np.ndarray, docs: np.ndarray) -> np.ndarray:
     """The exact 10 nearest rows of ``docs`` (N, d) for each row of ``queries`` (Q, d) by inner product, ties by lower row: (Q, 10) int64,
     -1 beyond N."""
-    everything = (-float("inf"), float("inf"))
-    return reference.band_topk(torch.from_numpy(queries), torch.from_numpy(docs), DEPTH, band=everything, skip=0)[0].numpy()
+    return band_topk(queries, docs, DEPTH, band=(-float("inf"), float("inf")), skip=0).ids.numpy()
 
 
-def score(model: SentenceTransformer, data: RetrievalSet, *, batch_size: int = 32, progress: Progress | None = None) -> Scores:
-    """Encodes both sides with the model's own prompts and ranks every document for every query, exactly. ``progress`` counts texts."""
+def score(
+    model: SentenceTransformer, data: RetrievalSet, *, batch_size: int = 32, bf16: bool | None = None, progress: Progress | None = None
+) -> Scores:
+    """Encodes both sides with the model's own prompts (``encode``) and ranks every document for every query, exactly. ``progress`` counts
+    texts."""
     total = len(data.docs) + len(data.queries)
-    after_docs = progress and (lambda done, _: progress(done + len(data.docs), total))
-    docs = encode(model, data.docs, role="document", batch_size=batch_size, progress=progress and (lambda done, _: progress(done, total)))
-    queries = encode(model, data.queries, role="query", batch_size=batch_size, progress=after_docs)
+    in_docs = progress and (lambda done, _: progress(done, total))
+    in_queries = progress and (lambda done, _: progress(len(data.docs) + done, total))
+    docs = encode(model, data.docs, role="document", batch_size=batch_size, bf16=bf16, progress=in_docs)
+    queries = encode(model, data.queries, role="query", batch_size=batch_size, bf16=bf16, progress=in_queries)
     return score_ranking(rank(queries, docs), data.relevant)
 
 
@@ -112,13 +114,10 @@ def gain(before: np.ndarray, after: np.ndarray, *, resamples: int = 10_000, seed
     before, after: (Q,) one metric of two systems, per query. The interval covers the choice of queries, not the randomness of training.
     """
     change = after - before
-    rng = np.random.default_rng(seed)
-    rows_at_once = max(1, 2**22 // len(change))  # 32 MB of indices
-    means = [
-        change[rng.integers(len(change), size=(min(rows_at_once, resamples - done), len(change)))].mean(1)
-        for done in range(0, resamples, rows_at_once)
-    ]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    # A draw matters by how often it takes each distinct change, and those are few: a multinomial in place of resamples * Q indices.
+    values, counts = np.unique(change, return_counts=True)
+    means = np.random.default_rng(seed).multinomial(len(change), counts / len(change), size=resamples) @ values / len(change)
+    low, high = np.percentile(means, [2.5, 97.5])
     return Gain(float(change.mean()), float(low), float(high))
 
 

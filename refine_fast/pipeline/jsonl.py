@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -32,7 +33,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise RefineFastError(f"{path}:{number} is not JSON ({error}); write one JSON object a line.") from None
     except UnicodeDecodeError as error:
         raise RefineFastError(f"{path} is not UTF-8 after line {number} ({error.reason}); convert it with `iconv -t UTF-8`.") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise RefineFastError(f"{path} cannot be read after line {number} ({error}); check that it exists and is complete.") from None
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 
 from ..errors import RefineFastError
 from .embed import passage_text
+from .jsonl import read_jsonl, text_field
 
 if TYPE_CHECKING:
     from .chunks import Chunk
@@ -55,12 +54,11 @@ def load_beir(folder: Path, split: str = "test") -> RetrievalSet:
     score; above 0 is relevant). All passages, and the queries that have a relevant passage in the split, in the order of the qrels."""
     if not folder.is_dir():
         raise RefineFastError(f"{folder} is not a folder; give one in BEIR layout (corpus.jsonl, queries.jsonl, qrels/{split}.tsv).")
-    corpus = {key: passage_text(record.get("title") or "", record["text"]) for key, record in _records(folder, "corpus")}
-    queries = {key: record["text"] for key, record in _records(folder, "queries")}
+    path = folder / "qrels" / f"{split}.tsv"
+    corpus, queries = _texts(folder, "corpus"), _texts(folder, "queries")
     row_of = {key: row for row, key in enumerate(corpus)}
     relevant: dict[str, set[int]] = {}
-    path = folder / "qrels" / f"{split}.tsv"
-    for place, query, passage in _judgements(path):
+    for query, passage, place in _judgements(path):
         for kind, key, known in (("query", query, queries), ("passage", passage, corpus)):
             if key not in known:
                 raise RefineFastError(f"{place}: the {kind} id {key!r} is not in {folder}; add it there or remove the line.")
@@ -71,66 +69,46 @@ def load_beir(folder: Path, split: str = "test") -> RetrievalSet:
     return RetrievalSet(folder.resolve().name, list(corpus), list(corpus.values()), list(relevant), asked, list(relevant.values()))
 
 
-def _records(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """(_id, record) of each line of ``stem``.jsonl or .jsonl.gz."""
+def _texts(folder: Path, stem: str) -> dict[str, str]:
+    """_id -> passage or query of ``stem``.jsonl[.gz]."""
     path = next((p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None)
     if path is None:
         raise RefineFastError(f"{folder} has no {stem}.jsonl or {stem}.jsonl.gz; give a folder in BEIR layout.")
-    seen: dict[str, int] = {}
-    for number, line in _lines(path):
-        place = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RefineFastError(f"{place}: not JSON ({error.msg} at column {error.colno}); write one object per line.") from None
-        if not isinstance(record, dict):
-            raise RefineFastError(f"{place}: a {type(record).__name__} where an object with _id and text belongs.")
-        for field in ("_id", "text"):
-            if not isinstance(record.get(field), str):
-                raise RefineFastError(f'{place}: field "{field}" is {json.dumps(record.get(field))}; it must be a string.')
-        key = record["_id"]
-        if key in seen:
-            raise RefineFastError(f"{place}: _id {key!r} is that of line {seen[key]} too; make the ids unique.")
-        seen[key] = number
-        yield key, record
+    texts: dict[str, str] = {}
+    for number, row in read_jsonl(path):
+        place = f"{path}:{number}"
+        key = text_field(row, ("_id",), place)
+        if key in texts:
+            raise RefineFastError(f"{place}: the _id {key!r} stands on an earlier line too; make the ids unique.")
+        texts[key] = passage_text(text_field(row, ("title",), place, default=""), text_field(row, ("text",), place))
+    return texts
 
 
 def _judgements(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(place, query id, passage id) of each relevant pair."""
+    """(query id, passage id, where it stands) of the judgements above 0."""
     if not path.is_file():
         splits = sorted(p.stem for p in path.parent.glob("*.tsv"))
         raise RefineFastError(f"{path} does not exist; the splits of this set are: {', '.join(splits) or 'none'}.")
-    for number, line in _lines(path):
-        place, fields = f"{path}, line {number}", line.split("\t")
-        if number == 1 and fields[-1] == "score":
-            continue
-        if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
-            raise RefineFastError(f"{place}: {line!r} is not query-id, corpus-id and an integer score, separated by tabs.")
-        if int(fields[2]) > 0:
-            yield place, fields[0], fields[1]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, numbered from 1."""
-    number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise RefineFastError(f"{path}, after line {number}: not UTF-8 ({error.reason}); convert the file.") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise RefineFastError(f"{path}, after line {number}: cannot be read ({error}); fetch the file again.") from None
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RefineFastError(f"{path} cannot be read as UTF-8 ({error}); fetch the set again.") from None
+    for number, line in enumerate(lines, 1):
+        fields = line.split("\t")
+        if not line.strip() or (number == 1 and fields[-1] == "score"):
+            continue
+        if len(fields) != 3 or not re.fullmatch(r"-?\d+", fields[2].strip()):
+            raise RefineFastError(f"{path}:{number} is {line!r:.80}; it must be query-id, corpus-id and whole score, tab-separated.")
+        if int(fields[2]) > 0:
+            yield fields[0], fields[1], f"{path}:{number}"
 
 
 def held_out_set(chunks: Sequence[Chunk], queries: Sequence[Query], name: str = "held-out") -> RetrievalSet:
     """All chunks as the corpus, ``queries`` (of ``split_by_document``) against it: each is answered by the chunk that it was made from."""
     row_of = {chunk.id: row for row, chunk in enumerate(chunks)}
-    docs = [passage_text(chunk.title, chunk.text) for chunk in chunks]
-    return RetrievalSet(
-        name, list(row_of), docs, [f"q{i}" for i in range(len(queries))], [q.text for q in queries], [{row_of[q.chunk_id]} for q in queries]
-    )
+    docs, texts = [chunk.passage for chunk in chunks], [query.text for query in queries]
+    relevant = [{row_of[query.chunk_id]} for query in queries]
+    return RetrievalSet(name, list(row_of), docs, [f"q{i}" for i in range(len(queries))], texts, relevant)
 
 
 def split_by_document(queries: Sequence[Query], chunks: Sequence[Chunk], shares: dict[str, float], *, seed: int) -> dict[str, list[Query]]:
