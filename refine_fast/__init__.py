@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from . import nn
 from ._native import available_isas, force_isa, isa
 from .fuse import FuseReport, fuse, fuse_into, fuse_sweep
 from .ops.band_topk import BandTopK, band_topk
+from .ops.info_nce import info_nce
 
 __version__ = "0.1.0"
-__all__ = ["BandTopK", "FuseReport", "available_isas", "band_topk", "force_isa", "fuse", "fuse_into", "fuse_sweep", "isa"]
+__all__ = [
+    "BandTopK",
+    "FuseReport",
+    "available_isas",
+    "band_topk",
+    "force_isa",
+    "fuse",
+    "fuse_into",
+    "fuse_sweep",
+    "info_nce",
+    "isa",
+    "nn",
+]

@@ -33,6 +33,30 @@ def info_nce(
     the mean with the direction from each row's positive to the queries (a query whose positive has the same id is no negative; hard
     negatives take no part). weight (B,): mean divides by its sum. Returns () or, with reduction "none", (B,).
     """
+    losses = info_nce_losses(
+        q, d, temperature=temperature, positives=positives, doc_ids=doc_ids, hard=hard, hard_mask=hard_mask, margin=margin,
+        symmetric=symmetric, normalize=normalize,
+    )  # fmt: skip
+    loss = losses.mean(0) if weight is None else losses.mean(0) * weight
+    if reduction == "none":
+        return loss
+    return loss.sum() / (1 if reduction == "sum" else len(q) if weight is None else weight.sum())
+
+
+def info_nce_losses(
+    q: Tensor,
+    d: Tensor,
+    *,
+    temperature: float | Tensor = 0.02,
+    positives: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    hard: Tensor | None = None,
+    hard_mask: Tensor | None = None,
+    margin: float | None = None,
+    symmetric: bool = False,
+    normalize: bool = False,
+) -> Tensor:
+    """(1, B), or (2, B) if symmetric: each row's loss from the query's side and from its positive's."""
     if normalize:
         q, d = F.normalize(q, dim=-1), F.normalize(d, dim=-1)
         hard = None if hard is None else F.normalize(hard, dim=-1)
@@ -54,13 +78,9 @@ def info_nce(
         unused = torch.zeros(hard.shape[:2], dtype=torch.bool, device=q.device) if hard_mask is None else ~hard_mask
         dropped = torch.cat([dropped, unused], dim=1)
     loss = loss_over(scores, dropped, positives)
-    if symmetric:
-        loss = (loss + loss_over(s[:, positives].T, ids[positives] == ids[positives][:, None], rows)) / 2
-    if weight is not None:
-        loss = loss * weight
-    if reduction == "none":
-        return loss
-    return loss.sum() / (1 if reduction == "sum" else len(q) if weight is None else weight.sum())
+    if not symmetric:
+        return loss[None]
+    return torch.stack([loss, loss_over(s[:, positives].T, ids[positives] == ids[positives][:, None], rows)])
 
 
 def hash64(seed: int, query: Tensor, doc: Tensor) -> Tensor:

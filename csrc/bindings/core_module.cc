@@ -11,6 +11,7 @@
 
 #include "core/band_topk.h"
 #include "core/cpu.h"
+#include "core/infonce.h"
 #include "core/lerp.h"
 #include "core/matmul.h"
 #include "core/stream.h"
@@ -21,7 +22,7 @@ namespace rf = refine_fast;
 namespace {
 
 // ValueError, OSError, MemoryError or KeyboardInterrupt, with the core's sentence
-[[maybe_unused]] void raise_unless_ok(const rf::Status& status) {
+void raise_unless_ok(const rf::Status& status) {
   switch (status.code) {
     case rf::Code::ok: return;
     case rf::Code::invalid: throw py::value_error(status.message);
@@ -125,6 +126,25 @@ py::list stream_merge(const std::vector<FileTuple>& files, const std::vector<Pie
   return changes;
 }
 
+// --- info_nce
+
+void info_nce(uintptr_t q, uintptr_t d, uintptr_t hard, uintptr_t positives, uintptr_t doc_ids, uintptr_t hard_mask, uintptr_t coefficients,
+              int64_t rows, int64_t columns, int64_t width, int64_t hards, int dtype, float temperature, float margin, bool symmetric,
+              bool normalize, int threads, uintptr_t loss, uintptr_t grad_q, uintptr_t grad_d, uintptr_t grad_hard,
+              uintptr_t grad_temperature) {
+  const rf::InfoNCE task = {
+      pointer<void>(q), pointer<void>(d), pointer<void>(hard), pointer<int64_t>(positives), pointer<int64_t>(doc_ids), pointer<uint8_t>(hard_mask),
+      pointer<float>(coefficients), rows, columns, width, hards, static_cast<rf::Dtype>(dtype), temperature, margin, symmetric, normalize,
+      threads, pointer<float>(loss), pointer<float>(grad_q), pointer<float>(grad_d), pointer<float>(grad_hard),
+      pointer<float>(grad_temperature)};
+  rf::Status status;
+  {
+    py::gil_scoped_release release;
+    status = rf::info_nce(task);
+  }
+  raise_unless_ok(status);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -175,4 +195,5 @@ PYBIND11_MODULE(_core, m) {
         self.finish(pointer<int64_t>(ids), pointer<float>(scores), pointer<int64_t>(in_band));
       });
   // --- info_nce
+  m.def("info_nce", info_nce);
 }

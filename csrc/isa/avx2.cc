@@ -7,6 +7,7 @@
 #include "core/kernels.h"
 #include "core/lerp_kernels.h"
 #include "core/select_kernels.h"
+#include "isa/loss_simd.h"
 
 namespace refine_fast {
 namespace {
@@ -145,6 +146,39 @@ double dot(const float* x, const float* y, int64_t d) {
 }
 
 const SelectKernels select_kernels = {append, dot};
+// --- loss ------------------------------------------------------------------------------------------------------------------------------
+
+struct Floats {
+  using Float = __m256;
+  static constexpr int width = 8;
+  static __m256 load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, __m256 x) { _mm256_storeu_ps(p, x); }
+  static __m256 set(float x) { return _mm256_set1_ps(x); }
+  static __m256 add(__m256 x, __m256 y) { return _mm256_add_ps(x, y); }
+  static __m256 sub(__m256 x, __m256 y) { return _mm256_sub_ps(x, y); }
+  static __m256 mul(__m256 x, __m256 y) { return _mm256_mul_ps(x, y); }
+  static __m256 fma(__m256 x, __m256 y, __m256 z) { return _mm256_fmadd_ps(x, y, z); }
+  static __m256 max(__m256 x, __m256 y) { return _mm256_max_ps(x, y); }  // y if either is NaN
+  static __m256 round(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static __m256 exp2_integer(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  }
+  static __m256 below(__m256 x, __m256 y) { return _mm256_cmp_ps(x, y, _CMP_LT_OQ); }
+  static __m256 equal(const int32_t* ids, int32_t id) {
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids)), _mm256_set1_epi32(id)));
+  }
+  static __m256 where(__m256 mask, __m256 x, __m256 y) { return _mm256_blendv_ps(y, x, mask); }
+  static float total(__m256 x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+  }
+  static float largest(__m256 x) {
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+  }
+};
 
 // --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------------------------------------------
 
@@ -216,7 +250,7 @@ extern const Kernels avx2_kernels = {
     .matmul_bf16 = &matmul_bf16,
     .lerp = &lerp,
     .select = &select_kernels,
-    .loss = nullptr,
+    .loss = &loss_kernels<Floats>,
     .to_f32 = to_f32,
     .from_f32 = from_f32,
 };

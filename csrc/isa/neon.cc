@@ -6,6 +6,7 @@
 
 #include "core/kernels.h"
 #include "core/lerp_kernels.h"
+#include "isa/loss_simd.h"
 
 namespace refine_fast {
 namespace {
@@ -103,6 +104,29 @@ void lerp_change(const float* base, const float* out, int64_t n, Change* change)
 }
 
 const LerpKernels lerp = {lerp_f32, lerp_f64, lerp_change};
+// --- loss ------------------------------------------------------------------------------------------------------------------------------
+
+struct Floats {
+  using Float = float32x4_t;
+  static constexpr int width = 4;
+  static float32x4_t load(const float* p) { return vld1q_f32(p); }
+  static void store(float* p, float32x4_t x) { vst1q_f32(p, x); }
+  static float32x4_t set(float x) { return vdupq_n_f32(x); }
+  static float32x4_t add(float32x4_t x, float32x4_t y) { return vaddq_f32(x, y); }
+  static float32x4_t sub(float32x4_t x, float32x4_t y) { return vsubq_f32(x, y); }
+  static float32x4_t mul(float32x4_t x, float32x4_t y) { return vmulq_f32(x, y); }
+  static float32x4_t fma(float32x4_t x, float32x4_t y, float32x4_t z) { return vfmaq_f32(z, x, y); }
+  static float32x4_t max(float32x4_t x, float32x4_t y) { return vmaxq_f32(x, y); }  // NaN if either is NaN
+  static float32x4_t round(float32x4_t x) { return vrndnq_f32(x); }
+  static float32x4_t exp2_integer(float32x4_t n) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
+  }
+  static uint32x4_t below(float32x4_t x, float32x4_t y) { return vcltq_f32(x, y); }
+  static uint32x4_t equal(const int32_t* ids, int32_t id) { return vceqq_s32(vld1q_s32(ids), vdupq_n_s32(id)); }
+  static float32x4_t where(uint32x4_t mask, float32x4_t x, float32x4_t y) { return vbslq_f32(mask, x, y); }
+  static float total(float32x4_t x) { return vaddvq_f32(x); }
+  static float largest(float32x4_t x) { return vmaxvq_f32(x); }
+};
 
 }  // namespace
 
@@ -112,7 +136,7 @@ extern const Kernels neon_kernels = {
     .matmul_bf16 = &matmul_bf16,
     .lerp = &lerp,
     .select = nullptr,
-    .loss = nullptr,
+    .loss = &loss_kernels<Floats>,
     .to_f32 = nullptr,
     .from_f32 = nullptr,
 };

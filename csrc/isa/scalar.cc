@@ -5,6 +5,7 @@
 #include "core/kernels.h"
 #include "core/lerp_kernels.h"
 #include "core/select_kernels.h"
+#include "isa/loss_simd.h"
 
 namespace refine_fast {
 namespace {
@@ -124,6 +125,27 @@ double dot(const float* x, const float* y, int64_t d) {
 }
 
 const SelectKernels select_kernels = {append, dot};
+// --- loss ------------------------------------------------------------------------------------------------------------------------------
+
+struct Floats {
+  using Float = float;
+  static constexpr int width = 1;
+  static float load(const float* p) { return *p; }
+  static void store(float* p, float x) { *p = x; }
+  static float set(float x) { return x; }
+  static float add(float x, float y) { return x + y; }
+  static float sub(float x, float y) { return x - y; }
+  static float mul(float x, float y) { return x * y; }
+  static float fma(float x, float y, float z) { return x * y + z; }
+  static float max(float x, float y) { return x > y ? x : y; }  // y if either is NaN
+  static float round(float x) { return __builtin_rintf(x); }
+  static float exp2_integer(float n) { return bits_to_float((static_cast<uint32_t>(static_cast<int32_t>(n)) + 127u) << 23); }
+  static bool below(float x, float y) { return x < y; }
+  static bool equal(const int32_t* ids, int32_t id) { return *ids == id; }
+  static float where(bool mask, float x, float y) { return mask ? x : y; }
+  static float total(float x) { return x; }
+  static float largest(float x) { return x; }
+};
 
 // --- lerp: libm's fma rounds once, with or without the instruction -------------------------------------------------------------------
 
@@ -165,7 +187,7 @@ extern const Kernels scalar_kernels = {
     .matmul_bf16 = &matmul_bf16,
     .lerp = &lerp,
     .select = &select_kernels,
-    .loss = nullptr,
+    .loss = &loss_kernels<Floats>,
     .to_f32 = to_f32,
     .from_f32 = from_f32,
 };

@@ -1,0 +1,57 @@
+"""The fault server as a fixture, and chunks to ask it about."""
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refine_fast.pipeline.chunks import Chunk
+from refine_fast.pipeline.llm import LLMSettings
+
+
+class Endpoint:
+    def __init__(self, port: int) -> None:
+        self.root = f"http://127.0.0.1:{port}"
+        self.url = f"{self.root}/v1"
+
+    def set(self, **options: Any) -> None:
+        self._call("/options", options)
+
+    def stats(self) -> dict[str, Any]:
+        return self._call("/stats", None)
+
+    def settings(self, **changes: Any) -> LLMSettings:
+        return LLMSettings(**{"url": self.url, "models": ("tiny",), "timeout": 2.0, **changes})
+
+    def _call(self, path: str, body: Any) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(self.root + path, data), timeout=10) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    command = [sys.executable, str(Path(__file__).parent / "server.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdin
+        yield Endpoint(int(process.stdout.readline()))
+        process.stdin.close()
+        process.wait(10)
+
+
+def make_chunks(count: int) -> list[Chunk]:
+    text = "Harbour {i} was built by the city of Port {i}. Its crane lifts {i} tonnes and its quay is {i}0 metres long."
+    texts = [text.format(i=i) for i in range(count)]
+    return [Chunk(f"c{i}", text, "", f"file{i // 10}", 0, len(text)) for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def chunks() -> list[Chunk]:
+    return make_chunks(120)

@@ -1,0 +1,182 @@
+"""An OpenAI-compatible server on loopback that misbehaves as told; run as a script, so that it shares no interpreter with the client.
+
+Prints its port. GET /stats: what it served; POST /options: a JSON object of Options to change. A fault is drawn per call with a seeded
+generator, so a call that is repeated draws anew.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+FAULTS = ("429", "500", "503", "drop", "half", "garbage", "stall")
+
+
+@dataclasses.dataclass
+class Options:
+    latency: float = 0.0
+    slots: int = 10_000
+    faults: float = 0.0
+    kinds: tuple[str, ...] = FAULTS
+    retry_after: str = "0.05"
+    stall: float = 30.0
+    structured: str = "json_schema"
+    """The strictest mode that is accepted; a stricter one is answered with the status ``rejection``."""
+    rejection: int = 500
+    rate: float = 0.0
+    """Calls a second beyond which it answers 429; 0: no limit."""
+    status: int = 200
+    """Anything else is the answer to every call."""
+    reply: str = ""
+    """The text of every reply; empty: made from the passage."""
+    answers: str = ""
+    """A JSON file: passage -> list of queries."""
+
+
+class Server:
+    def __init__(self) -> None:
+        self.options = Options()
+        self.random = random.Random(0)
+        self.served: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.bodies: list[dict] = []
+        self.answers: dict[str, list[str]] = {}
+        self.working = self.in_flight = self.peak = 0
+        self.busy = 0.0
+        self.first = self.last = self.changed = 0.0
+        self.tokens, self.refilled = 0.0, time.monotonic()
+        self.free = asyncio.Condition()
+
+    async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                method, path, _ = head.split(b"\r\n")[0].decode().split(" ")
+                length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+                body = json.loads(await reader.readexactly(int(length[1]))) if length else {}
+                self.in_flight += 1
+                self.peak = max(self.peak, self.in_flight)
+                try:
+                    keep = await self.answer(method, path, head, body, writer)
+                finally:
+                    self.in_flight -= 1
+                if not keep:
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def answer(self, method: str, path: str, head: bytes, body: dict, writer: asyncio.StreamWriter) -> bool:
+        if path == "/options":
+            self.options = dataclasses.replace(self.options, **body)
+            self.answers = json.loads(Path(self.options.answers).read_text()) if self.options.answers else {}
+            return await self.send(writer, 200, {})
+        if path == "/stats":
+            calls = sum(self.served.values())
+            stats = {"served": calls, "distinct": len(self.served), "most": max(self.served.values(), default=0), "calls": self.calls}
+            stats |= {"peak": self.peak, "busy": self.busy, "seconds": self.last - self.first, "bodies": self.bodies}
+            return await self.send(writer, 200, stats)
+        if method == "GET":
+            models = [{"id": "tiny", "object": "model", "created": 0, "owned_by": "us", "max_model_len": 4096}]
+            return await self.send(writer, 200, {"object": "list", "data": models})
+        return await self.complete(head, body, writer)
+
+    async def complete(self, head: bytes, body: dict, writer: asyncio.StreamWriter) -> bool:
+        options = self.options
+        self.bodies = [*self.bodies[-9:], body]
+        mode = body.get("response_format", {}).get("type", "plain")
+        order = ["plain", "json_object", "json_schema"]
+        if options.status != 200:
+            echo = re.search(rb"authorization: (.*)\r", head, re.IGNORECASE)
+            return await self.send(writer, options.status, {"error": {"message": f"no: {echo[1].decode() if echo else ''}"}})
+        if order.index(mode) > order.index(options.structured):
+            self.calls["rejected"] += 1
+            return await self.send(writer, options.rejection, {"error": {"message": "response_format is not supported"}})
+        fault = self.random.choice(options.kinds) if self.random.random() < options.faults else "none"
+        if options.rate and not self.take():
+            fault = "429"
+        self.calls[fault] += 1
+        if fault == "429":
+            return await self.send(writer, 429, {"error": {"message": "slow down"}}, f"Retry-After: {options.retry_after}\r\n")
+        async with self.free:
+            await self.free.wait_for(lambda: self.working < options.slots)
+            self.count(+1)
+        try:
+            await asyncio.sleep(options.stall if fault == "stall" else options.latency)
+        finally:
+            async with self.free:
+                self.count(-1)
+                self.free.notify()
+        if fault in ("500", "503"):
+            return await self.send(writer, int(fault), {"error": {"message": "try again"}})
+        if fault in ("drop", "stall"):
+            return False
+        user = body["messages"][-1]["content"]
+        match = re.search(r"^Passage: (.*?)\n(?:Wanted|Queries):", user, re.DOTALL | re.MULTILINE)
+        passage = match[1] if match else user
+        content = options.reply or self.write(passage, user)
+        reply = {
+            "id": "c", "object": "chat.completion", "created": 0, "model": body["model"],
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
+            "usage": {"prompt_tokens": len(user) // 4, "completion_tokens": len(content) // 4, "total_tokens": 0},
+        }  # fmt: skip
+        if fault == "garbage":
+            return await self.send(writer, 200, '{"id": "c", "choices": [{"mess')
+        if fault == "half":
+            data = json.dumps(reply).encode()
+            writer.write(head_of(200, len(data)) + data[: len(data) // 2])
+            await writer.drain()
+            return False
+        await self.send(writer, 200, reply)
+        self.served[hashlib.md5(passage.encode()).hexdigest()] += 1
+        return True
+
+    def write(self, passage: str, user: str) -> str:
+        if "Queries:" in user:
+            return json.dumps({"answerable": [1]})
+        texts = self.answers.get(passage) if self.answers else [f"What is told of {passage.split('.')[0].strip()[:60]}?"]
+        return json.dumps({"queries": [{"kind": "question", "text": text} for text in texts or []]})
+
+    def take(self) -> bool:
+        now = time.monotonic()
+        self.tokens = min(self.options.rate / 10, self.tokens + (now - self.refilled) * self.options.rate)
+        self.refilled = now
+        if self.tokens < 1:
+            return False
+        self.tokens -= 1
+        return True
+
+    def count(self, step: int) -> None:
+        now = time.monotonic()
+        self.busy += self.working * (now - self.changed) if self.changed else 0.0
+        self.first = self.first or now
+        self.last = self.changed = now
+        self.working += step
+
+    async def send(self, writer: asyncio.StreamWriter, status: int, body: dict | str, headers: str = "") -> bool:
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
+        writer.write(head_of(status, len(data), headers) + data)
+        await writer.drain()
+        return True
+
+
+def head_of(status: int, length: int, headers: str = "") -> bytes:
+    return f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n{headers}\r\n".encode()
+
+
+async def main() -> None:
+    server = Server()
+    listener = await asyncio.start_server(server.connection, "127.0.0.1", 0, limit=2**24)
+    print(listener.sockets[0].getsockname()[1], flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    os._exit(0)  # with the pipe of the test that started it
+
+
+asyncio.run(main())

@@ -1,0 +1,286 @@
+"""The whole stage over HTTP, against a server that misbehaves."""
+
+import gzip
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.chunks import Chunk
+from refine_fast.pipeline.llm import Progress, default_prompt, estimate, generate_queries, probe
+from refine_fast.pipeline.llm.policy import Throttle
+
+Endpoint = Any  # conftest's
+
+
+def records(store: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in store.read_text().splitlines()]
+
+
+def accepted(store: Path) -> Counter[str]:
+    return Counter(record["chunk"] for record in records(store) if "error" not in record)
+
+
+def test_one_reply_a_chunk_whatever_happens_on_the_way(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
+    endpoint.set(faults=0.3, latency=0.01, kinds=["429", "500", "503", "drop", "half", "garbage"])
+    store = tmp_path / "replies.jsonl"
+    queries, account = generate_queries(chunks, endpoint.settings(timeout=0.5, concurrency=16), store)
+    stats = endpoint.stats()
+    assert accepted(store) == {chunk.id: 1 for chunk in chunks}
+    assert stats["served"] == stats["distinct"] == account.replied == len(chunks)
+    assert account.calls == sum(stats["calls"].values())
+    assert stats["peak"] <= 16 + 1  # and this look at the statistics
+    assert [query.chunk_id for query in queries] == [chunk.id for chunk in chunks]
+    assert {query.kind for query in queries} == {"llm:question"}
+
+
+@pytest.mark.parametrize("kind", ["429", "500", "503", "drop", "half", "garbage", "stall"])
+def test_each_fault_is_outlived(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, kind: str) -> None:
+    endpoint.set(faults=0.3, kinds=[kind])
+    _, account = generate_queries(chunks[:30], endpoint.settings(timeout=0.3, concurrency=8), tmp_path / "replies.jsonl")
+    assert account.replied == 30
+    assert endpoint.stats()["calls"][kind] > 0
+
+
+def test_a_second_start_asks_only_for_what_is_new(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
+    store, prompt = tmp_path / "replies.jsonl", tmp_path / "mine.jinja"
+    some = chunks[:20]
+    generate_queries(some[:15], endpoint.settings(), store)
+    queries, account = generate_queries(some, endpoint.settings(), store)
+    assert (account.replied, account.reused, endpoint.stats()["served"]) == (20, 15, 20)
+    prompt.write_text(default_prompt().replace("Ask about different facts.", "Ask about numbers."))
+    changed = generate_queries(some, endpoint.settings(prompt=prompt), store)[1]
+    assert (changed.reused, endpoint.stats()["served"]) == (0, 40)
+    other = generate_queries(some, endpoint.settings(models=("other",)), store)[1]
+    assert (other.reused, endpoint.stats()["served"]) == (0, 60)
+    again, back = generate_queries(some, endpoint.settings(), store)
+    assert (back.reused, endpoint.stats()["served"]) == (20, 60)
+    assert again == queries
+
+
+def test_two_models_share_the_chunks(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
+    store = tmp_path / "replies.jsonl"
+    generate_queries(chunks, endpoint.settings(models=("small", "large")), store)
+    share = Counter(record["model"] for record in records(store))
+    assert share.keys() == {"small", "large"}
+    assert min(share.values()) > 40
+
+
+def test_failures_are_recorded_and_asked_again_by_the_next_start(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
+    store = tmp_path / "replies.jsonl"
+    endpoint.set(reply=" ")
+    with pytest.raises(RefineFastError, match=r"no chunk got a reply.*empty reply"):
+        generate_queries(chunks[:5], endpoint.settings(), store)
+    assert {record["error"] for record in records(store)} == {"empty reply (stop)"}
+    endpoint.set(reply="")
+    _, account = generate_queries(chunks[:5], endpoint.settings(), store)
+    assert (account.replied, account.failures, account.calls) == (5, {}, 10)
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason", "replies"),
+    [({"max_calls": 7}, "max_calls", 7), ({"max_tokens": 12_000}, "max_tokens", None), ({"max_cost": 0.012}, "max_cost", None)],
+)
+def test_a_limit_stops_cleanly_and_a_repeated_command_spends_no_more(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, limit: dict[str, Any], reason: str, replies: int | None
+) -> None:
+    store = tmp_path / "replies.jsonl"
+    settings = endpoint.settings(price_in=1.0, price_out=1.0, **limit)
+    queries, account = generate_queries(chunks, settings, store)
+    assert account.stopped == reason
+    assert len(queries) == account.replied == (replies or account.replied)
+    assert 0 < account.replied < len(chunks)
+    assert account.tokens_in + account.tokens_out <= 12_000
+    _, again = generate_queries(chunks, settings, store)
+    assert (again.calls, again.reused, again.stopped) == (account.calls, account.replied, reason)
+    assert len({query.chunk_id[:-1] for query in queries}) >= min(7, len(queries))  # spread over the documents, ten chunks each
+
+
+def test_the_estimate_holds(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
+    store = tmp_path / "replies.jsonl"
+    settings = endpoint.settings(price_in=1.0, price_out=2.0)
+    plan = estimate(chunks, settings, store)
+    assert endpoint.stats()["served"] == 0
+    _, account = generate_queries(chunks, settings, store)
+    assert plan.calls == account.calls == len(chunks)
+    assert account.cost <= plan.cost_most
+    assert plan.cost == pytest.approx((plan.tokens_in + 2 * plan.tokens_out) / 1e6)
+    assert estimate(chunks, settings, store).calls == 0
+
+
+@pytest.mark.parametrize("rejection", [400, 422, 500])
+@pytest.mark.parametrize("strictest", ["json_schema", "json_object", "plain"])
+def test_the_strictest_structured_output_that_the_server_takes(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, strictest: str, rejection: int
+) -> None:
+    endpoint.set(structured=strictest, rejection=rejection)
+    _, account = generate_queries(chunks[:20], endpoint.settings(), tmp_path / "replies.jsonl")
+    stats = endpoint.stats()
+    assert account.structured_output == strictest
+    assert account.replied == stats["served"] == 20
+    steps = ["json_schema", "json_object", "plain"].index(strictest)
+    assert stats["calls"].get("rejected", 0) == steps * (2 if rejection == 500 else 1)  # a 500 may be chance: asked twice
+
+
+@pytest.mark.parametrize(
+    ("status", "calls", "message"),
+    [(401, 1, "given up: HTTP 401"), (404, 1, "mostly in /v1"), (400, 3 * 5, "no chunk got a reply.*HTTP 400"), (429, None, "given up")],
+)
+def test_an_endpoint_that_never_works(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, calls: int | None, message: str
+) -> None:
+    monkeypatch.setattr("refine_fast.pipeline.llm.generate.Throttle", lambda ceiling: Throttle(ceiling, pause=0.01))
+    monkeypatch.setattr("refine_fast.pipeline.llm.ask.delay", lambda *_: 0.01)
+    endpoint.set(status=status)
+    with pytest.raises(RefineFastError, match=message):
+        generate_queries(chunks[:5], endpoint.settings(), tmp_path / "replies.jsonl")
+
+
+def test_nobody_listens(chunks: list[Chunk], tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refine_fast.pipeline.llm.ask.delay", lambda *_: 0.01)
+    with pytest.raises(RefineFastError, match="the connection failed"):
+        generate_queries(chunks[:3], endpoint.settings(url="http://127.0.0.1:9/v1"), tmp_path / "replies.jsonl")
+
+
+def test_the_key_stays_secret(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that echoes the key in its replies and in its errors; every log at its most talkative."""
+    key = f"sk-{uuid.uuid4().hex}"
+    monkeypatch.setenv("MY_KEY", key)
+    caplog.set_level(logging.DEBUG)
+    settings = endpoint.settings(key_env="MY_KEY")
+    endpoint.set(reply=f"1. What is {key} good for?")
+    queries, account = generate_queries(chunks[:3], settings, tmp_path / "replies.jsonl")
+    assert endpoint.stats()["served"] == 3
+    endpoint.set(status=401)
+    with pytest.raises(RefineFastError, match=r"Bearer \*\*\*") as caught:
+        generate_queries(chunks, settings, tmp_path / "replies.jsonl")
+    reports = probe(settings)
+    written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    trace = "".join(traceback.format_exception(caught.value))
+    for text in (repr(settings), repr(queries), repr(account), trace, repr(reports), written, caplog.text):
+        assert key not in text
+    assert "***" in written
+
+
+def test_judge_and_round_trip(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
+    some = chunks[:20]
+    endpoint.set(reply=json.dumps([f"How long is the {n} quay?" for n in ("first", "second", "third")]))
+    unit = np.eye(32, dtype=np.float32)
+
+    def encode(texts: list[str], role: str) -> np.ndarray:
+        """Every query lies nearest to chunk 3."""
+        return unit[: len(texts)] if role == "document" else np.repeat(unit[3:4], len(texts), axis=0)
+
+    queries, account = generate_queries(some, endpoint.settings(mix={"question": 1}, round_trip=1), tmp_path / "a.jsonl", encode=encode)
+    assert account.dropped == {"exact duplicate": 57, "not found in the top 1": 3}
+    assert queries == []
+    endpoint.set(reply="")
+    queries, account = generate_queries(some, endpoint.settings(judge=True), tmp_path / "b.jsonl")
+    assert (len(queries), account.calls, account.dropped) == (20, 40, {})
+    endpoint.set(reply='{"answerable": []}')
+    asked = generate_queries(some, endpoint.settings(judge=True, models=("other",)), tmp_path / "b.jsonl")[1]
+    assert asked.kept == 0
+
+
+def test_progress_is_told(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
+    seen: list[tuple[int, int, float]] = []
+
+    def watch(state: Progress) -> None:
+        seen.append((state.done, state.tokens_in, state.seconds_left))
+
+    generate_queries(chunks, endpoint.settings(), tmp_path / "replies.jsonl", watch=watch)
+    assert [done for done, _, _ in seen] == list(range(1, len(chunks) + 1))
+    assert seen[-1][2] == 0
+    assert seen[0][1] < seen[-1][1]
+
+
+@pytest.mark.parametrize("structured", ["json_schema", "json_object", "plain"])
+def test_probe(endpoint: Endpoint, structured: str) -> None:
+    endpoint.set(structured=structured, reply='{"queries": []}', rejection=400)
+    served, missing = probe(endpoint.settings(models=("tiny", "large")))
+    assert (served.reachable, served.served, missing.served, served.context, served.problem) == (True, True, False, 4096, None)
+    order = ["json_schema", "json_object", "plain"]
+    expected = {mode: "rejected" if order.index(mode) < order.index(structured) else "honoured" for mode in order[:2]}
+    assert served.structured == {**expected, "plain": "answers"}
+    assert served.tokens_per_second
+    endpoint.set(reply="What river is it?", structured="json_schema")
+    assert probe(endpoint.settings())[0].structured == {"json_schema": "ignored", "json_object": "ignored", "plain": "answers"}
+
+
+def test_probe_of_nobody(endpoint: Endpoint) -> None:
+    (report,) = probe(endpoint.settings(url="http://127.0.0.1:9/v1"))
+    assert not report.reachable
+    assert "connection failed" in (report.problem or "")
+
+
+STAGE = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from conftest import make_chunks
+from refine_fast.pipeline.llm import LLMSettings, generate_queries
+generate_queries(make_chunks(int(sys.argv[4])), LLMSettings(sys.argv[2], ("tiny",), timeout=1.0, concurrency=32), Path(sys.argv[3]))
+"""
+
+
+def test_kill_9_loses_and_repeats_only_what_was_in_flight(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.set(faults=0.2, latency=0.1)
+    store, count, kills = tmp_path / "replies.jsonl", 300, 2
+    command = [sys.executable, "-c", STAGE, str(Path(__file__).parent), endpoint.url, str(store), str(count)]
+    for kill in range(1, kills + 1):
+        with subprocess.Popen(command) as process:
+            _wait(lambda kill=kill: store.exists() and store.read_bytes().count(b"\n") >= kill * count // 4)
+            process.send_signal(signal.SIGKILL)
+    subprocess.run(command, check=True, timeout=60)
+    stats = endpoint.stats()
+    assert accepted(store) == {f"c{i}": 1 for i in range(count)}
+    assert stats["distinct"] == count
+    assert stats["served"] - count <= kills * 32
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif("REFINE_FAST_DATA" not in os.environ, reason="REFINE_FAST_DATA names no folder of real data")
+@pytest.mark.parametrize("name", ["squad", "covidqa"])
+def test_replayed_human_questions_come_through_whole(endpoint: Endpoint, tmp_path: Path, name: str) -> None:
+    """The endpoint answers with the data set's own train questions: what arrives are those, less what was dropped with a reason."""
+    folder = Path(os.environ["REFINE_FAST_DATA"]) / name
+    with gzip.open(folder / "corpus.jsonl.gz", "rt") as file:
+        corpus = {row["_id"]: row["text"] for row in map(json.loads, file)}
+    with gzip.open(folder / "queries.jsonl.gz", "rt") as file:
+        questions = {row["_id"]: " ".join(row["text"].split()) for row in map(json.loads, file)}
+    human: dict[str, list[str]] = {}
+    for line in (folder / "qrels" / "train.tsv").read_text().splitlines()[1:]:
+        question, passage, _ = line.split("\t")
+        human.setdefault(passage, []).append(questions[question])
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps({corpus[passage].strip(): texts for passage, texts in human.items()}))
+    endpoint.set(answers=str(answers))
+    chunks = [Chunk(passage, corpus[passage], "", name, 0, len(corpus[passage])) for passage in human]
+    settings = endpoint.settings(mix={"question": 1}, per_chunk=max(map(len, human.values())))
+    queries, account = generate_queries(chunks, settings, tmp_path / "replies.jsonl")
+    expected = {(passage, text) for passage, texts in human.items() for text in texts}
+    obtained = {(query.chunk_id, query.text) for query in queries}
+    assert obtained <= expected
+    assert account.kept + sum(account.dropped.values()) == sum(map(len, human.values()))
+    assert account.dropped.keys() <= {"copy of the passage", "not a question", "exact duplicate", "near duplicate"}
+    assert len(obtained) >= 0.985 * len(expected)

@@ -1,0 +1,285 @@
+"""info_nce against float64 at every ISA level, and the promises of its docstring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import refine_fast as rf
+from refine_fast import reference
+
+
+@pytest.fixture(params=rf.available_isas())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = rf.isa()
+    rf.force_isa(request.param)
+    yield request.param
+    rf.force_isa(before)
+
+
+def batch(B: int, N: int, D: int, K: int = 0, *, seed: int = 0) -> dict[str, Tensor]:
+    """Unit vectors. The larger i, the nearer is row i of d to query i, from not at all: at every temperature some rows have a large loss,
+    some next to none."""
+    generator = torch.Generator().manual_seed(seed)
+    unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)  # noqa: E731
+    d = unit(N, D)
+    tensors = {"q": torch.nn.functional.normalize(torch.linspace(0, 1, B)[:, None] * d[:B] + unit(B, D), dim=-1), "d": d}
+    if K:
+        tensors["hard"] = torch.nn.functional.normalize(tensors["q"][:, None] + 2 * unit(B, K, D), dim=-1)
+    return tensors
+
+
+def value_and_gradients(
+    function: Callable[..., Any], tensors: dict[str, Tensor], dtype: torch.dtype, temperature: float, **options: Any
+) -> dict[str, Tensor]:
+    """The loss and every gradient of sum_i (1 + i / B) loss_i (of 1.7 loss where it is a scalar): every row counts differently."""
+    leaves = {name: x.to(dtype).detach().requires_grad_() for name, x in tensors.items()}
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves["temperature"] = torch.tensor(temperature, dtype=exact, requires_grad=True)
+    if "weight" in options:
+        leaves["weight"] = options.pop("weight").to(exact).detach().requires_grad_()
+    loss = function(**leaves, **options)
+    (loss * (torch.linspace(1, 2, len(loss), dtype=exact) if loss.ndim else 1.7)).sum().backward()
+    return {"loss": loss.detach()} | {name: x.grad for name, x in leaves.items()}
+
+
+def error(found: dict[str, Tensor], gold: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float((found[name].double() - gold[name]).norm() / gold[name].norm().clamp_min(1e-300)) for name in gold}
+
+
+def assert_as_exact_as_torch(tensors: dict[str, Tensor], dtype: torch.dtype, temperature: float, **options: Any) -> None:
+    """The gold is float64 on the rounded inputs. fp32: at most 4 times torch's error (the order of summation is each level's own) or 1e-6;
+    16 bits: no worse than torch, whose softmax is in 16 bits too."""
+    rounded = {name: x.to(dtype).double() for name, x in tensors.items()}
+    temperature = float(torch.tensor(temperature, dtype=torch.float32))
+    gold = value_and_gradients(reference.info_nce, rounded, torch.float64, temperature, **options)
+    ours = error(value_and_gradients(rf.info_nce, rounded, dtype, temperature, **options), gold)
+    torchs = error(value_and_gradients(reference.info_nce, rounded, dtype, temperature, **options), gold)
+    for name, value in ours.items():
+        limit = max(4 * torchs[name], 1e-6) if dtype == torch.float32 else torchs[name]
+        assert value <= limit, f"{name}: error {value:.2e}, torch's {torchs[name]:.2e}"
+
+
+B, N, D, K = 67, 131, 40, 3  # no tile size divides any of them
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "positives": {"positives": torch.arange(B).flip(0) * 131 // 67},  # anywhere in d, some twice
+    "ids": {"doc_ids": torch.arange(N) % 50},  # 2 or 3 columns to an id: false negatives
+    "margin": {"margin": -0.5},  # drops the nearer half of the negatives
+    "hard": {"hard_mask": (torch.arange(B * K).reshape(B, K) * 7 % 5) > 1},  # ragged; some rows have none
+    "symmetric": {"symmetric": True},
+    "normalize": {"normalize": True},
+    "weight": {"weight": torch.linspace(0, 2, B, dtype=torch.float64)},
+}
+OPTIONS["all"] = {name: value for options in OPTIONS.values() for name, value in options.items()}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_every_term(level: str, case: str, reduction: str) -> None:
+    tensors = batch(B, N, D, K if "hard_mask" in OPTIONS[case] else 0)
+    if "normalize" in OPTIONS[case]:
+        lengths = torch.linspace(0.5, 3, N, dtype=torch.float64)
+        tensors = {name: x * lengths[: len(x)].reshape(-1, *[1] * (x.ndim - 1)) for name, x in tensors.items()}
+    assert_as_exact_as_torch(tensors, torch.float32, 0.1, reduction=reduction, **OPTIONS[case])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.005, 0.02, 0.05, 1.0])
+def test_temperatures(level: str, temperature: float, dtype: torch.dtype) -> None:
+    assert_as_exact_as_torch(batch(96, 200, 64), dtype, temperature)
+
+
+# One row (loss 0 without a second document), one column more, MiniLM's width (Inf-CL refuses 384), more columns than a block of 192 (and a
+# ragged tail: Inf-CL's mask is misaligned there), more rows than a strip of 288, a width below every granularity.
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 2, 1), (5, 5, 384), (33, 400, 48), (600, 601, 17)], ids=str)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_shapes(level: str, shape: tuple[int, int, int], symmetric: bool) -> None:
+    if shape == (600, 601, 17) and level == "scalar":
+        pytest.skip("slow; the strips are the same at every level")
+    assert_as_exact_as_torch(batch(*shape), torch.float32, 0.05, symmetric=symmetric)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e6])
+def test_any_logits(level: str, scale: float) -> None:
+    """Logits of +-1e6: most exponentials underflow, and no fixed shift would serve every row."""
+    tensors = batch(40, 60, 32)
+    tensors["q"] = tensors["q"] * torch.logspace(0, math.log10(scale), 40, dtype=torch.float64)[:, None]
+    assert_as_exact_as_torch(tensors, torch.float32, 1.0, symmetric=True)
+
+
+def test_a_row_without_negatives_has_loss_0(level: str) -> None:
+    q, d = torch.randn(4, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    hard, mask = torch.randn(4, 2, 8, requires_grad=True), torch.zeros(4, 2, dtype=torch.bool)
+    temperature = torch.tensor(0.02, requires_grad=True)
+    same = torch.zeros(6, dtype=torch.int64)
+    loss = rf.info_nce(q, d, hard=hard, hard_mask=mask, doc_ids=same, temperature=temperature, reduction="none")
+    assert loss.tolist() == [0, 0, 0, 0]
+    loss.sum().backward()  # NeMo's temperature gradient is NaN where padding is masked
+    assert all(x.grad is not None and not x.grad.any() for x in (q, d, hard, temperature))
+
+
+def test_no_rows() -> None:
+    q, d = torch.zeros(0, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    loss = rf.info_nce(q, d)
+    loss.backward()
+    assert loss == 0
+    assert q.grad.shape == (0, 8)
+    assert not d.grad.any()
+    assert rf.info_nce(q, d, weight=torch.zeros(0)) == 0
+    assert rf.info_nce(torch.randn(2, 8), d, weight=torch.zeros(2)) == 0
+
+
+def test_log_sum_exp() -> None:
+    tensors = batch(B, N, D, K)
+    options = {"hard_mask": OPTIONS["hard"]["hard_mask"], "temperature": 0.1}
+    s = torch.cat([tensors["q"] @ tensors["d"].T, torch.einsum("bd,bkd->bk", tensors["q"], tensors["hard"])], 1) / 0.1
+    s[:, N:] = s[:, N:].masked_fill(~options["hard_mask"], -math.inf)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        loss, lse = rf.info_nce(**{k: x.to(dtype) for k, x in tensors.items()}, **options, reduction="none", return_lse=True)
+        torch.testing.assert_close(lse.double(), s.logsumexp(1), rtol=tolerance, atol=tolerance)
+        assert loss.shape == lse.shape == (B,)
+        assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("case", ["plain", "all"])
+def test_deterministic_whatever_the_thread_count(case: str) -> None:
+    tensors, before, found = batch(B, N, D, K if case == "all" else 0), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            found.append(value_and_gradients(rf.info_nce, tensors, torch.float32, 0.1, **OPTIONS[case]))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in other)
+
+
+def test_strided_inputs() -> None:
+    q, d = torch.randn(16, 10).T, torch.randn(40, 32)[::2, ::2]
+    options = {"positives": torch.arange(20).flip(0)[::2]}
+    torch.testing.assert_close(rf.info_nce(q, d, **options), reference.info_nce(q, d, **options))
+
+
+def test_repeated_backward() -> None:
+    q, d = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+    loss = rf.info_nce(q, d, temperature=1.0)
+    first, second = (torch.autograd.grad(loss * 3, q, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivative_is_refused(reduction: str) -> None:
+    q, d = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    loss = rf.info_nce(q, d, reduction=reduction).sum() * q.sum()
+    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_float64_runs_the_reference() -> None:
+    tensors = {name: x.requires_grad_() for name, x in batch(5, 7, 4, 2).items()}
+    loss = lambda q, d, hard: rf.info_nce(q, d, hard=hard, temperature=0.5, symmetric=True, normalize=True)  # noqa: E731
+    assert torch.autograd.gradcheck(loss, tuple(tensors.values()))
+
+
+# --- torch's machinery ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["plain", "all"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_without_a_break(case: str, reduction: str) -> None:
+    tensors = batch(B, N, D, K if case == "all" else 0)
+    compiled = torch.compile(rf.info_nce, fullgraph=True, backend="aot_eager")
+    gold = value_and_gradients(rf.info_nce, tensors, torch.float32, 0.1, reduction=reduction, **OPTIONS[case])
+    found = value_and_gradients(compiled, tensors, torch.float32, 0.1, reduction=reduction, **OPTIONS[case])
+    assert max(error(found, gold).values()) < 1e-6  # inductor may reorder the weighted mean
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_opcheck(symmetric: bool) -> None:
+    problem = [
+        torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True), torch.tensor(0.1, requires_grad=True),
+        torch.arange(6), torch.arange(9) % 7, torch.randn(6, 2, 8, requires_grad=True), torch.ones(6, 2, dtype=torch.bool),
+        0.5, symmetric, True,
+    ]  # fmt: skip
+    ops = torch.ops.refine_fast
+    torch.library.opcheck(ops.info_nce_losses.default, tuple(problem))
+    torch.library.opcheck(ops.info_nce_weighted_sum.default, (torch.rand(6, requires_grad=True), *problem))
+    losses = ops.info_nce_losses(*problem).detach()
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in problem]
+    torch.library.opcheck(ops.info_nce_gradients.default, (torch.rand(6), losses, *detached))
+    torch.library.opcheck(ops.info_nce_scale.default, (torch.tensor(2.0), [torch.rand(3), torch.rand(2)], torch.bfloat16))
+
+
+def test_autocast() -> None:
+    tensors = {name: x.float().requires_grad_() for name, x in batch(32, 40, 64).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = rf.info_nce(**tensors)
+    loss.backward()
+    lower = {name: x.detach().bfloat16().requires_grad_() for name, x in tensors.items()}
+    rf.info_nce(**lower).backward()
+    assert loss.dtype == torch.float32
+    for name, x in tensors.items():
+        assert x.grad.dtype == torch.float32
+        assert torch.equal(x.grad, lower[name].grad.float())
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------------------------
+
+q, d = torch.randn(4, 8), torch.randn(6, 8)
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"q": q[:, :7]}, ValueError, r"q has shape \(4, 7\) and d \(6, 8\)"),
+    ({"q": q[0]}, ValueError, "q has shape"),
+    ({"d": d[:3]}, ValueError, "d has 3 rows for 4 queries"),
+    ({"positives": torch.arange(5)}, ValueError, r"positives has shape \(5,\)"),
+    ({"positives": torch.tensor([0, 1, 2, 6])}, ValueError, "positives holds 6; it must be a row of d, 0 to 5"),
+    ({"positives": torch.tensor([0, 1, 2, -1])}, ValueError, "positives holds -1"),
+    ({"positives": torch.arange(4.0)}, TypeError, "positives is torch.float32; it must be torch.int64"),
+    ({"doc_ids": torch.arange(4)}, ValueError, "doc_ids has shape"),
+    ({"hard": torch.randn(4, 2, 7)}, ValueError, "hard has shape"),
+    ({"hard": torch.randn(4)}, ValueError, "hard has shape"),
+    ({"hard_mask": torch.ones(4, 2, dtype=torch.bool)}, ValueError, "hard_mask is given without hard"),
+    ({"hard": torch.randn(4, 2, 8), "hard_mask": torch.ones(4, 3, dtype=torch.bool)}, ValueError, "hard_mask has shape"),
+    ({"hard": torch.randn(4, 2, 8), "hard_mask": torch.ones(4, 2)}, TypeError, "hard_mask is torch.float32"),
+    ({"d": d.bfloat16()}, TypeError, "d is torch.bfloat16 and q torch.float32"),
+    ({"q": q.long(), "d": d.long()}, TypeError, "floating-point"),
+    ({"d": d.to("meta")}, ValueError, "d is on meta and q on cpu"),
+    ({"temperature": 0.0}, ValueError, "temperature is 0.0; it must be a positive number"),
+    ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature is -1.0"),
+    ({"temperature": math.nan}, ValueError, "temperature is nan"),
+    ({"margin": math.nan}, ValueError, "margin is NaN"),
+    ({"weight": torch.ones(3)}, ValueError, "weight has shape"),
+    ({"reduction": "avg"}, ValueError, "reduction is 'avg'"),
+    ({"q": q * math.nan}, ValueError, "the loss of row 0 is not finite; q, d or hard holds NaN or infinity"),
+    ({"d": torch.cat([d[:5], d[5:] * math.inf])}, ValueError, "is not finite"),
+    ({"q": q * 1e30, "d": d * 1e30}, ValueError, "overflows float32"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), BAD, ids=[f"{next(iter(o))}-{i}" for i, (o, _, _) in enumerate(BAD)])
+def test_bad_input(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        rf.info_nce(**{"q": q, "d": d, **options})
+
+
+# --- the module -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_module_learns_its_temperature() -> None:
+    tensors = {name: x.float() for name, x in batch(16, 20, 8).items()}
+    loss = rf.nn.InfoNCELoss(0.05, learnable=True, symmetric=True)
+    gold = value_and_gradients(lambda **x: rf.info_nce(**x, symmetric=True, normalize=True), tensors, torch.float32, 0.05)
+    value = loss(tensors["q"], tensors["d"])
+    (1.7 * value).backward()
+    torch.testing.assert_close(value.detach(), gold["loss"])
+    torch.testing.assert_close(loss.log_temperature.grad, gold["temperature"] * 0.05)
+    with torch.no_grad():
+        loss.log_temperature.fill_(-20)
+    assert loss.temperature.item() == pytest.approx(0.01)
+    assert [name for name, _ in rf.nn.InfoNCELoss(0.05).named_parameters()] == []
