@@ -113,6 +113,13 @@ def test_encodings(tmp_path: Path, name: str, data: bytes, expected: str) -> Non
     assert load_documents(tmp_path)[0].text == expected
 
 
+def test_html_that_nests_by_the_thousand(tmp_path: Path) -> None:
+    (tmp_path / "deep.html").write_text("<div>" * 5000 + "<p>At the bottom,<p> twice." + "</div>" * 4000 + "<script>never(</script>")
+    (tmp_path / "broken.html").write_text("<![bad<p>hello</p>")
+    with pytest.warns(RefineFastWarning, match=r"broken.html is skipped: it is no HTML"):
+        assert [document.text for document in load_documents(tmp_path)] == ["At the bottom,\n\ntwice."]
+
+
 def test_unknown_encoding_is_assumed_aloud(tmp_path: Path) -> None:
     (tmp_path / "old.txt").write_bytes(FRENCH.encode("cp1252"))
     with pytest.warns(RefineFastWarning, match=r"old.txt is not UTF-8 and is read as windows-1252; if that is wrong, convert it"):

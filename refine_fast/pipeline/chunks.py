@@ -101,7 +101,8 @@ def _windows(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
-    return lambda text: len(tokenizer.tokenize(text))
+    # verbose=False: the piece that is measured may be longer than the encoder reads; that is why it is measured.
+    return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _splitter(tokenizer: PreTrainedTokenizerBase, markdown: bool, capacity: int) -> TextSplitter | MarkdownSplitter:

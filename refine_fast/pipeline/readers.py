@@ -6,9 +6,11 @@ import codecs
 import re
 import stat
 import warnings
+from collections import Counter
+from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from ..errors import RefineFastWarning
 
@@ -52,11 +54,9 @@ def decode(path: Path, data: bytes, *, is_html: bool = False) -> str:
     try:
         text, assumed = data.decode(encoding), False
     except UnicodeDecodeError:
-        from bs4.dammit import EncodingDetector
-
-        declared = EncodingDetector.find_declared_encoding(data, is_html=is_html)
+        declared = re.search(rb"""<meta[^>]+charset=["']?([\w-]+)""", data[:4096], re.IGNORECASE) if is_html else None
         try:
-            text, assumed = data.decode(declared or "", "replace"), False
+            text, assumed = data.decode(declared[1].decode() if declared else "", "replace"), False
         except LookupError:
             text, assumed = data.decode("windows-1252", "replace"), True
     # A binary file decodes to control characters under one encoding or another; text has next to none.
@@ -79,29 +79,54 @@ def _markdown(path: Path, data: bytes) -> Content:
 
 def _html(path: Path, data: bytes) -> Content:
     """The visible text, headings as Markdown's, blocks apart by a blank line, so that it is split as Markdown is."""
-    from bs4 import BeautifulSoup, Comment, Doctype
-
-    soup = BeautifulSoup(decode(path, data, is_html=True), "html.parser")
-    title = soup.title.get_text(" ", strip=True) if soup.title else ""
-    for tag in soup(["head", "script", "style", "template", "noscript", "nav", "svg"]):
-        tag.decompose()
-    for string in soup.find_all(string=True):
-        if isinstance(string, Comment | Doctype):
-            string.extract()
-        elif string.find_parent("pre") is None:
-            string.replace_with(re.sub(r"\s+", " ", string))
-    for tag in soup(["article", "blockquote", "dd", "div", "dl", "dt", "li", "main", "ol", "p", "pre", "section", "table", "ul"]):
-        tag.insert_before("\n\n")
-        tag.insert_after("\n\n")
-    for tag in soup(["br", "tr"]):
-        tag.insert_before("\n")
-    for tag in soup(["td", "th"]):
-        tag.insert_after(" ")
-    for tag in soup([f"h{level}" for level in range(1, 7)]):
-        heading = " ".join(tag.get_text(" ", strip=True).split())
-        tag.replace_with(f"\n\n{'#' * int(tag.name[1])} {heading}\n\n" if heading else "\n\n")
-    text = re.sub(r"[ \t]*\n(?:[ \t]*\n)+ ?", "\n\n", soup.get_text()).strip()
+    parser = _VisibleText()
+    try:
+        parser.feed(decode(path, data, is_html=True))
+        parser.close()
+    except AssertionError as error:  # what html.parser makes of some broken declarations
+        raise Unreadable(f"it is no HTML ({error})") from None
+    text = re.sub(r"[ \t]*\n(?:[ \t]*\n)+ ?", "\n\n", "".join(parser.parts)).strip()
+    title = " ".join(parser.title.split())
     return Content(title or next((title for _, title in markdown_headings(text)), _name(path)), text, "markdown")
+
+
+class _VisibleText(HTMLParser):
+    """One pass without a tree: the time stays linear in pages that nest or repeat tags by the thousand."""
+
+    _HIDDEN = ("nav", "noscript", "script", "style", "svg", "template")
+    _BLOCKS = ("article", "blockquote", "dd", "div", "dl", "dt", "li", "main", "ol", "p", "pre", "section", "table", "ul")
+    _BREAKS: ClassVar = {"br": "\n", "tr": "\n"} | dict.fromkeys(_BLOCKS, "\n\n")
+    _HEADINGS: ClassVar = {f"h{level}": f"\n\n{'#' * level} " for level in range(1, 7)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.title = ""
+        self._inside: Counter[str] = Counter()
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self._inside[tag] += 1
+        if not self._hidden():
+            self.parts.append(self._HEADINGS.get(tag) or self._BREAKS.get(tag, ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self._hidden():
+            self.parts.append("\n\n" if tag in self._HEADINGS else " " if tag in ("td", "th") else self._BREAKS.get(tag, ""))
+        self._inside[tag] = max(0, self._inside[tag] - 1)
+
+    def handle_data(self, data: str) -> None:
+        if self._hidden():
+            return
+        if self._inside["title"]:
+            self.title += data
+        elif self._inside["pre"]:
+            self.parts.append(data)
+        else:
+            text = re.sub(r"\s+", " ", data)
+            self.parts.append(text.lstrip() if self.parts and self.parts[-1].endswith((" ", "\n")) else text)
+
+    def _hidden(self) -> bool:
+        return any(self._inside[tag] for tag in self._HIDDEN)
 
 
 def _pdf(path: Path, data: bytes) -> Content:
