@@ -195,18 +195,18 @@ def _read_index(index: Path, root: Path) -> Component:
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
             raise RefineFastError(f"{index} points outside its folder, at {file!r}: only plain file names are accepted")
         if not path.is_file():
-            raise RefineFastError(f"{index} names the shard {file}, which is missing: download the model again")
+            raise RefineFastError(f"{index} names the shard {file!r}, which is missing: download the model again")
         _check_inside(root, path)
         shards[file] = read_header(path)
     where: dict[str, str] = {}
     for file, shard in shards.items():
         for entry in shard.entries:
             if where.setdefault(entry.name, file) != file:
-                raise RefineFastError(f"{index.parent}: tensor {entry.name!r} is in two shards, {where[entry.name]} and {file}")
+                raise RefineFastError(f"{index.parent}: tensor {entry.name!r} is in two shards, {where[entry.name]!r} and {file!r}")
     for name, file in weight_map.items():
         if where.get(name) != file:
-            found = f"it is in {where[name]}" if name in where else "no shard has it"
-            raise RefineFastError(f"{index} places tensor {name!r} in {file}, but {found}")
+            found = f"it is in {where[name]!r}" if name in where else "no shard has it"
+            raise RefineFastError(f"{index} places tensor {name!r} in {file!r}, but {found}")
     return Component(index.parent, list(shards.values()), index)
 
 
