@@ -8,8 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import refine_fast as rf
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # tests/gpu then runs the Triton kernels on CPU tensors; read once, when triton is first imported
 
 
 @pytest.fixture(params=rf.available_isas())

@@ -1,15 +1,12 @@
-"""The Triton kernels run on a GPU where there is one, and on CPU tensors, interpreted, where there is none: the same cases either way."""
+"""The Triton kernels run on a GPU where there is one, and on CPU tensors, interpreted (tests/conftest.py), where there is none: the same
+cases either way."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before refine_fast.triton_kernels is imported
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 
 from refine_fast.triton_kernels import info_nce  # noqa: E402
 
-EVERYTHING = {"K": 2, "mask": True, "ids": True, "positives": True, "margin": 0.3}
+EVERYTHING = {"K": 2, "mask": True, "ids": True, "positives": True, "margin": -0.3}
 
 
 @pytest.fixture
