@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 import torch  # first: its libgomp must be the one that _core shares
@@ -28,6 +29,7 @@ def force_isa(name: str) -> None:
     _core.force_isa(name)
 
 
+@cache
 def cuda_module() -> ModuleType | None:
     """``refine_fast._cuda``, or None where it was not built."""
     try:

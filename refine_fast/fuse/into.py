@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from ..ops.lerp import lerp_
 from .checkpoint import Checkpoint, Component, Entry, read_checkpoint
 from .names import match_names
 from .plan import Weights, modules_of, some
+from .pour import BUFFER_BYTES, pour
 
 _DTYPES = {
     "F32": torch.float32,
@@ -23,7 +25,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_CHUNK = 1 << 20  # elements that pass through memory at a time
 
 
 def fuse_into(
@@ -40,7 +41,7 @@ def fuse_into(
     notes: list[str] = []
     own_weights = Weights([weight], weights)
     tuned_files, base_files = read_checkpoint(Path(tuned)), None if base is None else read_checkpoint(Path(base))
-    work: list[tuple[Tensor, Entry, Entry | None, float]] = []
+    work: list[tuple[Tensor, tuple[Entry, ...], float]] = []
     for prefix, part, relative in _parts(model, tuned_files):
         targets = {name: t for name, t in part.state_dict(keep_vars=True).items() if t.is_floating_point()}
         theirs = _partners(targets, _component(tuned_files, relative), notes)
@@ -49,11 +50,16 @@ def fuse_into(
         for name, target in targets.items():
             if name in theirs and target.data_ptr() not in seen:  # tied parameters once
                 seen.add(target.data_ptr())
-                work.append((target.detach(), theirs[name], ours.get(name), own_weights.of(prefix + name)[0]))
+                sources = (theirs[name], ours[name]) if name in ours else (theirs[name],)
+                work.append((target.detach(), sources, own_weights.of(prefix + name)[0]))
     own_weights.check_all_used()
-    with torch.no_grad():
-        for target, entry, base_entry, own_weight in work:
-            _interpolate(target, entry, base_entry, own_weight)
+    flats = [target.contiguous().view(-1) for target, _, _ in work]
+    for device in {flat.device for flat in flats}:
+        here = ((flat, sources, own) for flat, (_, sources, own) in zip(flats, work, strict=True) if flat.device == device)
+        pour((chunk for tensor in here for chunk in _chunks(*tensor)), device)
+    for flat, (target, _, _) in zip(flats, work, strict=True):
+        if flat.data_ptr() != target.data_ptr():  # a strided parameter was worked on in a copy
+            target.copy_(flat.view(target.shape))
     return notes
 
 
@@ -87,30 +93,43 @@ def _partners(targets: dict[str, Tensor], component: Component, notes: list[str]
     return pairs
 
 
-def _read(entry: Entry, first: int, n: int, fd: int) -> Tensor:
-    dtype = _DTYPES[entry.dtype]
-    data = bytearray(n * dtype.itemsize)
-    if os.preadv(fd, [data], entry.offset + first * dtype.itemsize) != len(data):
-        raise RefineFastError(f"{entry.file} became shorter while it was read")
-    values = torch.frombuffer(data, dtype=dtype)
-    return values.float() if dtype.itemsize == 1 else values
+@dataclass(frozen=True)
+class _Chunk:
+    """Elements [first, first + len(target)) of a flat parameter and where their values lie: tuned's, and base's where it is given."""
+
+    target: Tensor
+    first: int
+    sources: tuple[Entry, ...]
+    weight: float
+
+    def _parts(self, buffer: Tensor) -> list[Tensor]:
+        """Each source's place in the buffer, 16-byte aligned, as its dtype."""
+        parts, at = [], 0
+        for source in self.sources:
+            dtype = _DTYPES[source.dtype]
+            nbytes = len(self.target) * dtype.itemsize
+            parts.append(buffer[at : at + nbytes].view(dtype))
+            at += -(-nbytes // 16) * 16
+        return parts
+
+    def read(self, buffer: Tensor) -> int:
+        end = 0
+        for source, part in zip(self.sources, self._parts(buffer), strict=True):
+            data = part.view(torch.uint8)
+            with source.file.open("rb", buffering=0) as file:
+                if os.preadv(file.fileno(), [data.numpy().data], source.offset + self.first * part.itemsize) != len(data):
+                    raise RefineFastError(f"{source.file} became shorter while it was read")
+            end = int(data.storage_offset()) + len(data)
+        return end
+
+    def apply(self, buffer: Tensor) -> None:
+        tuned, *base = (part.float() if part.itemsize == 1 else part for part in self._parts(buffer))
+        if base:
+            self.target.copy_(lerp_(base[0], tuned, self.weight))
+        else:
+            lerp_(self.target, tuned, self.weight)
 
 
-def _interpolate(target: Tensor, tuned: Entry, base: Entry | None, weight: float) -> None:
-    flat = target.view(-1) if target.is_contiguous() else target.contiguous().view(-1)
-    tuned_fd = os.open(tuned.file, os.O_RDONLY)
-    base_fd = -1 if base is None else os.open(base.file, os.O_RDONLY)
-    try:
-        for first in range(0, flat.numel(), _CHUNK):
-            part = flat[first : first + _CHUNK]
-            theirs = _read(tuned, first, len(part), tuned_fd)
-            if base is None:
-                lerp_(part, theirs.to(part.device), weight)
-            else:
-                part.copy_(lerp_(_read(base, first, len(part), base_fd), theirs, weight))
-    finally:
-        os.close(tuned_fd)
-        if base is not None:
-            os.close(base_fd)
-    if not target.is_contiguous():
-        target.copy_(flat.view(target.shape))
+def _chunks(flat: Tensor, sources: tuple[Entry, ...], weight: float) -> Iterator[_Chunk]:
+    step = (BUFFER_BYTES - 16) // sum(_DTYPES[source.dtype].itemsize for source in sources) // 16 * 16
+    return (_Chunk(flat[first : first + step], first, sources, weight) for first in range(0, flat.numel(), step))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _core, reference
-from .._native import DTYPES
+from .._native import DTYPES, cuda_module
 
 
 @torch.no_grad()
@@ -23,7 +23,13 @@ def lerp_(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
         )
     if base.dtype not in DTYPES or tuned.dtype not in DTYPES:
         raise TypeError(f"base is {base.dtype} and tuned {tuned.dtype}; float16, bfloat16, float32 or float64 is needed")
-    if base.device.type == "cpu" and base.is_contiguous() and tuned.is_contiguous():
-        _core.lerp(base.data_ptr(), DTYPES[base.dtype], tuned.data_ptr(), DTYPES[tuned.dtype], base.numel(), weight)
-        return base
+    if base.is_contiguous() and tuned.is_contiguous():
+        arguments = (base.data_ptr(), DTYPES[base.dtype], tuned.data_ptr(), DTYPES[tuned.dtype], base.numel(), weight)
+        if base.is_cpu:
+            _core.lerp(*arguments)
+            return base
+        if base.is_cuda and (cuda := cuda_module()) is not None:
+            with torch.cuda.device(base.device):
+                cuda.lerp(*arguments, torch.cuda.current_stream().cuda_stream)
+            return base
     return base.copy_(reference.lerp(base, tuned, weight))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).parents[2]
 STACK_LIMIT = 64  # bytes a thread: a spilled register or two outside the inner loop (triton 3.6 and 3.9 differ)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
@@ -38,3 +41,16 @@ def test_tiles_are_multiplied_on_the_tensor_cores(kernels: list[dict[str, object
     for kernel in tiles:
         assert kernel["wgmma" if kernel["capability"] == 90 else "mma"] > 0, kernel
         assert kernel["async_copies"] > 0, kernel
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.name)
+def test_cuda_sources_compile_without_spills(source: Path, arch: str) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc here")
+    target = f"arch={arch.replace('sm', 'compute')},code={arch}"
+    command = [nvcc, "-std=c++20", f"-I{ROOT / 'csrc'}", "-gencode", target, "-Xptxas", "-v", "-cubin", "-o", os.devnull, str(source)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "Used" in report
+    assert {int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", report)} == {0}
