@@ -23,14 +23,6 @@ from refine_fast import reference
 from refine_fast.ops import band_topk as module
 
 
-@pytest.fixture(params=rf.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = rf.isa()
-    rf.force_isa(request.param)
-    yield request.param
-    rf.force_isa(before)
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -1,0 +1,121 @@
+"""faiss, for corpora past brute force and for serving: an approximate ``band_topk``, and the index of a corpus as a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..errors import RefineFastError
+from ..ops.band_topk import BandTopK, band_topk
+
+CHUNK = 64
+"""Queries whose candidates are held at a time."""
+
+
+class Approximate(NamedTuple):
+    """found: as of ``band_topk``; in_band counts the candidates. recall: the share of the exact ids that it holds, over the queries that
+    were also searched exactly."""
+
+    found: BandTopK
+    recall: float
+
+
+def build_index(docs: Any, *, lists: int | None = None, seed: int = 0) -> Any:
+    """A faiss index of the rows of docs (N, D) by inner product: exact (IndexFlatIP) or, with ``lists``, inverted lists around as many
+    k-means centres (IndexIVFFlat; about 4 sqrt(N) is usual)."""
+    import faiss
+
+    rows = np.ascontiguousarray(docs, dtype=np.float32)
+    index: Any = faiss.IndexFlatIP(rows.shape[1])
+    if lists is not None:
+        if not 1 <= lists <= len(rows):
+            raise RefineFastError(f"lists must be between 1 and the {len(rows)} documents, not {lists}")
+        index = faiss.IndexIVFFlat(index, rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+        index.cp.seed = seed
+        index.train(rows)
+    index.add(rows)
+    return index
+
+
+def write_index(docs: Any, path: str | os.PathLike[str], *, lists: int | None = None) -> None:
+    """Writes ``build_index(docs)`` as the file ``path``, for ``faiss.read_index``; row i of docs is id i. Whole or not at all."""
+    import faiss
+
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        faiss.write_index(build_index(docs, lists=lists), str(partial))
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def approximate_band_topk(
+    index: Any,
+    queries: Any,
+    docs: Any,
+    k: int,
+    *,
+    probes: int,
+    band: tuple[float, float] = (0.5, 0.7),
+    skip: int = 5,
+    exclude: Sequence[Sequence[int]] | None = None,
+    sample: int = 64,
+    seed: int = 0,
+    **rule: Any,
+) -> Approximate:
+    """``band_topk`` among the documents in the ``probes`` nearest inverted lists of each query, instead of all.
+
+    The candidates of a query are what an IVF index of ``build_index(docs, lists=...)`` finds at or above the band's lower edge; the band,
+    the skip and the order are then exact on them. ``recall`` is measured against the exact search of ``sample`` queries drawn with
+    ``seed``. Rows are taken as they are: unit vectors for a band of cosines. ``rule``: ceiling and order of ``band_topk``; select stays
+    "hardest".
+    """
+    import faiss
+
+    rows, texts = np.ascontiguousarray(queries, dtype=np.float32), np.asarray(docs)
+    ceiling = rule.pop("ceiling", None)
+    nearest = faiss.SearchParametersIVF()
+    nearest.nprobe = probes
+    parts = []
+    for first in range(0, len(rows), CHUNK):
+        chunk = rows[first : first + CHUNK]
+        # a float32 score may fall just below an edge that the exact one reaches
+        limits, _, ids = index.range_search(chunk, band[0] - 1e-4, params=nearest)
+        for i, query in enumerate(chunk):
+            own = np.sort(ids[limits[i] : limits[i + 1]])
+            left_out = None if exclude is None else [np.flatnonzero(np.isin(own, exclude[first + i]))]
+            found = band_topk(
+                query[None],
+                texts[own],
+                k,
+                band=band,
+                skip=skip,
+                exclude=left_out,
+                ceiling=None if ceiling is None else torch.as_tensor(ceiling)[first + i : first + i + 1],
+                **rule,
+            )
+            parts.append(found._replace(ids=torch.where(found.ids < 0, found.ids, torch.from_numpy(np.append(own, -1))[found.ids])))
+    found = BandTopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    checked = np.sort(np.random.default_rng(seed).permutation(len(rows))[:sample])
+    exact = band_topk(
+        rows[checked],
+        texts,
+        k,
+        band=band,
+        skip=skip,
+        exclude=None if exclude is None else [exclude[i] for i in checked],
+        ceiling=None if ceiling is None else torch.as_tensor(ceiling)[checked],
+        **rule,
+    )
+    wanted = [set(ids.tolist()) - {-1} for ids in exact.ids]
+    hit = sum(len(want & set(ids.tolist())) for want, ids in zip(wanted, found.ids[checked], strict=True))
+    return Approximate(found, hit / max(1, sum(map(len, wanted))))

@@ -1,0 +1,59 @@
+"""faiss: the index as a file, and the approximate band with its recall."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import refine_fast as rf
+from refine_fast.errors import RefineFastError
+from refine_fast.integrations.faiss import approximate_band_topk, build_index, write_index
+
+faiss = pytest.importorskip("faiss")
+
+
+@pytest.fixture(scope="module")
+def clustered() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(50, 32, generator=generator)
+    docs = torch.nn.functional.normalize(centres.repeat(100, 1) + torch.randn(5000, 32, generator=generator), dim=1)
+    return torch.nn.functional.normalize(docs[:150] + 0.05 * torch.randn(150, 32, generator=generator), dim=1), docs
+
+
+def test_all_lists_are_the_exact_answer(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
+    queries, docs = clustered
+    index = build_index(docs, lists=40)
+    exclude = [[i] for i in range(150)]
+    ceiling = torch.linspace(0.5, 0.7, 150)
+    rule = {"band": (0.4, 0.6), "skip": 3, "exclude": exclude, "ceiling": ceiling}
+    everything = approximate_band_topk(index, queries, docs, 7, probes=40, **rule)
+    exact = rf.band_topk(queries, docs, 7, **rule)
+    assert everything.recall == 1
+    for ours, gold in zip(everything.found, exact, strict=True):
+        torch.testing.assert_close(ours, gold, rtol=0, atol=0, equal_nan=True)
+
+
+def test_fewer_lists_lose_recall_and_say_so(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
+    queries, docs = clustered
+    index = build_index(docs, lists=40)
+    some = approximate_band_topk(index, queries, docs, 7, probes=1, band=(0.3, 0.6), skip=3, sample=150)
+    exact = rf.band_topk(queries, docs, 7, band=(0.3, 0.6), skip=3)
+    shared = sum(len((set(a) - {-1}) & set(b)) for a, b in zip(exact.ids.tolist(), some.found.ids.tolist(), strict=True))
+    assert some.recall == pytest.approx(shared / int((exact.ids >= 0).sum()))
+    assert 0.1 < some.recall < 1
+
+
+@pytest.mark.parametrize("lists", [None, 20])
+def test_index_file(clustered: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, lists: int | None) -> None:
+    docs = clustered[1]
+    write_index(docs, tmp_path / "corpus.faiss", lists=lists)
+    _, ids = faiss.read_index(str(tmp_path / "corpus.faiss")).search(docs[:9].numpy(), 1)
+    assert ids[:, 0].tolist() == list(range(9))
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.faiss"]
+
+
+def test_bad_lists(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
+    with pytest.raises(RefineFastError, match="lists must be between 1 and the 5000 documents, not 0"):
+        build_index(clustered[1], lists=0)
