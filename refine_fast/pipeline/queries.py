@@ -144,7 +144,7 @@ def _jsonl_judgements(path: Path) -> Iterator[tuple[str, str, str]]:
     """(query text, document id, where it stands) of every line."""
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
-        text = text_field(row, ("text", "query"), where)
+        text = text_field(row, ("text",), where)
         if not text.strip():
             raise RefineFastError(f'{where}: the field "text" is empty; write the query or delete the line.')
         yield text, text_field(row, ("doc_id",), where), where
