@@ -6,7 +6,7 @@ systems can be compared pair by pair.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,14 +119,6 @@ def gain(before: np.ndarray, after: np.ndarray, *, resamples: int = 10_000, seed
     means = np.random.default_rng(seed).multinomial(len(change), counts / len(change), size=resamples) @ values / len(change)
     low, high = np.percentile(means, [2.5, 97.5])
     return Gain(float(change.mean()), float(low), float(high))
-
-
-def sweep(
-    models: Iterable[tuple[float, SentenceTransformer]], sets: Sequence[RetrievalSet], *, batch_size: int = 32
-) -> dict[float, list[Scores]]:
-    """Every fusion weight on every set. ``models`` yields (weight, model) and may change one model in place: each is scored before the next
-    is asked for."""
-    return {weight: [score(model, data, batch_size=batch_size) for data in sets] for weight, model in models}
 
 
 def choose_weight(dev: dict[float, Scores], *, metric: str = "ndcg@10") -> float:

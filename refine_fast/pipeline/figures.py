@@ -41,7 +41,7 @@ def draw_figures(folder: Path, data: ReportData) -> dict[str, str]:
         "weights.png": (
             _weights,
             "Change of recall@3 against the base model at each fusion weight, with 95% intervals: what is learned and what is forgotten."
-            " Thin lines are the single sets of the out-of-domain mean.",
+            + (" Thin lines: each out-of-domain set." if len(data.out_of_domain) > 1 else ""),
         ),
         "similarities.png": (_similarities, "Similarities under the base model, and the band that hard negatives come from."),
     }
@@ -116,7 +116,7 @@ def _similarities(data: ReportData) -> Figure:
     panel = figure.subplots()
     low, high = mining.band
     both = np.concatenate([mining.random_scores, mining.answer_scores])
-    bins = np.linspace(min(both.min(), low), max(both.max(), high), 80)
+    bins = np.linspace(min(both.min(), low), max(both.max(), high), 60)
     panel.axvspan(low, high, color=GREY, alpha=0.18, lw=0)
     tallest = 0.0
     kinds = (mining.random_scores, INK, "query and\na random passage"), (mining.answer_scores, BLUE, "query and\nits answer")

@@ -65,7 +65,8 @@ def verdict(data: ReportData) -> list[str]:
 
 def _sentence(where: str, judged: Judged, weight: float, change: Gain) -> str:
     before, after = (judged.at_weight[w].metrics[HEADLINE] for w in (0, weight))
-    return f"**{where}: {change.verdict}.** {HEADLINE} {before:.3f} -> {after:.3f}: {_points(change)}, {judged.queries:,} queries."
+    numbers = f"{HEADLINE} {before:.3f} -> {after:.3f}: {_points(change)}, 95% interval over {judged.queries:,} queries."
+    return f"**{where}: {change.verdict}.** {numbers}"
 
 
 def _caveats(data: ReportData) -> list[str]:
