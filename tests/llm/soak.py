@@ -63,7 +63,8 @@ def main(count: int, latency: float) -> None:
         accepted = Counter(record["chunk"] for record in map(json.loads, store.read_text().splitlines()) if "error" not in record)
         print("replies per chunk:", Counter(accepted.values()), "of", count, "chunks")
         print("replies that the server sent:", end["served"], "distinct:", end["distinct"], "calls:", end["calls"])
-        print(f"places filled: {(after['busy'] - before['busy']) / (64 * (ended - began)):.1%} of 64 over {ended - began:.0f} s; peak {end['peak']}")
+        seconds = ended - began
+        print(f"places filled: {(after['busy'] - before['busy']) / (64 * seconds):.1%} of 64 over {seconds:.0f} s; peak {end['peak']}")
         print(f"client: {user:.0f} s of CPU; {memory[len(memory) // 10]:.0f} MB at a tenth, {memory[-1]:.0f} MB at the end")
         server.kill()
 

@@ -43,8 +43,8 @@ def test_many_refusals_cut_it_and_few_do_not() -> None:
     assert throttle.limit == 48
     feed(throttle, *[BUSY] * 8, *[None] * 40)  # between a tenth and a quarter: neither
     assert throttle.limit == 48
-    feed(throttle, *[None] * 48)  # from now on one by one
-    assert throttle.limit == 49
+    feed(throttle, *[None] * 48)  # from now on in eighths
+    assert throttle.limit == 54
 
 
 def test_half_of_the_calls_failing_opens_the_circuit_for_as_long_as_the_server_says() -> None:

@@ -1,7 +1,7 @@
 """How many calls at a time, when to wait, when to give up, what may be spent.
 
-Concurrency starts low, doubles with each window of calls that the server took (slow start), and after the first cut grows by one a
-window. A few refusals are how one learns that the limit is near, and cost nothing: up to a tenth of a window is ignored, a quarter cuts
+Concurrency starts low, doubles with each window of calls that the server took (slow start), and after the first cut grows by an
+eighth. A few refusals are how one learns that the limit is near, and cost nothing: up to a tenth of a window is ignored, a quarter cuts
 the number of calls by a quarter. A refused call waits for its own Retry-After without a slot, so that a refusal now and then holds nobody
 up. When half of a window failed the circuit opens: everybody waits, at least as long as the longest Retry-After, then longer and longer.
 """
@@ -104,7 +104,7 @@ class Throttle:
         elif window.refused > window.seen / 4:
             self._cut(0.75)
         elif window.refused <= window.seen / 10:
-            self.limit = min(self.ceiling, self.limit * 2 if self._slow_start else self.limit + 1)
+            self.limit = min(self.ceiling, self.limit * 2 if self._slow_start else self.limit + max(1.0, self.limit / 8))
 
     def _cut(self, factor: float) -> None:
         self.limit = max(1.0, self.limit * factor)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,24 +14,36 @@ if TYPE_CHECKING:
 
 
 def spread(chunks: list[Chunk], *, seed: int, embeddings: np.ndarray | None = None) -> list[int]:
-    """Indices of all chunks: in turn one chunk of each cluster, and within a cluster one of each document.
+    """Indices of all chunks: the clusters take turns, and each gives a chunk of the document that was drawn from least so far.
 
-    ``embeddings`` (n, d): the chunks are put in sqrt(n) clusters of k-means; without them the documents alone spread the sample.
+    ``embeddings`` (n, d): the chunks are put in sqrt(n) clusters by k-means; without them the documents alone spread the sample.
     """
-    rng = np.random.default_rng(seed)
     clusters = np.zeros(len(chunks), dtype=np.int64) if embeddings is None else _clusters(embeddings, seed)
-    shuffled = rng.permutation(len(chunks)).tolist()
-    turn_in_document: dict[tuple[int, str], int] = {}
-    turns = []
-    for i in shuffled:
-        own = (int(clusters[i]), chunks[i].source)
-        turns.append(turn_in_document.get(own, 0))
-        turn_in_document[own] = turns[-1] + 1
-    by_cluster: dict[int, list[int]] = {}
-    for _, i in sorted(zip(turns, shuffled, strict=True), key=lambda pair: pair[0]):  # stable: the shuffle breaks ties
-        by_cluster.setdefault(int(clusters[i]), []).append(i)
-    rounds = sorted(((rank, order, i) for order, own in enumerate(by_cluster.values()) for rank, i in enumerate(own)))
-    return [i for _, _, i in rounds]
+    shuffled = np.random.default_rng(seed).permutation(len(chunks)).tolist()
+    waiting: dict[int, dict[str, list[int]]] = {}  # cluster -> document -> its chunks, the next one last
+    for i in reversed(shuffled):
+        waiting.setdefault(int(clusters[i]), {}).setdefault(chunks[i].source, []).append(i)
+    # Per cluster its documents by the draws from them so far; a count that other clusters have raised is put right when it comes up.
+    heaps = {cluster: [(0, own[-1], name) for name, own in documents.items()] for cluster, documents in waiting.items()}
+    for heap in heaps.values():
+        heapq.heapify(heap)
+    drawn: Counter[str] = Counter()
+    order = []
+    while heaps:
+        for cluster, heap in list(heaps.items()):
+            while heap[0][0] < drawn[heap[0][2]]:
+                heapq.heapreplace(heap, (drawn[heap[0][2]], *heap[0][1:]))
+            name = heap[0][2]
+            own = waiting[cluster][name]
+            order.append(own.pop())
+            drawn[name] += 1
+            if own:
+                heapq.heapreplace(heap, (drawn[name], own[-1], name))
+            else:
+                heapq.heappop(heap)
+            if not heap:
+                del heaps[cluster]
+    return order
 
 
 def _clusters(embeddings: np.ndarray, seed: int) -> np.ndarray:
