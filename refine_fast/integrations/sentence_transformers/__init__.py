@@ -5,7 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOME = {"mine_hard_negatives": "mining"}
+_HOME = {
+    "CachedFusedMultipleNegativesRankingLoss": "losses",
+    "FusedMultipleNegativesRankingLoss": "losses",
+    "mine_hard_negatives": "mining",
+}
 __all__ = sorted(_HOME)
 
 

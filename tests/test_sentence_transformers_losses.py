@@ -1,0 +1,171 @@
+"""The fused losses beside sentence-transformers' own: same loss, same gradients, wherever the parents run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("sentence_transformers")
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+from sentence_transformers.util import cos_sim, dot_score
+
+from refine_fast.integrations import sentence_transformers as ours
+from refine_fast.integrations.sentence_transformers import losses
+
+MODEL = nn.Sequential(nn.Identity())
+FUSED = ours.FusedMultipleNegativesRankingLoss
+CACHED_FUSED = ours.CachedFusedMultipleNegativesRankingLoss
+
+# What info_nce covers, then what the parent's code must still answer for.
+COVERED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "scale": {"scale": 100.0},
+    "dot": {"similarity_fct": dot_score, "scale": 1.0},
+    "queries": {"directions": ("query_to_doc", "query_to_query")},
+    "symmetric": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+}
+PASSED_ON: dict[str, dict[str, Any]] = {
+    "all directions": {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")},
+    "hardness": {"hardness_mode": "all_negatives", "hardness_strength": 5.0},
+    "own similarity": {"similarity_fct": lambda a, b: cos_sim(a, b) ** 3},
+}
+
+
+def embeddings(columns: int, rows: int = 12) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(rows, 24, generator=generator)
+    return [(query * (i < 2) + torch.randn(rows, 24, generator=generator)).requires_grad_() for i in range(columns)]
+
+
+@pytest.mark.parametrize("columns", [2, 3, 5])
+@pytest.mark.parametrize("case", [*COVERED, *PASSED_ON])
+def test_loss_and_gradients(case: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = (COVERED | PASSED_ON)[case]
+    found = []
+    for kind in (MultipleNegativesRankingLoss, FUSED):
+        inputs = embeddings(columns)
+        loss = kind(nn.Identity(), **settings).compute_loss_from_embeddings(inputs, None)
+        loss.backward()
+        found.append((loss, [x.grad for x in inputs]))
+    for kind in (CachedMultipleNegativesRankingLoss, CACHED_FUSED):
+        inputs = embeddings(columns)
+        chunks = [[x.detach().requires_grad_() for x in column.split(5)] for column in inputs]
+        loss = kind(MODEL, mini_batch_size=5, **settings).calculate_loss(chunks, with_backward=True)
+        assert not loss.requires_grad
+        found.append((loss, [torch.cat([x.grad for x in column]) for column in chunks]))
+    for loss, grads in found[1:]:
+        torch.testing.assert_close(loss.detach(), found[0][0].detach(), rtol=1e-5, atol=1e-6)
+        # fp32 rounding: logits of up to 100, each wrong by some 1e-6 of itself
+        torch.testing.assert_close(grads, found[0][1], rtol=1e-4, atol=2e-6)
+    assert (losses._loss(FUSED(nn.Identity(), **settings), inputs) is not None) == (case in COVERED)
+
+
+def test_the_parents_arguments_and_errors() -> None:
+    with pytest.raises(ValueError, match="Scale must be a positive value"):
+        FUSED(nn.Identity(), scale=0)
+    with pytest.raises(ValueError, match="Invalid directions"):
+        CACHED_FUSED(MODEL, directions=("up",))
+    with pytest.raises(ValueError, match="at least 2"):
+        FUSED(nn.Identity()).compute_loss_from_embeddings(embeddings(1), None)
+    parent, child = (kind(MODEL, mini_batch_size=7) for kind in (CachedMultipleNegativesRankingLoss, CACHED_FUSED))
+    assert parent.get_config_dict() == child.get_config_dict()
+
+
+PAIRS = {
+    "anchor": ["a river in France", "the boiling point of water", "who wrote Hamlet", "capital of Japan", "speed of light", "moon landing"],
+    "positive": ["the Loire", "100 degrees Celsius", "William Shakespeare", "Tokyo", "299792 km/s", "Apollo 11 in 1969"],
+}
+
+
+@torch.no_grad()
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return sum(float((a[name] - b[name]).square().sum()) for name in a) ** 0.5
+
+
+def trained(minilm: Path, kind: type[nn.Module], folder: Path, **settings: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = SentenceTransformer(str(minilm), device="cpu")
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder), max_steps=2, per_device_train_batch_size=6, learning_rate=1e-3, optim="sgd", seed=1, use_cpu=True,
+        save_strategy="no", report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    SentenceTransformerTrainer(model, arguments, Dataset.from_dict(PAIRS), loss=kind(model, **settings)).train()
+    return {name: x.detach().clone() for name, x in model.named_parameters()}
+
+
+def test_interchangeable_in_the_trainer(minilm: Path, tmp_path: Path) -> None:
+    """Two steps with dropout on: the mini-batches of the cached losses replay its random numbers."""
+    for parent, child, settings in (
+        (MultipleNegativesRankingLoss, FUSED, {}),
+        (CachedMultipleNegativesRankingLoss, CACHED_FUSED, {"mini_batch_size": 4}),
+    ):
+        gold, found = (trained(minilm, kind, tmp_path, **settings) for kind in (parent, child))
+        start = dict(SentenceTransformer(str(minilm), device="cpu").named_parameters())
+        moved, apart = distance(gold, start), distance(gold, found)
+        # the weights (norm 300) hold the steps (1e-3) to some 4 digits
+        assert apart < 1e-3 * moved, (apart, moved)
+
+
+@pytest.mark.parametrize("scaler", [1.0, 1000.0])
+def test_cached_gradients_through_the_encoder(minilm: Path, scaler: float) -> None:
+    """After sentence-transformers' test_cmnrl_same_grad: triplets, mini-batches of 2 that leave one over, an upstream gradient like a
+    GradScaler's. (The gradient cache that ignores the temperature, in tevatron, fails this.)"""
+    model = SentenceTransformer(str(minilm), device="cpu").eval()
+    texts = (["aaa", "bbb", "ccc", "ddd", "eee"], ["aas", "bbs", "ccs", "dds", "ees"], ["xxx", "yyy", "zzz", "kkk", "fff"])
+    found = []
+    for loss in (MultipleNegativesRankingLoss(model, scale=50.0), CACHED_FUSED(model, scale=50.0, mini_batch_size=2)):
+        model.zero_grad()
+        value = loss([model.preprocess(list(column)) for column in texts], torch.zeros(5)) * scaler
+        value.backward()
+        found.append((value.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (gold, gold_grad), (value, grad) = found
+    torch.testing.assert_close(value, gold, rtol=1e-5, atol=0)
+    assert (grad - gold_grad).norm() < 1e-4 * gold_grad.norm()
+    with torch.no_grad():
+        value = loss([model.preprocess(list(column)) for column in texts], torch.zeros(5)) * scaler
+    torch.testing.assert_close(value, gold, rtol=1e-5, atol=0)
+
+
+WORKER = '''
+import sys, torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from refine_fast.integrations.sentence_transformers import FusedMultipleNegativesRankingLoss as Loss
+
+def run(world, rank, **settings):
+    """Gradient of a linear encoder; world 1: the whole batch in one process."""
+    torch.manual_seed(0)
+    encoder, batch = nn.Linear(16, 8, bias=False), torch.randn(3, 10, 16)
+    model = DistributedDataParallel(encoder) if world > 1 else encoder
+    part = batch.chunk(world, dim=1)[rank]
+    loss = Loss(nn.Identity(), gather_across_devices=world > 1, **settings)
+    value = loss.compute_loss_from_embeddings(list(model(part)), None)
+    value.backward()
+    return value.detach(), encoder.weight.grad
+
+dist.init_process_group("gloo")
+for settings in ({}, {"directions": ("query_to_doc", "query_to_query")},
+                 {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}):
+    value, grad = run(2, dist.get_rank(), **settings)
+    whole, gold = run(1, 0, **settings)
+    dist.all_reduce(value)
+    torch.testing.assert_close(value / 2, whole)
+    torch.testing.assert_close(grad, gold, rtol=1e-4, atol=1e-6)
+dist.destroy_process_group()
+'''
+
+
+def test_negatives_gathered_from_two_processes(tmp_path: Path) -> None:
+    """torchrun, gloo: each process has half of the batch and sees all of it; DDP's mean gradient is the single process's."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "worker.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
