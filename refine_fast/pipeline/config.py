@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import RefineFastError
 
@@ -159,14 +159,14 @@ class RunConfig:
     docs: Path | None = _option(None, _or(None, _existing), "documents: a folder, JSONL file, BEIR folder or data set on disk", "DOCS")
     model: str = _option(DEFAULT_ENCODER, _text, "the encoder to adapt: a folder, a Hugging Face name, or minilm (comes along)", "NAME")
     limit: int | None = _option(None, _or(None, _integer(2)), "use at most this many chunks, whole documents drawn by the seed", "N")
-    chunk_tokens: int = _option(256, _integer(16), "longest chunk, in the encoder's own tokens", "N")
+    chunk_tokens: int = _option(256, _integer(32), "longest chunk, in the encoder's own tokens", "N")
     seed: int = _option(0, _integer(0), "same inputs and seed, same outputs", "N")
 
     queries: Path | None = _option(None, _or(None, _existing), "your own queries: JSONL {text, doc_id}, or a BEIR folder (train)", "FILE")
     queries_per_chunk: int = _option(4, _integer(1), "synthetic queries made for each chunk", "N")
     held_out: float = _option(0.2, _real(0, 0.5, low_included=False), "share of the documents kept for evaluation", "SHARE")
 
-    band: tuple[float, float] | str = _option((0.5, 0.7), _or("auto", _band), "similarity band of hard negatives, or auto", "LOW,HIGH")
+    band: tuple[float, float] | Literal["auto"] = _option((0.5, 0.7), _or("auto", _band), "cosines of hard negatives, or auto", "LOW,HIGH")
     skip: int = _option(5, _integer(0), "leave out this many most similar documents, then apply the band", "N")
     negatives: int = _option(1, _integer(0), "hard negatives per query; 0 trains on in-batch negatives alone", "N")
     select: str = _option("hardest", _choice("hardest", "random"), "which of the documents in the band: hardest or random", "HOW")
@@ -180,7 +180,7 @@ class RunConfig:
     precision: str = _option("auto", _choice("auto", "fp32", "bf16"), "fp32, bf16 or auto: bf16 where the hardware has it", "TYPE")
     memory: int | None = _option(None, _or(None, _bytes), "memory that training may take, such as 8GB", "SIZE")
 
-    weight: float | str = _option(0.35, _or("auto", _real(0, 1)), "share of the fine-tuned weights in the fused model, or auto", "W")
+    weight: float | Literal["auto"] = _option(0.35, _or("auto", _real(0, 1)), "share of the fine-tuned weights, or auto", "W")
     curve: tuple[float, ...] = _option((0.0, 0.35, 0.5, 0.75, 1.0), _weights, "fusion weights to evaluate besides --weight", "W,W,...")
     ood: tuple[Path, ...] = _option((), _beirs, "BEIR folder to check for forgetting; may be repeated", "FOLDER")
     ood_passages: int = _option(2000, _integer(10), "reduce larger out-of-domain sets to this many passages", "N")

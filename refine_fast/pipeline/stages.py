@@ -86,11 +86,11 @@ class RunFolder:
         """Does the stage, whatever the manifest says, and returns its seconds. Goes on where a killed run left it."""
         key = self._key(stage)
         folder = self.path / ".work" / stage.name
-        if _read_json(folder / "key.json") != key:
+        if read_json(folder / "key.json") != key:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_json(folder / "key.json", key)
-        record = _read_json(folder / "done.json")
+        record = read_json(folder / "done.json")
         if record is None:
             start = time.monotonic()
             stage.work(folder)
@@ -117,7 +117,7 @@ class RunFolder:
         shutil.rmtree(folder)
 
     def _manifest(self) -> dict[str, Any]:
-        return _read_json(self.path / "manifest.json") or {}
+        return read_json(self.path / "manifest.json") or {}
 
     def _key(self, stage: Stage) -> dict[str, Any]:
         return {
@@ -189,7 +189,7 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):

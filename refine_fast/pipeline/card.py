@@ -1,0 +1,71 @@
+"""The model card: what the fused model is, how it was made, what it gained and what it forgot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import __version__
+from .evaluate import Scores, gain
+
+SHOWN = ("recall@1", "recall@3", "recall@10", "ndcg@10", "mrr@10")
+
+
+def model_card(base: Path, base_name: str, weight: float, recipe: Mapping[str, Any], systems: Mapping[str, Mapping[str, Scores]]) -> str:
+    """README.md of the fused model. ``systems``: system name -> set name -> scores, "base" and "fused" among them."""
+    head = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "feature-extraction", "refine", "model-fusion"],
+        "base_model": base_name,
+        **({"license": licence} if (licence := _licence(base)) else {}),
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {base_name}, adapted to one collection of documents",
+        "",
+        f"Every weight is `base + {weight:g} * (tuned - base)`: `{base_name}` interpolated with a contrastive fine-tune of it,",
+        f"as in REFINE (arXiv 2410.12890), by refine_fast {__version__}. Pooling, normalization, prompts and tokenizer are the base's.",
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        'model = SentenceTransformer("path/to/this/folder")',
+        'documents = model.encode_document(["..."])',
+        'queries = model.encode_query(["..."])',
+        "scores = model.similarity(queries, documents)",
+        "```",
+        "",
+        "## Results",
+    ]
+    for name, before in systems["base"].items():
+        if name == "dev":
+            continue
+        title = "On queries that were not trained on" if name == "in_domain" else f"Out of domain: {name.removeprefix('ood:')}"
+        lines += ["", f"{title} ({len(before.per_query['recall@3'])} queries):", ""]
+        lines += ["| | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]
+        for system, scores in systems.items():
+            lines.append(f"| {system} | " + " | ".join(f"{scores[name].metrics[metric]:.3f}" for metric in SHOWN) + " |")
+        change = gain(before.per_query["recall@3"], systems["fused"][name].per_query["recall@3"])
+        points = f"{100 * change.mean:+.1f} points, 95% interval {100 * change.low:+.1f} to {100 * change.high:+.1f}"
+        lines += ["", f"recall@3, base to fused: {points}: {change.verdict}."]
+    lines += ["", "## Recipe", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in recipe.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _licence(base: Path) -> str | None:
+    """What the base's own card says."""
+    card = base / "README.md"
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2) if card.is_file() else []
+    try:
+        head = yaml.safe_load(parts[1]) if len(parts) == 3 else None
+    except yaml.YAMLError:
+        head = None
+    return head.get("license") if isinstance(head, dict) else None

@@ -1,0 +1,90 @@
+"""What works on this machine: every line is tried, not looked up."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from .. import available_isas, isa
+from .._native import cuda_module
+from ..errors import RefineFastError
+from .console import Console
+from .embed import encode, has_fast_bf16
+from .encoder import device, encoder_folder, load_encoder
+
+EXTRAS = {
+    "pipeline": ("transformers", "sentence-transformers", "accelerate", "datasets", "faiss-cpu", "rich", "matplotlib", "bm25s"),
+    "llm": ("openai", "jinja2", "json-repair"),
+    "pdf": ("pypdf",),
+    "gpu": ("triton",),
+}
+
+
+def show_health(model: str, console: Console) -> None:
+    """One row a check: what, ok or not, and what was found or is to be done. Raises RefineFastError if the encoder does not work."""
+    rows = list(check(model))
+    table = Table("", "", "found")
+    for what, works, found in rows:
+        table.add_row(what, "[green]ok[/]" if works else "[yellow]no[/]", found)
+    console.result({what: {"works": works, "found": found} for what, works, found in rows}, table)
+    if not {what: works for what, works, _ in rows}["encoder"]:
+        raise RefineFastError(f"doctor: the encoder {model} does not work here; see its row.")
+
+
+def check(model: str) -> Iterator[tuple[str, bool, str]]:
+    """(what, whether it works, what was found)."""
+    yield "python", True, f"{platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores"
+    yield "cpu kernels", True, f"{isa()} of {', '.join(available_isas())}"
+    yield "torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+        yield "cuda", True, f"{name}, {memory / 2**30:.0f} GiB; CUDA kernels {'built' if cuda_module() else 'not built, Triton serves'}"
+    else:
+        yield "cuda", False, "no device: training runs on the CPU"
+    fast = has_fast_bf16(device())
+    yield "bf16", fast, "in hardware: training and encoding use it" if fast else "not in hardware: float32 is used"
+    for extra, packages in EXTRAS.items():
+        missing = [name for name in packages if not _version(name)]
+        found = f"pip install 'refine-fast[{extra}]' for {', '.join(missing)}" if missing else ", ".join(packages)
+        yield f"extra {extra}", not missing, found
+    yield "memory", True, _memory()
+    free = shutil.disk_usage(Path.cwd()).free
+    yield "disk", free > 2**30, f"{free / 2**30:.1f} GiB free in {Path.cwd()}"
+    yield "encoder", *_tried(lambda: _encoder(model))
+
+
+def _encoder(name: str) -> str:
+    model = load_encoder(encoder_folder(name))
+    vectors = encode(model, ["Where does the cat sleep?"], role="query")
+    prompts = ", ".join(key for key, prompt in model.prompts.items() if prompt) or "none"
+    return f"{name}: {vectors.shape[1]} dimensions, {model.max_seq_length} tokens, prompts: {prompts}"
+
+
+def _tried(work: Callable[[], str]) -> tuple[bool, str]:
+    try:
+        return True, work()
+    except RefineFastError as error:
+        return False, str(error)
+
+
+def _memory() -> str:
+    try:
+        import psutil
+    except ImportError:
+        return "unknown without psutil"
+    memory = psutil.virtual_memory()
+    return f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,86 @@
+"""What a run would do and take, before it does it: the documents are read and cut, a few passages are timed, nothing is written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from rich.table import Table
+
+from .config import RunConfig
+from .console import Console
+from .embed import encode, has_fast_bf16
+from .encoder import encoder_folder, load_encoder
+from .retrieval_set import load_beir
+from .train import steps_of
+from .work import Job, cut_documents, split_queries
+
+SAMPLE = 64
+"""Chunks that are encoded to time the encoder on this machine."""
+
+TRAINING_OVER_ENCODING = 3.0
+"""Time of forward and backward over that of the forward alone: the backward has twice its products."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    documents: int
+    chunks: int
+    duplicates_removed: int
+    training_queries: int
+    test_queries: int
+    steps: int
+    passages_encoded: int
+    """By all stages but training."""
+    precision: str
+    training_minutes: float
+    encoding_minutes: float
+    disk_mb: float
+
+
+def make_plan(config: RunConfig) -> Plan:
+    job = Job(config, encoder_folder(config.model), Console(quiet=True))
+    documents, chunks, duplicates = cut_documents(job)
+    queries = split_queries(job, chunks)
+    examples = len(queries["train"])
+    batch = min(config.batch_size, max(examples, 1))
+    steps = steps_of(examples, batch_size=batch, epochs=config.epochs, max_steps=config.max_steps) if examples else 0
+
+    sets = [load_beir(folder) for folder in config.ood]
+    own = load_beir(job.judged) if job.judged else None
+    judged = len(own.queries) if own else len(queries["held_out"])
+    evaluated = (len(own.docs) if own else len(chunks)) + judged + sum(min(len(s.docs), config.ood_passages) + len(s.queries) for s in sets)
+    passages = len(chunks) + examples + len(job.weights) * evaluated
+
+    model = load_encoder(job.encoder)
+    bf16 = has_fast_bf16(model.device) if job.bf16 is None else job.bf16
+    drawn = np.random.default_rng(config.seed).permutation(len(chunks))[:SAMPLE]
+    encode(model, [chunks[drawn[0]].passage], role="document", bf16=bf16)  # the first call allocates
+    start = time.perf_counter()
+    encode(model, [chunks[i].passage for i in drawn], role="document", bf16=bf16)
+    seconds = (time.perf_counter() - start) / len(drawn)
+    trained = steps * batch * (1 + config.negatives)  # queries are short: the passages decide
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Plan(
+        documents=documents,
+        chunks=len(chunks),
+        duplicates_removed=duplicates.exact + duplicates.near,
+        training_queries=examples,
+        test_queries=judged,
+        steps=steps,
+        passages_encoded=passages,
+        precision="bf16" if bf16 else "fp32",
+        training_minutes=round(trained * seconds * TRAINING_OVER_ENCODING / 60, 1),
+        encoding_minutes=round(passages * seconds / 60, 1),
+        disk_mb=round((2 * weights + 2 * 3 * weights) / 1e6),  # tuned and fused; two checkpoints with Adam's two moments while training
+    )
+
+
+def show_plan(config: RunConfig, console: Console) -> None:
+    with console.warnings():
+        plan = asdict(make_plan(config))
+    table = Table(show_header=False)
+    for name, value in plan.items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int | float) else value)
+    console.result(plan, table)

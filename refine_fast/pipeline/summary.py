@@ -1,0 +1,75 @@
+"""What each command shows at its end: a table for people, or the same facts as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..fuse import fuse
+from .console import Console
+from .evaluate import evaluate_models, gain
+from .stages import read_json
+from .work import Job, all_scores, chosen_weight
+
+COLUMNS = ("recall@1", "recall@3", "recall@10", "ndcg@10")
+
+
+def show_run(job: Job, command: str) -> None:
+    """After a whole run the before/after table, after a part of it the facts of its last stage."""
+    if command in ("run", "report"):
+        return _show_scores(job)
+    facts = {"queries": "chunks.json", "mine": "mining.json", "train": "training.json"}[command]
+    value = read_json(job.path(facts))
+    job.console.result({"out": str(job.config.out), **value})
+    if not job.console.json:
+        job.console.say(f"{command}: in {job.config.out}")
+
+
+def _show_scores(job: Job) -> None:
+    weight = chosen_weight(job)
+    systems = all_scores(job, weight)
+    value: dict[str, Any] = {"model": str(job.path("model")), "report": str(job.path("report.md")), "weight": weight, "sets": {}}
+    tables = []
+    for name, before in systems["base"].items():
+        if name == "dev":
+            continue
+        change = gain(before.per_query["recall@3"], systems["fused"][name].per_query["recall@3"])
+        value["sets"][name] = {
+            "systems": {system: scores[name].metrics for system, scores in systems.items()},
+            "gain": {"metric": "recall@3", **vars(change), "verdict": change.verdict},
+        }
+        title = "your documents" if name == "in_domain" else f"out of domain: {name.removeprefix('ood:')}"
+        caption = f"recall@3, base to fused: {points(**vars(change))}, {change.verdict}"
+        table = Table("", *COLUMNS, title=f"{title} ({len(before.per_query['recall@3'])} queries)", caption=caption)
+        for system, scores in systems.items():
+            label = f"fused, weight {weight:g}" if system == "fused" else system
+            style = "bold" if system == "fused" else None
+            table.add_row(label, *(f"{scores[name].metrics[metric]:.3f}" for metric in COLUMNS), style=style)
+        tables.append(table)
+        if change.high < 0:
+            job.console.warn(f"the fused model retrieves worse than the base on {title}; see report.md for the weights in between.")
+    job.console.result(value, *tables)
+    job.console.say(f"the model is {job.path('model')}, the report {job.path('report.md')}")
+
+
+def show_evaluation(models: list[str], data: Path, split: str, console: Console) -> None:
+    with console.progress("encoding") as progress:
+        rows = evaluate_models(models, data, split, progress=progress)
+    table = Table("", *COLUMNS, "recall@3 against the first")
+    for row in rows:
+        change = row.get("gain", {}).get("recall@3")
+        table.add_row(row["system"], *(f"{row[metric]:.3f}" for metric in COLUMNS), points(**change) if change else "")
+    console.result({"rows": rows}, table)
+
+
+def show_fusion(base: Path, tuned: Path, out: Path, weight: float, overwrite: bool, console: Console) -> None:
+    with console.progress("fusing") as progress:
+        report = fuse(base, tuned, out, weight, overwrite=overwrite, progress=progress)
+    console.result({"weight": weight, **vars(report), "tensors": len(report.tensors), "not_finite": report.not_finite})
+    console.say(str(report))
+
+
+def points(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"

@@ -1,0 +1,276 @@
+"""What each stage of a run does: reads the files of the stages before it, writes its own under the folder that it is given."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import RefineFastError, RefineFastWarning
+from ..fuse import fuse, fuse_into
+from ..mine import mine as mine_negatives
+from .card import model_card
+from .chunks import Chunk, Duplicates, chunk_documents, deduplicate
+from .config import DEFAULT_ENCODER, RunConfig, is_beir
+from .console import Console
+from .documents import load_documents
+from .embed import encode, has_fast_bf16
+from .encoder import load_encoder
+from .evaluate import Scores, choose_weight, score, score_bm25
+from .jsonl import read_records, write_records
+from .queries import Query, load_queries, synthesize_queries
+from .retrieval_set import RetrievalSet, held_out_set, load_beir, split_by_document, without
+from .stages import read_json, write_json
+from .train import Example, train
+
+DEV_SHARE = 0.1
+"""Share of the documents whose queries choose the weight under ``--weight auto``."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what is asked, the encoder's folder, and who is told."""
+
+    config: RunConfig
+    encoder: Path
+    console: Console
+
+    def path(self, name: str) -> Path:
+        return self.config.out / name
+
+    @property
+    def bf16(self) -> bool | None:
+        return {"auto": None, "bf16": True, "fp32": False}[self.config.precision]
+
+    @property
+    def judged(self) -> Path | None:
+        """The documents' folder, where it comes with judged test queries of its own."""
+        return self.config.docs if self.config.docs is not None and is_beir(self.config.docs) else None
+
+    @property
+    def weights(self) -> list[float]:
+        chosen = [] if self.config.weight == "auto" else [float(self.config.weight)]
+        return sorted({*self.config.curve, *chosen})
+
+
+def cut_documents(job: Job) -> tuple[int, list[Chunk], Duplicates]:
+    """The number of documents, their chunks, and what was removed as duplicates."""
+    documents = load_documents(job.config.docs)
+    tokenizer = load_encoder(job.encoder).tokenizer
+    chunks, duplicates = deduplicate(chunk_documents(documents, tokenizer, max_tokens=job.config.chunk_tokens))
+    if job.config.limit is not None:
+        chunks = _whole_sources(chunks, job.config.limit, job.config.seed)
+    if len(chunks) < 2:
+        raise RefineFastError(f"docs: {job.config.docs} gives {len(chunks)} chunks of text, too few to learn from; give more documents.")
+    return len(documents), chunks, duplicates
+
+
+def make_chunks(job: Job, to: Path) -> None:
+    documents, chunks, duplicates = cut_documents(job)
+    write_records(to / "chunks.jsonl", chunks)
+    write_json(to / "chunks.json", {"documents": documents, "chunks": len(chunks), "duplicates": vars(duplicates)})
+
+
+def _whole_sources(chunks: Sequence[Chunk], limit: int, seed: int) -> list[Chunk]:
+    """At most ``limit`` chunks, source by source in an order drawn by the seed, in their old order."""
+    names = sorted({chunk.source for chunk in chunks})
+    np.random.default_rng(seed).shuffle(names)
+    of_source = defaultdict(list)
+    for chunk in chunks:
+        of_source[chunk.source].append(chunk)
+    kept = {chunk.id for chunk in [chunk for name in names for chunk in of_source[name]][:limit]}
+    return [chunk for chunk in chunks if chunk.id in kept]
+
+
+def split_queries(job: Job, chunks: Sequence[Chunk]) -> dict[str, list[Query]]:
+    """"train", and "held_out" and "dev" where they are needed: queries by whole documents, none of them a judged test query."""
+    config = job.config
+    if config.queries is not None:
+        queries = load_queries(config.queries, chunks)
+    else:
+        queries = synthesize_queries(chunks, seed=config.seed, per_chunk=config.queries_per_chunk)
+    if job.judged:
+        queries = without(queries, load_beir(job.judged).queries)
+    shares = ({} if job.judged else {"held_out": config.held_out}) | ({"dev": DEV_SHARE} if config.weight == "auto" else {})
+    return split_by_document(queries, chunks, shares, seed=config.seed)
+
+
+def make_queries(job: Job, to: Path) -> None:
+    parts = split_queries(job, read_records(job.path("chunks.jsonl"), Chunk))
+    for name, file in (("train", "queries"), ("dev", "dev"), ("held_out", "held_out")):
+        write_records(to / f"{file}.jsonl", parts.get(name, []))
+
+
+def learnable(job: Job) -> tuple[list[Chunk], list[Query]]:
+    """The chunks that training may see (those of a held-out document it may not) and its queries."""
+    chunks = read_records(job.path("chunks.jsonl"), Chunk)
+    queries = read_records(job.path("queries.jsonl"), Query)
+    source_of = {chunk.id: chunk.source for chunk in chunks}
+    held = {query.chunk_id for name in ("dev", "held_out") for query in read_records(job.path(f"{name}.jsonl"), Query)}
+    sources = {source_of[chunk] for chunk in held} - {source_of[query.chunk_id] for query in queries}
+    return [chunk for chunk in chunks if chunk.id not in held and chunk.source not in sources], queries
+
+
+def relevant_rows(chunks: Sequence[Chunk], queries: Sequence[Query]) -> dict[str, list[int]]:
+    """Query text -> rows of the chunks that answer it."""
+    row = {chunk.id: i for i, chunk in enumerate(chunks)}
+    relevant: dict[str, list[int]] = {}
+    for query in queries:
+        relevant.setdefault(query.text, []).append(row[query.chunk_id])
+    return relevant
+
+
+def embed(job: Job, to: Path) -> None:
+    chunks, queries = learnable(job)
+    if len(queries) < 2:
+        raise RefineFastError(f"queries: {len(queries)} training queries are too few to learn from; give more documents or --queries.")
+    model = load_encoder(job.encoder)
+    (to / "embeddings").mkdir(exist_ok=True)
+    with job.console.progress("embedding queries") as progress:
+        q = encode(model, list(relevant_rows(chunks, queries)), role="query", bf16=job.bf16, progress=progress)
+    with job.console.progress("embedding chunks") as progress:
+        d = encode(model, [chunk.passage for chunk in chunks], role="document", bf16=job.bf16, progress=progress)
+    np.save(to / "embeddings" / "queries.npy", q)
+    np.save(to / "embeddings" / "chunks.npy", d)
+
+
+def mine(job: Job, to: Path) -> None:
+    config = job.config
+    chunks, queries = learnable(job)
+    relevant = relevant_rows(chunks, queries)
+    q, d = (np.load(job.path(f"embeddings/{name}.npy")) for name in ("queries", "chunks"))
+    try:
+        with job.console.progress("mining") as progress:
+            mined = mine_negatives(
+                q, d, list(relevant.values()), k=max(1, config.negatives), band=config.band, skip=config.skip,
+                select=config.select, seed=config.seed, progress=progress,
+            )
+    except ValueError as reason:
+        raise RefineFastError(f"mine: {reason}.") from None
+    ids, scores, in_band = (np.asarray(column) for column in (mined.ids, mined.scores, mined.in_band))
+    with (to / "negatives.jsonl").open("w", encoding="utf-8") as file:
+        for text, row, values in zip(relevant, ids, scores, strict=True):
+            negatives = [{"chunk_id": chunks[i].id, "score": round(float(s), 6)} for i, s in zip(row, values, strict=True) if i >= 0]
+            file.write(json.dumps({"query": text, "negatives": negatives[: config.negatives]}, ensure_ascii=False) + "\n")
+    empty = int(np.sum(in_band == 0))
+    low, high = mined.band
+    facts = {"band": [low, high], "empty": empty, "median_in_band": float(np.median(in_band)), "queries": len(q)}
+    write_json(to / "mining.json", facts)
+    if 2 * empty > len(q) and config.negatives:
+        warnings.warn(
+            f"the band [{low:g}, {high:g}] after the {config.skip} most similar is empty for {empty} of {len(q)} queries under this"
+            " encoder, so they train on in-batch negatives alone; --band auto fits the band to the encoder.",
+            RefineFastWarning,
+            stacklevel=2,
+        )
+
+
+def train_encoder(job: Job, to: Path) -> None:
+    config = job.config
+    chunks, queries = learnable(job)
+    relevant = relevant_rows(chunks, queries)
+    row = {chunk.id: i for i, chunk in enumerate(chunks)}
+    negatives = {}
+    with job.path("negatives.jsonl").open(encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            negatives[record["query"]] = tuple(row[negative["chunk_id"]] for negative in record["negatives"])
+    examples = [
+        Example(text, positive, negatives[text], frozenset(positives)) for text, positives in relevant.items() for positive in positives
+    ]
+    model = load_encoder(job.encoder)
+    bf16 = has_fast_bf16(model.device) if job.bf16 is None else job.bf16
+    with job.console.progress("training") as progress:
+        history = train(
+            model, examples, [chunk.passage for chunk in chunks], to / "checkpoints",
+            epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size, lr=config.lr, warmup=config.warmup,
+            temperature=config.temperature, bf16=bf16, seed=config.seed, progress=progress,
+        )
+    model.save_pretrained(str(to / "tuned"), create_model_card=False)
+    write_json(to / "training.json", {**history, "examples": len(examples), "precision": "bf16" if bf16 else "fp32"})
+
+
+def retrieval_sets(job: Job) -> dict[str, RetrievalSet]:
+    """"in_domain"; "dev" where a weight is to be chosen; each out-of-domain set under its name."""
+    chunks = read_records(job.path("chunks.jsonl"), Chunk)
+    sets = {}
+    if job.judged:
+        sets["in_domain"] = load_beir(job.judged)
+    else:
+        sets["in_domain"] = held_out_set(chunks, read_records(job.path("held_out.jsonl"), Query))
+    if job.config.weight == "auto":
+        sets["dev"] = held_out_set(chunks, read_records(job.path("dev.jsonl"), Query))
+    for folder in job.config.ood:
+        data = load_beir(folder)
+        sets[f"ood:{folder.name}"] = data.sample(queries=len(data.queries), docs=job.config.ood_passages, seed=job.config.seed)
+    return sets
+
+
+def score_system(job: Job, to: Path, weight: float | None) -> None:
+    """Scores of the encoder at a fusion weight, or of BM25 (None), on every set."""
+    sets = retrieval_sets(job)
+    if weight is None:
+        write_json(to / "sets.json", {name: len(data.docs) for name, data in sets.items()})
+        scores = {name: score_bm25(data) for name, data in sets.items()}
+    else:
+        model = load_encoder(job.encoder)
+        if weight > 0:
+            fuse_into(model, job.path("tuned"), weight)
+        scores = {}
+        for name, data in sets.items():
+            with job.console.progress(f"weight {weight:g} on {data.name}") as progress:
+                scores[name] = score(model, data, progress=progress)
+    rows = {name: {metric: values.tolist() for metric, values in result.per_query.items()} for name, result in scores.items()}
+    write_json(to / score_file(weight), rows)
+
+
+def score_file(weight: float | None) -> str:
+    return "scores-bm25.json" if weight is None else f"scores-{weight:g}.json"
+
+
+def read_scores(job: Job, weight: float | None) -> dict[str, Scores]:
+    rows = read_json(job.path(score_file(weight)))
+    return {name: Scores({metric: np.array(values) for metric, values in columns.items()}) for name, columns in rows.items()}
+
+
+def all_scores(job: Job, weight: float) -> dict[str, dict[str, Scores]]:
+    """System -> set -> scores, the systems that every account of a run shows."""
+    return {name: read_scores(job, at) for name, at in (("BM25", None), ("base", 0.0), ("fine-tuned", 1.0), ("fused", weight))}
+
+
+def chosen_weight(job: Job) -> float:
+    if job.config.weight != "auto":
+        return float(job.config.weight)
+    return choose_weight({weight: read_scores(job, weight)["dev"] for weight in job.weights})
+
+
+def fuse_encoder(job: Job, to: Path) -> None:
+    weight = chosen_weight(job)
+    fuse(job.encoder, job.path("tuned"), to / "model", weight, overwrite=True)
+    card = model_card(job.encoder, base_name(job), weight, recipe(job, weight), all_scores(job, weight))
+    (to / "model" / "README.md").write_text(card, encoding="utf-8")
+
+
+def base_name(job: Job) -> str:
+    return "sentence-transformers/all-MiniLM-L6-v2" if job.config.model == DEFAULT_ENCODER else Path(job.config.model).name
+
+
+def recipe(job: Job, weight: float) -> dict[str, str]:
+    """What was done, for the card and the report."""
+    config = job.config
+    mining, training = read_json(job.path("mining.json")), read_json(job.path("training.json"))
+    low, high = mining["band"]
+    source = f"from {config.queries.name}" if config.queries else "made from the documents without an LLM"
+    return {
+        "queries": f"{mining['queries']}, {source}",
+        "loss": f"InfoNCE, temperature {config.temperature:g}, in-batch negatives (batch {config.batch_size}), each document once",
+        "hard negatives": f"{config.negatives} per query: after the {config.skip} most similar, cosine in [{low:.2f}, {high:.2f}],"
+        f" {config.select}; none for {mining['empty']} of the queries",
+        "optimizer": f"AdamW, learning rate {config.lr:g}, {training['steps']} steps, warm-up {config.warmup:g}, seed {config.seed}",
+        "fusion": f"weight {weight:g} of the fine-tuned parameters" + (", chosen on held-out queries" if config.weight == "auto" else ""),
+    }
+

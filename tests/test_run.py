@@ -1,0 +1,276 @@
+"""Whole runs: over a tiny random encoder for the machinery (kills, reruns, determinism), over MiniLM and real passages for the outcome."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+import torch
+
+from refine_fast.cli import main
+from refine_fast.pipeline import stages, train
+from refine_fast.pipeline.config import RunConfig
+from refine_fast.pipeline.console import Console
+from refine_fast.pipeline.run import run
+
+SMALL = {"batch_size": 8, "queries_per_chunk": 2, "chunk_tokens": 64, "curve": (0.0, 1.0), "band": (-0.9, 1.0), "precision": "fp32"}
+STAGES = ["chunks", "queries", "embed", "mine", "train", "score BM25", "score 0", "score 0.35", "score 1", "fuse", "report"]
+ALL = [*STAGES, "score 0.5"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """A random BERT of two layers under MiniLM's tokenizer, with dropout, in sentence-transformers' layout and with prompts."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules as models
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
+    BertModel(BertConfig(vocab_size=30522, **sizes)).save_pretrained(folder / "bert")
+    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder / "bert")
+    transformer = models.Transformer(str(folder / "bert"), max_seq_length=96)
+    encoder = SentenceTransformer(
+        modules=[transformer, models.Pooling(32, pooling_mode="cls"), models.Normalize()],
+        prompts={"query": "query: ", "document": "passage: "},
+        device="cpu",
+    )
+    encoder.save_pretrained(str(folder / "encoder"))
+    return folder / "encoder"
+
+
+@pytest.fixture(scope="session")
+def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty pages of the Python language reference."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in sorted(topics)[:30]:
+        (folder / f"{name}.md").write_text(topics[name][:600], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Path, docs: Path) -> Path:
+    """An uninterrupted run, to copy and to compare with."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(RunConfig(out=out, docs=docs, model=str(tiny), **SMALL), Console(quiet=True))
+    return out
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def outputs(out: Path) -> dict[str, dict[str, str]]:
+    """Stage -> output -> SHA-256."""
+    return {stage: record["outputs"] for stage, record in json.loads((out / "manifest.json").read_text()).items()}
+
+
+def go_on(out: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, str]:
+    """Runs the command again over its folder; stage -> why it was redone."""
+    assert main(["run", "--out", str(out), *flags]) == 0
+    lines = [line.split(": ", 1) for line in capsys.readouterr().err.splitlines() if line.startswith(tuple(f"{name}: " for name in ALL))]
+    return {stage: reason for stage, reason in lines if reason != "up to date" and not reason.startswith("done in")}
+
+
+def test_the_run_folder(whole: Path) -> None:
+    assert list(outputs(whole)) == STAGES
+    for name in ("model", "tuned", "report.md", "report.json", "report.html", "figures", "queries.jsonl", "negatives.jsonl", "config.yaml"):
+        assert (whole / name).exists()
+    assert list((whole / ".work").iterdir()) == []
+
+
+def test_the_product_is_the_base_but_for_its_weights(whole: Path, tiny: Path) -> None:
+    from safetensors.torch import load_file
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    base, tuned, fused = (load_file(folder / "model.safetensors") for folder in (tiny, whole / "tuned", whole / "model"))
+    changed = [name for name in base if not torch.equal(base[name], tuned[name])]
+    assert len(changed) > len(base) / 2
+    for name in base:
+        assert torch.equal(fused[name], torch.lerp(base[name], tuned[name], 0.35))
+    model = SentenceTransformer(str(whole / "model"), device="cpu")
+    assert model.prompts["query"] == "query: "
+    assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Normalize"]
+    assert model[1].pooling_mode == "cls"
+    AutoModel.from_pretrained(whole / "model")
+    card = (whole / "model" / "README.md").read_text()
+    assert "base_model: encoder" in card
+    assert "| fused |" in card
+
+
+def test_nothing_leaks_from_held_out_documents(whole: Path) -> None:
+    def sources(name: str) -> set[str]:
+        return {source_of[json.loads(line)["chunk_id"]] for line in (whole / name).open()}
+
+    source_of = {row["id"]: row["source"] for row in map(json.loads, (whole / "chunks.jsonl").open())}
+    trained, held = sources("queries.jsonl"), sources("held_out.jsonl")
+    assert trained
+    assert held
+    assert not trained & held
+    negatives = {n["chunk_id"] for line in (whole / "negatives.jsonl").open() for n in json.loads(line)["negatives"]}
+    assert negatives
+    assert not {source_of[chunk] for chunk in negatives} & held
+
+
+def test_a_rerun_does_nothing(copied: Path, capsys) -> None:
+    assert go_on(copied, capsys) == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "redone"),
+    [
+        (["--weight=0.5"], {"score 0.5": "not done yet", "fuse": "scores-0.35.json changed", "report": "scores-0.35.json changed"}),
+        (["--skip=3"], {"mine": "config.skip 5 -> 3"}),
+        (["--held-out=0.3"], {"queries": "config.held_out 0.2 -> 0.3", "embed": "queries.jsonl changed"}),
+    ],
+)
+def test_a_rerun_redoes_what_changed_and_says_why(copied: Path, capsys, flags: list[str], redone: dict[str, str]) -> None:
+    why = go_on(copied, capsys, *flags)
+    for stage, reason in redone.items():
+        assert reason in why[stage]
+    first = next(iter(redone))
+    assert not set(STAGES[: STAGES.index(first)] if first in STAGES else STAGES[:8]) & why.keys()
+
+
+def test_a_document_that_changed(copied: Path, tiny: Path, docs: Path, tmp_path: Path, capsys) -> None:
+    changed = shutil.copytree(docs, tmp_path / "docs")
+    page = sorted(changed.iterdir())[3]
+    page.write_text(page.read_text() + "\nIt ends with a line of its own, which nobody has read before.\n")
+    assert main(["run", str(changed), "--config", str(copied / "config.yaml"), "--out", str(copied)]) == 0
+    lines = capsys.readouterr().err
+    assert f"chunks: docs changed ({page.name})" in lines
+    assert "queries: chunks.jsonl changed" in lines
+
+
+def _killed(config: RunConfig, at: str) -> None:
+    """A run that kills itself in stage ``at``: when its work is written and nothing of it is recorded; training in its eighth step."""
+    from transformers import TrainerCallback
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    torch.set_num_threads(1)
+    train.CHECKPOINT_SECONDS = 0.0
+    sync, work_of = stages.sync, stages.RunFolder.do
+    current = ""
+
+    def do(self: stages.RunFolder, stage: stages.Stage) -> float:
+        nonlocal current
+        current = stage.name
+        return work_of(self, stage)
+
+    def sync_or_die(path: Path) -> None:
+        if current == at and not path.name.endswith(".tmp"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(path)
+
+    def die(self: TrainerCallback, args, state, control, **kwargs) -> None:
+        if at == "train" and state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    stages.RunFolder.do, stages.sync, TrainerCallback.on_step_begin = do, sync_or_die, die
+    run(config, Console(quiet=True))
+
+
+def test_kill_9_in_each_stage(tmp_path: Path, tiny: Path, docs: Path, whole: Path) -> None:
+    """A chain of runs over one folder, each killed one stage further on: what they leave in the end has the very bytes of the run that was
+    never interrupted. Training is killed between two checkpoints, so this is also the equality of a resumed training."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["refine_fast.pipeline.run", "sentence_transformers", "datasets"])
+    config = RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **SMALL)
+    for stage in STAGES:
+        process = processes.Process(target=_killed, args=(config, stage))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        done = outputs(config.out) if (config.out / "manifest.json").exists() else {}
+        assert list(done) == STAGES[: STAGES.index(stage)]
+        if stage == "train":
+            assert list((config.out / ".work").rglob("checkpoint-6/whole"))
+    run(config, Console(quiet=True))
+    assert outputs(config.out) == outputs(whole)
+
+
+def test_the_seed_decides(tmp_path: Path, tiny: Path, docs: Path, whole: Path) -> None:
+    """The same seed again gives the same bytes (test_kill_9_in_each_stage); another one does not."""
+    run(RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **{**SMALL, "seed": 1}), Console(quiet=True), until="train")
+    other = outputs(tmp_path / "run")
+    assert other["queries"] != outputs(whole)["queries"]
+    assert other["train"] != outputs(whole)["train"]
+
+
+def test_two_runs_into_one_folder(copied: Path, capsys) -> None:
+    with stages.RunFolder(copied):
+        assert main(["run", "--out", str(copied)]) == 3
+    assert f"process {os.getpid()} is working in this run folder; wait for it or give another --out." in capsys.readouterr().err
+
+
+def test_ctrl_c(copied: Path, monkeypatch, capsys) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("refine_fast.pipeline.work.mine_negatives", lambda *a, **k: interrupt())
+    assert main(["mine", "--out", str(copied), "--skip", "4"]) == 130
+    assert "stopped; the same command goes on from here." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil", ["empty", "binary"])
+def test_documents_without_text(tmp_path: Path, tiny: Path, spoil: str, capsys) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "page.md").write_bytes(b"" if spoil == "empty" else bytes(range(256)) * 40)
+    assert main(["run", str(folder), "--model", str(tiny), "--out", str(tmp_path / "run")]) == 2
+    assert f"error: {folder} holds no usable text" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_encoder(tmp_path: Path, docs: Path, capsys) -> None:
+    assert main(["run", str(docs), "--model", str(docs), "--out", str(tmp_path / "run")]) == 2
+    assert f"error: model: {docs} holds neither config.json nor modules.json; give the folder of an encoder." in capsys.readouterr().err
+
+
+def test_json_on_stdout(copied: Path, capsys) -> None:
+    assert main(["run", "--out", str(copied), "--json", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["weight"] == 0.35
+    assert set(result["sets"]["in_domain"]["systems"]) == {"BM25", "base", "fine-tuned", "fused"}
+    assert captured.err == ""
+
+
+def test_a_batch_counts_every_document_once(tiny: Path) -> None:
+    """Two queries share document 3, and 3 and 5 both answer the first: nothing that answers a query is its negative."""
+    from refine_fast.pipeline.encoder import load_encoder
+
+    examples = [
+        train.Example("a", 3, (7,), frozenset({3, 5})),
+        train.Example("b", 3, (5, 7), frozenset({3})),
+        train.Example("c", 5, (), frozenset({5})),
+    ]
+    batch = train.Collator(load_encoder(tiny), examples, [f"document {i}" for i in range(9)])([{"row": i} for i in range(3)])
+    assert batch["label"].tolist() == [0, 0, 1]
+    assert len(batch["document_input_ids"]) == 3
+    groups = batch["document_group"].tolist()
+    assert groups[0] == groups[1] != groups[2]
+
+
+def test_real_passages(tmp_path: Path, beir: Path, minilm: Path) -> None:
+    """MiniLM on a part of SQuAD's passages: the fused model finds more than the base does on queries that it has not seen."""
+    job = run(
+        RunConfig(out=tmp_path / "run", docs=beir / "squad", limit=250, queries=beir / "squad", max_steps=6, curve=(0, 1), ood_passages=50,
+                  weight=0.5, band="auto", batch_size=32),
+        Console(quiet=True),
+    )  # fmt: skip
+    base, fused = (json.loads((tmp_path / "run" / f"scores-{weight}.json").read_text())["in_domain"] for weight in ("0", "0.5"))
+    assert np.mean(fused["ndcg@10"]) > np.mean(base["ndcg@10"])
+    assert job.path("model").is_dir()
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(tmp_path / "run" / "tuned")
