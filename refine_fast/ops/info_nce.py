@@ -252,7 +252,7 @@ def _fake_losses(*problem: Any) -> Tensor:
 
 
 def _fake_gradients(q: Tensor, d: Tensor, hard: Tensor | None) -> tuple[Tensor, ...]:
-    dtype = torch.float32 if q.device.type == "cpu" else q.dtype
+    dtype = torch.bfloat16 if q.device.type == "cuda" and q.dtype == torch.bfloat16 else torch.float32
     shapes = q.shape, d.shape, (0,) if hard is None else hard.shape
     return *(q.new_empty(shape, dtype=dtype) for shape in shapes), q.new_empty((), dtype=torch.float32)
 

@@ -51,12 +51,17 @@ ENOUGH_PROGRAMS = 8 * 132  # of the log-sum pass: the columns are split where th
 
 @dataclass(frozen=True)
 class Gradients:
-    """dL/d of each input, in the input's dtype (temperature: float32); hard is None where there are no hard negatives."""
+    """dL/d of each input, in the input's dtype, but float32 for the temperature and for float16, whose exponent does not hold the gradient
+    of a mean; hard is None where there are no hard negatives."""
 
     q: Tensor
     d: Tensor
     hard: Tensor | None
     temperature: Tensor
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @dataclass(frozen=True)
@@ -246,9 +251,9 @@ class Direction:
             self.sum_wide_rows()
         else:
             self.losses()
-        hard = self.new(self.B, self.K, self.D, dtype=self.hard.dtype) if self.K else None
-        dtau = self.new(self.B)
-        out = Gradients(torch.empty_like(self.q), torch.empty_like(self.d), hard, dtau)
+        dtau, dtype = self.new(self.B), gradient_dtype(self.q.dtype)
+        hard = self.new(self.B, self.K, self.D, dtype=dtype) if self.K else None
+        out = Gradients(self.new(self.B, self.D, dtype=dtype), self.new(self.N, self.D, dtype=dtype), hard, dtau)
         to_q, to_d = (None, None) if extra is None else (extra.d, extra.q)
         rows, cols = min(block.rows, self.B), min(block.cols, self.N)
         e = self.new(rows, triton.cdiv(cols, 64) * 64, dtype=self.element)
@@ -338,8 +343,9 @@ def gradients(
     """
     workspace = workspace_bytes() if workspace is None else workspace
     if len(q) == 0:
-        hard = None if problem["hard"] is None else torch.zeros_like(problem["hard"])
-        nothing = Gradients(torch.zeros_like(q), torch.zeros_like(d), hard, q.new_zeros((), dtype=torch.float32))
+        dtype, hard = gradient_dtype(q.dtype), problem["hard"]
+        none_hard = None if hard is None else torch.zeros_like(hard, dtype=dtype)
+        nothing = Gradients(torch.zeros_like(q, dtype=dtype), torch.zeros_like(d, dtype=dtype), none_hard, torch.zeros((), device=q.device))
         return q.new_zeros((2 if problem["symmetric"] else 1, 0), dtype=torch.float32), nothing
     with _on(q, workspace):
         there, *back = _directions(q, d, **problem)

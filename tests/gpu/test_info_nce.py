@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import refine_fast as rf
 from refine_fast import reference
+from refine_fast.ops import info_nce as operator
 
 triton = pytest.importorskip("triton")
 
@@ -98,7 +100,7 @@ def test_equals_float64(case: str, workspace: int, small_tiles: None, device: to
     assert error(losses.mean(0), wanted_loss) < tolerance(inputs)[0]
     for name, gradient in wanted.items():
         assert error(getattr(grads, name), gradient) < tolerance(inputs)[1], name
-        assert getattr(grads, name).dtype == inputs[name].dtype
+        assert getattr(grads, name).dtype == info_nce.gradient_dtype(inputs[name].dtype)
 
 
 @pytest.mark.parametrize("case", ["everything, both directions", "norms of 5 at tau=0.05: rows outside the window", "bf16"])
@@ -112,6 +114,30 @@ def test_gradients_from_the_losses_of_an_earlier_call(case: str, small_tiles: No
     _, grads = info_nce.gradients(g, losses=losses, **inputs)
     for name, gradient in wanted.items():
         assert error(getattr(grads, name), gradient) < tolerance(inputs)[1], name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_operator(reduction: str, small_tiles: None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """refine_fast.info_nce over these kernels, autograd and weights included; without a GPU its CPU branch is sent here."""
+
+    def here(g: torch.Tensor | None, *problem: object) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        tensors, options = operator._problem(*problem)
+        if g is None:
+            return info_nce.losses(*tensors, **options), []
+        losses, grads = info_nce.gradients(g, *tensors, **options)
+        return losses, [grads.q, grads.d, grads.hard, grads.temperature]
+
+    monkeypatch.setattr(operator, "_run_cpu", here)
+    inputs = problem(19, 75, 24, device, **EVERYTHING, normalize=True, symmetric=True)
+    weight = torch.rand(19, device=device) + 0.5
+    found, wanted = [], []
+    for dtype, place, call, results in ((torch.float32, device, rf.info_nce, found), (torch.float64, "cpu", reference.info_nce, wanted)):
+        leaves = {name: inputs[name].detach().clone().to(place, dtype).requires_grad_() for name in ("q", "d", "hard", "temperature")}
+        rest = {name: x.to(place) if isinstance(x, torch.Tensor) else x for name, x in inputs.items() if name not in leaves}
+        loss = call(**leaves, **rest, weight=weight.to(place, dtype), reduction=reduction)
+        loss.sum().backward()
+        results += [loss.detach(), *(leaf.grad for leaf in leaves.values())]
+    assert all(error(ours, theirs) < tolerance(inputs)[1] for ours, theirs in zip(found, wanted, strict=True))
 
 
 def test_equal_inputs_give_equal_bits(small_tiles: None, device: torch.device) -> None:

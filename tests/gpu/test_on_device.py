@@ -1,0 +1,84 @@
+"""What only a GPU can show: real tile sizes, no host synchronization, capture in a CUDA graph, bounded memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import refine_fast as rf
+from refine_fast import reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def pair(B: int, N: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator("cuda").manual_seed(0)
+    q, d = (torch.randn(n, D, generator=g, device="cuda") for n in (B, N))
+    q = q + d[:B]
+    return tuple(F.normalize(x, dim=-1).to(dtype).requires_grad_() for x in (q, d))
+
+
+def step(q: torch.Tensor, d: torch.Tensor, **options: object) -> tuple[torch.Tensor, ...]:
+    loss = rf.info_nce(q, d, **options)
+    return loss.detach(), *torch.autograd.grad(loss, (q, d))
+
+
+# 16 bits: e, the scaled q and the result, 2^-9 each at random; float32: cuBLAS sums of up to 5,000 terms, 72-bit logits, 2^-24 each
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-5), (torch.bfloat16, 3.5e-3), (torch.float16, 3.5e-3)])
+@pytest.mark.parametrize("shape", [(4096, 4096, 768), (1500, 5003, 384), (129, 700, 100)], ids=["square", "ragged", "D no multiple of 64"])
+@pytest.mark.parametrize("workspace", ["512", "16"])
+def test_equals_float64(
+    shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float, workspace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFINE_FAST_WORKSPACE_MB", workspace)
+    q, d = pair(*shape, dtype)
+    doc_ids = torch.randint(0, shape[1] // 2, (shape[1],), device="cuda")
+    found = step(q, d, doc_ids=doc_ids)
+    leaves = [x.detach().double().requires_grad_() for x in (q, d)]
+    loss = reference.info_nce(*leaves, doc_ids=doc_ids)
+    loss.backward()
+    for ours, wanted in zip(found, (loss.detach(), *(x.grad for x in leaves)), strict=True):
+        assert (ours.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+def test_no_host_synchronization_and_equal_bits() -> None:
+    q, d = pair(2048, 4096, 768, torch.bfloat16)
+    first = step(q, d, symmetric=True, margin=0.1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step(q, d, symmetric=True, margin=0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_captured_in_a_cuda_graph() -> None:
+    q, d = pair(1024, 1024, 384, torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        eager = step(q, d)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(q, d)
+    with torch.no_grad():
+        q.copy_(q.flip(0))
+    graph.replay()
+    assert not torch.equal(captured[0], eager[0])
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(q, d), strict=True))
+
+
+@pytest.mark.parametrize("megabytes", [16, 128])
+def test_memory_stays_inside_the_workspace(megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak beyond inputs and gradients: the workspace and the vectors of length B and N (here 20 float32 each)."""
+    monkeypatch.setenv("REFINE_FAST_WORKSPACE_MB", str(megabytes))
+    q, d = pair(16_384, 16_384, 384, torch.bfloat16)
+    step(q, d)  # cuBLAS takes its own workspace once
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = step(q, d)
+    gradients = 2 * sum(x.nbytes for x in found[1:])  # held by the operator, and scaled by the upstream gradient
+    assert torch.cuda.max_memory_allocated() - before - gradients <= (megabytes << 20) + 16_384 * 2 * 20 * 4
