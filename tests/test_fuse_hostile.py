@@ -40,7 +40,9 @@ MALFORMED: dict[str, tuple[Any, bytes, str]] = {
     "long number": (b'{"a":{"dtype":"U8","shape":[' + b"9" * 10_000 + b'],"data_offsets":[0,1]}}', bytes(1), "malformed"),
     "not a number": (b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,1]}}', bytes(1), "malformed"),
     "duplicate tensor": (
-        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', bytes(1), "'a' occurs twice"
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        bytes(1),
+        "'a' occurs twice",
     ),
     "duplicate field": (b'{"a":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}', bytes(1), "'dtype' occurs twice"),
     "entry no object": ({"a": [1]}, b"", "lacks one of"),
@@ -159,7 +161,7 @@ def test_index_stays_in_its_folder(folders: tuple[Path, Path], target: str) -> N
         (b'{"weight_map": {"a": 1}}', "no weight_map"),
         (b'{"weight_map": {"a": "1.safetensors", "a": "2.safetensors"}}', "'a' occurs twice"),
         (b'{"weight_map": {"a": "3.safetensors"}}', "'3.safetensors', which is missing"),
-        (b'{"weight_map": {"a": "2.safetensors", "b": "2.safetensors", "embed.weight": "1.safetensors"}}', "places tensor 'a' in '2.*in '1"),
+        (b'{"weight_map": {"a": "2.safetensors", "b": "2.safetensors"}}', "places tensor 'a' in '2.*in '1"),
         (b'{"weight_map": {"a": "1.safetensors", "c": "2.safetensors"}}', "'c' in '2.safetensors', but no shard has it"),
     ],
 )
@@ -199,7 +201,7 @@ def test_outputs_that_are_refused(folders: tuple[Path, Path], tmp_path: Path) ->
     (tmp_path / "a_file").write_text("mine")
     before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
     for out in (base, tuned, tmp_path, base / "out", tmp_path / "link", tmp_path / "link" / "out", tmp_path / "x" / ".." / "base"):
-        with pytest.raises(RefineFastError, match="lie in one another|is a link"):
+        with pytest.raises(RefineFastError, match=r"lie in one another|is a link"):
             rf.fuse(base, tuned, out, overwrite=True)
     with pytest.raises(RefineFastError, match="exists: give another"):
         rf.fuse(base, tuned, tmp_path / "full")
@@ -232,9 +234,15 @@ def test_the_hugging_face_cache_is_followed(folders: tuple[Path, Path], tmp_path
 # --- fuzzing: scripts of edits to a valid header and index, so that most inputs get past the first check ---------------------------------
 
 VALID = json.dumps({"a": entry(), "b": entry("I64", [1], [8, 16]), "__metadata__": {"format": "pt"}}).encode()
-TOKENS = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"0", b"1", b"8", b"-1", b"18446744073709551616", b"1e400", b"null", b"true", b'"a"', b'"b"', b'"F32"',
-          b'"dtype"', b'"shape"', b'"data_offsets"', b"\xff", b"\\u0000", b"\0", b" "]  # fmt: skip
+TOKENS = [
+    b"{", b"}", b"[", b"]", b",", b":", b'"', b"0", b"1", b"8", b"-1", b"18446744073709551616", b"1e400", b"null", b"true", b'"a"', b'"b"',
+    b'"F32"', b'"dtype"', b'"shape"', b'"data_offsets"', b"\xff", b"\\u0000", b"\0", b" ",
+]  # fmt: skip
 EDIT = st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 8), st.sampled_from(TOKENS) | st.binary(max_size=4))
+
+
+def assert_one_line(error: RefineFastError) -> None:
+    assert "\n" not in str(error)
 
 
 def mutate(text: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
@@ -253,7 +261,7 @@ def test_fuzzed_headers(tmp_path: Path, edits: list[tuple[int, int, bytes]], lon
     try:
         header = read_header(path)
     except RefineFastError as error:
-        assert "\n" not in str(error)
+        assert_one_line(error)
         return
     size = path.stat().st_size
     assert all(8 < e.offset <= e.offset + e.nbytes <= size for e in header.entries)
@@ -272,6 +280,6 @@ def test_fuzzed_indexes(tmp_path: Path, edits: list[tuple[int, int, bytes]]) -> 
     try:
         found = read_checkpoint(tmp_path)
     except RefineFastError as error:
-        assert "\n" not in str(error)
+        assert_one_line(error)
     else:
         assert all(path.parent == tmp_path for path in found.files())

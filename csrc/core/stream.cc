@@ -9,6 +9,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <future>
 #include <memory>
 
 #include "core/cpu.h"
@@ -17,6 +19,7 @@ namespace refine_fast {
 namespace {
 
 constexpr int64_t kPage = 4096, kWindow = int64_t{8} << 20;
+constexpr const char* kShorter = "the file became shorter while it was read";
 
 int64_t round_down(int64_t x, int64_t step) { return x / step * step; }
 int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -33,135 +36,165 @@ struct Free {
 using Buffer = std::unique_ptr<char, Free>;
 Buffer page_aligned(int64_t bytes) { return Buffer(static_cast<char*>(std::aligned_alloc(kPage, static_cast<size_t>(bytes)))); }
 
-// --- input: the window that a position lies in, and read-ahead of the next -----------------------------------------------------------
+// The file behind a descriptor once more, past the page cache; -1 where that cannot be (tmpfs, no /proc).
+int reopen_direct(int fd, int mode) {
+  char path[64];
+  std::snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+  return open(path, mode | O_DIRECT | O_CLOEXEC);
+}
 
-// Pages that were in the cache before stay there; what this pass brought in goes when the window moves on.
+// --- input: the window that a position lies in, and the next one on its way -----------------------------------------------------------
+
 class Reader {
  public:
-  explicit Reader(const std::vector<File>& files, const OnBlock& on_block) : files_(files), on_block_(on_block), data_(page_aligned(kPage + kWindow)) {}
-  ~Reader() { drop(); }
+  Reader(const std::vector<File>& files, bool ahead, const OnBlock& on_block)
+      : files_(files), policy_(ahead ? std::launch::async | std::launch::deferred : std::launch::deferred), on_block_(on_block) {}
+  ~Reader() { close_file(); }
+  Reader(const Reader&) = delete;
 
-  bool ok() const { return data_ != nullptr; }
-  bool cold() const { return cold_; }
+  bool ok() const { return now_.data && next_.data; }
 
   // *data, *bytes: what the window holds from `offset` on, at least `least` bytes
   Status at(int file, int64_t offset, int64_t least, const char** data, int64_t* bytes) {
-    if (file != file_ || offset < begin_ || offset + least > end_) {
+    if (file != file_ || offset < begin_ || offset + least > now_.end) {
       const Status status = fill(file, offset, least);
       if (!status) return status;
     }
-    *data = window() + (offset - window_begin_);
-    *bytes = end_ - offset;
+    *data = now_.bytes() + (offset - now_.begin);
+    *bytes = now_.end - offset;
     return {};
   }
 
  private:
-  char* window() const { return data_.get() + kPage; }
-
-  struct Residency {
-    int file = -1;
-    int64_t begin = 0, pages = 0;
-    unsigned char resident[kWindow / kPage];
+  struct Window {
+    Buffer data = page_aligned(kPage + kWindow);  // a page in front, for what an element left in the window before
+    int64_t begin = 0, end = 0;
+    Status status;
+    char* bytes() const { return data.get() + kPage; }
   };
 
-  // Which pages of a window are in the cache now. Where it cannot be told, all of them: nothing is dropped then.
-  static void probe(const File& file, int index, int64_t begin, int64_t end, Residency* r) {
-    r->file = index, r->begin = begin, r->pages = round_up(end - begin, kPage) / kPage;
-    std::memset(r->resident, 1, sizeof r->resident);
-    void* map = mmap(nullptr, static_cast<size_t>(end - begin), PROT_READ, MAP_SHARED, file.fd, begin);
-    if (map == MAP_FAILED) return;
-    if (mincore(map, static_cast<size_t>(end - begin), r->resident) != 0) std::memset(r->resident, 1, sizeof r->resident);
-    munmap(map, static_cast<size_t>(end - begin));
-  }
-
   Status fill(int file, int64_t offset, int64_t least) {
-    drop();
-    if (file != file_) {
-      file_ = file;
-      size_ = lseek(files_[static_cast<size_t>(file)].fd, 0, SEEK_END);
-      next_.file = -1;
-      posix_fadvise(files_[static_cast<size_t>(file)].fd, 0, 0, POSIX_FADV_RANDOM);  // the read-ahead below replaces the kernel's
-    }
-    const File& f = files_[static_cast<size_t>(file)];
-    if (next_.file == file && offset <= end_ && offset + least > end_) {  // on to the next window; an element that straddles the two moves along
-      std::memcpy(window() - (end_ - offset), window() + (offset - window_begin_), static_cast<size_t>(end_ - offset));
-      begin_ = offset, window_begin_ = end_;
-      now_ = next_;
-      end_ = std::min(window_begin_ + kWindow, size_);
+    if (file != file_)
+      open_file(file);
+    else if (pending_.valid())
+      pending_.get();
+    if (next_.end > 0 && offset <= next_.begin && offset + least > next_.begin && offset >= begin_) {
+      const int64_t left = next_.begin - offset;
+      std::memcpy(next_.bytes() - left, now_.bytes() + (offset - now_.begin), static_cast<size_t>(left));
+      std::swap(now_, next_);
+      begin_ = offset;
     } else {
-      begin_ = window_begin_ = round_down(offset, kPage);
-      end_ = std::min(window_begin_ + kWindow, size_);
-      if (end_ > window_begin_) probe(f, file, window_begin_, end_, &now_);
+      load(&now_, begin_ = round_down(offset, kPage));
     }
-    if (offset + least > end_) return failure(Code::io, "reading", f.name, "the file became shorter while it was read");
-    cold_ = std::memchr(now_.resident, 0, static_cast<size_t>(now_.pages)) != nullptr;
-    next_.file = -1;
-    if (end_ < size_) {
-      const int64_t next_end = std::min(end_ + kWindow, size_);
-      probe(f, file, end_, next_end, &next_);
-      if (std::memchr(next_.resident, 0, static_cast<size_t>(next_.pages)) != nullptr)
-        posix_fadvise(f.fd, end_, next_end - end_, POSIX_FADV_WILLNEED);
-    }
-    for (int64_t at = window_begin_; at < end_;) {
-      const ssize_t got = pread(f.fd, window() + (at - window_begin_), static_cast<size_t>(end_ - at), at);
-      if (got < 0 && errno == EINTR) continue;
-      if (got < 0) return failure(Code::io, "reading", f.name, std::strerror(errno));
-      if (got == 0) return failure(Code::io, "reading", f.name, "the file became shorter while it was read");
-      at += got;
-    }
-    if (!on_block_(file, window_begin_, window(), end_ - window_begin_)) return {Code::interrupted, {}};
+    if (!now_.status) return now_.status;
+    if (offset + least > now_.end) return failure(Code::io, "reading", files_[static_cast<size_t>(file)].name, kShorter);
+    next_.end = 0;
+    if (now_.end < size_) pending_ = std::async(policy_, [this] { load(&next_, now_.end); });
+    if (!on_block_(file, now_.begin, now_.bytes(), now_.end - now_.begin)) return {Code::interrupted, {}};
     return {};
   }
 
-  void drop() {
-    if (!cold_) return;
-    const auto* r = now_.resident;
-    for (int64_t i = 0; i < now_.pages;) {
-      const unsigned char* cached = std::find(r + i, r + now_.pages, 1);
-      if (cached != r + i) posix_fadvise(files_[static_cast<size_t>(now_.file)].fd, now_.begin + i * kPage, (cached - r - i) * kPage, POSIX_FADV_DONTNEED);
-      i = std::find(cached, r + now_.pages, 0) - r;
+  void open_file(int file) {
+    close_file();
+    file_ = file;
+    const int fd = files_[static_cast<size_t>(file)].fd;
+    size_ = lseek(fd, 0, SEEK_END);
+    direct_ = reopen_direct(fd, O_RDONLY);
+    next_.end = 0;
+  }
+
+  void close_file() {
+    pending_ = {};  // waits where a thread is at it
+    if (direct_ >= 0) close(direct_);
+    direct_ = -1;
+  }
+
+  // How many pages of a window are in the page cache; all of them where it cannot be told.
+  static int64_t resident_pages(int fd, int64_t begin, int64_t end) {
+    const int64_t pages = round_up(end - begin, kPage) / kPage;
+    unsigned char resident[kWindow / kPage];
+    void* map = mmap(nullptr, static_cast<size_t>(end - begin), PROT_READ, MAP_SHARED, fd, begin);
+    if (map == MAP_FAILED) return pages;
+    const bool told = mincore(map, static_cast<size_t>(end - begin), resident) == 0;
+    munmap(map, static_cast<size_t>(end - begin));
+    return told ? std::count_if(resident, resident + pages, [](unsigned char c) { return c & 1; }) : pages;
+  }
+
+  // From the cache where the whole window is in it, else past it: what was cached stays, what was not does not come in.
+  void load(Window* w, int64_t begin) const {
+    const File& f = files_[static_cast<size_t>(file_)];
+    w->begin = begin, w->end = std::min(begin + kWindow, size_), w->status = {};
+    if (w->end <= begin) return;
+    const int64_t resident = resident_pages(f.fd, begin, w->end);
+    const bool warm = resident * kPage >= w->end - begin;
+    int fd = warm || direct_ < 0 ? f.fd : direct_;
+    for (int64_t at = begin; at < w->end;) {
+      const ssize_t got = pread(fd, w->bytes() + (at - begin), static_cast<size_t>(begin + kWindow - at), at);
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0 && errno == EINVAL && fd == direct_) {
+        fd = f.fd;  // a file system that opens for direct reads and refuses them
+      } else if (got <= 0) {
+        w->status = failure(Code::io, "reading", f.name, got < 0 ? std::strerror(errno) : kShorter);
+        return;
+      } else {
+        at += got;
+      }
     }
-    cold_ = false;
+    if (fd == f.fd && resident == 0) posix_fadvise(fd, begin, w->end - begin, POSIX_FADV_DONTNEED);
   }
 
   const std::vector<File>& files_;
+  const std::launch policy_;
   const OnBlock& on_block_;
-  Buffer data_;
-  int file_ = -1;
-  int64_t size_ = 0, begin_ = 0, window_begin_ = 0, end_ = 0;  // [begin_, window_begin_): what an element left in the window before
-  bool cold_ = false;
-  Residency now_, next_;
+  int file_ = -1, direct_ = -1;
+  int64_t size_ = 0, begin_ = 0;  // begin_: where now_ begins, with what an element left in the window before it
+  Window now_, next_;
+  std::future<void> pending_;
 };
 
-// --- output: one buffer, written when full; the disk starts on it at once -------------------------------------------------------------
+// --- output: one buffer, written past the cache when full ------------------------------------------------------------------------------
 
 class Writer {
  public:
   Writer(Output& output, int index, const OnBlock& on_block)
-      : output_(output), index_(index), on_block_(on_block), data_(page_aligned(kWindow)), begin_(output.offset) {}
+      : output_(output), index_(index), on_block_(on_block), data_(page_aligned(kWindow)), begin_(round_down(output.offset, kPage)),
+        used_(output.offset - begin_), direct_(reopen_direct(output.file.fd, O_WRONLY)) {}
+  ~Writer() {
+    if (direct_ >= 0) close(direct_);
+  }
+  Writer(const Writer&) = delete;
 
-  bool ok() const { return data_ != nullptr; }
+  // What the first page holds already is written again with it.
+  Status open() {
+    if (!data_) return failure(Code::no_memory, "making", "the buffers of a merge", "no memory");
+    if (pread(output_.file.fd, data_.get(), static_cast<size_t>(used_), begin_) == used_) return {};
+    return failure(Code::io, "reading back", output_.file.name, std::strerror(errno));
+  }
   char* tail() { return data_.get() + used_; }
   int64_t space() const { return kWindow - used_; }
   void advance(int64_t bytes) { used_ += bytes; }
 
-  // `drop`: what was written before this buffer leaves the cache, as the cold input did
-  Status flush(bool drop) {
+  // Whole pages, and with `last` the rest.
+  Status flush(bool last) {
     const File& f = output_.file;
-    for (int64_t done = 0; done < used_;) {
-      const ssize_t put = pwrite(f.fd, data_.get() + done, static_cast<size_t>(used_ - done), begin_ + done);
-      if (put < 0 && errno == EINTR) continue;
-      if (put < 0) return failure(Code::io, "writing", f.name, std::strerror(errno));
-      done += put;
+    const int64_t bytes = last ? used_ : round_down(used_, kPage);
+    for (int64_t done = 0; done < bytes;) {
+      const int64_t whole = round_down(bytes - done, kPage);
+      const bool direct = direct_ >= 0 && whole > 0 && done % kPage == 0;
+      const ssize_t put = pwrite(direct ? direct_ : f.fd, data_.get() + done, static_cast<size_t>(direct ? whole : bytes - done), begin_ + done);
+      if (put < 0 && errno == EINVAL && direct) {  // a file system that opens for direct writes and refuses them
+        close(direct_);
+        direct_ = -1;
+      } else if (put < 0 && errno != EINTR) {
+        return failure(Code::io, "writing", f.name, std::strerror(errno));
+      } else if (put > 0) {
+        done += put;
+      }
     }
-    sync_file_range(f.fd, begin_, used_, SYNC_FILE_RANGE_WRITE);
-    if (drop && begin_ > behind_) {
-      sync_file_range(f.fd, behind_, begin_ - behind_, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
-      posix_fadvise(f.fd, behind_, begin_ - behind_, POSIX_FADV_DONTNEED);
-    }
-    behind_ = begin_;
-    const bool go_on = on_block_(-1 - index_, begin_, data_.get(), used_);
-    begin_ += used_, used_ = 0;
+    const int64_t begin = std::max(begin_, output_.offset), end = std::max(begin, begin_ + bytes);
+    const bool go_on = on_block_(-1 - index_, begin, data_.get() + (begin - begin_), end - begin);
+    std::memmove(data_.get(), data_.get() + bytes, static_cast<size_t>(used_ - bytes));
+    begin_ += bytes, used_ -= bytes;
     return go_on ? Status{} : Status{Code::interrupted, {}};
   }
 
@@ -170,7 +203,8 @@ class Writer {
   int index_;
   const OnBlock& on_block_;
   Buffer data_;
-  int64_t begin_, used_ = 0, behind_ = 0;
+  int64_t begin_, used_;
+  int direct_;
 };
 
 // --- LoRA: rows of base + B A, a tile of rows at a time ---------------------------------------------------------------------------------
@@ -223,14 +257,13 @@ class LowRankRows {
 }  // namespace
 
 Status stream(const std::vector<File>& files, const std::vector<Piece>& pieces, const std::vector<LowRankFactors>& factors,
-              std::vector<Output>& outputs, const OnBlock& on_block) {
-  Reader base(files, on_block), tuned(files, on_block);
+              std::vector<Output>& outputs, bool ahead, const OnBlock& on_block) {
+  Reader base(files, ahead, on_block), tuned(files, ahead, on_block);
   LowRankRows low_rank;
-  std::vector<Writer> writers;
-  writers.reserve(outputs.size());
-  for (size_t o = 0; o < outputs.size(); ++o) writers.emplace_back(outputs[o], static_cast<int>(o), on_block);
-  if (!base.ok() || !tuned.ok() || !std::all_of(writers.begin(), writers.end(), [](const Writer& w) { return w.ok(); }))
-    return {Code::no_memory, "no memory for the buffers of 8 MiB each that the merge needs"};
+  std::deque<Writer> writers;
+  if (!base.ok() || !tuned.ok()) return failure(Code::no_memory, "making", "the buffers of a merge", "no memory");
+  for (size_t o = 0; o < outputs.size(); ++o)
+    if (const Status status = writers.emplace_back(outputs[o], static_cast<int>(o), on_block).open(); !status) return status;
   for (Output& o : outputs) o.changes.assign(pieces.size(), {});
 
   constexpr int64_t kLowRankBlock = 4096;
@@ -239,7 +272,7 @@ Status stream(const std::vector<File>& files, const std::vector<Piece>& pieces, 
     const Piece& piece = pieces[p];
     const int64_t base_bytes = storage_bytes(piece.base_type), tuned_bytes = storage_bytes(piece.tuned_type), out_bytes = storage_bytes(piece.out_type);
     if (piece.low_rank >= 0 && !low_rank.open(factors[static_cast<size_t>(piece.low_rank)]))
-      return {Code::no_memory, "no memory for the factors of a LoRA adapter's largest tensor"};
+      return failure(Code::no_memory, "holding", "the factors of an adapter", "no memory");
     for (int64_t done = 0; done < piece.count;) {
       const char *a = nullptr, *b = nullptr;
       Storage b_type = piece.tuned_type;
@@ -253,7 +286,7 @@ Status stream(const std::vector<File>& files, const std::vector<Piece>& pieces, 
         n = std::min(n, available / tuned_bytes);
       }
       for (Writer& w : writers) {
-        if (w.space() < out_bytes && !(status = w.flush(base.cold()))) return status;
+        if (w.space() < out_bytes && !(status = w.flush(false))) return status;
         n = std::min(n, w.space() / out_bytes);
       }
       if (piece.low_rank >= 0) {
@@ -280,7 +313,7 @@ Status stream(const std::vector<File>& files, const std::vector<Piece>& pieces, 
     }
   }
   for (Writer& w : writers)
-    if (const Status status = w.flush(base.cold()); !status) return status;
+    if (const Status status = w.flush(true); !status) return status;
   return {};
 }
 

@@ -41,8 +41,9 @@ struct Output {
 // Called after each window is read (file as in files) or written (file = -1 - output). False stops the work with Code::interrupted.
 using OnBlock = std::function<bool(int file, int64_t offset, const void* data, int64_t bytes)>;
 
+// `ahead`: each input's next window is read by a thread of its own meanwhile.
 Status stream(const std::vector<File>& files, const std::vector<Piece>& pieces, const std::vector<LowRankFactors>& factors,
-              std::vector<Output>& outputs, const OnBlock& on_block);
+              std::vector<Output>& outputs, bool ahead, const OnBlock& on_block);
 
 // Reserves `bytes` of disk for the file, its size unchanged; an error where they are not there. File systems without the call: no reservation.
 Status preallocate(const File& file, int64_t bytes);

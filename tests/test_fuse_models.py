@@ -1,0 +1,203 @@
+"""Layouts that transformers, sentence-transformers and PEFT write: fused, loaded again, and compared with torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer, models
+from transformers import AutoModel, BertConfig, BertModel, ModernBertConfig, ModernBertModel, Qwen3Config, Qwen3Model
+
+import refine_fast as rf
+from refine_fast import reference
+from refine_fast.errors import RefineFastError
+
+WEIGHT = 0.35
+
+SMALL: dict[str, Any] = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MODELS = {
+    "bert": lambda: BertModel(BertConfig(**SMALL)),
+    "modernbert": lambda: ModernBertModel(ModernBertConfig(**SMALL, **SPECIAL, cls_token_id=1, sep_token_id=2)),
+    "qwen3": lambda: Qwen3Model(Qwen3Config(**SMALL, **SPECIAL, num_key_value_heads=2, head_dim=8)),
+}
+
+
+def build(kind: str, seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return MODELS[kind]().eval()
+
+
+def assert_fused(found: torch.nn.Module, base: torch.nn.Module, tuned: torch.nn.Module, weight: float = WEIGHT) -> None:
+    theirs = tuned.state_dict()
+    for name, t in base.state_dict().items():
+        wanted = reference.lerp(t, theirs[name], weight) if t.is_floating_point() else t
+        assert torch.equal(found.state_dict()[name], wanted), name
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("shards", ["one file", "shards"])
+def test_transformers_layouts(tmp_path: Path, kind: str, shards: str) -> None:
+    base, tuned = build(kind, 0), build(kind, 1)
+    for model, name in ((base, "base"), (tuned, "tuned")):
+        model.save_pretrained(tmp_path / name, max_shard_size="5GB" if shards == "one file" else "20kB")
+    report = rf.fuse(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", WEIGHT)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (shards == "shards")
+    assert_fused(AutoModel.from_pretrained(tmp_path / "out"), base, tuned)
+    assert report.tensors.keys() == {name for name, t in base.state_dict().items() if t.is_floating_point()}
+    assert report.not_finite == []
+
+
+def sentence_transformer(folder: Path, seed: int, minilm: Path) -> SentenceTransformer:
+    """MiniLM moved by noise, with the Dense and LayerNorm modules that some published models carry in subfolders."""
+    torch.manual_seed(seed)
+    model = SentenceTransformer(str(minilm), device="cpu")
+    width = model.get_sentence_embedding_dimension()
+    model.append(models.Dense(width, 64))
+    model.append(models.LayerNorm(64))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape))
+    model.save(str(folder))
+    return model
+
+
+def test_sentence_transformers_with_modules_in_subfolders(tmp_path: Path, minilm: Path) -> None:
+    base, tuned = (sentence_transformer(tmp_path / name, seed, minilm) for name, seed in (("base", 0), ("tuned", 1)))
+    report = rf.fuse(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", WEIGHT)
+    fused = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert_fused(fused, base, tuned)
+    assert [type(part) for part in fused] == [type(part) for part in base]
+    assert any("Dense" in name for name in report.tensors)
+    texts = ["a first sentence", "another one"]
+    assert fused.encode(texts).shape == (2, 64)
+
+    # the same without a file: in place, twice over
+    model = SentenceTransformer(str(tmp_path / "base"), device="cpu")
+    for weight in (0.8, WEIGHT):
+        rf.fuse_into(model, tmp_path / "tuned", weight, base=tmp_path / "base")
+        assert_fused(model, base, tuned, weight)
+    assert (model.encode(texts) == fused.encode(texts)).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_fuse_into(tmp_path: Path, kind: str) -> None:
+    base, tuned = build(kind, 0), build(kind, 1)
+    tuned.save_pretrained(tmp_path / "tuned", max_shard_size="20kB")
+    model = build(kind, 0)
+    rf.fuse_into(model, tmp_path / "tuned", WEIGHT)
+    assert_fused(model, base, tuned)
+    model = build(kind, 0).to(torch.bfloat16)
+    rf.fuse_into(model, tmp_path / "tuned", WEIGHT, weights={"*.0.*": 0.0})
+    for name, t in build(kind, 0).to(torch.bfloat16).state_dict().items():
+        if t.is_floating_point():
+            wanted = reference.lerp(t, tuned.state_dict()[name], 0.0 if ".0." in name else WEIGHT)
+            assert torch.equal(model.state_dict()[name], wanted), name
+
+
+def test_fuse_into_changes_nothing_when_it_does_not_fit(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    BertModel(BertConfig(**SMALL | {"vocab_size": 201})).save_pretrained(tmp_path / "tuned")
+    model = build("bert", 0)
+    with pytest.raises(RefineFastError, match=r"word_embeddings.*\[200, 32\] in the loaded model"):
+        rf.fuse_into(model, tmp_path / "tuned", WEIGHT)
+    assert_fused(model, build("bert", 0), build("bert", 0))
+
+
+def rename(folder: Path, change: dict[str, torch.Tensor]) -> None:
+    save_file(change, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("difference", ["prefix", "position_ids", "pooler", "head"])
+def test_published_and_resaved_names(tmp_path: Path, side: str, difference: str) -> None:
+    """The ways in which a published BGE and its re-saved fine-tune differ: each is reconciled, and said."""
+    base, tuned = build("bert", 0), build("bert", 1)
+    for model, name in ((base, "base"), (tuned, "tuned")):
+        model.save_pretrained(tmp_path / name)
+    content = load_file(tmp_path / side / "model.safetensors")
+    if difference == "prefix":
+        content = {f"bert.{name}": t for name, t in content.items()}
+    elif difference == "position_ids":
+        content["embeddings.position_ids"] = torch.arange(512)[None]
+    elif difference == "pooler":
+        content = {name: t for name, t in content.items() if "pooler" not in name}
+    else:
+        content["cls.predictions.bias"] = torch.randn(200)
+    rename(tmp_path / side, content)
+    report = rf.fuse(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", WEIGHT)
+    wanted = {"prefix": "bert.", "position_ids": "position_ids", "pooler": "pooler", "head": "cls.predictions"}[difference]
+    assert any(wanted in note for note in report.reconciled)
+    out, ours = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
+    assert out.keys() == ours.keys()
+    for name, t in ours.items():
+        plain = name.removeprefix("bert.")
+        partner = tuned.state_dict().get(plain) if not (difference == "pooler" and "pooler" in name) else None
+        assert torch.equal(out[name], t if partner is None or not t.is_floating_point() else reference.lerp(t, partner, WEIGHT)), name
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+@pytest.mark.parametrize("variant", ["plain", "rslora", "patterns", "embedding", "saved module"])
+def test_lora_adapter(tmp_path: Path, kind: str, variant: str) -> None:
+    """The same as merging the adapter with PEFT in float32 and fusing with the merged model."""
+    peft = pytest.importorskip("peft")
+    base = build(kind, 0)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20kB")
+    layers = ["query", "value"] if kind == "bert" else ["q_proj", "down_proj"]
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(layers)}
+    if variant == "rslora":
+        settings["use_rslora"] = True
+    elif variant == "patterns":
+        settings |= {"rank_pattern": {layers[0]: 2}, "alpha_pattern": {layers[1]: 3}}
+    elif variant == "embedding":
+        settings["target_modules"].append("word_embeddings" if kind == "bert" else "embed_tokens")
+    elif variant == "saved module":
+        settings["modules_to_save"] = ["LayerNorm" if kind == "bert" else "norm"]
+    adapted = peft.get_peft_model(build(kind, 0), peft.LoraConfig(**settings))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    report = rf.fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", WEIGHT)
+    assert any("adapter of rank 4" in note for note in report.reconciled)
+    found, changed = AutoModel.from_pretrained(tmp_path / "out").state_dict(), 0
+    for name, t in base.state_dict().items():
+        if t.is_floating_point():
+            wanted = torch.lerp(t.double(), merged.state_dict()[name].double(), WEIGHT)
+            # float32 product of rank 4 and three roundings of values below 4: a few times 2^-23 of them
+            assert (found[name].double() - wanted).abs().max() <= 1e-6, name
+            changed += not torch.equal(t, found[name])
+        if torch.equal(t, merged.state_dict()[name]):
+            assert torch.equal(found[name], t), name
+    assert changed >= 4
+
+
+def test_adapters_that_are_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    build("bert", 0).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["query"])
+    peft.get_peft_model(build("bert", 0), config).save_pretrained(tmp_path / "good")
+
+    def refused(message: str, **changes: object) -> None:
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        path = tmp_path / "bad" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        with pytest.raises(RefineFastError, match=message):
+            rf.fuse(tmp_path / "base", tmp_path / "bad", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refused("DoRA adapter", use_dora=True)
+    refused("LOHA adapter", peft_type="LOHA")
+    refused("no LoRA configuration", r="many")
+    refused("at rank 3", r=3)
+    build("qwen3", 0).save_pretrained(tmp_path / "base")
+    refused("which the base does not have")
