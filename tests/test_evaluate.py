@@ -171,7 +171,7 @@ def test_evaluate_models(minilm: Path, beir: Path, tmp_path: Path) -> None:
         (tmp_path / f"{stem}.jsonl").write_text("\n".join(json.dumps({"_id": i, "text": t}) for i, t in zip(ids, texts, strict=True)))
     pairs = [f"{q}\t{data.doc_ids[row]}\t1" for q, rows in zip(data.query_ids, data.relevant, strict=True) for row in rows]
     (tmp_path / "qrels" / "dev.tsv").write_text("\n".join(pairs))
-    bm25, first, second = evaluate_models([str(minilm)] * 2, tmp_path, "dev")
+    bm25, first, second = evaluate_models([str(minilm), "minilm"], tmp_path, "dev")
     assert bm25["system"] == "BM25"
     assert {key: first[key] for key in ("split", "passages", "queries")} == {"split": "dev", "passages": 30, "queries": 10}
     assert first["recall@10"] > 0.5

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..ops.band_topk import band_topk
 from .embed import Progress, encode
+from .encoder import encoder_folder, load_encoder
 from .retrieval_set import RetrievalSet, load_beir
 
 if TYPE_CHECKING:
@@ -138,19 +139,18 @@ def choose_weight(dev: dict[float, Scores], *, metric: str = "ndcg@10") -> float
 
 
 def evaluate_models(models: Sequence[str], data: Path, split: str = "test", *, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """The rows of ``refine-fast eval``: BM25, then each model (a folder or a Hub name), on the BEIR set ``data``.
+    """The rows of ``refine-fast eval``: BM25, then each model (named as for ``encoder_folder``), on the BEIR set ``data``.
 
     A row: system, data, split, passages, queries, one key per metric and, for the models after the first,
     ``gain`` = {metric: {"mean", "low", "high"}} against the first.
     """
-    from sentence_transformers import SentenceTransformer
-
+    folders = [encoder_folder(name) for name in models]
     held = load_beir(data, split)
     about = {"data": held.name, "split": split, "passages": len(held.docs), "queries": len(held.queries)}
     rows: list[dict[str, Any]] = [{"system": "BM25", **about, **score_bm25(held).metrics}]
     first: Scores | None = None
-    for name in models:
-        scores = score(SentenceTransformer(name), held, progress=progress)
+    for name, folder in zip(models, folders, strict=True):
+        scores = score(load_encoder(folder), held, progress=progress)
         rows.append({"system": name, **about, **scores.metrics})
         if first is None:
             first = scores
