@@ -262,6 +262,79 @@ def test_a_batch_counts_every_document_once(tiny: Path) -> None:
     assert groups[0] == groups[1] != groups[2]
 
 
+def test_gradient_caching_changes_nothing_but_memory(tiny: Path) -> None:
+    """Three sequences at a time give the gradients of the whole batch, in float64, where the order of the sums does not show."""
+    from refine_fast.pipeline.encoder import load_encoder
+
+    pages = [topics[name][:300] for name in sorted(topics)[:8]]
+    examples = [train.Example(page[:60], i, ((i + 1) % 8,), frozenset({i})) for i, page in enumerate(pages)]
+    gradients = []
+    for mini_batch in (None, 3):
+        model = load_encoder(tiny).double().eval()  # without dropout, whose draws would differ
+        batch = train.Collator(model, examples, pages)([{"row": i} for i in range(8)])
+        sides = [{k.removeprefix(f"{side}_"): v for k, v in batch.items() if k.startswith(f"{side}_")} for side in ("query", "document")]
+        train.BatchLoss(model, 0.05, mini_batch)(sides, batch["label"]).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    largest = max(grad.abs().max() for grad in gradients[0].values())
+    assert largest > 1e-5
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad, rtol=1e-6, atol=float(1e-8 * largest))
+
+
+def test_a_memory_budget(copied: Path, capsys) -> None:
+    assert main(["train", "--out", str(copied), "--memory", "1GB"]) == 2
+    assert "error: memory: 1.0 GB is too little for this encoder; give at least 1.0GB." in capsys.readouterr().err
+    assert main(["train", "--out", str(copied), "--memory", "1052MB"]) == 0
+    assert " sequences at a time, gradients cached, to stay under 1.0 GB" in capsys.readouterr().err
+
+
+def test_weight_auto_chooses_on_documents_of_their_own(copied: Path, capsys) -> None:
+    assert main(["run", "--out", str(copied), "--weight", "auto", "--json", "--quiet"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["weight"] in (0.0, 1.0)  # the curve of these runs
+    assert "dev" not in result["sets"]
+    files = ("queries.jsonl", "dev.jsonl", "held_out.jsonl")
+    sources = [{json.loads(line)["chunk_id"].split("#")[0] for line in (copied / name).open()} for name in files]
+    assert all(sources)
+    assert not sources[0] & sources[1]
+    assert not sources[1] & sources[2]
+
+
+def test_index_finds_what_the_model_finds(copied: Path, capsys) -> None:
+    import faiss
+
+    assert main(["index", str(copied)]) == 0
+    index = faiss.read_index(str(copied / "index" / "vectors.faiss"))
+    ids = json.loads((copied / "index" / "ids.json").read_text())
+    chunks = [json.loads(line) for line in (copied / "chunks.jsonl").open()]
+    assert ids == [chunk["id"] for chunk in chunks]
+    from refine_fast.pipeline.embed import encode
+    from refine_fast.pipeline.encoder import load_encoder
+
+    passage = f"{chunks[5]['title']} {chunks[5]['text']}"
+    vector = encode(load_encoder(copied / "model"), [passage], role="document")
+    assert index.search(vector, 1)[1][0, 0] == 5
+
+
+def test_plan_writes_nothing(tmp_path: Path, tiny: Path, docs: Path, whole: Path, capsys) -> None:
+    flags = ["--model", str(tiny), "--queries-per-chunk", "2", "--chunk-tokens", "64", "--batch-size", "8", "--json", "--quiet"]
+    assert main(["plan", str(docs), "--out", str(tmp_path / "run"), *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "run").exists()
+    assert plan["chunks"] == sum(1 for _ in (whole / "chunks.jsonl").open())
+    assert plan["training_queries"] == sum(1 for _ in (whole / "queries.jsonl").open())
+    assert plan["steps"] == json.loads((whole / "training.json").read_text())["steps"]
+
+
+def test_doctor(tiny: Path, docs: Path, capsys) -> None:
+    assert main(["doctor", "--model", str(tiny), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["encoder"] == {"works": True, "found": f"{tiny}: 32 dimensions, 96 tokens, prompts: query, document"}
+    assert main(["doctor", "--model", str(docs), "--quiet"]) == 2
+
+
+@pytest.mark.timeout(900)
 def test_real_passages(tmp_path: Path, beir: Path, minilm: Path) -> None:
     """MiniLM on a part of SQuAD's passages: the fused model finds more than the base does on queries that it has not seen."""
     job = run(

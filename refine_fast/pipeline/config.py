@@ -11,9 +11,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RefineFastError
+
+if TYPE_CHECKING:
+    from .llm import LLMSettings
 
 DEMO_CHUNKS = 1500
 """Of Python's documentation, where no documents are given: a run of a few minutes."""
@@ -119,6 +122,12 @@ def _band(value: Any) -> tuple[float, float]:
     return low, high
 
 
+def _fusion(value: Any) -> str:
+    if value == "embeddings":
+        raise ValueError("is not available: a frozen twin beside the tuned encoder has no form that SentenceTransformer loads; use weights")
+    return _choice("weights")(value)
+
+
 def _weights(value: Any) -> tuple[float, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     try:
@@ -166,6 +175,14 @@ class RunConfig:
     queries_per_chunk: int = _option(4, _integer(1), "synthetic queries made for each chunk", "N")
     held_out: float = _option(0.2, _real(0, 0.5, low_included=False), "share of the documents kept for evaluation", "SHARE")
 
+    llm: str | None = _option(None, _or(None, _text), "OpenAI-compatible endpoint that writes the queries; key in OPENAI_API_KEY", "URL")
+    llm_model: str | None = _option(None, _or(None, _text), "the model to ask there; several with commas between", "NAME")
+    max_calls: int | None = _option(None, _or(None, _integer(1)), "stop asking after this many calls", "N")
+    max_tokens: int | None = _option(None, _or(None, _integer(1)), "stop asking after this many tokens in and out", "N")
+    max_cost: float | None = _option(None, _or(None, _real(0, low_included=False)), "stop asking at this cost; needs the prices", "SUM")
+    price_in: float = _option(0.0, _real(0), "price of a million tokens in", "SUM")
+    price_out: float = _option(0.0, _real(0), "price of a million tokens out", "SUM")
+
     band: tuple[float, float] | Literal["auto"] = _option((0.5, 0.7), _or("auto", _band), "cosines of hard negatives, or auto", "LOW,HIGH")
     skip: int = _option(5, _integer(0), "leave out this many most similar documents, then apply the band", "N")
     negatives: int = _option(1, _integer(0), "hard negatives per query; 0 trains on in-batch negatives alone", "N")
@@ -182,6 +199,7 @@ class RunConfig:
 
     weight: float | Literal["auto"] = _option(0.35, _or("auto", _real(0, 1)), "share of the fine-tuned weights, or auto", "W")
     curve: tuple[float, ...] = _option((0.0, 0.35, 0.5, 0.75, 1.0), _weights, "fusion weights to evaluate besides --weight", "W,W,...")
+    fusion: str = _option("weights", _fusion, "what is interpolated", "HOW")
     ood: tuple[Path, ...] = _option((), _beirs, "BEIR folder to check for forgetting; may be repeated", "FOLDER")
     ood_passages: int = _option(2000, _integer(10), "reduce larger out-of-domain sets to this many passages", "N")
 
@@ -192,12 +210,26 @@ class RunConfig:
                 object.__setattr__(self, item.name, item.metadata["parse"](value))
             except ValueError as reason:
                 raise RefineFastError(f"{item.name}: {_shown(value)} {reason}.") from None
+        self.llm_settings()  # checks them
+        if self.llm_model is not None and self.llm is None:
+            raise RefineFastError("llm_model: no endpoint to ask it at; add --llm URL.")
         if self.docs is None and self.limit is None:
             object.__setattr__(self, "limit", DEMO_CHUNKS)
         if self.out.exists() and not self.out.is_dir():
             raise RefineFastError(f"out: {self.out} is a file; name a folder.")
         if self.docs is not None and self.out.is_relative_to(self.docs):
             raise RefineFastError(f"out: {self.out} lies in the documents' folder, so the run would read its own files; name another one.")
+
+    def llm_settings(self) -> LLMSettings | None:
+        """What is asked of which LLM; None where none is given."""
+        if self.llm is None:
+            return None
+        from .llm import LLMSettings
+
+        return LLMSettings(
+            self.llm, tuple(name.strip() for name in (self.llm_model or "").split(",")), per_chunk=self.queries_per_chunk, seed=self.seed,
+            max_calls=self.max_calls, max_tokens=self.max_tokens, max_cost=self.max_cost, price_in=self.price_in, price_out=self.price_out,
+        )
 
     def to_yaml(self) -> str:
         import yaml

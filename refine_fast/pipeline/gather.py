@@ -14,7 +14,7 @@ from .jsonl import read_records
 from .queries import Query
 from .report import write_report
 from .report_data import Documents, Judged, Mining, Queries, ReportData, Training
-from .work import Job, base_name, chosen_weight, learnable, read_json, read_scores, relevant_rows
+from .work import Job, base_name, chosen_weight, learnable, query_source, read_json, read_scores, relevant_rows
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "refine-fast")
 
@@ -37,8 +37,8 @@ def gather(job: Job) -> ReportData:
     return ReportData(
         documents=Documents(str(config.docs or f"the documentation of Python {platform.python_version()}"), **chunks),
         queries=Queries(
-            source=f"from {config.queries}" if config.queries else "made from the documents without an LLM",
-            without_llm=config.queries is None,
+            source=query_source(job),
+            without_llm=config.queries is None and config.llm is None,
             kinds=dict(Counter(query.kind for query in queries)),
             held_out_by_document=job.judged is None,
         ),

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from . import card, chunks, documents, embed, evaluate, gather, queries, report, report_data, retrieval_set, train, work
+from . import card, chunks, documents, embed, evaluate, gather, llm, queries, report, report_data, retrieval_set, train, work
 from .config import RunConfig
 from .console import Console
 from .encoder import encoder_folder
@@ -54,7 +54,8 @@ def stages(job: Job) -> Iterator[Stage]:
     )
     yield stage(
         "queries", "queries.jsonl dev.jsonl held_out.jsonl", work.make_queries, files=made("chunks.jsonl") | own | judged,
-        fields="queries_per_chunk held_out seed", code=(queries, retrieval_set), **choice,
+        fields="queries_per_chunk held_out seed llm llm_model max_calls max_tokens max_cost",
+        code=(queries, retrieval_set, llm.generate, llm.prompt, llm.parse, llm.filters), **choice,
     )
     yield stage("embed", "embeddings", work.embed, files=learnable | encoder, fields="precision", code=(embed,))
     yield stage(

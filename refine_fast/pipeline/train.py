@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -77,21 +78,31 @@ def prompt_for(model: SentenceTransformer, role: str) -> str | None:
     return next((model.prompts[name] for name in names if model.prompts.get(name)), None)
 
 
-class BatchLoss(nn.Module):
+class BatchLoss(CachedLossMixin, nn.Module):
     """InfoNCE over a batch of the collator. With ``mini_batch``, gradient caching (Gao et al., arXiv 2101.06983): encode in mini-batches
     without a graph, take the loss's gradient at the embeddings, encode again and push it through; one mini-batch's activations live at a
     time and the loss still sees the whole batch."""
 
-    def __init__(self, model: SentenceTransformer, temperature: float) -> None:
+    def __init__(self, model: SentenceTransformer, temperature: float, mini_batch: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self.mini_batch_size = mini_batch or 0
         self.info_nce = InfoNCELoss(temperature=temperature, normalize=True)
 
     def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
         queries, documents = features
-        groups = documents.pop("group")
-        q, d = (self.model(side)["sentence_embedding"] for side in (queries, documents))
-        return self.info_nce(q, d, positives=labels, doc_ids=groups)
+        self.groups = documents.pop("group")
+        if self.mini_batch_size:
+            return self.forward_cached(features, labels)
+        return self.calculate_loss([[self.model(side)["sentence_embedding"]] for side in (queries, documents)], labels)
+
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:
+        q, d = (torch.cat(parts) for parts in reps)
+        loss = self.info_nce(q, d, positives=labels, doc_ids=self.groups)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
 
 
 def steps_of(examples: int, *, batch_size: int, epochs: float, max_steps: int | None) -> int:
@@ -112,13 +123,14 @@ def train(
     lr: float = 1e-4,
     warmup: float = 0.1,
     temperature: float = 0.02,
+    mini_batch: int | None = None,
     bf16: bool = False,
     seed: int = 0,
     progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes ``model`` in place and returns {"steps", "loss": [[step, loss], ...]}. Checkpoints go to ``folder``, which must serve this
     training alone; called again with it after a kill, training goes on from the last whole checkpoint to the very weights that an
-    uninterrupted run ends with. AdamW, linear warm-up and decay."""
+    uninterrupted run ends with. AdamW, linear warm-up and decay; ``mini_batch`` turns gradient caching on."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from transformers import PrinterCallback
@@ -159,7 +171,7 @@ def train(
         args=arguments,
         train_dataset=Dataset.from_dict({"row": order}),
         data_collator=Collator(model, examples, documents),  # type: ignore[arg-type]
-        loss=BatchLoss(model, temperature),
+        loss=BatchLoss(model, temperature, mini_batch),
         callbacks=[_callback(steps, progress)],
     )
     trainer.remove_callback(PrinterCallback)

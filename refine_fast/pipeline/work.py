@@ -23,6 +23,8 @@ from .embed import encode, has_fast_bf16
 from .encoder import load_encoder
 from .evaluate import Scores, choose_weight, score, score_bm25
 from .jsonl import read_records, write_records
+from .llm import generate_queries
+from .memory import mini_batch_for
 from .queries import Query, load_queries, synthesize_queries
 from .retrieval_set import RetrievalSet, held_out_set, load_beir, split_by_document, without
 from .stages import read_json, write_json
@@ -92,6 +94,13 @@ def split_queries(job: Job, chunks: Sequence[Chunk]) -> dict[str, list[Query]]:
     config = job.config
     if config.queries is not None:
         queries = load_queries(config.queries, chunks)
+    elif llm := config.llm_settings():
+        with job.console.progress("asking the LLM") as progress:
+            queries, account = generate_queries(
+                list(chunks), llm, job.path("llm-replies.jsonl"),
+                watch=lambda state: progress(state.done, state.total, note=f"{state.cost:.2f} spent"),
+            )
+        job.console.say(f"  {account.calls} calls, {account.tokens_in + account.tokens_out} tokens, {account.kept} queries kept")
     else:
         queries = synthesize_queries(chunks, seed=config.seed, per_chunk=config.queries_per_chunk)
     if job.judged:
@@ -184,11 +193,15 @@ def train_encoder(job: Job, to: Path) -> None:
     ]
     model = load_encoder(job.encoder)
     bf16 = has_fast_bf16(model.device) if job.bf16 is None else job.bf16
+    sequences = config.batch_size * (2 + config.negatives)
+    mini_batch = None if config.memory is None else mini_batch_for(config.memory, model, sequences)
+    if config.memory and mini_batch:
+        job.console.say(f"  {mini_batch} sequences at a time, gradients cached, to stay under {config.memory / 2**30:.1f} GB")
     with job.console.progress("training") as progress:
         history = train(
             model, examples, [chunk.passage for chunk in chunks], to / "checkpoints",
             epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size, lr=config.lr, warmup=config.warmup,
-            temperature=config.temperature, bf16=bf16, seed=config.seed, progress=progress,
+            temperature=config.temperature, mini_batch=mini_batch, bf16=bf16, seed=config.seed, progress=progress,
         )
     model.save_pretrained(str(to / "tuned"), create_model_card=False)
     write_json(to / "training.json", {**history, "examples": len(examples), "precision": "bf16" if bf16 else "fp32"})
@@ -259,14 +272,20 @@ def base_name(job: Job) -> str:
     return "sentence-transformers/all-MiniLM-L6-v2" if job.config.model == DEFAULT_ENCODER else Path(job.config.model).name
 
 
+def query_source(job: Job) -> str:
+    config = job.config
+    if config.queries is not None:
+        return f"from {config.queries.name}"
+    return f"written by {config.llm_model}" if config.llm else "made from the documents without an LLM"
+
+
 def recipe(job: Job, weight: float) -> dict[str, str]:
     """What was done, for the card and the report."""
     config = job.config
     mining, training = read_json(job.path("mining.json")), read_json(job.path("training.json"))
     low, high = mining["band"]
-    source = f"from {config.queries.name}" if config.queries else "made from the documents without an LLM"
     return {
-        "queries": f"{mining['queries']}, {source}",
+        "queries": f"{mining['queries']}, {query_source(job)}",
         "loss": f"InfoNCE, temperature {config.temperature:g}, in-batch negatives (batch {config.batch_size}), each document once",
         "hard negatives": f"{config.negatives} per query: after the {config.skip} most similar, cosine in [{low:.2f}, {high:.2f}],"
         f" {config.select}; none for {mining['empty']} of the queries",
