@@ -165,7 +165,6 @@ def fuse(options: argparse.Namespace, console: Console) -> None:
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:
-    from .pipeline.encoder import encoder_folder
     from .pipeline.summary import show_evaluation
 
-    show_evaluation([str(encoder_folder(model)) for model in options.models], options.data, options.split, console)
+    show_evaluation(options.models, options.data, options.split, console)
