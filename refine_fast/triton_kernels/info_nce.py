@@ -22,7 +22,7 @@ holds at every tau >= 0.02; a row for which it does not is found on the device a
 (2) e stays unnormalized: q is scaled by 1 / row sum instead. The positive takes no part in e: the share of the negatives, 1 - p, is
 computed from their sum, without the cancellation of p - 1.
 
-float32 inputs: S in tf32x3, or tf32 where torch.backends.cuda.matmul.allow_tf32 says so; e in float32 and its products as torch is set.
+float32 inputs: S in tf32x3, or tf32 where torch's own switch for cuBLAS says so; e in float32 and its products as torch is set.
 float16: S as given; e and its products in bf16, since e does not fit float16's exponent. symmetric: both directions in turn, 12 D FLOPs.
 No host synchronization and no atomics: equal inputs give equal bits, and a call can be captured in a CUDA graph.
 """
@@ -122,6 +122,12 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(out, a.float(), b.float(), out=out)
 
 
+def _float32_precision() -> str:
+    """As torch is told to multiply float32: setting the newer of its two switches makes reading the older an error."""
+    switch = torch.backends.cuda.matmul
+    return "tf32" if (switch.fp32_precision == "tf32" if hasattr(switch, "fp32_precision") else switch.allow_tf32) else "tf32x3"
+
+
 def _blocks(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
@@ -155,9 +161,8 @@ class Direction:
         self.element = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
         self.tile = tiling(capability, q.element_size())
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
         self.form = {"NORMALIZE": normalize, "MARGIN": margin is not None}
-        self.tile_form = self.form | self.tile.constants | {"EVEN_K": self.D % self.tile.k == 0, "PRECISION": precision}
+        self.tile_form = self.form | self.tile.constants | {"EVEN_K": self.D % self.tile.k == 0, "PRECISION": _float32_precision()}
         self.row_form = {"BLOCK_D": triton.next_power_of_2(self.D), "num_warps": 4 if self.D <= 1024 else 8}
         kernels.prepare_kernel[(self.B,)](
             q, d, self.hard, self.positives, self.hard_mask, temperature, self.d_bound,
@@ -227,7 +232,7 @@ class Direction:
         kernels.finish_rows_kernel[(len(q),)](
             q, self.d, self.hard[rows], self.positives[rows], g[rows], self.temperature, self.fold_top,
             self.hard_x[rows], self.row_scale[rows], self.shift[rows], self.inverse[rows], self.share[rows], acc,
-            None if extra is None else extra[rows], out.q[rows], None if out.hard is None else out.hard[rows], dtau[rows],
+            None if extra is None else extra[rows], out.q[rows], (out.q if out.hard is None else out.hard)[rows], dtau[rows],
             self.D, self.K, q.stride(0), self.d.stride(0), *self.hard_strides,
             EXTRA=extra is not None, NORMALIZE=self.normalize, **self.row_form,
         )  # fmt: skip

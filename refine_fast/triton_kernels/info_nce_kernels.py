@@ -189,11 +189,11 @@ def combine_kernel(part_max, part_sum, wide, x_pos, hard_x, shift, loss, B, K, s
 
 @triton.jit
 def rows_kernel(
-    q, g, temperature, x_pos, hard_x, row_scale, shift, part_sum, loss, inverse, share, scaled_q, D, K, stride_q, tiles_n,
+    q, g, temperature, x_pos, hard_x, row_scale, shift, tile_sums, loss, inverse, share, scaled_q, D, K, stride_q, tiles_n,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     """A row's normalizer 1 / sum(weights), the share of its negatives 1 - p_positive, and ``g / tau * normalizer * q``, by which its
-    weights are multiplied in the gradient of d. SUMMED: from part_sum, the loss an output; else shift is the log-sum, the loss an input."""
+    weights are multiplied in the gradient of d. SUMMED: from tile_sums, the loss an output; else shift is the log-sum, the loss given."""
     i = tl.program_id(0).to(tl.int64)
     tau = tl.load(temperature).to(tl.float32)
     if SUMMED:
@@ -201,7 +201,7 @@ def rows_kernel(
         t = tl.arange(0, BLOCK_T)
         sums = tl.zeros((BLOCK_T,), tl.float32)
         for start in range(0, tiles_n, BLOCK_T):
-            sums += tl.load(part_sum + i * tiles_n + start + t, mask=start + t < tiles_n, other=0.0)
+            sums += tl.load(tile_sums + i * tiles_n + start + t, mask=start + t < tiles_n, other=0.0)
         negatives = tl.sum(sums, 0)
         for j in range(K):
             negatives += tl.exp2(tl.load(hard_x + i * K + j) - base)

@@ -53,18 +53,26 @@ def compile_kernel(name: str, dtype: str, capability: int, constants: dict[str, 
     }  # fmt: skip
 
 
+FLAGS = ("NORMALIZE", "MARGIN", "HARD_MASK", "SUMMED", "EXTRA", "EVEN_K")
+FORMS = {
+    "every option": dict.fromkeys(FLAGS, True),
+    # an absent tensor is None and an integer of 1 a constant in Triton's eyes: both are programs of their own
+    "no option": dict.fromkeys(FLAGS, False) | dict.fromkeys(("hard_mask", "tile_sums", "extra"), None),
+    "ones": dict.fromkeys(FLAGS, True) | dict.fromkeys(INTS.keys() - {"D"}, 1),
+}
+
+
 def main() -> None:
-    for capability in (80, 90):
-        for dtype, size in (("bf16", 2), ("fp32", 4)):
-            tile = info_nce.tiling((capability // 10, capability % 10), size)
-            form = dict.fromkeys(("NORMALIZE", "MARGIN", "HARD_MASK", "SUMMED", "EXTRA", "EVEN_K"), True) | {"PRECISION": "tf32x3"}
-            blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-            rows = {"BLOCK_D": 1024, "BLOCK_T": 256, "BLOCK": info_nce.COMBINE_BLOCK}
-            for name in ("negatives_kernel", "weights_kernel"):
-                options = {"num_warps": tile.warps, "num_stages": tile.stages}
-                print(json.dumps(compile_kernel(name, dtype, capability, form | blocks, options)), flush=True)
-            for name in ("prepare_kernel", "combine_kernel", "rows_kernel", "finish_rows_kernel", "finish_cols_kernel"):
-                print(json.dumps(compile_kernel(name, dtype, capability, form | rows, {"num_warps": 4})), flush=True)
+    for capability, dtype, form in [(80, "bf16", "every option"), (80, "fp32", "every option"), (90, "fp32", "every option"),
+                                    *((90, "bf16", form) for form in FORMS)]:  # fmt: skip
+        tile = info_nce.tiling((capability // 10, capability % 10), 2 if dtype == "bf16" else 4)
+        constants = FORMS[form] | {"PRECISION": "tf32x3", "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+        constants |= {"BLOCK_D": 1024, "BLOCK_T": 256, "BLOCK": info_nce.COMBINE_BLOCK}
+        for name in ("negatives_kernel", "weights_kernel"):
+            built = compile_kernel(name, dtype, capability, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
+            print(json.dumps(built | {"form": form}), flush=True)
+        for name in ("prepare_kernel", "combine_kernel", "rows_kernel", "finish_rows_kernel", "finish_cols_kernel"):
+            print(json.dumps(compile_kernel(name, dtype, capability, constants, {"num_warps": 4}) | {"form": form}), flush=True)
 
 
 if __name__ == "__main__":
