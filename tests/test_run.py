@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -256,10 +255,10 @@ def test_a_batch_counts_every_document_once(tiny: Path) -> None:
         train.Example("c", 5, (), frozenset({5})),
     ]
     batch = train.Collator(load_encoder(tiny), examples, [f"document {i}" for i in range(9)])([{"row": i} for i in range(3)])
-    assert batch["label"].tolist() == [0, 0, 1]
+    assert batch["label"].tolist() == [0, 0, 2]  # the columns are 3, 7, 5
     assert len(batch["document_input_ids"]) == 3
     groups = batch["document_group"].tolist()
-    assert groups[0] == groups[1] != groups[2]
+    assert groups[0] == groups[2] != groups[1]
 
 
 def test_gradient_caching_changes_nothing_but_memory(tiny: Path) -> None:
@@ -337,13 +336,13 @@ def test_doctor(tiny: Path, docs: Path, capsys) -> None:
 @pytest.mark.timeout(900)
 def test_real_passages(tmp_path: Path, beir: Path, minilm: Path) -> None:
     """MiniLM on a part of SQuAD's passages: the fused model finds more than the base does on queries that it has not seen."""
+    from sentence_transformers import SentenceTransformer
+
     job = run(
         RunConfig(out=tmp_path / "run", docs=beir / "squad", limit=250, queries=beir / "squad", max_steps=6, curve=(0, 1), ood_passages=50,
                   weight=0.5, band="auto", batch_size=32),
         Console(quiet=True),
-    )  # fmt: skip
+    )
     base, fused = (json.loads((tmp_path / "run" / f"scores-{weight}.json").read_text())["in_domain"] for weight in ("0", "0.5"))
     assert np.mean(fused["ndcg@10"]) > np.mean(base["ndcg@10"])
-    assert job.path("model").is_dir()
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(tmp_path / "run" / "tuned")
+    SentenceTransformer(str(job.path("model")))

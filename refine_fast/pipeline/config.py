@@ -195,7 +195,7 @@ class RunConfig:
     warmup: float = _option(0.1, _real(0, 1), "share of the steps that the learning rate rises", "SHARE")
     temperature: float = _option(0.02, _real(0, low_included=False), "temperature of the contrastive loss", "TAU")
     precision: str = _option("auto", _choice("auto", "fp32", "bf16"), "fp32, bf16 or auto: bf16 where the hardware has it", "TYPE")
-    memory: int | None = _option(None, _or(None, _bytes), "memory that training may take, such as 8GB", "SIZE")
+    memory: int | None = _option(None, _or(None, _bytes), "memory that training may take, such as 8GB; more is faster", "SIZE")
 
     weight: float | Literal["auto"] = _option(0.35, _or("auto", _real(0, 1)), "share of the fine-tuned weights, or auto", "W")
     curve: tuple[float, ...] = _option((0.0, 0.35, 0.5, 0.75, 1.0), _weights, "fusion weights to evaluate besides --weight", "W,W,...")

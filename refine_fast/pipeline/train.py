@@ -48,11 +48,10 @@ class Collator:
     valid_label_columns: tuple[str, ...] = ("label",)  # the Trainer asks for it
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
-        examples = [self.examples[row["row"]] for row in rows]
-        # Positives first: column_of keeps the order of first appearance.
-        column_of = {document: None for example in examples for document in (example.positive,)}
-        column_of |= {document: None for example in examples for document in example.negatives}
-        columns = {document: column for column, document in enumerate(column_of)}
+        # Longest first on both sides: mini-batches of one length are little padded.
+        examples = sorted((self.examples[row["row"]] for row in rows), key=lambda example: -len(example.query))
+        distinct = dict.fromkeys(document for example in examples for document in (example.positive, *example.negatives))
+        columns = {document: column for column, document in enumerate(sorted(distinct, key=lambda row: -len(self.documents[row])))}
         groups = list(range(len(columns)))
         for example in examples:
             merged = {groups[columns[document]] for document in example.relevant if document in columns}

@@ -194,7 +194,7 @@ def train_encoder(job: Job, to: Path) -> None:
     model = load_encoder(job.encoder)
     bf16 = has_fast_bf16(model.device) if job.bf16 is None else job.bf16
     sequences = config.batch_size * (2 + config.negatives)
-    mini_batch = None if config.memory is None else mini_batch_for(config.memory, model, sequences)
+    mini_batch = mini_batch_for(config.memory, model, sequences)
     if config.memory and mini_batch:
         job.console.say(f"  {mini_batch} sequences at a time, gradients cached, to stay under {config.memory / 2**30:.1f} GB")
     with job.console.progress("training") as progress:
