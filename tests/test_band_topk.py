@@ -7,6 +7,9 @@ float64 in any order of summation, so equality is exact and ties are real ties.
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -241,6 +244,20 @@ def test_progress_counts_documents_times_queries(monkeypatch: pytest.MonkeyPatch
     rf.band_topk(unit_rows(70, 24, 0), unit_rows(950, 24, 1), 3, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (70 * 950, 70 * 950)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_ctrl_c_stops_a_search() -> None:
+    """Half a minute's work at the scalar level. The thread that sends the signal runs at all because the GIL is released."""
+    before = rf.isa()
+    rf.force_isa("scalar")
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    queries, docs = torch.randn(2000, 256), torch.randn(100_000, 256)
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            rf.band_topk(queries, docs, 3)
+    finally:
+        rf.force_isa(before)
 
 
 def test_custom_op_and_compile() -> None:

@@ -216,9 +216,11 @@ def _encode(
     try:
         for role, encode in (("query", model.encode_query), ("corpus", model.encode_document)):
             prompt, prompt_name = prompts[role]
-            name = (model.model_card_data.base_model or "", prompt, prompt_name, texts[role])
-            digest = hashlib.sha256(repr(name).encode(), usedforsecurity=False).hexdigest()
-            file = None if cache_folder is None else Path(cache_folder) / f"{role}_embeddings_{digest}.npy"
+            file = None
+            if cache_folder is not None:
+                name = (model.model_card_data.base_model or "", prompt, prompt_name, texts[role])
+                digest = hashlib.sha256(repr(name).encode(), usedforsecurity=False).hexdigest()
+                file = Path(cache_folder) / f"{role}_embeddings_{digest}.npy"
             if file is not None and file.exists():
                 encoded.append(np.load(file))
                 continue
