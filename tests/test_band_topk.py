@@ -215,6 +215,7 @@ def test_any_rule(data: st.DataObject) -> None:
         ({"ceiling": torch.tensor([0, 0, float("nan"), 0])}, ValueError, "ceiling of query 2 is NaN"),
         ({"select": "best"}, ValueError, "select must be"),
         ({"order": "band"}, ValueError, "order must be"),
+        ({"docs": torch.zeros(9, 8, device="meta")}, ValueError, r"docs are on meta; .* pass docs.cpu\(\)"),
     ],
     ids=str,
 )

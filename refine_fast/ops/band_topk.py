@@ -88,7 +88,7 @@ def band_topk(
     if order not in ("skip_then_band", "band_then_skip"):
         raise ValueError(f'order must be "skip_then_band" or "band_then_skip", not {order!r}')
     rule = (k, lo, hi, skip, offsets, excluded, ceiling, select == "random", seed, order == "band_then_skip", normalize)
-    if isinstance(queries, Tensor) and isinstance(docs, Tensor) and progress is None:
+    if isinstance(queries, Tensor) and isinstance(docs, Tensor) and queries.is_cpu and docs.is_cpu and progress is None:
         return BandTopK(*_band_topk(queries.detach(), docs.detach(), *rule))
     return BandTopK(*_search(queries, docs, *rule, progress=progress))
 
@@ -235,7 +235,7 @@ class _Block:
             raise TypeError(f"{name} are {rows.dtype}; give float32, bfloat16 or float16")
         if isinstance(rows, Tensor):
             if rows.device.type != "cpu":
-                raise ValueError(f"{name} are on {rows.device}; queries and docs must be on the same device")
+                raise ValueError(f"{name} are on {rows.device}; band_topk has no kernel there yet: pass {name}.cpu()")
             rows = rows if rows.stride(1) == 1 else rows.contiguous()
             self.pointer, self.row_stride = rows.data_ptr(), rows.stride(0)
         else:
