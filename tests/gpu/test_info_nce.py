@@ -157,9 +157,11 @@ def test_strided_inputs(small_tiles: None, device: torch.device) -> None:
     hard = inputs["hard"].transpose(0, 1).contiguous().transpose(0, 1)
     strided = inputs | {"q": wide[:, 3:27], "d": inputs["d"].T.contiguous().T, "hard": hard}
     other_losses, other = info_nce.gradients(g, **strided)
-    assert torch.equal(losses, other_losses)
-    assert torch.equal(grads.d, other.d)
-    assert torch.equal(grads.hard, other.hard)
+    # not bit by bit: how a row is read decides in which order a GPU adds it up
+    bound = tolerance(inputs)[1]
+    assert error(other_losses, losses.cpu().double()) < bound
+    assert error(other.d, grads.d.cpu().double()) < bound
+    assert error(other.hard, grads.hard.cpu().double()) < bound
 
 
 def test_no_rows(device: torch.device) -> None:
