@@ -212,7 +212,7 @@ def _deduplicated(found: Found, account: Account) -> Found:
 def _round_trip(chunks: list[Chunk], found: Found, top_n: int, embeddings: np.ndarray | None, encode: Encode, account: Account) -> Found:
     if not found:
         return found
-    documents = encode([chunk.text for chunk in chunks], "document") if embeddings is None else embeddings
+    documents = encode([chunk.passage for chunk in chunks], "document") if embeddings is None else embeddings
     queries = encode([text for _, _, text in found], "query")
     hits = filters.found_by_retriever(queries, documents, np.array([i for i, _, _ in found]), top_n)
     return _keep(found, [None if hit else f"not found in the top {top_n}" for hit in hits], account)
