@@ -83,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
     run_flags(command("plan", plan, "what a run would do and cost; spends nothing", "plan docs/ --out run --memory 8GB"))
     doctor_command = command("doctor", doctor, "what works on this machine", "doctor --model BAAI/bge-small-en-v1.5")
     doctor_command.add_argument("--model", default="minilm", metavar="NAME", help="the encoder to try")
+    doctor_command.add_argument("--llm", metavar="URL", help="an OpenAI-compatible endpoint to probe, with a few short calls")
+    doctor_command.add_argument("--llm-model", metavar="NAME,...", help="the models to ask there")
+    doctor_command.add_argument("--llm-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
+    command("prompt", prompt, "print the prompt that queries are asked for with, to change and pass as --prompt", "prompt > mine.jinja")
     run_flags(command("queries", run, "a run as far as its queries", "queries docs/ --out run --queries-per-chunk 8"))
     run_flags(command("mine", run, "a run as far as its hard negatives", "mine --out run --band auto"))
     run_flags(command("train", run, "a run as far as the fine-tuned encoder", "train --out run --epochs 2"))
@@ -121,7 +125,9 @@ def run_flags(command: argparse.ArgumentParser) -> None:
 
 
 def shown(value: Any) -> str:
-    return ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(f"{item[0]}={item[1]:g}" if isinstance(item, tuple) else f"{item:g}" for item in value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:
@@ -147,7 +153,14 @@ def plan(options: argparse.Namespace, console: Console) -> None:
 def doctor(options: argparse.Namespace, console: Console) -> None:
     from .pipeline.doctor import show_health
 
-    show_health(options.model, console)
+    llm = (options.llm, options.llm_model, options.llm_key_env) if options.llm else None
+    show_health(options.model, llm, console)
+
+
+def prompt(options: argparse.Namespace, console: Console) -> None:
+    from .pipeline.llm import default_prompt
+
+    print(default_prompt(), end="")
 
 
 def index(options: argparse.Namespace, console: Console) -> None:

@@ -139,6 +139,24 @@ def _weights(value: Any) -> tuple[float, ...]:
     return tuple(sorted(weights | {0.0, 1.0}))  # the base and the fine-tuned model always
 
 
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (value.split(",") if isinstance(value, str) else value) if name.strip())
+
+
+def _mix(value: Any) -> tuple[tuple[str, float], ...]:
+    parts = [item.split("=") for item in value.split(",")] if isinstance(value, str) else value
+    try:
+        return tuple((str(kind).strip(), float(share)) for kind, share in dict(parts).items())
+    except (TypeError, ValueError):
+        raise ValueError("is no mix; give kinds and shares such as question=0.6,claim=0.4") from None
+
+
+def _yes(value: Any) -> bool:
+    if str(value).lower() not in ("yes", "no", "true", "false"):
+        raise ValueError("is neither yes nor no; choose one")
+    return str(value).lower() in ("yes", "true")
+
+
 def _bytes(value: Any) -> int:
     match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)I?B?", str(value).strip().upper())
     try:
@@ -173,15 +191,25 @@ class RunConfig:
 
     queries: Path | None = _option(None, _or(None, _existing), "your own queries: JSONL {text, doc_id}, or a BEIR folder (train)", "FILE")
     queries_per_chunk: int = _option(4, _integer(1), "synthetic queries made for each chunk", "N")
+    llm: str | None = _option(None, _or(None, _text), "have a model write them: an OpenAI-compatible URL, or transformers", "URL")
+    llm_model: tuple[str, ...] = _option((), _names, "the model's name; several share the chunks", "NAME,...")
+    llm_key_env: str = _option("OPENAI_API_KEY", _text, "environment variable that holds the key, if the endpoint wants one", "NAME")
+    llm_mix: tuple[tuple[str, float], ...] = _option(
+        (("question", 0.5), ("keywords", 0.2), ("claim", 0.15), ("how-to", 0.15)), _mix, "kinds of query and their shares", "KIND=SHARE,..."
+    )
+    llm_temperature: float | None = _option(None, _or(None, _real(0)), "sampling temperature; left out: the server's own", "T")
+    llm_reply_tokens: int = _option(512, _integer(16), "longest reply", "N")
+    llm_concurrency: int = _option(64, _integer(1), "most calls at a time; fewer where the server asks for it", "N")
+    llm_timeout: float = _option(120.0, _real(0, low_included=False), "seconds that a call may take", "SECONDS")
+    prompt: Path | None = _option(None, _or(None, _existing), "your own prompt; 'refine-fast prompt' prints the one to start from", "FILE")
+    max_calls: int | None = _option(None, _or(None, _integer(1)), "stop after this many calls, over all starts in the run folder", "N")
+    max_tokens: int | None = _option(None, _or(None, _integer(1)), "... tokens, in and out", "N")
+    max_cost: float | None = _option(None, _or(None, _real(0, low_included=False)), "... cost, by the prices", "AMOUNT")
+    price_in: float = _option(0.0, _real(0), "price of a million tokens in the prompts", "AMOUNT")
+    price_out: float = _option(0.0, _real(0), "price of a million tokens in the replies", "AMOUNT")
+    round_trip: int = _option(0, _integer(0), "keep a query only if the encoder finds its chunk in the top N; 0 keeps all", "N")
+    judge: bool = _option(False, _yes, "ask the model which queries their chunk answers, and drop the others: yes or no", "YES")
     held_out: float = _option(0.2, _real(0, 0.5, low_included=False), "share of the documents kept for evaluation", "SHARE")
-
-    llm: str | None = _option(None, _or(None, _text), "OpenAI-compatible endpoint that writes the queries; key in OPENAI_API_KEY", "URL")
-    llm_model: str | None = _option(None, _or(None, _text), "the model to ask there; several with commas between", "NAME")
-    max_calls: int | None = _option(None, _or(None, _integer(1)), "stop asking after this many calls", "N")
-    max_tokens: int | None = _option(None, _or(None, _integer(1)), "stop asking after this many tokens in and out", "N")
-    max_cost: float | None = _option(None, _or(None, _real(0, low_included=False)), "stop asking at this cost; needs the prices", "SUM")
-    price_in: float = _option(0.0, _real(0), "price of a million tokens in", "SUM")
-    price_out: float = _option(0.0, _real(0), "price of a million tokens out", "SUM")
 
     band: tuple[float, float] | Literal["auto"] = _option((0.5, 0.7), _or("auto", _band), "cosines of hard negatives, or auto", "LOW,HIGH")
     skip: int = _option(5, _integer(0), "leave out this many most similar documents, then apply the band", "N")
@@ -211,24 +239,44 @@ class RunConfig:
             except ValueError as reason:
                 raise RefineFastError(f"{item.name}: {_shown(value)} {reason}.") from None
         self.llm_settings()  # checks them
-        if self.llm_model is not None and self.llm is None:
+        if self.llm_model and self.llm is None:
             raise RefineFastError("llm_model: no endpoint to ask it at; add --llm URL.")
         if self.docs is None and self.limit is None:
             object.__setattr__(self, "limit", DEMO_CHUNKS)
+        if self.llm is not None and self.queries is not None:
+            raise RefineFastError("llm: --queries gives the queries already; leave out one of the two.")
         if self.out.exists() and not self.out.is_dir():
             raise RefineFastError(f"out: {self.out} is a file; name a folder.")
         if self.docs is not None and self.out.is_relative_to(self.docs):
             raise RefineFastError(f"out: {self.out} lies in the documents' folder, so the run would read its own files; name another one.")
 
     def llm_settings(self) -> LLMSettings | None:
-        """What is asked of which LLM; None where none is given."""
+        """What the model that writes the queries is asked, or None without one."""
         if self.llm is None:
             return None
-        from .llm import LLMSettings
-
+        try:
+            from .llm import LLMSettings
+        except ImportError as error:
+            raise RefineFastError(f"llm: queries from a model need {error.name}; pip install 'refine-fast[llm]'.") from None
         return LLMSettings(
-            self.llm, tuple(name.strip() for name in (self.llm_model or "").split(",")), per_chunk=self.queries_per_chunk, seed=self.seed,
-            max_calls=self.max_calls, max_tokens=self.max_tokens, max_cost=self.max_cost, price_in=self.price_in, price_out=self.price_out,
+            self.llm,
+            self.llm_model,
+            key_env=self.llm_key_env,
+            prompt=self.prompt,
+            mix=dict(self.llm_mix),
+            per_chunk=self.queries_per_chunk,
+            temperature=self.llm_temperature,
+            max_reply_tokens=self.llm_reply_tokens,
+            concurrency=self.llm_concurrency,
+            timeout=self.llm_timeout,
+            max_calls=self.max_calls,
+            max_tokens=self.max_tokens,
+            max_cost=self.max_cost,
+            price_in=self.price_in,
+            price_out=self.price_out,
+            round_trip=self.round_trip,
+            judge=self.judge,
+            seed=self.seed,
         )
 
     def to_yaml(self) -> str:
@@ -266,7 +314,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(name, known, n=1)
         remedy = f"did you mean {near[0]}?" if near else "see refine-fast run --help."
         raise RefineFastError(f"config: {path} has an unknown key {name!r}; {remedy}")
-    for name in ("docs", "queries", "out"):  # relative to the file that says so, not to wherever one stands
+    for name in ("docs", "queries", "out", "prompt"):  # relative to the file that says so, not to wherever one stands
         if values.get(name) is not None:
             values[name] = os.path.join(path.parent, os.path.expanduser(str(values[name])))
     if "ood" in values:
@@ -277,6 +325,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """The value in YAML's own types."""
+    if isinstance(value, tuple) and value and isinstance(value[0], tuple):
+        return dict(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -18,18 +18,20 @@ from ..errors import RefineFastError
 from .console import Console
 from .embed import encode, has_fast_bf16
 from .encoder import device, encoder_folder, load_encoder
+from .llm_queries import endpoint_rows
 
 EXTRAS = {
     "pipeline": ("transformers", "sentence-transformers", "accelerate", "datasets", "faiss-cpu", "rich", "matplotlib", "bm25s"),
-    "llm": ("openai", "jinja2", "json-repair"),
+    "llm": ("openai", "jinja2", "json-repair", "py3langid", "scikit-learn"),
     "pdf": ("pypdf",),
     "gpu": ("triton",),
 }
 
 
-def show_health(model: str, console: Console) -> None:
-    """One row a check: what, ok or not, and what was found or is to be done. Raises RefineFastError if the encoder does not work."""
-    rows = list(check(model))
+def show_health(model: str, llm: tuple[str, str | None, str] | None, console: Console) -> None:
+    """One row a check: what, ok or not, and what was found or is to be done; llm: an endpoint's URL, its models, the
+    environment variable of its key. Raises RefineFastError if the encoder does not work."""
+    rows = [*check(model), *(endpoint_rows(*llm) if llm else [])]
     table = Table("", "", "found")
     for what, works, found in rows:
         table.add_row(what, "[green]ok[/]" if works else "[yellow]no[/]", found)

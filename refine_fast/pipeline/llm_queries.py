@@ -3,59 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import RefineFastError, RefineFastWarning
+from ..errors import RefineFastWarning
 from .chunks import Chunk
 from .embed import encode
 from .encoder import load_encoder
 from .queries import Query
+from .stages import Stage, read_json
 
 if TYPE_CHECKING:
-    from .config import RunConfig
-    from .llm import Account, LLMSettings, Progress
+    from .llm import Account, Progress
     from .work import Job
+
+ACCOUNT = "llm.json"
+"""The stage's output beside the queries: calls, tokens, cost and the reasons of drops."""
 
 REPLIES = "replies.jsonl"
 """In the run folder, beside the stages' outputs: what was paid for outlives every change of the options."""
 
 
-def settings_of(config: RunConfig) -> LLMSettings:
-    try:
-        from .llm import LLMSettings
-    except ImportError as error:
-        raise RefineFastError(f"llm: queries from a model need {error.name}; pip install 'refine-fast[llm]'.") from None
-    assert config.llm is not None
-    return LLMSettings(
-        config.llm,
-        config.llm_model,
-        key_env=config.llm_key_env,
-        prompt=config.prompt,
-        mix=dict(config.llm_mix),
-        per_chunk=config.queries_per_chunk,
-        temperature=config.llm_temperature,
-        max_reply_tokens=config.llm_reply_tokens,
-        concurrency=config.llm_concurrency,
-        timeout=config.llm_timeout,
-        max_calls=config.max_calls,
-        max_tokens=config.max_tokens,
-        max_cost=config.max_cost,
-        price_in=config.price_in,
-        price_out=config.price_out,
-        round_trip=config.round_trip,
-        judge=config.judge,
-        seed=config.seed,
-    )
-
-
 def written_queries(job: Job, chunks: list[Chunk]) -> tuple[list[Query], Account]:
     """The stage: the model's queries, and the account of them. The encoder is loaded only where a limit or a filter needs it."""
-    settings = settings_of(job.config)
     from .llm import generate_queries
+
+    settings = job.config.llm_settings()
+    assert settings is not None
 
     def embed(texts: list[str], role: str) -> np.ndarray:
         with job.console.progress(f"embedding {len(texts):,} texts") as advance:
@@ -72,9 +49,10 @@ def written_queries(job: Job, chunks: list[Chunk]) -> tuple[list[Query], Account
         queries, account = generate_queries(
             chunks, settings, job.path(REPLIES), embeddings=embeddings, encode=embed if settings.round_trip else None, watch=watch
         )
-    job.console.say(f"  {summary(account)}")
+    job.console.say(f"  {summary(account.to_dict())}")
     if account.stopped:
-        job.console.say(f"  stopped by {account.stopped} after {account.replied:,} of {account.chunks:,} chunks; a higher limit goes on from here")
+        where = f"after {account.replied:,} of {account.chunks:,} chunks"
+        job.console.say(f"  stopped by {account.stopped} {where}; a higher limit goes on from here")
     if account.failures:
         reason, count = next(iter(account.failures.items()))
         warnings.warn(
@@ -85,26 +63,53 @@ def written_queries(job: Job, chunks: list[Chunk]) -> tuple[list[Query], Account
     return queries, account
 
 
-def summary(account: Account) -> str:
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(account.dropped.items(), key=lambda item: -item[1]))
-    return (
-        f"{account.kept:,} queries from {account.replied:,} replies ({account.reused:,} of them from before; {account.calls:,} calls, "
-        f"{account.tokens_in:,} tokens in and {account.tokens_out:,} out, cost {account.cost:.2f}); dropped: {dropped or 'none'}"
+def of_a_model(stage: Stage, job: Job) -> Stage:
+    """The stage of the queries, where a model writes them: what it depends on and leaves besides."""
+    config = job.config
+    from .llm import filters, generate, parse
+
+    fields = "llm llm_model llm_mix llm_temperature llm_reply_tokens max_calls max_tokens max_cost price_in price_out round_trip judge"
+    files = {} if config.prompt is None else {"prompt": config.prompt}
+    return replace(
+        stage,
+        outputs=(*stage.outputs, ACCOUNT),
+        files={**stage.files, **files, "encoder": job.encoder},
+        settings={**stage.settings, **{field: getattr(config, field) for field in fields.split()}},
+        code=(*stage.code, filters, generate, parse),
+        unfinished=lambda: unanswered(job),
     )
 
 
-def planned(job: Job, chunks: list[Chunk]) -> dict[str, Any]:
-    """The rows of a plan: what is still to be asked and what it takes, before a token is spent."""
+def summary(account: Mapping[str, Any]) -> str:
+    """The account in a sentence."""
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(account["dropped"].items(), key=lambda item: -item[1]))
+    return (
+        f"{account['kept']:,} queries from {account['replied']:,} replies, {account['reused']:,} of them from before; "
+        f"{account['calls']:,} calls, {account['tokens_in']:,} tokens in and {account['tokens_out']:,} out, cost {account['cost']:.2f}; "
+        f"{account['replies_per_second']:.1f} replies a second; dropped: {dropped or 'none'}"
+    )
+
+
+def still_to_ask(job: Job, chunks: list[Chunk]) -> dict[str, float]:
+    """For a plan: the calls, tokens and cost that are left, before a token is spent."""
     from .llm import estimate
 
-    settings = settings_of(job.config)
-    return {f"llm_{name}": value for name, value in asdict(estimate(chunks, settings, job.path(REPLIES))).items()}
+    settings = job.config.llm_settings()
+    assert settings is not None
+    return {name: round(value, 4) for name, value in asdict(estimate(chunks, settings, job.path(REPLIES))).items()}
 
 
-def endpoint_rows(settings: LLMSettings) -> Iterator[tuple[str, bool, str]]:
+def unanswered(job: Job) -> list[str]:
+    """Why the stage is to be done again although nothing changed: chunks that got no reply, or nothing."""
+    failed = (read_json(job.path(ACCOUNT)) or {}).get("failed", 0)
+    return [f"{failed} chunks without a reply"] if failed else []
+
+
+def endpoint_rows(url: str, models: str | None, key_env: str) -> Iterator[tuple[str, bool, str]]:
     """doctor's rows, one model each: (what, whether it works, what was found)."""
-    from .llm import probe
+    from .llm import LLMSettings, probe
 
+    settings = LLMSettings(url, tuple((models or "").split(",")), key_env=key_env)
     for model, report in zip(settings.models, probe(settings), strict=True):
         if report.problem:
             yield f"llm {model}", False, report.problem

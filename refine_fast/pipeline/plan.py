@@ -12,9 +12,10 @@ from .config import RunConfig
 from .console import Console
 from .embed import encode, has_fast_bf16
 from .encoder import encoder_folder, load_encoder
+from .llm_queries import still_to_ask
 from .retrieval_set import load_beir
 from .train import steps_of
-from .work import Job, cut_documents, split_queries
+from .work import Job, cut_documents, own_queries, split_queries
 
 SAMPLE = 64
 """Chunks that are encoded to time the encoder on this machine."""
@@ -37,12 +38,14 @@ class Plan:
     training_minutes: float
     encoding_minutes: float
     disk_mb: float
+    llm: dict[str, float] | None
+    """What is still to be asked of the language model, and what it takes; None without one."""
 
 
 def make_plan(config: RunConfig) -> Plan:
     job = Job(config, encoder_folder(config.model), Console(quiet=True))
     documents, chunks, duplicates = cut_documents(job)
-    queries = split_queries(job, chunks)
+    queries = split_queries(job, chunks, own_queries(job, chunks))  # as many as a model would be asked for
     examples = len(queries["train"])
     batch = min(config.batch_size, max(examples, 1))
     steps = steps_of(examples, batch_size=batch, epochs=config.epochs, max_steps=config.max_steps) if examples else 0
@@ -73,6 +76,7 @@ def make_plan(config: RunConfig) -> Plan:
         precision="bf16" if bf16 else "fp32",
         training_minutes=round(trained * seconds * TRAINING_OVER_ENCODING / 60, 1),
         encoding_minutes=round(passages * seconds / 60, 1),
+        llm=None if config.llm is None else still_to_ask(job, chunks),
         disk_mb=round((2 * weights + 2 * 3 * weights) / 1e6),  # tuned and fused; two checkpoints with Adam's two moments while training
     )
 
@@ -81,6 +85,7 @@ def show_plan(config: RunConfig, console: Console) -> None:
     with console.warnings():
         plan = asdict(make_plan(config))
     table = Table(show_header=False)
-    for name, value in plan.items():
+    asked = {f"llm {name}": value for name, value in (plan["llm"] or {}).items()}
+    for name, value in ({name: value for name, value in plan.items() if name != "llm"} | asked).items():
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int | float) else value)
     console.result(plan, table)

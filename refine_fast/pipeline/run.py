@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from . import card, chunks, documents, embed, evaluate, gather, llm, queries, report, report_data, retrieval_set, train, work
+from . import card, chunks, documents, embed, evaluate, gather, llm_queries, queries, report, report_data, retrieval_set, train, work
 from .config import RunConfig
 from .console import Console
 from .encoder import encoder_folder
@@ -52,11 +52,11 @@ def stages(job: Job) -> Iterator[Stage]:
         "chunks", "chunks.jsonl chunks.json", work.make_chunks, files=docs | encoder,
         fields="chunk_tokens limit seed", code=(documents, chunks), **no_docs,
     )
-    yield stage(
+    asked = stage(
         "queries", "queries.jsonl dev.jsonl held_out.jsonl", work.make_queries, files=made("chunks.jsonl") | own | judged,
-        fields="queries_per_chunk held_out seed llm llm_model max_calls max_tokens max_cost",
-        code=(queries, retrieval_set, llm.generate, llm.prompt, llm.parse, llm.filters), **choice,
+        fields="queries_per_chunk held_out seed", code=(queries, retrieval_set), **choice,
     )
+    yield asked if config.llm is None else llm_queries.of_a_model(asked, job)
     yield stage("embed", "embeddings", work.embed, files=learnable | encoder, fields="precision", code=(embed,))
     yield stage(
         "mine", "negatives.jsonl mining.json", work.mine, files=learnable | made("embeddings"),
@@ -78,10 +78,11 @@ def stages(job: Job) -> Iterator[Stage]:
         )
     scores = {score_file(weight): job.path(score_file(weight)) for weight in (None, *job.weights)}
     recipe = made("mining.json training.json")
+    account = {} if config.llm is None else made(llm_queries.ACCOUNT)
     yield stage("fuse", "model", work.fuse_encoder, files=encoder | made("tuned") | recipe | scores, fields="weight", code=(card,))
     yield stage(
         "report", "report.md report.json report.html figures", gather.make_report,
-        files=scores | learnable | recipe | made("chunks.json sets.json embeddings"),
+        files=scores | learnable | recipe | account | made("chunks.json sets.json embeddings"),
         fields="weight", code=(report, report_data, gather),
     )
 

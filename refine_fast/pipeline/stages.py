@@ -44,6 +44,8 @@ class Stage:
     facts: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     code: tuple[ModuleType, ...] = ()
+    unfinished: Callable[[], list[str]] = list
+    """Reasons to do the stage again although nothing that it read has changed."""
 
 
 class RunFolder:
@@ -80,7 +82,7 @@ class RunFolder:
             f"{name} {'is missing' if not (self.path / name).exists() else 'was changed by hand'}"
             for name in stage.outputs
             if self._digest(self.path / name) != record["outputs"].get(name)
-        ]
+        ] + stage.unfinished()
 
     def do(self, stage: Stage) -> float:
         """Does the stage, whatever the manifest says, and returns its seconds. Goes on where a killed run left it."""

@@ -23,7 +23,7 @@ from .embed import encode, has_fast_bf16
 from .encoder import load_encoder
 from .evaluate import Scores, choose_weight, score, score_bm25
 from .jsonl import read_records, write_records
-from .llm import generate_queries
+from .llm_queries import ACCOUNT, summary, written_queries
 from .memory import mini_batch_for
 from .queries import Query, load_queries, synthesize_queries
 from .retrieval_set import RetrievalSet, held_out_set, load_beir, split_by_document, without
@@ -89,20 +89,16 @@ def _whole_sources(chunks: Sequence[Chunk], limit: int, seed: int) -> list[Chunk
     return [chunk for chunk in chunks if chunk.id in kept]
 
 
-def split_queries(job: Job, chunks: Sequence[Chunk]) -> dict[str, list[Query]]:
+def own_queries(job: Job, chunks: Sequence[Chunk]) -> list[Query]:
+    """The user's queries, or those that need no model."""
+    if job.config.queries is not None:
+        return load_queries(job.config.queries, chunks)
+    return synthesize_queries(chunks, seed=job.config.seed, per_chunk=job.config.queries_per_chunk)
+
+
+def split_queries(job: Job, chunks: Sequence[Chunk], queries: list[Query]) -> dict[str, list[Query]]:
     """"train", and "held_out" and "dev" where they are needed: queries by whole documents, none of them a judged test query."""
     config = job.config
-    if config.queries is not None:
-        queries = load_queries(config.queries, chunks)
-    elif llm := config.llm_settings():
-        with job.console.progress("asking the LLM") as progress:
-            queries, account = generate_queries(
-                list(chunks), llm, job.path("llm-replies.jsonl"),
-                watch=lambda state: progress(state.done, state.total, note=f"{state.cost:.2f} spent"),
-            )
-        job.console.say(f"  {account.calls} calls, {account.tokens_in + account.tokens_out} tokens, {account.kept} queries kept")
-    else:
-        queries = synthesize_queries(chunks, seed=config.seed, per_chunk=config.queries_per_chunk)
     if job.judged:
         queries = without(queries, load_beir(job.judged).queries)
     shares = ({} if job.judged else {"held_out": config.held_out}) | ({"dev": DEV_SHARE} if config.weight == "auto" else {})
@@ -110,7 +106,13 @@ def split_queries(job: Job, chunks: Sequence[Chunk]) -> dict[str, list[Query]]:
 
 
 def make_queries(job: Job, to: Path) -> None:
-    parts = split_queries(job, read_records(job.path("chunks.jsonl"), Chunk))
+    chunks = read_records(job.path("chunks.jsonl"), Chunk)
+    if job.config.llm is None:
+        queries = own_queries(job, chunks)
+    else:
+        queries, account = written_queries(job, chunks)
+        write_json(to / ACCOUNT, account.to_dict())
+    parts = split_queries(job, chunks, queries)
     for name, file in (("train", "queries"), ("dev", "dev"), ("held_out", "held_out")):
         write_records(to / f"{file}.jsonl", parts.get(name, []))
 
@@ -276,7 +278,9 @@ def query_source(job: Job) -> str:
     config = job.config
     if config.queries is not None:
         return f"from {config.queries.name}"
-    return f"written by {config.llm_model}" if config.llm else "made from the documents without an LLM"
+    if config.llm is not None:
+        return f"written by {', '.join(config.llm_model)} ({summary(read_json(job.path(ACCOUNT)))})"
+    return "made from the documents without an LLM"
 
 
 def recipe(job: Job, weight: float) -> dict[str, str]:

@@ -36,6 +36,8 @@ class Options:
     """Anything else is the answer to every call."""
     reply: str = ""
     """The text of every reply; empty: made from the passage."""
+    empty: float = 0.0
+    """Share of the replies without any text."""
     answers: str = ""
     """A JSON file: passage -> list of queries."""
 
@@ -121,7 +123,7 @@ class Server:
         user = body["messages"][-1]["content"]
         match = re.search(r"^Passage: (.*?)\n(?:Wanted|Queries):", user, re.DOTALL | re.MULTILINE)
         passage = match[1] if match else user
-        content = options.reply or self.write(passage, user)
+        content = options.reply or ("" if self.random.random() < options.empty else self.write(passage, user))
         reply = {
             "id": "c", "object": "chat.completion", "created": 0, "model": body["model"],
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
