@@ -118,8 +118,9 @@ def test_human_questions_over_http_are_those_of_the_file(endpoint: Endpoint, tmp
     answers.write_text(json.dumps({chunk["text"]: asked.get(chunk["id"], []) for chunk in chunks}))
     endpoint.set(answers=str(answers))
     most = str(max(map(len, asked.values())))
-    command = ["queries", str(covid), "--out", str(tmp_path / "http"), "--llm", endpoint.url, "--llm-model", "tiny", "--quiet", "--limit", "500"]
-    assert main([*command, "--llm-mix", "question=1", "--queries-per-chunk", most]) == 0
+    command = ["queries", str(covid), "--out", str(tmp_path / "http"), "--quiet", "--limit", "500"]
+    model = ["--llm", endpoint.url, "--llm-model", "tiny", "--llm-mix", "question=1", "--queries-per-chunk", most]
+    assert main([*command, *model]) == 0
 
     def training(name: str) -> set[tuple[str, str]]:
         rows = [json.loads(line) for line in (tmp_path / name / "queries.jsonl").read_text().splitlines()]
