@@ -12,7 +12,7 @@ def stream(
     pieces: list[tuple[int, int, int, int, int, int, int, int, int]],
     factors: list[tuple[int, int, int, int, int]],
     outputs: list[tuple[int, str, int, list[float]]],
-    ahead: bool,
+    overlap: bool,
     on_block: Callable[[int, int, memoryview], None],
 ) -> list[list[tuple[float, float, int, int]]]: ...
 def preallocate(fd: int, name: str, bytes: int) -> None: ...

@@ -86,7 +86,7 @@ using OutputTuple = std::tuple<int, std::string, int64_t, std::vector<double>>;
 
 // -> per output, per piece: (sum of squares of the change, of the base, values that are not finite, bytes that differ)
 py::list stream_merge(const std::vector<FileTuple>& files, const std::vector<PieceTuple>& pieces, const std::vector<FactorTuple>& factors,
-                      const std::vector<OutputTuple>& outputs, bool ahead, const py::function& on_block) {
+                      const std::vector<OutputTuple>& outputs, bool overlap, const py::function& on_block) {
   std::vector<rf::File> in;
   for (const auto& [fd, name] : files) in.push_back({fd, name});
   std::vector<rf::Piece> work;
@@ -103,7 +103,7 @@ py::list stream_merge(const std::vector<FileTuple>& files, const std::vector<Pie
   rf::Status status;
   {
     py::gil_scoped_release release;
-    status = rf::stream(in, work, low_rank, out, ahead, [&](int file, int64_t offset, const void* data, int64_t bytes) {
+    status = rf::stream(in, work, low_rank, out, overlap, [&](int file, int64_t offset, const void* data, int64_t bytes) {
       py::gil_scoped_acquire acquire;
       try {
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();

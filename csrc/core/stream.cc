@@ -47,8 +47,7 @@ int reopen_direct(int fd, int mode) {
 
 class Reader {
  public:
-  Reader(const std::vector<File>& files, bool ahead, const OnBlock& on_block)
-      : files_(files), policy_(ahead ? std::launch::async | std::launch::deferred : std::launch::deferred), on_block_(on_block) {}
+  Reader(const std::vector<File>& files, std::launch policy, const OnBlock& on_block) : files_(files), policy_(policy), on_block_(on_block) {}
   ~Reader() { close_file(); }
   Reader(const Reader&) = delete;
 
@@ -152,21 +151,22 @@ class Reader {
   std::future<void> pending_;
 };
 
-// --- output: one buffer, written past the cache when full ------------------------------------------------------------------------------
+// --- output: one buffer being filled while the other is written past the cache ---------------------------------------------------------
 
 class Writer {
  public:
-  Writer(Output& output, int index, const OnBlock& on_block)
-      : output_(output), index_(index), on_block_(on_block), data_(page_aligned(kWindow)), begin_(round_down(output.offset, kPage)),
+  Writer(Output& output, int index, std::launch policy, const OnBlock& on_block)
+      : output_(output), index_(index), policy_(policy), on_block_(on_block), begin_(round_down(output.offset, kPage)),
         used_(output.offset - begin_), direct_(reopen_direct(output.file.fd, O_WRONLY)) {}
   ~Writer() {
+    pending_ = {};  // waits where a thread is at it
     if (direct_ >= 0) close(direct_);
   }
   Writer(const Writer&) = delete;
 
   // What the first page holds already is written again with it.
   Status open() {
-    if (!data_) return failure(Code::no_memory, "making", "the buffers of a merge", "no memory");
+    if (!data_ || !written_) return failure(Code::no_memory, "making", "the buffers of a merge", "no memory");
     if (pread(output_.file.fd, data_.get(), static_cast<size_t>(used_), begin_) == used_) return {};
     return failure(Code::io, "reading back", output_.file.name, std::strerror(errno));
   }
@@ -174,14 +174,27 @@ class Writer {
   int64_t space() const { return kWindow - used_; }
   void advance(int64_t bytes) { used_ += bytes; }
 
-  // Whole pages, and with `last` the rest.
+  // Sends whole pages on their way; with `last` the rest too, and waits.
   Status flush(bool last) {
+    if (pending_.valid())
+      if (const Status status = pending_.get(); !status) return status;
+    const int64_t bytes = last ? used_ : round_down(used_, kPage), begin = begin_;
+    const int64_t fresh = std::max(begin, output_.offset), end = std::max(fresh, begin + bytes);
+    if (!on_block_(-1 - index_, fresh, data_.get() + (fresh - begin), end - fresh)) return {Code::interrupted, {}};
+    std::memcpy(written_.get(), data_.get() + bytes, static_cast<size_t>(used_ - bytes));
+    std::swap(data_, written_);
+    begin_ += bytes, used_ -= bytes;
+    pending_ = std::async(policy_, [this, begin, bytes] { return write(begin, bytes); });
+    return last ? pending_.get() : Status{};
+  }
+
+ private:
+  Status write(int64_t begin, int64_t bytes) {
     const File& f = output_.file;
-    const int64_t bytes = last ? used_ : round_down(used_, kPage);
     for (int64_t done = 0; done < bytes;) {
       const int64_t whole = round_down(bytes - done, kPage);
       const bool direct = direct_ >= 0 && whole > 0 && done % kPage == 0;
-      const ssize_t put = pwrite(direct ? direct_ : f.fd, data_.get() + done, static_cast<size_t>(direct ? whole : bytes - done), begin_ + done);
+      const ssize_t put = pwrite(direct ? direct_ : f.fd, written_.get() + done, static_cast<size_t>(direct ? whole : bytes - done), begin + done);
       if (put < 0 && errno == EINVAL && direct) {  // a file system that opens for direct writes and refuses them
         close(direct_);
         direct_ = -1;
@@ -191,20 +204,17 @@ class Writer {
         done += put;
       }
     }
-    const int64_t begin = std::max(begin_, output_.offset), end = std::max(begin, begin_ + bytes);
-    const bool go_on = on_block_(-1 - index_, begin, data_.get() + (begin - begin_), end - begin);
-    std::memmove(data_.get(), data_.get() + bytes, static_cast<size_t>(used_ - bytes));
-    begin_ += bytes, used_ -= bytes;
-    return go_on ? Status{} : Status{Code::interrupted, {}};
+    return {};
   }
 
- private:
   Output& output_;
-  int index_;
+  const int index_;
+  const std::launch policy_;
   const OnBlock& on_block_;
-  Buffer data_;
-  int64_t begin_, used_;
+  Buffer data_ = page_aligned(kWindow), written_ = page_aligned(kWindow);
+  int64_t begin_, used_;  // of data_: its place in the file, its bytes
   int direct_;
+  std::future<Status> pending_;
 };
 
 // --- LoRA: rows of base + B A, a tile of rows at a time ---------------------------------------------------------------------------------
@@ -257,13 +267,14 @@ class LowRankRows {
 }  // namespace
 
 Status stream(const std::vector<File>& files, const std::vector<Piece>& pieces, const std::vector<LowRankFactors>& factors,
-              std::vector<Output>& outputs, bool ahead, const OnBlock& on_block) {
-  Reader base(files, ahead, on_block), tuned(files, ahead, on_block);
+              std::vector<Output>& outputs, bool overlap, const OnBlock& on_block) {
+  const std::launch policy = overlap ? std::launch::async | std::launch::deferred : std::launch::deferred;
+  Reader base(files, policy, on_block), tuned(files, policy, on_block);
   LowRankRows low_rank;
   std::deque<Writer> writers;
   if (!base.ok() || !tuned.ok()) return failure(Code::no_memory, "making", "the buffers of a merge", "no memory");
   for (size_t o = 0; o < outputs.size(); ++o)
-    if (const Status status = writers.emplace_back(outputs[o], static_cast<int>(o), on_block).open(); !status) return status;
+    if (const Status status = writers.emplace_back(outputs[o], static_cast<int>(o), policy, on_block).open(); !status) return status;
   for (Output& o : outputs) o.changes.assign(pieces.size(), {});
 
   constexpr int64_t kLowRankBlock = 4096;

@@ -1,5 +1,14 @@
 // The streaming merge: outputs are written front to back, one piece (a tensor, or bytes to copy) after the other, while the inputs pass by in
-// windows of 8 MiB. Nothing the size of a tensor is ever held: two input windows and one output buffer per output, 64-byte rows of LoRA factors aside.
+// windows of 8 MiB. Nothing the size of a tensor is ever held: two windows an input, two buffers an output, and the factors of one LoRA update.
+//
+// What goes past the page cache is measured, not guessed (a pair of 3.15 GB bf16 in 3 shards, cold; a pair of 0.44 GB float32, warm; ext4 on a
+// virtual disk, 2 busy cores):
+//   - cold inputs, direct reads: 0.9 GB/s, against 0.13 through the cache with read-ahead and drop-behind; a merge takes 2.5 CPU seconds, not 5.6.
+//     Nothing that was cached is evicted, since nothing enters the cache.
+//   - inputs that are cached already are read from there, window by window (mincore).
+//   - outputs, direct writes: the warm merge takes 0.75 s, against 2.0 s through the cache with early write-back, the flush included.
+//   - the next window of each input is read, and the last buffer of each output written, by threads of their own: one thread keeps one request
+//     in flight, and the device wants more. More than one writer a file gains nothing.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -41,9 +50,9 @@ struct Output {
 // Called after each window is read (file as in files) or written (file = -1 - output). False stops the work with Code::interrupted.
 using OnBlock = std::function<bool(int file, int64_t offset, const void* data, int64_t bytes)>;
 
-// `ahead`: each input's next window is read by a thread of its own meanwhile.
+// `overlap`: reads and writes run beside the arithmetic, in threads of their own; else all happens in turn.
 Status stream(const std::vector<File>& files, const std::vector<Piece>& pieces, const std::vector<LowRankFactors>& factors,
-              std::vector<Output>& outputs, bool ahead, const OnBlock& on_block);
+              std::vector<Output>& outputs, bool overlap, const OnBlock& on_block);
 
 // Reserves `bytes` of disk for the file, its size unchanged; an error where they are not there. File systems without the call: no reservation.
 Status preallocate(const File& file, int64_t bytes);

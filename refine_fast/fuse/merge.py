@@ -51,8 +51,8 @@ def fuse(
 
     weight: the share of tuned; 0 is base, 1 is tuned. weights: ``{glob over tensor names: weight}``, first match wins, ``weight`` for the
     rest. dtype: of the output's float tensors ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"); default: base's. checksum: SHA-256 of
-    every weight file read and written, in the same pass. threads: 1 to read and write in turn; by default two threads read ahead
-    meanwhile. progress: called with (bytes written, bytes in all).
+    every weight file read and written, in the same pass. threads: 1 to read and write in turn; by default
+    they run beside the arithmetic, in threads of their own. progress: called with (bytes written, bytes in all).
 
     Everything is checked before a byte is written. ``out`` appears by a rename after the data are on disk; a killed merge leaves what was
     there, and the same call goes on where it was. Raises RefineFastError; warns (RefineFastWarning) of NaN and of integer tensors that
@@ -171,8 +171,8 @@ class _Digest:
 class _Merge:
     """One plan carried out into one or more stagings."""
 
-    def __init__(self, plan: Plan, stagings: list[Staging], checksum: bool, ahead: bool, progress: Progress | None) -> None:
-        self._plan, self._stagings, self._ahead, self._progress = plan, stagings, ahead, progress
+    def __init__(self, plan: Plan, stagings: list[Staging], checksum: bool, overlap: bool, progress: Progress | None) -> None:
+        self._plan, self._stagings, self._overlap, self._progress = plan, stagings, overlap, progress
         self._written = self._read = self._resumed = 0
         self._total = sum(shard.nbytes for shard in plan.shards) * len(stagings)
         self._inputs = {header.path: _Digest(header.raw) for header in plan.inputs} if checksum else {}
@@ -232,7 +232,7 @@ class _Merge:
                 factors = [p.low_rank for p in pieces if p.low_rank is not None]
                 table = [(f.a.data_ptr(), f.b.data_ptr(), f.a.shape[0], f.b.shape[0], f.a.shape[1]) for f in factors]
                 work = [_as_tuple(p, names, [id(f) for f in factors]) for p in pieces]
-                results = _core.stream(files, work, table, targets, self._ahead, on_block)
+                results = _core.stream(files, work, table, targets, self._overlap, on_block)
                 for changes, result in zip(done, results, strict=True):
                     changes[key] = [*changes[key], *result]
                 if last < len(shard.pieces) or shard is not self._plan.shards[-1]:
