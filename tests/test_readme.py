@@ -1,0 +1,36 @@
+"""The README's Python blocks, each run as it stands, in a folder with a real model as ``base`` and a changed copy of it as ``tuned``."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("sentence_transformers")
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = [block for block in re.findall(r"```python\n(.+?)```", README, re.S) if "# before" not in block]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[re.sub(r"\W+", "-", block.strip().splitlines()[-1])[:40] for block in BLOCKS])
+def test_block_runs(block: str, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shutil.copytree(minilm, tmp_path / "base")
+    shutil.copytree(minilm, tmp_path / "tuned")
+    weights = load_file(minilm / "model.safetensors")
+    changed = {name: w + 0.01 * torch.randn_like(w) if w.is_floating_point() else w for name, w in weights.items()}
+    save_file(changed, tmp_path / "tuned" / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_every_flag_named_exists() -> None:
+    from refine_fast.cli import parser
+
+    top = parser()
+    for line in re.findall(r"^refine-fast (.+?)(?:  +#.*)?$", README, re.M):
+        words = line.replace("docs/", str(Path(__file__).parent)).split()
+        top.parse_args(words)
