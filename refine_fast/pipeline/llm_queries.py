@@ -96,7 +96,7 @@ def still_to_ask(job: Job, chunks: list[Chunk]) -> dict[str, float]:
 
     settings = job.config.llm_settings()
     assert settings is not None
-    return {name: round(value, 4) for name, value in asdict(estimate(chunks, settings, job.path(REPLIES))).items()}
+    return asdict(estimate(chunks, settings, job.path(REPLIES)))
 
 
 def unanswered(job: Job) -> list[str]:

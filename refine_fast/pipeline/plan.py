@@ -84,8 +84,8 @@ def make_plan(config: RunConfig) -> Plan:
 def show_plan(config: RunConfig, console: Console) -> None:
     with console.warnings():
         plan = asdict(make_plan(config))
+    plan |= {f"llm_{name}": value for name, value in (plan.pop("llm") or {}).items()}
     table = Table(show_header=False)
-    asked = {f"llm {name}": value for name, value in (plan["llm"] or {}).items()}
-    for name, value in ({name: value for name, value in plan.items() if name != "llm"} | asked).items():
+    for name, value in plan.items():
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int | float) else value)
     console.result(plan, table)
