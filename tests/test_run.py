@@ -236,6 +236,14 @@ def test_a_folder_that_is_no_encoder(tmp_path: Path, docs: Path, capsys) -> None
     assert f"error: model: {docs} holds neither config.json nor modules.json; give the folder of an encoder." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "fact"), [("queries", "chunks"), ("mine", "band"), ("train", "steps"), ("report", "sets")])
+def test_every_stage_has_a_command(copied: Path, capsys, command: str, fact: str) -> None:
+    assert main([command, "--out", str(copied), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert fact in json.loads(captured.out)
+    assert "not done yet" not in captured.err
+
+
 def test_json_on_stdout(copied: Path, capsys) -> None:
     assert main(["run", "--out", str(copied), "--json", "--quiet"]) == 0
     captured = capsys.readouterr()

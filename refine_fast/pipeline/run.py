@@ -15,7 +15,7 @@ from .encoder import encoder_folder
 from .stages import RunFolder, Stage, atomic
 from .work import Job, score_file
 
-COMMANDS = {"queries": "queries", "mine": "mine", "train": "train", "run": "report"}
+COMMANDS = {"queries": "queries", "mine": "mine", "train": "train", "report": "report", "run": "report"}
 """Command -> the last stage that it does."""
 
 
