@@ -65,8 +65,9 @@ CONTESTANTS = {
 
 
 def ready(contestant: Callable[[Tensor, Tensor], None], n: int, width: int, dtype: str) -> Callable[[], None]:
-    """Unit vectors; gradients start from None at every call."""
+    """Unit vectors; gradients start from None at every call. A first, tiny call takes the imports of a first use out of the figures."""
     torch.set_num_threads(1)
+    contestant(*(torch.randn(4, width).to(DTYPES[dtype]).requires_grad_() for _ in range(2)))
     torch.manual_seed(0)
     leaves = [F.normalize(torch.randn(n, width), dim=1).to(DTYPES[dtype]).requires_grad_() for _ in range(2)]
 
