@@ -97,8 +97,10 @@ def parser() -> argparse.ArgumentParser:
     fuse_command = command("fuse", fuse, "interpolate two checkpoints", "fuse base/ tuned/ --out fused/ --weight 0.35")
     fuse_command.add_argument("base", metavar="BASE", help="a model folder, a name, or a .safetensors file")
     fuse_command.add_argument("tuned", type=Path, metavar="TUNED", help="the same, fine-tuned")
-    fuse_command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the fused model goes")
+    fuse_command.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="where the fused model goes")
     fuse_command.add_argument("--weight", type=float, default=0.35, metavar="W", help="share of TUNED (default 0.35)")
+    fuse_command.add_argument("--dtype", metavar="T", help="of the output's float tensors: F32, BF16, F16, F64 (default: BASE's)")
+    fuse_command.add_argument("--checksum", action="store_true", help="SHA-256 of every weight file, in the same pass")
     fuse_command.add_argument("--overwrite", action="store_true", help="replace what is at --out")
 
     eval_command = command("eval", evaluate, "score models on a BEIR folder", "eval minilm run/model --data beir/scifact --split test")
@@ -174,7 +176,8 @@ def fuse(options: argparse.Namespace, console: Console) -> None:
     from .pipeline.summary import show_fusion
 
     base = Path(options.base) if options.base.endswith(".safetensors") else encoder_folder(options.base)
-    show_fusion(base, options.tuned, options.out, options.weight, options.overwrite, console)
+    how = {name: getattr(options, name) for name in ("weight", "dtype", "checksum", "overwrite")}
+    show_fusion(base, options.tuned, options.out, console, **how)
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,15 @@ def show_evaluation(models: list[str], data: Path, split: str, console: Console)
     console.result({"rows": rows}, table)
 
 
-def show_fusion(base: Path, tuned: Path, out: Path, weight: float, overwrite: bool, console: Console) -> None:
-    with console.progress("fusing") as progress:
-        report = fuse(base, tuned, out, weight, overwrite=overwrite, progress=progress)
-    console.result({"weight": weight, **vars(report), "tensors": len(report.tensors), "not_finite": report.not_finite})
+def show_fusion(base: Path, tuned: Path, out: Path, console: Console, **how: Any) -> None:
+    start = time.perf_counter()
+    with console.progress("fusing, MB") as progress:
+
+        def advance(done: int, total: int) -> None:
+            progress(done // 10**6, total // 10**6, f"{done / 1e9 / (time.perf_counter() - start):.2f} GB/s")
+
+        report = fuse(base, tuned, out, progress=advance, **how)
+    console.result({"weight": how["weight"], **vars(report), "tensors": len(report.tensors), "not_finite": report.not_finite})
     console.say(str(report))
 
 
