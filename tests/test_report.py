@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from refine_fast.pipeline.evaluate import METRICS, Scores, score_ranking
 from refine_fast.pipeline.report import facts, verdict, write_report
-from refine_fast.pipeline.report_data import Documents, Judged, Mining, Queries, ReportData, Training
+from refine_fast.pipeline.report_data import Documents, Judged, Mining, Queries, ReportData, Training, Triple
 
 WEIGHTS = (0.0, 0.2, 0.35, 1.0)
 
@@ -39,7 +39,10 @@ def data() -> ReportData:
     return ReportData(
         Documents("my|docs <b>", 40, 1321, {"exact": 3, "near": 14}),
         Queries("made from the documents without an LLM", True, {"cloze": 1321, "title": 700}, held_out_by_document=True),
-        Mining((0.5, 0.7), False, 5, 4, "hardest", 2021, 1475, rng.normal(0.1, 0.1, 2000), rng.normal(0.5, 0.1, 500)),
+        Mining(
+            (0.5, 0.7), False, 5, 4, "hardest", 2021, 1475, rng.normal(0.1, 0.1, 2000), rng.normal(0.5, 0.1, 500),
+            (Triple("who *sees* it?", ("the reader\nof reports", 0.615), (("nobody | at all " + 100 * "x ", 0.507),)),),
+        ),
         Training("all-MiniLM-L6-v2", 0.02, 1e-4, 64, 1, 129, 2021, "bf16", 17, (1.2, 0.7)),
         0.35,
         None,
@@ -95,7 +98,8 @@ def test_write_report(data: ReportData, tmp_path: Path, sets: int) -> None:
     for fact in (
         "temperature 0.02", "| learning rate, batch | 0.0001, 64 |", "cosine 0.50 to 0.70 (fixed) after the 5 most similar",
         "empty for 1,475 of 2,021 queries (73.0%)", "--band auto", "bf16, 17", "An LLM writes queries", "documents that training never saw",
-        "3 exact, 14 near", "1,321 cloze, 700 title", "the weight given",
+        "3 exact, 14 near", "1,321 cloze, 700 title", "the weight given", "- **who \\*sees\\* it?**\n  - answer, 0.61: the reader of reports\n",
+        "  - negative, 0.51: nobody \\| at all x",
     ):  # fmt: skip
         assert fact in text, fact
     assert "| **0.35** | +10.0 points [" in text

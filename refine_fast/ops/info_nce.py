@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ from .._native import DTYPES
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def info_nce(
+@overload
+def info_nce(q: Tensor, d: Tensor, *, return_lse: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
+@overload
+def info_nce(q: Tensor, d: Tensor, *, return_lse: Literal[False] = False, **options: Any) -> Tensor: ...
+def info_nce(  # type: ignore[misc]  # the overloads name only what decides the type of the result
     q: Tensor,
     d: Tensor,
     *,
@@ -111,10 +115,10 @@ def _has_kernel(q: Tensor) -> bool:
 def _lse(losses: Tensor, q: Tensor, d: Tensor, temperature: Tensor, positives: Tensor | None, *rest: Any) -> Tensor:
     """loss + logit of the positive."""
     with torch.no_grad():
-        pair = (q.to(losses.dtype), (d[: len(q)] if positives is None else d[positives]).to(losses.dtype))
+        q, d = q.to(losses.dtype), (d[: len(q)] if positives is None else d[positives]).to(losses.dtype)
         if rest[-1]:
-            pair = tuple(torch.nn.functional.normalize(x, dim=-1) for x in pair)
-        return losses[0].detach() + (pair[0] * pair[1]).sum(-1) / temperature
+            q, d = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(d, dim=-1)
+        return losses[0].detach() + (q * d).sum(-1) / temperature
 
 
 def _check(
@@ -198,8 +202,9 @@ def _run_cpu(
         return losses, [x.zero_() for x in grads]
     at = [0 if x is None else x.data_ptr() for x in (q, d, hard, positives, doc_ids, hard_mask, g)]
     outputs = [x.data_ptr() for x in (losses, *grads)] if grads else [losses.data_ptr(), 0, 0, 0, 0]
-    _core.info_nce(
-        *at, *q.shape[:1], *d.shape, 0 if hard is None else hard.shape[1], DTYPES[q.dtype], temperature.item(),
+    _core.info_nce(  # type: ignore[call-arg]  # mypy cannot count a starred list
+        *at,  # type: ignore[arg-type]
+        len(q), len(d), d.shape[1], 0 if hard is None else hard.shape[1], DTYPES[q.dtype], temperature.item(),
         math.inf if margin is None else margin, symmetric, normalize, torch.get_num_threads(), *outputs,
     )  # fmt: skip
     return losses, grads

@@ -13,13 +13,17 @@ from .evaluate import Scores
 from .jsonl import read_records
 from .queries import Query
 from .report import write_report
-from .report_data import Documents, Judged, Mining, Queries, ReportData, Training
-from .work import Job, base_name, chosen_weight, learnable, query_source, read_json, read_scores, relevant_rows
+from .report_data import Documents, Judged, Mining, Queries, ReportData, Training, Triple
+from .work import Job, base_name, chosen_weight, learnable, query_source, read_json, read_negatives, read_scores, relevant_rows
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "refine-fast")
 
 SAMPLE = 20_000
 """Pairs of query and random passage whose similarities draw the histogram."""
+
+
+TRIPLES = 20
+"""Queries that the report shows with their passages."""
 
 
 def make_report(job: Job, to: Path) -> None:
@@ -52,6 +56,7 @@ def gather(job: Job) -> ReportData:
             empty=mining["empty"],
             random_scores=random_scores,
             answer_scores=answer_scores,
+            triples=_triples(job),
         ),
         training=Training(
             base=base_name(job),
@@ -93,3 +98,20 @@ def _similarities(job: Job) -> tuple[np.ndarray, np.ndarray]:
     pairs = [(row, column) for row, answers in enumerate(relevant_rows(*learnable(job)).values()) for column in answers]
     answered = np.array(pairs)
     return np.einsum("nd,nd->n", q[rows], d[columns]), np.einsum("nd,nd->n", q[answered[:, 0]], d[answered[:, 1]])
+
+
+def _triples(job: Job) -> tuple[Triple, ...]:
+    q, d = (np.load(job.path(f"embeddings/{name}.npy"), mmap_mode="r") for name in ("queries", "chunks"))
+    chunks, queries = learnable(job)
+    relevant = list(relevant_rows(chunks, queries).items())
+    passage = {chunk.id: chunk.passage for chunk in chunks}
+    negatives = read_negatives(job)
+    drawn = np.random.default_rng(job.config.seed).permutation(len(relevant))[:TRIPLES]
+    return tuple(
+        Triple(
+            text,
+            (chunks[rows[0]].passage, float(q[i] @ d[rows[0]])),
+            tuple((passage[negative["chunk_id"]], negative["score"]) for negative in negatives[text]),
+        )
+        for i, (text, rows) in ((i, relevant[i]) for i in drawn)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from .evaluate import METRICS, Gain
 from .figures import draw_figures
-from .report_data import Judged, ReportData
+from .report_data import Judged, ReportData, Triple
 
 HEADLINE = "recall@3"
 """The metric of the paper and of the verdict."""
@@ -146,8 +147,17 @@ def _markdown(data: ReportData, captions: dict[str, str]) -> str:
         rows.append((shown, *(_points(judged.gain(weight, HEADLINE)) for _, judged in judged_sets)))
     parts.append(_table(("weight", *(name for name, _ in judged_sets)), rows))
     parts.append("## What was done\n\n" + _table(("", ""), _recipe(data)))
+    if triples := data.mining.triples:
+        parts.append(f"## {len(triples)} queries with what training was shown\n\nDrawn at random; cosines under the base model.")
+        parts.append("\n".join(_triple(triple) for triple in triples))
     parts.append("## How to read this\n\n" + "\n".join(f"- {caveat}" for caveat in _caveats(data)))
     return "\n\n".join(parts) + "\n"
+
+
+def _triple(triple: Triple) -> str:
+    rows = [("answer", triple.positive), *(("negative", negative) for negative in triple.negatives)]
+    passages = (f"\n  - {role}, {cosine:.2f}: {_cell(textwrap.shorten(text, 240))}" for role, (text, cosine) in rows)
+    return f"- **{_cell(textwrap.shorten(triple.query, 240))}**" + "".join(passages)
 
 
 def _points(change: Gain) -> str:
@@ -202,7 +212,7 @@ def facts(data: ReportData) -> dict[str, Any]:
             weights.append({"weight": weight, "metrics": scores.metrics, "gain": changes})
         return {"name": one.name, "passages": one.passages, "queries": one.queries, "bm25": one.bm25.metrics, "weights": weights}
 
-    mining = {key: value for key, value in vars(data.mining).items() if not key.endswith("_scores")}
+    mining = {key: value for key, value in asdict(data.mining).items() if not key.endswith("_scores")}
     return {
         "verdict": [sentence.replace("**", "") for sentence in verdict(data)],
         "caveats": _caveats(data),

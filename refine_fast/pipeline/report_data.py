@@ -33,6 +33,15 @@ class Queries:
 
 
 @dataclass(frozen=True)
+class Triple:
+    """What training was shown for one query: passages with their cosine to it under the base model."""
+
+    query: str
+    positive: tuple[str, float]
+    negatives: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class Mining:
     band: tuple[float, float]
     calibrated: bool
@@ -47,6 +56,8 @@ class Mining:
     """Cosine of the base model between a query and a random passage; a sample of thousands draws the histogram."""
     answer_scores: np.ndarray
     """... between a query and a passage that answers it."""
+    triples: tuple[Triple, ...] = ()
+    """A few drawn at random, for the eye."""
 
 
 @dataclass(frozen=True)

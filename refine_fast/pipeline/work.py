@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -181,15 +182,18 @@ def mine(job: Job, to: Path) -> None:
         )
 
 
+def read_negatives(job: Job) -> dict[str, list[dict[str, Any]]]:
+    """Query text -> its mined negatives, {"chunk_id", "score"} each."""
+    with job.path("negatives.jsonl").open(encoding="utf-8") as file:
+        return {record["query"]: record["negatives"] for record in map(json.loads, file)}
+
+
 def train_encoder(job: Job, to: Path) -> None:
     config = job.config
     chunks, queries = learnable(job)
     relevant = relevant_rows(chunks, queries)
     row = {chunk.id: i for i, chunk in enumerate(chunks)}
-    negatives = {}
-    with job.path("negatives.jsonl").open(encoding="utf-8") as file:
-        for record in map(json.loads, file):
-            negatives[record["query"]] = tuple(row[negative["chunk_id"]] for negative in record["negatives"])
+    negatives = {text: tuple(row[negative["chunk_id"]] for negative in found) for text, found in read_negatives(job).items()}
     examples = [
         Example(text, positive, negatives[text], frozenset(positives)) for text, positives in relevant.items() for positive in positives
     ]
