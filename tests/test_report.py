@@ -98,7 +98,8 @@ def test_write_report(data: ReportData, tmp_path: Path, sets: int) -> None:
     for fact in (
         "temperature 0.02", "| learning rate, batch | 0.0001, 64 |", "cosine 0.50 to 0.70 (fixed) after the 5 most similar",
         "empty for 1,475 of 2,021 queries (73.0%)", "--band auto", "bf16, 17", "An LLM writes queries", "documents that training never saw",
-        "3 exact, 14 near", "1,321 cloze, 700 title", "the weight given", "- **who \\*sees\\* it?**\n  - answer, 0.61: the reader of reports\n",
+        "3 exact, 14 near", "1,321 cloze, 700 title", "the weight given",
+        "- **who \\*sees\\* it?**\n  - answer, 0.61: the reader of reports\n",
         "  - negative, 0.51: nobody \\| at all x",
     ):  # fmt: skip
         assert fact in text, fact
