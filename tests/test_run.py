@@ -19,7 +19,7 @@ from refine_fast.pipeline.config import RunConfig
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.run import run
 
-SMALL = {"batch_size": 8, "queries_per_chunk": 2, "chunk_tokens": 64, "curve": (0.0, 1.0), "band": (-0.9, 1.0), "precision": "fp32"}
+SMALL = {"batch_size": 8, "queries_per_chunk": 2, "chunk_tokens": 64, "curve": (0, 1), "band": (-0.9, 1), "precision": "fp32", "ood": ()}
 STAGES = ["chunks", "queries", "embed", "mine", "train", "score BM25", "score 0", "score 0.35", "score 1", "fuse", "report"]
 ALL = [*STAGES, "score 0.5"]
 
@@ -61,6 +61,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Path, docs: Path) -> P
     out = tmp_path_factory.mktemp("whole") / "run"
     run(RunConfig(out=out, docs=docs, model=str(tiny), **SMALL), Console(quiet=True))
     return out
+
+
+def test_forgetting_is_checked_unasked(tiny: Path, docs: Path, tmp_path: Path) -> None:
+    """On Python's documentation, which is not what was trained on."""
+    out = tmp_path / "run"
+    run(RunConfig(out=out, docs=docs, model=str(tiny), **{**SMALL, "ood": None, "ood_passages": 40, "max_steps": 1}), Console(quiet=True))
+    [elsewhere] = json.loads((out / "report.json").read_text())["out_of_domain"]
+    assert (elsewhere["name"], elsewhere["passages"]) == ("python-docs", 40)
+    assert 30 <= elsewhere["queries"] <= 40
+    assert "Out of domain (python-docs)" in (out / "report.md").read_text()
 
 
 @pytest.fixture

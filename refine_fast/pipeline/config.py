@@ -108,6 +108,8 @@ def _beir(value: Any) -> Path:
 
 
 def _beirs(value: Any) -> tuple[Path, ...]:
+    if value in ("none", ["none"]):
+        return ()
     return tuple(_beir(item) for item in ([value] if isinstance(value, str | Path) else value))
 
 
@@ -190,7 +192,7 @@ class RunConfig:
     seed: int = _option(0, _integer(0), "same inputs and seed, same outputs", "N")
 
     queries: Path | None = _option(None, _or(None, _existing), "your own queries: JSONL {text, doc_id}, or a BEIR folder (train)", "FILE")
-    queries_per_chunk: int = _option(4, _integer(1), "synthetic queries made for each chunk", "N")
+    queries_per_chunk: int = _option(3, _integer(1), "synthetic queries made for each chunk", "N")
     llm: str | None = _option(None, _or(None, _text), "have a model write them: an OpenAI-compatible URL, or transformers", "URL")
     llm_model: tuple[str, ...] = _option((), _names, "the model's name; several share the chunks", "NAME,...")
     llm_key_env: str = _option("OPENAI_API_KEY", _text, "environment variable that holds the key, if the endpoint wants one", "NAME")
@@ -228,8 +230,10 @@ class RunConfig:
     weight: float | Literal["auto"] = _option(0.35, _or("auto", _real(0, 1)), "share of the fine-tuned weights, or auto", "W")
     curve: tuple[float, ...] = _option((0.0, 0.35, 0.5, 0.75, 1.0), _weights, "fusion weights to evaluate besides --weight", "W,W,...")
     fusion: str = _option("weights", _fusion, "what is interpolated", "HOW")
-    ood: tuple[Path, ...] = _option((), _beirs, "BEIR folder to check for forgetting; may be repeated", "FOLDER")
-    ood_passages: int = _option(2000, _integer(10), "reduce larger out-of-domain sets to this many passages", "N")
+    ood: tuple[Path, ...] | None = _option(
+        None, _or(None, _beirs), "BEIR folder to check for forgetting, repeatable; none: no check (default: Python's documentation)", "DIR"
+    )
+    ood_passages: int = _option(1000, _integer(10), "reduce larger out-of-domain sets to this many passages", "N")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -317,7 +321,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     for name in ("docs", "queries", "out", "prompt"):  # relative to the file that says so, not to wherever one stands
         if values.get(name) is not None:
             values[name] = os.path.join(path.parent, os.path.expanduser(str(values[name])))
-    if "ood" in values:
+    if values.get("ood") not in (None, "none"):
         folders = values["ood"] if isinstance(values["ood"], list) else [values["ood"]]
         values["ood"] = [os.path.join(path.parent, os.path.expanduser(str(folder))) for folder in folders]
     return values

@@ -50,7 +50,7 @@ def make_plan(config: RunConfig) -> Plan:
     batch = min(config.batch_size, max(examples, 1))
     steps = steps_of(examples, batch_size=batch, epochs=config.epochs, max_steps=config.max_steps) if examples else 0
 
-    sets = [load_beir(folder) for folder in config.ood]
+    sets = [load_beir(folder) for folder in config.ood or ()]
     own = load_beir(job.judged) if job.judged else None
     judged = len(own.queries) if own else len(queries["held_out"])
     evaluated = (len(own.docs) if own else len(chunks)) + judged + sum(min(len(s.docs), config.ood_passages) + len(s.queries) for s in sets)

@@ -27,10 +27,10 @@ class Query:
 
 
 # The kinds are dealt in turn, chunk by chunk.
-TURNS = ("cloze", "span", "cloze", "title")
+TURNS = ("cloze", "span", "title", "cloze")
 
 
-def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: int = len(TURNS)) -> list[Query]:
+def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: int = 3) -> list[Query]:
     """At most ``per_chunk`` queries of each chunk without an LLM, of the kinds of TURNS, fewer where the chunk has not enough to offer:
 
     - "cloze": a sentence of the chunk (the inverse cloze task of Lee et al. 2019, arXiv 1906.00300; the chunk stays whole, since finding

@@ -42,10 +42,11 @@ def stages(job: Job) -> Iterator[Stage]:
     encoder = {"encoder": job.encoder}
     docs = {} if config.docs is None else {"docs": config.docs}
     own = {} if config.queries is None else {"queries": config.queries}
-    no_docs = {"docs": f"the documentation of Python {platform.python_version()}"} if config.docs is None else {}
+    python_docs = f"the documentation of Python {platform.python_version()}"
+    no_docs = {"docs": python_docs} if config.docs is None else {}
     learnable = made("chunks.jsonl queries.jsonl dev.jsonl held_out.jsonl")
     choice = {"choose": "a weight"} if config.weight == "auto" else {}
-    ood = {f"ood {folder.name}": folder for folder in config.ood}
+    ood = {f"ood {folder.name}": folder for folder in config.ood or ()}
     judged = docs if job.judged else {}
 
     yield stage(
@@ -67,6 +68,12 @@ def stages(job: Job) -> Iterator[Stage]:
         fields="epochs max_steps batch_size lr warmup temperature precision memory seed", code=(train,),
     )
     sets = made("chunks.jsonl dev.jsonl held_out.jsonl") | judged | ood
+    if job.own_check:
+        yield stage(
+            "elsewhere", "elsewhere.jsonl elsewhere-queries.jsonl", work.make_elsewhere, files=encoder,
+            fields="chunk_tokens ood_passages seed", code=(documents, chunks, queries), docs=python_docs,
+        )
+        sets |= made("elsewhere.jsonl elsewhere-queries.jsonl")
     judges = (evaluate, retrieval_set, embed)
     for weight in (None, *job.weights):
         models = ({} if weight is None else encoder) | (made("tuned") if weight else {})

@@ -35,6 +35,10 @@ DEV_SHARE = 0.1
 """Share of the documents whose queries choose the weight under ``--weight auto``."""
 
 
+ELSEWHERE = 500
+"""Passages of the built-in out-of-domain check."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One run: what is asked, the encoder's folder, and who is told."""
@@ -54,6 +58,11 @@ class Job:
     def judged(self) -> Path | None:
         """The documents' folder, where it comes with judged test queries of its own."""
         return self.config.docs if self.config.docs is not None and is_beir(self.config.docs) else None
+
+    @property
+    def own_check(self) -> bool:
+        """Whether forgetting is checked on Python's documentation: no set is named, and it is not what is trained on."""
+        return self.config.ood is None and self.config.docs is not None
 
     @property
     def weights(self) -> list[float]:
@@ -213,6 +222,17 @@ def train_encoder(job: Job, to: Path) -> None:
     write_json(to / "training.json", {**history, "examples": len(examples), "precision": "bf16" if bf16 else "fp32"})
 
 
+def make_elsewhere(job: Job, to: Path) -> None:
+    """The built-in out-of-domain check: a sample of Python's documentation, a keyword query for each chunk."""
+    tokenizer = load_encoder(job.encoder).tokenizer
+    chunks, _ = deduplicate(chunk_documents(load_documents(None), tokenizer, max_tokens=job.config.chunk_tokens))
+    drawn = np.random.default_rng(job.config.seed).permutation(len(chunks))[: min(ELSEWHERE, job.config.ood_passages)]
+    chunks = [chunks[i] for i in sorted(drawn)]
+    queries = synthesize_queries(chunks, seed=job.config.seed, per_chunk=2)
+    write_records(to / "elsewhere.jsonl", chunks)
+    write_records(to / "elsewhere-queries.jsonl", [query for query in queries if query.kind == "span"])
+
+
 def retrieval_sets(job: Job) -> dict[str, RetrievalSet]:
     """"in_domain"; "dev" where a weight is to be chosen; each out-of-domain set under its name."""
     chunks = read_records(job.path("chunks.jsonl"), Chunk)
@@ -223,7 +243,10 @@ def retrieval_sets(job: Job) -> dict[str, RetrievalSet]:
         sets["in_domain"] = held_out_set(chunks, read_records(job.path("held_out.jsonl"), Query))
     if job.config.weight == "auto":
         sets["dev"] = held_out_set(chunks, read_records(job.path("dev.jsonl"), Query))
-    for folder in job.config.ood:
+    if job.own_check:
+        elsewhere = read_records(job.path("elsewhere.jsonl"), Chunk), read_records(job.path("elsewhere-queries.jsonl"), Query)
+        sets["ood:python-docs"] = held_out_set(*elsewhere, "python-docs")
+    for folder in job.config.ood or ():
         data = load_beir(folder)
         sets[f"ood:{folder.name}"] = data.sample(queries=len(data.queries), docs=job.config.ood_passages, seed=job.config.seed)
     return sets
