@@ -28,7 +28,7 @@ def words(text: str) -> set[str]:
 
 
 def test_synthetic_queries_come_from_their_chunk() -> None:
-    queries = synthesize_queries(CHUNKS, seed=0)
+    queries = synthesize_queries(CHUNKS, seed=0, per_chunk=4)
     chunks = {chunk.id: chunk for chunk in CHUNKS}
     assert {query.kind for query in queries} == set(TURNS)
     for query in queries:

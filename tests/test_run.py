@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -22,6 +23,15 @@ from refine_fast.pipeline.run import run
 SMALL = {"batch_size": 8, "queries_per_chunk": 2, "chunk_tokens": 64, "curve": (0, 1), "band": (-0.9, 1), "precision": "fp32", "ood": ()}
 STAGES = ["chunks", "queries", "embed", "mine", "train", "score BM25", "score 0", "score 0.35", "score 1", "fuse", "report"]
 ALL = [*STAGES, "score 0.5"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in the killed runs: torch's flash attention on a CPU rounds otherwise with another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from ..errors import RefineFastError
 if TYPE_CHECKING:
     from .llm import LLMSettings
 
-DEMO_CHUNKS = 1500
+DEMO_CHUNKS = 1000
 """Of Python's documentation, where no documents are given: a run of a few minutes."""
 
 QUICK = {"limit": 300, "max_steps": 10, "ood_passages": 300, "curve": (0.0, 1.0)}
@@ -192,7 +192,7 @@ class RunConfig:
     seed: int = _option(0, _integer(0), "same inputs and seed, same outputs", "N")
 
     queries: Path | None = _option(None, _or(None, _existing), "your own queries: JSONL {text, doc_id}, or a BEIR folder (train)", "FILE")
-    queries_per_chunk: int = _option(3, _integer(1), "synthetic queries made for each chunk", "N")
+    queries_per_chunk: int = _option(2, _integer(1), "synthetic queries made for each chunk", "N")
     llm: str | None = _option(None, _or(None, _text), "have a model write them: an OpenAI-compatible URL, or transformers", "URL")
     llm_model: tuple[str, ...] = _option((), _names, "the model's name; several share the chunks", "NAME,...")
     llm_key_env: str = _option("OPENAI_API_KEY", _text, "environment variable that holds the key, if the endpoint wants one", "NAME")

@@ -26,11 +26,11 @@ class Query:
     kind: str
 
 
-# The kinds are dealt in turn, chunk by chunk.
-TURNS = ("cloze", "span", "title", "cloze")
+# The kinds are dealt in turn, each chunk from a place of its own drawing.
+TURNS = ("cloze", "span", "cloze", "title")
 
 
-def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: int = 3) -> list[Query]:
+def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: int = 2) -> list[Query]:
     """At most ``per_chunk`` queries of each chunk without an LLM, of the kinds of TURNS, fewer where the chunk has not enough to offer:
 
     - "cloze": a sentence of the chunk (the inverse cloze task of Lee et al. 2019, arXiv 1906.00300; the chunk stays whole, since finding
@@ -41,12 +41,13 @@ def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: int = 3
     Seeded per chunk, so that a chunk's queries do not depend on the other chunks' draws. An LLM writes better ones: these teach the
     collection's words, not how people ask.
     """
-    count = Counter(islice(cycle(TURNS), per_chunk))
     terms = _salient_terms(chunks)
     sharing = Counter(chunk.title for chunk in chunks)
     queries = []
     for chunk, best in zip(chunks, terms, strict=True):
         rng = random.Random(f"{seed}:{chunk.id}")
+        first = rng.randrange(len(TURNS))
+        count = Counter(islice(cycle(TURNS), first, first + per_chunk))
         made = {
             "cloze": _cloze(chunk, count["cloze"], rng),
             "title": _title(chunk, best, sharing[chunk.title] > 1, count["title"], rng),

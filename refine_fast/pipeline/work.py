@@ -228,7 +228,7 @@ def make_elsewhere(job: Job, to: Path) -> None:
     chunks, _ = deduplicate(chunk_documents(load_documents(None), tokenizer, max_tokens=job.config.chunk_tokens))
     drawn = np.random.default_rng(job.config.seed).permutation(len(chunks))[: min(ELSEWHERE, job.config.ood_passages)]
     chunks = [chunks[i] for i in sorted(drawn)]
-    queries = synthesize_queries(chunks, seed=job.config.seed, per_chunk=2)
+    queries = synthesize_queries(chunks, seed=job.config.seed, per_chunk=4)
     write_records(to / "elsewhere.jsonl", chunks)
     write_records(to / "elsewhere-queries.jsonl", [query for query in queries if query.kind == "span"])
 
