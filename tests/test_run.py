@@ -27,14 +27,14 @@ ALL = [*STAGES, "score 0.5"]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """As in the killed runs: torch's flash attention on a CPU rounds otherwise with another number of threads."""
+    """As in the killed runs: torch's products on a CPU round otherwise with another number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
     """A random BERT of two layers under MiniLM's tokenizer, with dropout, in sentence-transformers' layout and with prompts."""
     from sentence_transformers import SentenceTransformer
@@ -56,7 +56,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
     return folder / "encoder"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty pages of the Python language reference."""
     folder = tmp_path_factory.mktemp("docs")
@@ -65,7 +65,7 @@ def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Path, docs: Path) -> Path:
     """An uninterrupted run, to copy and to compare with."""
     out = tmp_path_factory.mktemp("whole") / "run"
