@@ -249,7 +249,7 @@ def test_progress_counts_documents_times_queries(monkeypatch: pytest.MonkeyPatch
 
 def test_ctrl_c_stops_a_search() -> None:
     """Half a minute's work at the scalar level. The thread that sends the signal runs at all because the GIL is released."""
-    before = rf.isa()
+    before, handler = rf.isa(), signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
     rf.force_isa("scalar")
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     queries, docs = torch.randn(2000, 256), torch.randn(100_000, 256)
@@ -259,6 +259,7 @@ def test_ctrl_c_stops_a_search() -> None:
             rf.band_topk(queries, docs, 3)
     finally:
         rf.force_isa(before)
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_custom_op_and_compile() -> None:
