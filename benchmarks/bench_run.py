@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from record import RESULTS, commit, device_name
 
@@ -37,11 +38,12 @@ def measure(name: str, folder: Path) -> list[dict[str, object]]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{name}: refine-fast ended with status {os.waitstatus_to_exitcode(status)}")
-    common = {
-        "run": name, "device": device_name(), "seconds": round(time.perf_counter() - start), "peak_mb": usage.ru_maxrss // 1024,
-        "arguments": " ".join(RUNS[name]), "commit": commit(),
-    }  # fmt: skip
-    report = json.loads((folder / "report.json").read_text())
+    cost = {"seconds": round(time.perf_counter() - start), "peak_mb": usage.ru_maxrss // 1024}
+    return rows_of(name, json.loads((folder / "report.json").read_text()), cost)
+
+
+def rows_of(name: str, report: dict[str, Any], cost: dict[str, int]) -> list[dict[str, object]]:
+    common = {"run": name, "device": device_name(), **cost, "arguments": " ".join(RUNS[name]), "commit": commit()}
     rows: list[dict[str, object]] = []
     for judged in (report["in_domain"], *report["out_of_domain"]):
         about = {**common, "judged_on": judged["name"], "passages": judged["passages"], "queries": judged["queries"]}
