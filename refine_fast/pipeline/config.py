@@ -18,7 +18,7 @@ from ..errors import RefineFastError
 if TYPE_CHECKING:
     from .llm import LLMSettings
 
-DEMO_CHUNKS = 1000
+DEMO_CHUNKS = 700
 """Of Python's documentation, where no documents are given: a run of a few minutes."""
 
 QUICK = {"limit": 300, "max_steps": 10, "ood_passages": 300, "curve": (0.0, 1.0)}
