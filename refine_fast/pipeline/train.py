@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from ..errors import RefineFastError
 from ..nn import InfoNCELoss
+from .embed import prompt_name
 from .stages import sync
 
 if TYPE_CHECKING:
@@ -71,10 +72,10 @@ class Collator:
         return batch
 
 
-def prompt_for(model: SentenceTransformer, role: str) -> str | None:
+def prompt_for(model: SentenceTransformer, role: Literal["query", "document"]) -> str | None:
     """The model's own prompt for queries or documents; None where it has none."""
-    names = ("query",) if role == "query" else ("document", "passage", "corpus")
-    return next((model.prompts[name] for name in names if model.prompts.get(name)), None)
+    name = prompt_name(model, role)
+    return None if name is None else model.prompts[name]
 
 
 class BatchLoss(CachedLossMixin, nn.Module):
