@@ -16,6 +16,7 @@ PASSAGE = (
     "arc replaced it. Visitors climb 204 steps to the gallery, which is closed during storms."
 )
 A, B = "When was the Oder lighthouse completed?", "What fuel did the old lamp use?"
+LIT, OIL = "Oder lights were oil-fired", "oder lighthouse lamp oil"
 BOTH = json.dumps({"queries": [{"kind": "question", "text": A}, {"kind": "question", "text": B}]})
 
 # (reply, how it was read, queries kept, reasons of the drops)
@@ -104,6 +105,48 @@ REPLIES = {
     "nonsense": ("@@@@", "lines", [], {"empty": 1}),
     "deep nesting": ("[" * 5000, "nothing", [], {"no query in the reply": 1}),
     "refusal": ("I can't help with that.", "nothing", [], {"refusal": 1, "no query in the reply": 1}),
+    "question and answer": (f"Q: {A}\nA: It was completed in 1908.\n\nQ: {B}\nA: Rape oil.", "lines", [A, B], {"beside the list": 2}),
+    "answer behind": (json.dumps([f"{A} Answer: 1908", f"{B} (asks for the fuel)"]), "json", [A, B], {}),
+    "answer behind, bare": (json.dumps([f"{A} 1908.", B]), "json", [B], {"carries its answer": 1}),
+    "explained line by line": (
+        f"1. {A}\n   - This asks for the date.\n2. {B}\n   - This asks for the fuel.",
+        "lines",
+        [A, B],
+        {"beside the list": 2},
+    ),
+    "on one line": (f"1. {A} 2. {B}", "lines", [A, B], {}),
+    "headings of the kinds": (f"**Questions:**\n- {A}\n\n**Claims:**\n- Oder lights were oil-fired", "lines", [A, LIT], {}),
+    "kind before each": (f"question: {A}\nkeywords: oder lighthouse lamp oil\nclaim: {LIT}", "lines", [A, OIL, LIT], {}),
+    "bold kind before each": (f"**Question**: {A}\n**Claim 1:** {LIT}", "lines", [A, LIT], {}),
+    "YAML": (f"queries:\n  - kind: question\n    text: {A}\n  - kind: claim\n    text: {LIT}", "lines", [A, LIT], {"preamble": 1}),
+    "an object a line": (f'{{"kind": "question", "text": "{A}"}}\n{{"kind": "claim", "text": "{LIT}"}}', "json", [A, LIT], {}),
+    "an object a line, cut": (f'{{"text": "{A}"}}\n{{"kind": "question", "text": "What fu', "json", [A], {"cut off": 1}),
+    "two fences": (f'```json\n["{A}"]\n```\nand\n```json\n["{B}"]\n```', "json", [A, B], {}),
+    "JSON in a string": (json.dumps(BOTH), "schema", [A, B], {}),
+    "Python": (f'```python\nqueries = ["{A}", "{B}"]\n```', "json", [A, B], {}),
+    "tool call": (f'<tool_call>{{"name": "f", "arguments": {BOTH}}}</tool_call>', "json", [A, B], {}),
+    "marks of a chat template": (f"assistant: {A}<|im_end|>", "lines", [A], {}),
+    "end of sequence": (f"1. {A}\n2. {B}</s>", "lines", [A, B], {}),
+    "reasoning without a beginning": (f"I look at the lamp first.\n</think>\n{A}", "lines", [A], {}),
+    "arrows and emoji": (f"→ {A}\n👉 {B}", "lines", [A, B], {}),
+    "roman numbers": (f"i. {A}\nii. {B}", "lines", [A, B], {}),
+    "table": (f"| kind | text |\n|---|---|\n| question | {A} |", "lines", [], {"markup": 2, "empty": 1}),
+    "closing remark": (f"{A}\n{B}\nThese questions cover different facts.", "lines", [A, B], {"preamble": 1}),
+    "preamble without a colon": (f"Absolutely! Here you go\n{A}\n{B}", "lines", [A, B], {"preamble": 1}),
+    "title": (f"Generated queries\n\n{A}\n{B}", "lines", [A, B], {"preamble": 1}),
+    "says that there are none": ("No queries can be written.", "nothing", [], {"refusal": 1, "no query in the reply": 1}),
+    "refusal as an element": (json.dumps(["Unfortunately there is too little to ask."]), "json", [], {"refusal": 1}),
+    "loop": (json.dumps(["When was the the the the the the lamp?", A]), "json", [A], {"repeats itself": 1}),
+    "speaks of what is mentioned": (
+        json.dumps(["What year is mentioned?", "What is this article about?", "Wer baute laut dem Text den Turm?", A]),
+        "json",
+        [A],
+        {"speaks of the passage": 3},
+    ),
+    "kind in other letters": (json.dumps({"queries": [{"kind": "Keyword", "text": OIL}]}), "schema", [OIL], {}),
+    "echo of the prompt": (json.dumps(["How do I get from the example to the exam?", A]), "json", [A], {"copy of the prompt": 1}),
+    "short Spanish": (json.dumps(["¿Cuándo se terminó el faro del Oder?", A]), "json", [A], {"wrong language": 1}),
+    "German keywords": ('{"queries": [{"kind": "keywords", "text": "Leuchtturm Rapsöl Lampe"}]}', "schema", [], {"wrong language": 1}),
     "error page": ("<html><body>502 Bad Gateway</body></html>", "lines", [], {"markup": 1}),
 }
 
@@ -111,7 +154,8 @@ REPLIES = {
 @pytest.mark.parametrize("name", REPLIES)
 def test_what_is_kept(name: str) -> None:
     reply, how, kept, dropped = REPLIES[name]
-    accepted = filters.accept(parse_queries(reply), PASSAGE, ["question", "keywords", "claim"], 4)
+    prompt = 'Write like this: "How do I get from the example to the exam?"'
+    accepted = filters.accept(parse_queries(reply), PASSAGE, ["question", "keywords", "claim"], 4, prompt)
     texts = [" ".join(text.split()) for _, text in accepted.queries]
     assert accepted.how == how
     assert kept is None or texts == kept

@@ -15,9 +15,9 @@ import numpy as np
 from .parse import Candidate, Parsed, no_query
 
 SHORTEST_WORDS, LONGEST_WORDS, LONGEST_CHARACTERS = 2, 48, 300
-SURE = 0.8
-"""Probability from which the language of a query counts as known. Of 6,472 human questions (SQuAD, COVID-QA) py3langid takes four for
-another language at 0.5 and none at 0.8."""
+SURE, HARDLY = 0.8, 0.005
+"""A passage's language is known from the first probability on; a query is in another where py3langid gives that language less than the
+second. Of 6,472 human questions (SQuAD, COVID-QA) none gets less than 0.006 for English; most of three words in a sister language do."""
 
 _ASKS = re.compile(
     r"(?:who|whom|whose|what|when|where|which|why|how|is|are|was|were|do|does|did|can|could|should|would|will|has|have|had|may|might|must|"
@@ -28,9 +28,14 @@ _ASKS = re.compile(
 )
 _META = re.compile(
     r"\b(?:according to|in|from|by|of|does) (?:the|this) (?:(?:above|given|provided) )?(?:passage|text|excerpt|document|author|snippet)\b|"
-    r"\b(?:the|this) (?:passage|excerpt|snippet)\b|\bas (?:mentioned|described|stated) (?:above|in the)\b",
+    r"\b(?:the|this) (?:passage|excerpt|snippet)\b|\bas (?:mentioned|described|stated) (?:above|in the)\b|"
+    r"\b(?:this|(?:the|this) (?:above|given|provided|following)) (?:article|paragraph|section|context)\b|"
+    r"\b(?:is|are|was|were) mentioned(?: about|\W*$)|\binformation (?:is|was) (?:provided|given)\b|"
+    r"\b(?:laut|gemäß|in) (?:dem|der|diesem|dieser) (?:text|passage|abschnitt)\b|\bim (?:text|abschnitt)\b|"
+    r"\b(?:selon|d'après|dans) (?:le|ce) (?:texte|passage)\b|\b(?:según|en) (?:el|este) (?:texto|pasaje)\b",
     re.IGNORECASE,
 )
+_LOOP = re.compile(r"\b(\w+)(?:\W+\1\b){3}", re.IGNORECASE)
 _PLACEHOLDER = re.compile(
     r"^[.…\-_\s<\[{(]*(?:(?:your |the )?(?:query|question|text|keywords?|string|placeholder)(?: ?\d+| here| text)?)?[.…\-_\s>\]})]*$",
     re.IGNORECASE,
@@ -46,15 +51,16 @@ class Accepted:
     """See :class:`Parsed`."""
 
 
-def accept(parsed: Parsed, passage: str, mix: Iterable[str], most: int) -> Accepted:
-    """What of a reply becomes queries for the passage: those that pass :func:`check`, ``most`` at the most."""
+def accept(parsed: Parsed, passage: str, mix: Iterable[str], most: int, prompt: str = "") -> Accepted:
+    """What of a reply becomes queries for the passage: those that pass :func:`check`, ``most`` at the most. ``prompt``: what the request
+    said besides the passage; weak models answer with its examples."""
     queries: list[tuple[str, str]] = []
     dropped = parsed.dropped.copy()
     if parsed.how == "nothing":
         dropped["no query in the reply"] += 1
     for candidate in parsed.candidates:
         kind = kind_of(candidate, mix)
-        reason = check(candidate.text, passage, kind) or (None if len(queries) < most else "more than asked for")
+        reason = check(candidate.text, passage, kind, prompt) or (None if len(queries) < most else "more than asked for")
         if reason:
             dropped[reason] += 1
         else:
@@ -65,15 +71,15 @@ def accept(parsed: Parsed, passage: str, mix: Iterable[str], most: int) -> Accep
 def kind_of(candidate: Candidate, mix: Iterable[str]) -> str:
     """The kind that the reply names, if it was asked for; where it names none, the only one that was, or what the text looks like."""
     kinds = list(mix)
-    named = (candidate.kind or "").strip().lower()
-    if named in kinds:
-        return named
+    named = re.sub(r"[_ ]", "-", (candidate.kind or "").strip().lower())
+    if same := [kind for kind in kinds if kind.rstrip("s") == named.rstrip("s")]:
+        return same[0]
     if len(kinds) == 1:
         return kinds[0]
     return "question" if "question" in kinds and is_question(candidate.text) else "query"
 
 
-def check(text: str, passage: str, kind: str) -> str | None:
+def check(text: str, passage: str, kind: str, prompt: str = "") -> str | None:
     """Why the text is no query of this kind for the passage; None when it is one."""
     words = text.split()
     if not any(c.isalpha() for c in text) or _PLACEHOLDER.match(text):
@@ -85,14 +91,20 @@ def check(text: str, passage: str, kind: str) -> str | None:
         return "too long"
     if reason := no_query(text):
         return reason
-    if re.search(r"</?[a-zA-Z]+>", text):
+    if re.search(r"</?[a-zA-Z]+>|^\|", text):
         return "markup"
+    if _LOOP.search(text):
+        return "repeats itself"
     if _META.search(text):
         return "speaks of the passage"
     if is_copy(text, passage):
         return "copy of the passage"
+    if length > 3 and f" {normalize(text)} " in f" {normalize(prompt)} ":
+        return "copy of the prompt"
     if kind == "question" and not is_question(text):
         return "not a question"
+    if kind == "question" and re.search(r"[?？][^?？]*\w[^?？]*$", text):
+        return "carries its answer"
     if other_language(text, passage):
         return "wrong language"
     return None
@@ -115,25 +127,27 @@ def is_copy(text: str, passage: str) -> bool:
 
 
 def other_language(text: str, passage: str) -> bool:
-    """Whether both languages are certain, and differ."""
+    """Whether the passage's language is certain and the text hardly in it. Names tell nothing: a text is not judged if it is very short
+    or takes half of its words from the passage."""
     if len(text) < 12 and text.isascii():
         return False
-    expected, certainty = _language(passage)
-    if certainty < SURE:
+    words, own = set(normalize(text).split()), set(normalize(passage).split())
+    if 2 * len(words & own) >= len(words):
         return False
-    found, certainty = _language(text)
-    return certainty >= SURE and found != expected
+    language, certainty = _languages(passage)[0]
+    return certainty >= SURE and dict(_languages(text))[language] < HARDLY
 
 
 @cache
-def _identifier() -> Callable[[str], tuple[str, float]]:
+def _identifier() -> Callable[[str], list[tuple[str, float]]]:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).classify
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).rank
 
 
 @lru_cache(maxsize=64)  # the candidates of a passage come one after the other
-def _language(text: str) -> tuple[str, float]:
+def _languages(text: str) -> list[tuple[str, float]]:
+    """(language, probability), the most probable first."""
     return _identifier()(text[:1000])
 
 

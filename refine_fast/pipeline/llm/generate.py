@@ -186,10 +186,12 @@ def _candidates(chunks: list[Chunk], keys: dict[str, int], settings: LLMSettings
     found: Found = []
     parsed_by: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
+    first = next(query_requests(chunks, [0], settings))
+    prompt = f"{first.system} {first.user.replace(chunks[0].text, '')}"
     for record in replies.replies(list(keys)):
         i = keys[record["key"]]
         parsed = parse_queries(record["text"], cut=record["finish"] == "length")
-        accepted = filters.accept(parsed, chunks[i].text, settings.mix, settings.per_chunk)
+        accepted = filters.accept(parsed, chunks[i].text, settings.mix, settings.per_chunk, prompt)
         parsed_by[accepted.how] += 1
         dropped.update(accepted.dropped)
         account.candidates += len(accepted.queries) + accepted.dropped.total()
