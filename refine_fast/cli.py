@@ -99,6 +99,10 @@ def parser() -> argparse.ArgumentParser:
     fuse_command.add_argument("tuned", type=Path, metavar="TUNED", help="the same, fine-tuned")
     fuse_command.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="where the fused model goes")
     fuse_command.add_argument("--weight", type=float, default=0.35, metavar="W", help="share of TUNED (default 0.35)")
+    fuse_command.add_argument(
+        "--weights", action="append", default=[], metavar="GLOB=W", type=weight_of_glob,
+        help="share of TUNED in the tensors whose name matches, such as '*.embeddings.*=0'; the first match wins; may be repeated",
+    )
     fuse_command.add_argument("--dtype", metavar="T", help="of the output's float tensors: F32, BF16, F16, F64 (default: BASE's)")
     fuse_command.add_argument("--checksum", action="store_true", help="SHA-256 of every weight file, in the same pass")
     fuse_command.add_argument("--overwrite", action="store_true", help="replace what is at --out")
@@ -108,6 +112,14 @@ def parser() -> argparse.ArgumentParser:
     eval_command.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="a retrieval set in BEIR layout")
     eval_command.add_argument("--split", default="test", metavar="NAME", help="which of its qrels (default test)")
     return top
+
+
+def weight_of_glob(text: str) -> tuple[str, float]:
+    glob, _, weight = text.rpartition("=")
+    try:
+        return glob, float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no GLOB=W; give one such as '*.embeddings.*=0'") from None
 
 
 def run_flags(command: argparse.ArgumentParser) -> None:
@@ -177,7 +189,7 @@ def fuse(options: argparse.Namespace, console: Console) -> None:
 
     base = Path(options.base) if options.base.endswith(".safetensors") else encoder_folder(options.base)
     how = {name: getattr(options, name) for name in ("weight", "dtype", "checksum", "overwrite")}
-    show_fusion(base, options.tuned, options.out, console, **how)
+    show_fusion(base, options.tuned, options.out, console, weights=dict(options.weights), **how)
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import refine_fast as rf
 from refine_fast import reference
+from refine_fast.cli import main
 from refine_fast.errors import RefineFastError, RefineFastWarning
 
 Tensors = dict[str, torch.Tensor]
@@ -226,3 +227,21 @@ def test_progress_can_stop_it(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         rf.fuse(*pair, tmp_path / "out.safetensors", progress=stop)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "tuned.safetensors"]
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, name in enumerate(("base", "tuned")):
+        save_folder(tmp_path / name, tensors(seed))
+    command = ["fuse", str(tmp_path / "base"), str(tmp_path / "tuned"), "-o", str(tmp_path / "out"), "--weight", "0.6"]
+    assert main([*command, "--weights", "embeddings.*=0", "--weights", "*.bias=1", "--checksum", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    base, tuned, out = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "tuned", "out"))
+    by_hand = {"embeddings.word_embeddings.weight": 0.0, "layer.0.bias": 1.0}
+    assert_equal(out, {name: expected({name: t}, tuned, by_hand.get(name, 0.6))[name] for name, t in base.items()})
+    written = tmp_path / "out" / "model.safetensors"
+    assert result["sha256"][str(written)] == hashlib.sha256(written.read_bytes()).hexdigest()
+    assert main([*command]) == 2
+    assert "exists: give another, or allow it to be replaced (overwrite=True, --overwrite)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--weights", "layer.*"])
+    assert "'layer.*' is no GLOB=W; give one such as '*.embeddings.*=0'" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,23 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     assert "File too large" in done.stdout
     assert done.stdout.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["base", "tuned"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that lost its room after the check: no space is left for the second file of a merge."""
+    base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode != 0:
+        pytest.skip("nothing can be mounted here")
+    try:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+        with pytest.raises(RefineFastError, match=r"reserving disk space for .*/disk/.*\.safetensors failed: No space left on device"):
+            rf.fuse(base, tuned, disk / "out")
+        assert os.listdir(disk) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_an_input_that_shrinks(tmp_path: Path) -> None:
