@@ -11,6 +11,8 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -125,7 +127,7 @@ def _parse_entry(path: Path, name: str, info: object, data_start: int) -> Entry:
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         _reject(path, f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+    if not isinstance(shape, list) or not all(map(_is_size, shape)) or not all(map(_is_size, accumulate(shape, mul))):
         _reject(path, f"tensor {name!r} has the shape {str(shape)[:80]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         _reject(path, f"tensor {name!r} has the data_offsets {str(offsets)[:80]}")
