@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <future>
@@ -30,11 +29,17 @@ Status failure(Code code, const char* doing, const std::string& name, const char
   return status;
 }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
+// Whole pages of their own: malloc would keep freed ones, and a merge of ten parts would grow by a part's buffers.
+struct Unmap {
+  size_t bytes = 0;
+  void operator()(char* p) const { munmap(p, bytes); }
 };
-using Buffer = std::unique_ptr<char, Free>;
-Buffer page_aligned(int64_t bytes) { return Buffer(static_cast<char*>(std::aligned_alloc(kPage, static_cast<size_t>(bytes)))); }
+using Buffer = std::unique_ptr<char, Unmap>;
+Buffer page_aligned(int64_t bytes) {
+  const size_t size = static_cast<size_t>(std::max(bytes, kPage));
+  void* const p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return Buffer(p == MAP_FAILED ? nullptr : static_cast<char*>(p), Unmap{size});
+}
 
 // The file behind a descriptor once more, past the page cache; -1 where that cannot be (tmpfs, no /proc).
 int reopen_direct(int fd, int mode) {
