@@ -149,6 +149,32 @@ def test_edges_to_the_last_bit(isa: str, edge: float) -> None:
             check(queries, docs, 30, band=band, order=order)
 
 
+@pytest.mark.parametrize("value", [1 / 16, (1 + 2**-8) / 16])  # the second lies midway between two bf16
+@pytest.mark.parametrize("width", [1, 33, 100, 256, 384])
+def test_rounding_at_its_worst(isa: str, width: int, value: float) -> None:
+    """Rows of equal elements: the rounding of every element goes the same way, and their product is off by the whole margin.
+    The edges of the band lie at the scores themselves."""
+    queries = value * torch.tensor([1.0, -1.0, 0.5])[:, None].expand(3, width)
+    docs = value * torch.tensor([1.0, 1 + 2**-12, 1 - 2**-12, 0.5, -1.0, 2.0])[:, None].expand(6, width)
+    scores = (queries.double() @ docs.double().T).unique().tolist()
+    for lo, hi in itertools.combinations_with_replacement(scores, 2):
+        check(queries, docs, 4, band=(lo, hi), skip=1)
+
+
+@pytest.mark.parametrize("exponents", [(0, 0), (-70, 5), (45, 45), (40, -59)], ids=str)
+def test_rows_that_fill_the_integers(isa: str, exponents: tuple[int, int]) -> None:
+    """Parallel rows of one element, of equal ones and of alternating signs, of any length: their products are the largest that the screen's
+    integers meet, and one of them must not spoil the others' margin."""
+    width = 64
+    alternating = torch.tensor([1.0, -1.0]).repeat(width // 2)
+    rows = torch.cat([torch.eye(width)[:5], torch.ones(1, width) / 8, alternating[None] / 8, unit_rows(20, width, 0)])
+    scale, unit = (2.0**e for e in exponents), 2.0 ** sum(exponents)
+    queries, docs = (rows * s for s in scale)
+    for lo, hi in [(0.9, 1.1), (-1.1, -0.9), (-1.1, 1.1), (0.1, 1.0)]:
+        check(queries, torch.cat([docs, -docs]), 6, band=(lo * unit, hi * unit), skip=0)
+    check(queries, torch.cat([docs, docs / 1024, docs * 1024]), 6, band=(0.9 * unit, 1.1 * unit), skip=2)
+
+
 def test_beyond_rank_5000() -> None:
     queries, docs = unit_rows(5, 16, 0), unit_rows(12_000, 16, 1)
     ours = check(queries, docs, 10, band=(-0.2, 0.02))

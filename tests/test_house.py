@@ -64,7 +64,7 @@ def test_every_room_has_a_rank() -> None:
 
 INCLUDES = {
     "core": r"core/[a-z_0-9]+\.h|[a-z_0-9]+|cpuid\.h|omp\.h|sys/[a-z_]+\.h|unistd\.h|fcntl\.h|errno\.h|linux/[a-z_]+\.h",
-    "isa": r"immintrin\.h|arm_neon\.h|core/(types|kernels|lerp_kernels|select_kernels|loss_kernels)\.h|isa/[a-z_0-9]+\.h|cstdint|cstddef",
+    "isa": r"immintrin\.h|arm_neon\.h|core/(types|(lerp_|loss_|screen_|select_)?kernels)\.h|isa/[a-z_0-9]+\.h|cstdint|cstddef",
     "cuda": r"core/types\.h|cuda/[a-z_0-9]+\.h|[a-z_0-9]+|cuda[a-z_0-9]*\.h|mma\.h",
     "bindings": r".*",
 }

@@ -148,6 +148,21 @@ def test_finds_what_lies_beyond_the_window() -> None:
     assert found["negative"] == texts[first : first + 3]
 
 
+def test_returns_every_row_that_has_enough() -> None:
+    """A row is missing where fewer than range_min + num_negatives documents besides its positives lie in the band, and nowhere else."""
+    generator = torch.Generator().manual_seed(0)
+    queries, corpus = (torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (200, 600))
+    texts = [f"text {i}" for i in range(600)]
+    pairs = Dataset.from_dict({"anchor": [f"query {i}" for i in range(200)], "positive": texts[:200]})
+    rule = {"min_score": 0.5, "max_score": 0.7, "range_min": 5, "num_negatives": 10, "output_format": "n-tuple"}
+    found = ours(pairs, None, corpus=texts, embeddings=(queries, corpus), verbose=False, **rule)  # type: ignore[arg-type]
+    scores = queries.double() @ corpus.double().T
+    scores[range(200), range(200)] = -1
+    enough = ((scores >= 0.5) & (scores <= 0.7)).sum(1) >= 15
+    assert 0 < int(enough.sum()) < 200
+    assert found["anchor"] == [f"query {i}" for i in enough.nonzero().flatten().tolist()]
+
+
 def test_the_papers_order_skips_the_most_similar_of_all(model: SentenceTransformer, single: Dataset) -> None:
     arguments = {"corpus": OTHERS, "max_score": 0.5, "num_negatives": 1, "output_scores": True, "verbose": False}
     skipped_inside = ours(single, model, range_min=2, **arguments)

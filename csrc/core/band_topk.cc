@@ -15,16 +15,11 @@ namespace refine_fast {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kLargestNorm = 1e18;  // beyond it a product of two rows could overflow float32
 constexpr double kSmallestNorm = 1e-12;  // torch.nn.functional.normalize's eps: a zero row stays zero
+constexpr size_t kAhead = 4;             // documents on their way from L3 while one is rescored
 constexpr int64_t kSlack = 16;           // SelectKernels::append writes up to a vector beyond
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// A level that only emulates bf16 gains nothing by rounding: it screens in float32, with a hundredth of the margin.
-const MatmulKernels& screen_kernels(const Kernels& kernels) {
-  return kernels.matmul_bf16->element_bytes == 2 ? *kernels.matmul_bf16 : *kernels.matmul_f32;
-}
 
 AlignedBuffer aligned(int64_t bytes) {
   void* p = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(bytes, 1), 64)));
@@ -51,42 +46,40 @@ uint64_t mix(uint64_t x) {
 }
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
 
-Status bad_row(const char* what, int64_t row, const char* problem) {
+Status bad_row(const char* what, int64_t row, bool finite) {
   Status status{Code::invalid};
-  std::snprintf(status.message, sizeof(status.message), "row %lld of %s %s", static_cast<long long>(row), what, problem);
+  std::snprintf(status.message, sizeof(status.message), "row %lld of %s %s", static_cast<long long>(row), what,
+                finite ? "has a norm above 1e18; scale the rows, or pass normalize=True" : "holds NaN or Inf; leave such rows out");
   return status;
 }
 
-constexpr char kNotFinite[] = "holds NaN or Inf; leave such rows out";
-constexpr char kTooLarge[] = "has a norm above 1e18; scale the rows, or pass normalize=True";
-
 }  // namespace
 
-BandSearch::Plan::Plan(const BandSpec& spec, const MatmulKernels& matmul) {
-  const int64_t depth = round_up(std::max<int64_t>(spec.d, 1), matmul.kr) * matmul.element_bytes;
-  panel_a = round_up(matmul.mr * depth, 64), panel_b = round_up(matmul.nr * depth, 64);
-  strip = std::max<int64_t>(std::min<int64_t>((256 << 10) / depth, 4096 / matmul.mr) / matmul.nr, 1) * matmul.nr;
+BandSearch::Plan::Plan(const BandSpec& spec, const ScreenKernels& screen) {
+  const int64_t depth = round_up(spec.d, screen.kr) * screen.element_bytes + screen.scale_bytes;
+  panel_a = round_up(screen.mr * depth, 64), panel_b = round_up(screen.nr * depth, 64);
+  strip = std::max<int64_t>(std::min<int64_t>((256 << 10) / depth, 4096 / screen.mr) / screen.nr, 1) * screen.nr;
   block = std::max<int64_t>((6 << 20) / depth / strip, 1) * strip;
   kept = spec.random ? spec.skip : spec.k + spec.skip;
   drawn = spec.random ? spec.k + spec.skip : 0;
   pending = strip + kSlack + std::max<int64_t>(256, kept / 4);
-  bytes_per_query = spec.d * 4 + panel_a / matmul.mr + (kept + drawn) * static_cast<int64_t>(sizeof(Hit)) + pending * 8 +
+  bytes_per_query = spec.d * 4 + panel_a / screen.mr + (kept + drawn) * static_cast<int64_t>(sizeof(Hit)) + pending * 8 +
                     static_cast<int64_t>(sizeof(Query));
-  const int64_t scratch = (matmul.nr * spec.d + matmul.mr * strip) * 4 + spec.d * 2 + (kept + 2 * pending) * (sizeof(Hit) + 8);
-  bytes_fixed = block / matmul.nr * panel_b + block * 8 + scratch * spec.threads;
+  const int64_t scratch = (std::max(screen.nr, screen.mr) * spec.d + screen.mr * strip) * 4 + (kept + 2 * pending) * (sizeof(Hit) + 8);
+  bytes_fixed = block / screen.nr * panel_b + block * 8 + scratch * spec.threads;
 }
 
 int64_t BandSearch::queries_within(const BandSpec& spec, int64_t bytes) {
-  const MatmulKernels& matmul = screen_kernels(kernels());
-  const Plan plan(spec, matmul);
-  return std::max<int64_t>((bytes - plan.bytes_fixed) / plan.bytes_per_query / matmul.mr, 1) * matmul.mr;
+  const ScreenKernels& screen = *kernels().screen;
+  const Plan plan(spec, screen);
+  return std::max<int64_t>((bytes - plan.bytes_fixed) / plan.bytes_per_query / screen.mr, 1) * screen.mr;
 }
 
 BandSearch::BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const double* hi, Ragged exclude)
     : spec_(spec),
       kernels_(kernels()),
-      matmul_(screen_kernels(kernels_)),
-      plan_(spec, matmul_),
+      screen_(*kernels_.screen),
+      plan_(spec, screen_),
       first_(first),
       rows_(rows),
       hi_(hi),
@@ -98,84 +91,90 @@ BandSearch::BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const 
       pending_column_(static_cast<size_t>(rows * plan_.pending)),
       pending_score_(static_cast<size_t>(rows * plan_.pending)),
       norms_(static_cast<size_t>(plan_.block)),
-      packed_queries_(aligned(round_up(rows, matmul_.mr) / matmul_.mr * plan_.panel_a)),
-      packed_documents_(aligned(plan_.block / matmul_.nr * plan_.panel_b)),
+      packed_queries_(aligned(round_up(rows, screen_.mr) / screen_.mr * plan_.panel_a)),
+      packed_documents_(aligned(plan_.block / screen_.nr * plan_.panel_b)),
       scratch_(static_cast<size_t>(std::max(spec.threads, 1))) {
   for (Scratch& scratch : scratch_) {
-    scratch.rows.resize(static_cast<size_t>((std::max(matmul_.nr, matmul_.mr) + 1) * spec.d));
-    scratch.strip.resize(static_cast<size_t>(matmul_.mr * plan_.strip));
-    scratch.half.resize(static_cast<size_t>(spec.d));
+    scratch.rows.resize(static_cast<size_t>(std::max(screen_.nr, screen_.mr) * spec.d));
+    scratch.strip.resize(static_cast<size_t>(screen_.mr * plan_.strip));
   }
 }
 
-// One row as the screen's operand before its rounding: float32, of unit length with normalize.
-BandSearch::Operand BandSearch::prepare(const char* row, Dtype dtype, float* out, Scratch& scratch) const {
-  kernels_.to_f32(row, dtype, spec_.d, out);
-  Operand operand;
-  operand.norm2 = kernels_.select->dot(out, out, spec_.d);
-  operand.norm = spec_.normalize ? std::max(std::sqrt(operand.norm2), kSmallestNorm) : 1.0;
-  operand.size = std::sqrt(operand.norm2) / operand.norm * (1 + 0x1p-20);
-  operand.residual = 0;
-  if (spec_.normalize) {
-    const double scale = 1 / operand.norm;
-    for (int64_t i = 0; i < spec_.d; ++i) out[i] = static_cast<float>(out[i] * scale);
-    operand.residual = 0x1p-23 * operand.size;
+// Packs `count` rows into one panel of the screen and says what became of each: float32 rows are read where they lie, others in scratch.
+void BandSearch::pack(const Rows& rows, int64_t count, PackPanel pack, char* panel, Scratch& scratch, Operand* operands) const {
+  const int64_t d = spec_.d;
+  const bool copied = rows.dtype != Dtype::f32 || spec_.normalize;
+  const int64_t stride = copied ? d : rows.row_bytes / 4;
+  float* const copy = scratch.rows.data();
+  double size[kLargestPanel], residual[kLargestPanel];
+  for (int64_t r = 0; r < count; ++r) {
+    const float* x = reinterpret_cast<const float*>(rows.data + r * rows.row_bytes);
+    if (rows.dtype != Dtype::f32) kernels_.to_f32(x, rows.dtype, d, copy + r * d), x = copy + r * d;
+    Operand& operand = operands[r];
+    const double norm2 = kernels_.select->dot(x, x, d), norm = std::sqrt(norm2);
+    operand.norm = spec_.normalize ? std::max(norm, kSmallestNorm) : 1.0;
+    operand.size = size[r] = norm / operand.norm * (1 + 0x1p-20);
+    operand.finite = std::isfinite(norm2);
+    if (spec_.normalize) {
+      const double unit = 1 / operand.norm;
+      for (int64_t i = 0; i < d; ++i) copy[r * d + i] = static_cast<float>(x[i] * unit);
+    }
   }
-  if (matmul_.element_bytes == 2) {
-    float* difference = scratch.rows.data() + scratch.rows.size() - spec_.d;
-    kernels_.from_f32(out, Dtype::bf16, spec_.d, scratch.half.data());
-    kernels_.to_f32(scratch.half.data(), Dtype::bf16, spec_.d, difference);
-    for (int64_t i = 0; i < spec_.d; ++i) difference[i] -= out[i];  // exact: both lie within a factor of two
-    operand.residual += std::sqrt(kernels_.select->dot(difference, difference, spec_.d)) * (1 + 0x1p-20);
-  }
-  return operand;
+  pack(copied ? copy : reinterpret_cast<const float*>(rows.data), stride, count, d, size, panel, residual);
+  // for the kernel's float32 sum of squares; with normalize, for the rounding of x / norm to float32
+  const double sum = 1 + static_cast<double>(d + 16) * 0x1p-23, scaled = spec_.normalize ? 0x1p-23 : 0.0;
+  for (int64_t r = 0; r < count; ++r) operands[r].residual = std::sqrt(residual[r]) * sum + scaled * operands[r].size;
 }
 
 Status BandSearch::set_queries(const void* queries, Dtype dtype, int64_t row_stride) {
   const int64_t d = spec_.d, row_bytes = row_stride * bytes_of(dtype);
-  Scratch& scratch = scratch_[0];
+  Operand operands[kLargestPanel];
   for (int64_t row = 0; row < rows_; ++row) {
-    const char* source = static_cast<const char*>(queries) + row * row_bytes;
-    const int64_t lane = row % matmul_.mr;
-    kernels_.to_f32(source, dtype, d, queries_.data() + row * d);
-    const Operand operand = prepare(source, dtype, scratch.rows.data() + lane * d, scratch);
-    if (!std::isfinite(operand.norm2)) return bad_row("queries", first_ + row, kNotFinite);
-    if (operand.size > kLargestNorm) return bad_row("queries", first_ + row, kTooLarge);
-    Query& query = state_[row];
-    query = {};
-    query.size = operand.size, query.residual = operand.residual, query.norm = operand.norm;
-    query.worst = plan_.kept == 0 ? kInfinity : -kInfinity;
-    query.hash = mix(mix(spec_.seed + kGolden) + static_cast<uint64_t>(first_ + row) * kGolden);
-    query.next_excluded = exclude_.offsets == nullptr ? 0 : exclude_.offsets[row];
-    if (lane == matmul_.mr - 1 || row == rows_ - 1)
-      matmul_.pack_a(scratch.rows.data(), d, 1, lane + 1, d, packed_queries_.get() + row / matmul_.mr * plan_.panel_a);
+    kernels_.to_f32(static_cast<const char*>(queries) + row * row_bytes, dtype, d, queries_.data() + row * d);
+    const int64_t lane = row % screen_.mr;
+    if (lane < screen_.mr - 1 && row < rows_ - 1) continue;
+    const int64_t begin = row - lane;
+    const Rows rows{reinterpret_cast<const char*>(queries_.data() + begin * d), Dtype::f32, d * 4};
+    pack(rows, lane + 1, screen_.pack_a, packed_queries_.get() + begin / screen_.mr * plan_.panel_a, scratch_[0], operands);
+    for (int64_t r = begin; r <= row; ++r) {
+      const Operand& operand = operands[r - begin];
+      if (!operand.usable()) return bad_row("queries", first_ + r, operand.finite);
+      Query& query = state_[r];
+      query = {};
+      query.size = operand.size, query.residual = operand.residual, query.norm = operand.norm;
+      query.worst = plan_.kept == 0 ? kInfinity : -kInfinity;
+      query.hash = mix(mix(spec_.seed + kGolden) + static_cast<uint64_t>(first_ + r) * kGolden);
+      query.next_excluded = exclude_.offsets == nullptr ? 0 : exclude_.offsets[r];
+    }
   }
   return {};
 }
 
 Status BandSearch::pack_documents(Block& block) {
-  const int64_t panels = (block.rows + matmul_.nr - 1) / matmul_.nr, d = spec_.d;
-  std::vector<Operand> largest(static_cast<size_t>(panels));  // of each panel; norm2: the first bad row, or -1
-  parallel_for(panels, spec_.threads, [&](int64_t panel, int thread) {
-    Scratch& scratch = scratch_[thread];
-    Operand& most = largest[panel] = {-1, 0, 0, 0};
-    const int64_t begin = panel * matmul_.nr, rows = std::min<int64_t>(matmul_.nr, block.rows - begin);
-    for (int64_t r = 0; r < rows; ++r) {
-      const Operand operand = prepare(block.docs + (begin + r) * block.row_bytes, block.dtype, scratch.rows.data() + r * d, scratch);
-      if (most.norm2 < 0 && !(std::isfinite(operand.norm2) && operand.size <= kLargestNorm)) most.norm2 = static_cast<double>(begin + r);
+  struct Panel {
+    double size, residual;  // the largest
+    int64_t bad;            // the first row that cannot be used, or -1
+    bool finite;
+  };
+  const int64_t count = (block.rows + screen_.nr - 1) / screen_.nr;
+  std::vector<Panel> panels(static_cast<size_t>(count));
+  parallel_for(count, spec_.threads, [&](int64_t index, int thread) {
+    Operand operands[kLargestPanel];
+    const int64_t begin = index * screen_.nr, rows = std::min<int64_t>(screen_.nr, block.rows - begin);
+    const Rows source{block.docs.data + begin * block.docs.row_bytes, block.docs.dtype, block.docs.row_bytes};
+    pack(source, rows, screen_.pack_b, packed_documents_.get() + index * plan_.panel_b, scratch_[thread], operands);
+    Panel& panel = panels[index] = {0, 0, -1, true};
+    for (int64_t r = rows; r-- > 0;) {
+      const Operand& operand = operands[r];
+      if (!operand.usable()) panel.bad = begin + r, panel.finite = operand.finite;
       norms_[begin + r] = operand.norm;
-      most.size = std::max(most.size, operand.size), most.residual = std::max(most.residual, operand.residual);
+      panel.size = std::max(panel.size, operand.size), panel.residual = std::max(panel.residual, operand.residual);
     }
-    matmul_.pack_b(scratch.rows.data(), d, 1, rows, d, packed_documents_.get() + panel * plan_.panel_b);
   });
   block.size = block.residual = 0;
-  for (const Operand& most : largest) {
-    if (most.norm2 >= 0) {
-      const int64_t row = static_cast<int64_t>(most.norm2);
-      const double norm2 = prepare(block.docs + row * block.row_bytes, block.dtype, scratch_[0].rows.data(), scratch_[0]).norm2;
-      return bad_row("docs", block.first_id + row, std::isfinite(norm2) ? kTooLarge : kNotFinite);
-    }
-    block.size = std::max(block.size, most.size), block.residual = std::max(block.residual, most.residual);
+  for (const Panel& panel : panels) {
+    if (panel.bad >= 0) return bad_row("docs", block.first_id + panel.bad, panel.finite);
+    block.size = std::max(block.size, panel.size), block.residual = std::max(block.residual, panel.residual);
   }
   return {};
 }
@@ -194,11 +193,16 @@ void BandSearch::set_thresholds(Query& query, double hi) const {
   t.keep = spec_.random ? t.floor : std::max(t.sure, std::min(down(query.worst - e), down(hi - e)));
 }
 
+void BandSearch::prefetch(int64_t column, const Block& block) const {
+  const char* row = block.docs.data + column * block.docs.row_bytes;
+  for (int64_t byte = 0; byte < spec_.d * bytes_of(block.docs.dtype); byte += 64) __builtin_prefetch(row + byte);
+}
+
 double BandSearch::exact(int64_t row, int64_t column, const Block& block, Scratch& scratch) const {
-  const char* source = block.docs + column * block.row_bytes;
+  const char* source = block.docs.data + column * block.docs.row_bytes;
   const float* document = reinterpret_cast<const float*>(source);
-  if (block.dtype != Dtype::f32) {
-    kernels_.to_f32(source, block.dtype, spec_.d, scratch.rows.data());
+  if (block.docs.dtype != Dtype::f32) {
+    kernels_.to_f32(source, block.docs.dtype, spec_.d, scratch.rows.data());
     document = scratch.rows.data();
   }
   const double s = kernels_.select->dot(queries_.data() + row * spec_.d, document, spec_.d);
@@ -262,9 +266,11 @@ void BandSearch::flush(int64_t row, const Block& block, Scratch& scratch) {
     std::nth_element(bounds.begin(), bounds.begin() + (kept - 1), bounds.end(), std::greater<>());
     bound = std::max(bound, bounds[kept - 1]);
   }
-  for (const Hit& candidate : candidates) {
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    const Hit& candidate = candidates[i];
     const int64_t id = block.first_id + candidate.id;
     const bool similar = candidate.score + e >= bound;
+    if (i + kAhead < candidates.size() && candidates[i + kAhead].score + e >= bound) prefetch(candidates[i + kAhead].id, block);
     const bool lucky = spec_.random && (query.drawn < plan_.drawn || (query.drawn > 0 && hash(query, id) < hash(query, drawn[0].id)));
     if (!similar && !lucky) continue;
     const Hit hit{exact(row, candidate.id, block, scratch), id};
@@ -286,12 +292,12 @@ void BandSearch::flush(int64_t row, const Block& block, Scratch& scratch) {
 
 // A panel of queries against the strip of documents that starts at `start`.
 void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch) {
-  const int64_t columns = std::min(plan_.strip, block.rows - start), first_row = panel * matmul_.mr;
-  const int64_t last_row = std::min<int64_t>(first_row + matmul_.mr, rows_);
+  const int64_t columns = std::min(plan_.strip, block.rows - start), first_row = panel * screen_.mr;
+  const int64_t last_row = std::min<int64_t>(first_row + screen_.mr, rows_);
   const char* a = packed_queries_.get() + panel * plan_.panel_a;
   float* scores = scratch.strip.data();
-  for (int64_t j = 0; j < columns; j += matmul_.nr)
-    matmul_.tile(a, packed_documents_.get() + (start + j) / matmul_.nr * plan_.panel_b, spec_.d, scores + j, plan_.strip, false);
+  for (int64_t j = 0; j < columns; j += screen_.nr)
+    screen_.tile(a, packed_documents_.get() + (start + j) / screen_.nr * plan_.panel_b, spec_.d, scores + j, plan_.strip);
   for (int64_t row = first_row; row < last_row; ++row, scores += plan_.strip) {
     Query& query = state_[row];
     if (exclude_.offsets != nullptr) {
@@ -308,24 +314,24 @@ void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratc
 
 Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id, Poll poll) {
   using Clock = std::chrono::steady_clock;
-  const int64_t row_bytes = row_stride * bytes_of(dtype), panels = (rows_ + matmul_.mr - 1) / matmul_.mr;
+  const int64_t row_bytes = row_stride * bytes_of(dtype), panels = (rows_ + screen_.mr - 1) / screen_.mr;
   // a task: a range of panels of queries against the whole block, strip by strip
   const int64_t group = std::max<int64_t>(1, panels / (8 * std::max(spec_.threads, 1)));
-  const double d = static_cast<double>(spec_.d), sum = (d + 16) * 0x1p-23;
+  const double d = static_cast<double>(spec_.d), rounding = (screen_.exact ? 4 : d + 16) * 0x1p-23;
   std::atomic<bool> stopped{false};
   Clock::time_point asked = Clock::now();
   for (int64_t begin = 0; begin < rows; begin += plan_.block) {
-    Block block{static_cast<const char*>(docs) + begin * row_bytes, dtype, row_bytes, std::min(plan_.block, rows - begin), first_id + begin, 0, 0};
+    Block block{{static_cast<const char*>(docs) + begin * row_bytes, dtype, row_bytes}, std::min(plan_.block, rows - begin), first_id + begin, 0, 0};
     if (Status status = pack_documents(block); !status) return status;
     parallel_for((panels + group - 1) / group, spec_.threads, [&](int64_t task, int thread) {
       Scratch& scratch = scratch_[thread];
       const int64_t first_panel = task * group, last_panel = std::min(panels, first_panel + group);
-      const int64_t first_row = first_panel * matmul_.mr, last_row = std::min(rows_, last_panel * matmul_.mr);
+      const int64_t first_row = first_panel * screen_.mr, last_row = std::min(rows_, last_panel * screen_.mr);
       for (int64_t row = first_row; row < last_row; ++row) {
         Query& query = state_[row];
         const double x = query.size + query.residual, y = block.size + block.residual;
         // 1e-36: denormals that a bf16 product flushes to zero
-        query.margin = query.residual * block.size + x * block.residual + sum * x * y + 1e-36 * d * (1 + x) * (1 + y);
+        query.margin = query.residual * block.size + x * block.residual + rounding * x * y + 1e-36 * d * (1 + x) * (1 + y);
         set_thresholds(query, hi_[row]);
       }
       for (int64_t start = 0; start < block.rows && !stopped.load(std::memory_order_relaxed); start += plan_.strip) {

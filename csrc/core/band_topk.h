@@ -4,10 +4,11 @@
 // rank, ties by lower id, and its comparisons with lo and hi decide everything, so the answer is the same at every ISA level, thread count
 // and block size.
 //
-// The screen. A tile product in float32 or bf16 gives s~ with |s - s~| <= e. For the rounded operands x', y' and Y, R the largest norm and the
-// largest |y - y'| of a block of documents,
-//     e = |x - x'| Y  +  (|x| + |x - x'|) R  +  (d + 16) 2^-23 (|x| + |x - x'|) (Y + R):
-// Cauchy-Schwarz on the rounding of each operand, plus twice the bound d 2^-24 of a float32 sum. About 3e-3 for bf16, 5e-5 for float32 at d = 384.
+// The screen. A tile product of rounded rows (core/screen_kernels.h) gives s~ with |s - s~| <= e. For the rounded operands x', y' and Y, R the
+// largest norm and the largest |y - y'| of a block of documents,
+//     e = |x - x'| Y  +  (|x| + |x - x'|) R  +  c 2^-23 (|x| + |x - x'|) (Y + R):
+// Cauchy-Schwarz on the rounding of each operand, plus the tile's own: c = 4 for 16-bit integers, whose sum is exact, and twice the bound
+// d 2^-24 of a float32 sum for the others. At d = 384 about 2.5e-4 for 16-bit integers, 3e-3 for bf16 (AMX), 5e-5 for float32 (no SIMD, NEON).
 // s~ then settles most documents (BandThresholds): below the band they are dropped, inside it and beyond the current k-th best they are
 // counted. What remains is appended to the query's pending list and, before its block leaves the cache, rescored in float64.
 //
@@ -26,6 +27,7 @@
 #include <vector>
 
 #include "core/kernels.h"
+#include "core/screen_kernels.h"
 #include "core/select_kernels.h"
 
 namespace refine_fast {
@@ -82,7 +84,7 @@ class BandSearch {
  private:
   // Sizes that follow from the shape and the kernels.
   struct Plan {
-    Plan(const BandSpec& spec, const MatmulKernels& matmul);
+    Plan(const BandSpec& spec, const ScreenKernels& screen);
     int64_t panel_a, panel_b;      // bytes of a packed panel of queries, of documents
     int64_t strip;                 // documents in L2 at a time; a panel of queries against them gives a strip of scores in L1
     int64_t block;                 // documents packed at a time
@@ -100,34 +102,43 @@ class BandSearch {
     int32_t kept, drawn, pending;
     BandThresholds thresholds;
   };
-  struct Block {
-    const char* docs;
+  struct Rows {
+    const char* data;
     Dtype dtype;
-    int64_t row_bytes, rows, first_id;
+    int64_t row_bytes;
+  };
+  struct Block {
+    Rows docs;
+    int64_t rows, first_id;
     double size, residual;  // the largest of its documents
   };
   struct Scratch {
     std::vector<float> rows, strip;
-    std::vector<uint16_t> half;
     std::vector<Hit> merged, candidates;
     std::vector<double> bounds;
   };
   struct Operand {
-    double norm2, norm, size, residual;
+    double norm, size, residual;
+    bool finite;
+    bool usable() const { return finite && size <= kLargestNorm; }
   };
+  static constexpr int kLargestPanel = 64;        // rows: no level has a larger tile
+  static constexpr double kLargestNorm = 1e18;    // beyond it a product of two rows could overflow float32
+  using PackPanel = decltype(ScreenKernels::pack_a);
 
-  Operand prepare(const char* row, Dtype dtype, float* out, Scratch& scratch) const;
+  void pack(const Rows& rows, int64_t count, PackPanel pack, char* panel, Scratch& scratch, Operand* operands) const;
   Status pack_documents(Block& block);
   void set_thresholds(Query& query, double hi) const;
   void screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch);
   void flush(int64_t row, const Block& block, Scratch& scratch);
+  void prefetch(int64_t column, const Block& block) const;
   double exact(int64_t row, int64_t column, const Block& block, Scratch& scratch) const;
   uint64_t hash(const Query& query, int64_t id) const;
   void draw(Query& query, Hit* drawn, Hit hit) const;
 
   const BandSpec spec_;
   const Kernels& kernels_;
-  const MatmulKernels& matmul_;
+  const ScreenKernels& screen_;
   const Plan plan_;
   const int64_t first_, rows_;
   const double* const hi_;

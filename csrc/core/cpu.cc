@@ -59,7 +59,7 @@ struct Levels {
     const bool ymm = (state & 0x6) == 0x6, zmm = ymm && (state & 0xe0) == 0xe0, tiles = (state & 0x60000) == 0x60000;
     available[1] = ymm && bit(l1.c, 12) && bit(l1.c, 29) && bit(l7.b, 5);                                         // FMA, F16C, AVX2
     available[2] = available[1] && zmm && bit(l7.b, 16) && bit(l7.b, 17) && bit(l7.b, 30) && bit(l7.b, 31);       // F, DQ, BW, VL
-    available[3] = available[2] && bit(l71.a, 5);                                                                 // AVX512_BF16
+    available[3] = available[2] && bit(l7.c, 11) && bit(l71.a, 5);                                                // VNNI, BF16
 #if defined(REFINE_FAST_EMULATE_AMX)
     (void)tiles, (void)request_amx;
     available[4] = available[3];
@@ -78,6 +78,7 @@ struct Levels {
       if (!t.matmul_f32) t.matmul_f32 = below->matmul_f32;
       if (!t.matmul_bf16) t.matmul_bf16 = below->matmul_bf16;
       if (!t.lerp) t.lerp = below->lerp;
+      if (!t.screen) t.screen = below->screen;
       if (!t.select) t.select = below->select;
       if (!t.loss) t.loss = below->loss;
       if (!t.to_f32) t.to_f32 = below->to_f32;

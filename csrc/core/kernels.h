@@ -6,7 +6,7 @@
 
 namespace refine_fast {
 
-// C[mr x nr] (+)= A[mr x k] B[k x nr]: the one product behind info_nce and band_topk. Operands are packed once into panels (zero-padded to
+// C[mr x nr] (+)= A[mr x k] B[k x nr]: the one product behind info_nce. Operands are packed once into panels (zero-padded to
 // mr, nr and kr) and used tile after tile from cache; the layout of a panel is the level's own business.
 //   f32: operands kept as float32, float32 accumulation.     bf16: operands rounded to bf16 (nearest even), float32 accumulation.
 struct MatmulKernels {
@@ -21,6 +21,8 @@ struct MatmulKernels {
 
 // out = base + weight * (tuned - base); see core/lerp.h
 struct LerpKernels;
+// the product of rounded rows whose error is known; see core/screen_kernels.h
+struct ScreenKernels;
 // threshold-and-append over a tile of scores; see core/band_topk.h
 struct SelectKernels;
 // exp, row sums and the weights of a tile of logits; see core/infonce.h
@@ -31,6 +33,7 @@ struct Kernels {
   const MatmulKernels* matmul_f32;
   const MatmulKernels* matmul_bf16;
   const LerpKernels* lerp;
+  const ScreenKernels* screen;
   const SelectKernels* select;
   const LossKernels* loss;
   // float32 <-> the storage types, round to nearest even, denormals kept

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "core/kernels.h"
+#include "core/screen_kernels.h"
 #include "isa/pack_avx512.h"
 #if defined(REFINE_FAST_EMULATE_AMX)
 #include "isa/amx_emulated.h"
@@ -75,6 +76,27 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
 
 const MatmulKernels matmul_bf16 = {kMr, kNr, kKr, 2, pack_a, pack_panel_bf16<kNr, kKr>, tile};
 
+// --- screen: the same product; no other format has tiles and the digits that a narrow margin needs -------------------------------------
+
+template <auto kPack>
+void screen_pack(const float* rows, int64_t stride, int64_t count, int64_t d, const double*, void* panel, double* residuals) {
+  for (int64_t r = 0; r < count; ++r) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t p = 0; p < d; p += 16) {
+      const __m512 x = load_floats(rows + r * stride + p, 1, d - p);
+      const __m512i rounded = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
+      const __m512 left = _mm512_sub_ps(x, _mm512_castsi512_ps(rounded));  // exact: both lie within a factor of two
+      sum = _mm512_fmadd_ps(left, left, sum);
+    }
+    residuals[r] = _mm512_reduce_add_ps(sum);
+  }
+  kPack(rows, stride, 1, count, d, panel);
+}
+
+void screen_tile(const void* a, const void* b, int64_t d, float* scores, int64_t ld) { tile(a, b, d, scores, ld, false); }
+
+const ScreenKernels screen = {kMr, kNr, kKr, 2, 0, false, screen_pack<pack_a>, screen_pack<pack_panel_bf16<kNr, kKr>>, screen_tile};
+
 }  // namespace
 
 extern const Kernels amx_kernels = {
@@ -82,6 +104,7 @@ extern const Kernels amx_kernels = {
     .matmul_f32 = nullptr,
     .matmul_bf16 = &matmul_bf16,
     .lerp = nullptr,
+    .screen = &screen,
     .select = nullptr,
     .loss = nullptr,
     .to_f32 = nullptr,

@@ -8,6 +8,7 @@
 #include "core/lerp_kernels.h"
 #include "core/select_kernels.h"
 #include "isa/loss_simd.h"
+#include "isa/screen_i16.h"
 
 namespace refine_fast {
 namespace {
@@ -180,6 +181,39 @@ struct Floats {
   }
 };
 
+// --- screen: 8 pairs of 16-bit integers ------------------------------------------------------------------------------------------------
+
+struct Words : Floats {
+  using Word = __m256i;
+  using Sum = __v8si;  // and not __m256i: gcc 12 keeps a copy of each sum in either type
+  static __m256i first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n < 8 ? n : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  using Floats::load;
+  static __m256 load(const float* p, int64_t n) { return n >= 8 ? _mm256_loadu_ps(p) : n <= 0 ? _mm256_setzero_ps() : _mm256_maskload_ps(p, first(n)); }
+  static __m256i zero() { return _mm256_setzero_si256(); }
+  static __m256i broadcast(int32_t pair) { return _mm256_set1_epi32(pair); }
+  static __m256i load_words(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_words(int32_t* p, __m256i x, int64_t n) { _mm256_maskstore_epi32(p, first(n), x); }
+  static __m256i round_to_word(__m256 x) { return _mm256_cvtps_epi32(x); }
+  static __m256 to_float(__m256i x) { return _mm256_cvtepi32_ps(x); }
+  static __m256 to_float(Sum x) { return _mm256_cvtepi32_ps((__m256i)x); }
+  static __m256i pair(__m256i low, __m256i high) { return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa); }
+  static Sum dot(Sum sum, __m256i x, __m256i y) { return sum + (Sum)_mm256_madd_epi16(x, y); }
+  static void transpose(__m256i rows[8]) {
+    __m256i t[8], u[8];
+    for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]), t[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    for (int i = 0; i < 8; i += 4) {
+      u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]), u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+      u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]), u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {  // u[i], u[i + 4]: rows 0-3, 4-7; words i and i + 4
+      rows[i] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x20);
+      rows[i + 4] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x31);
+    }
+  }
+};
+
 // --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------------------------------------------
 
 __m256 lerp_step(__m256 a, __m256 b, __m256 w, bool from_base) {
@@ -249,6 +283,7 @@ extern const Kernels avx2_kernels = {
     .matmul_f32 = &matmul_f32,
     .matmul_bf16 = &matmul_bf16,
     .lerp = &lerp,
+    .screen = &screen_i16<Words, kMr>,
     .select = &select_kernels,
     .loss = &loss_kernels<Floats>,
     .to_f32 = to_f32,

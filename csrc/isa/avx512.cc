@@ -9,6 +9,8 @@
 #include "core/select_kernels.h"
 #include "isa/loss_simd.h"
 #include "isa/pack_avx512.h"
+#include "isa/screen_i16.h"
+#include "isa/simd_avx512.h"
 
 namespace refine_fast {
 namespace {
@@ -96,29 +98,6 @@ double dot(const float* x, const float* y, int64_t d) {
 }
 
 const SelectKernels select_kernels = {append, dot};
-// --- loss ------------------------------------------------------------------------------------------------------------------------------
-
-struct Floats {
-  using Float = __m512;
-  static constexpr int width = 16;
-  static __m512 load(const float* p) { return _mm512_loadu_ps(p); }
-  static void store(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
-  static __m512 set(float x) { return _mm512_set1_ps(x); }
-  static __m512 add(__m512 x, __m512 y) { return _mm512_add_ps(x, y); }
-  static __m512 sub(__m512 x, __m512 y) { return _mm512_sub_ps(x, y); }
-  static __m512 mul(__m512 x, __m512 y) { return _mm512_mul_ps(x, y); }
-  static __m512 fma(__m512 x, __m512 y, __m512 z) { return _mm512_fmadd_ps(x, y, z); }
-  static __m512 max(__m512 x, __m512 y) { return _mm512_max_ps(x, y); }  // y if either is NaN
-  static __m512 round(__m512 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static __m512 exp2_integer(__m512 n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-  }
-  static __mmask16 below(__m512 x, __m512 y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ); }
-  static __mmask16 equal(const int32_t* ids, int32_t id) { return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(ids), _mm512_set1_epi32(id)); }
-  static __m512 where(__mmask16 mask, __m512 x, __m512 y) { return _mm512_mask_blend_ps(mask, y, x); }
-  static float total(__m512 x) { return _mm512_reduce_add_ps(x); }
-  static float largest(__m512 x) { return _mm512_reduce_max_ps(x); }
-};
 
 // --- lerp: bound by the loads; the ragged tail is one masked step --------------------------------------------------------------------
 
@@ -170,6 +149,7 @@ extern const Kernels avx512_kernels = {
     .matmul_f32 = &matmul_f32,
     .matmul_bf16 = &matmul_bf16,
     .lerp = &lerp,
+    .screen = &screen_i16<Words, kMr>,
     .select = &select_kernels,
     .loss = &loss_kernels<Floats>,
     .to_f32 = nullptr,

@@ -1,9 +1,11 @@
-// AVX-512 with VDPBF16PS: two bf16 products into each of 16 floats.
+// AVX-512 with VDPBF16PS and VPDPWSSD: two bf16, or two 16-bit integer, products into each of 16 sums.
 // Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
 #include <immintrin.h>
 
 #include "core/kernels.h"
 #include "isa/pack_avx512.h"
+#include "isa/screen_i16.h"
+#include "isa/simd_avx512.h"
 
 namespace refine_fast {
 namespace {
@@ -34,6 +36,10 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
 
 const MatmulKernels matmul_bf16 = {kMr, kNr, kKr, 2, pack_panel_bf16<kMr, kKr>, pack_panel_bf16<kNr, kKr>, tile};
 
+struct FusedWords : Words {
+  static Sum dot(Sum sum, __m512i x, __m512i y) { return (Sum)_mm512_dpwssd_epi32((__m512i)sum, x, y); }
+};
+
 }  // namespace
 
 extern const Kernels avx512_bf16_kernels = {
@@ -41,6 +47,7 @@ extern const Kernels avx512_bf16_kernels = {
     .matmul_f32 = nullptr,
     .matmul_bf16 = &matmul_bf16,
     .lerp = nullptr,
+    .screen = &screen_i16<FusedWords, kMr>,
     .select = nullptr,
     .loss = nullptr,
     .to_f32 = nullptr,

@@ -7,6 +7,7 @@
 #include "core/kernels.h"
 #include "core/lerp_kernels.h"
 #include "isa/loss_simd.h"
+#include "isa/screen_f32.h"
 
 namespace refine_fast {
 namespace {
@@ -50,7 +51,7 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
     for (int j = 0; j < 3; ++j) vst1q_f32(c + 4 * j, accumulate ? vaddq_f32(vld1q_f32(c + 4 * j), sum[i][j]) : sum[i][j]);
 }
 
-const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile};
+constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile};
 const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile};
 
 // --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------------------------------------------
@@ -135,6 +136,7 @@ extern const Kernels neon_kernels = {
     .matmul_f32 = &matmul_f32,
     .matmul_bf16 = &matmul_bf16,
     .lerp = &lerp,
+    .screen = &screen_f32<&matmul_f32>,
     .select = nullptr,
     .loss = &loss_kernels<Floats>,
     .to_f32 = nullptr,

@@ -6,6 +6,7 @@
 #include "core/lerp_kernels.h"
 #include "core/select_kernels.h"
 #include "isa/loss_simd.h"
+#include "isa/screen_f32.h"
 
 namespace refine_fast {
 namespace {
@@ -94,7 +95,7 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
     for (int j = 0; j < kNr; ++j) c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sum[i][j];
 }
 
-const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<false>, pack<false>, tile};
+constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<false>, pack<false>, tile};
 const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<true>, pack<true>, tile};
 
 // --- select --------------------------------------------------------------------------------------------------------------------------
@@ -186,6 +187,7 @@ extern const Kernels scalar_kernels = {
     .matmul_f32 = &matmul_f32,
     .matmul_bf16 = &matmul_bf16,
     .lerp = &lerp,
+    .screen = &screen_f32<&matmul_f32>,
     .select = &select_kernels,
     .loss = &loss_kernels<Floats>,
     .to_f32 = to_f32,

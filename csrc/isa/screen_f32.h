@@ -1,0 +1,25 @@
+// The screen of band_topk as the level's float32 product: where nothing multiplies 16-bit operands faster. Nothing is rounded.
+#pragma once
+#include "core/kernels.h"
+#include "core/screen_kernels.h"
+
+namespace refine_fast {
+namespace {
+
+template <auto kPack>
+void screen_pack_f32(const float* rows, int64_t stride, int64_t count, int64_t d, const double*, void* panel, double* residuals) {
+  for (int64_t r = 0; r < count; ++r) residuals[r] = 0;
+  kPack(rows, stride, 1, count, d, panel);
+}
+
+template <auto kTile>
+void screen_tile_f32(const void* a, const void* b, int64_t d, float* scores, int64_t ld) {
+  kTile(a, b, d, scores, ld, false);
+}
+
+template <auto kMatmul>
+constexpr ScreenKernels screen_f32 = {kMatmul->mr, kMatmul->nr, kMatmul->kr, 4, 0, false, screen_pack_f32<kMatmul->pack_a>,
+                                      screen_pack_f32<kMatmul->pack_b>, screen_tile_f32<kMatmul->tile>};
+
+}  // namespace
+}  // namespace refine_fast
