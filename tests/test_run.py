@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -20,40 +19,11 @@ from refine_fast.pipeline.config import RunConfig
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.run import run
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
+
 SMALL = {"batch_size": 8, "queries_per_chunk": 2, "chunk_tokens": 64, "curve": (0, 1), "band": (-0.9, 1), "precision": "fp32", "ood": ()}
 STAGES = ["chunks", "queries", "embed", "mine", "train", "score BM25", "score 0", "score 0.35", "score 1", "fuse", "report"]
 ALL = [*STAGES, "score 0.5"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in the killed runs: torch's products on a CPU round otherwise with another number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
-    """A random BERT of two layers under MiniLM's tokenizer, with dropout, in sentence-transformers' layout and with prompts."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer import modules as models
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
-    BertModel(BertConfig(vocab_size=30522, **sizes)).save_pretrained(folder / "bert")
-    AutoTokenizer.from_pretrained(minilm).save_pretrained(folder / "bert")
-    transformer = models.Transformer(str(folder / "bert"), max_seq_length=96)
-    encoder = SentenceTransformer(
-        modules=[transformer, models.Pooling(32, pooling_mode="cls"), models.Normalize()],
-        prompts={"query": "query: ", "document": "passage: "},
-        device="cpu",
-    )
-    encoder.save_pretrained(str(folder / "encoder"))
-    return folder / "encoder"
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import numpy as np
 
 from .evaluate import Scores
 from .jsonl import read_records
+from .llm_queries import ACCOUNT
 from .queries import Query
 from .report import write_report
 from .report_data import Documents, Judged, Mining, Queries, ReportData, Training, Triple
@@ -45,6 +46,7 @@ def gather(job: Job) -> ReportData:
             without_llm=config.queries is None and config.llm is None,
             kinds=dict(Counter(query.kind for query in queries)),
             held_out_by_document=job.judged is None,
+            account=None if config.llm is None else read_json(job.path(ACCOUNT)),
         ),
         mining=Mining(
             band=(mining["band"][0], mining["band"][1]),

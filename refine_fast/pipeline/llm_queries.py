@@ -83,14 +83,15 @@ def of_a_model(stage: Stage, job: Job) -> Stage:
 def summary(account: Mapping[str, Any]) -> str:
     """The account in a sentence."""
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(account["dropped"].items(), key=lambda item: -item[1]))
+    cost = "" if account["cost"] is None else f", cost {account['cost']:.2f}"
     return (
         f"{account['kept']:,} queries from {account['replied']:,} replies, {account['reused']:,} of them from before; "
-        f"{account['calls']:,} calls, {account['tokens_in']:,} tokens in and {account['tokens_out']:,} out, cost {account['cost']:.2f}; "
+        f"{account['calls']:,} calls, {account['tokens_in']:,} tokens in and {account['tokens_out']:,} out{cost}; "
         f"{account['replies_per_second']:.1f} replies a second; dropped: {dropped or 'none'}"
     )
 
 
-def still_to_ask(job: Job, chunks: list[Chunk]) -> dict[str, float]:
+def still_to_ask(job: Job, chunks: list[Chunk]) -> dict[str, float | None]:
     """For a plan: the calls, tokens and cost that are left, before a token is spent."""
     from .llm import estimate
 

@@ -38,7 +38,7 @@ class Plan:
     training_minutes: float
     encoding_minutes: float
     disk_mb: float
-    llm: dict[str, float] | None
+    llm: dict[str, float | None] | None
     """What is still to be asked of the language model, and what it takes; None without one."""
 
 

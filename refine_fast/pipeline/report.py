@@ -6,7 +6,7 @@ import base64
 import html
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,27 @@ def _recipe(data: ReportData) -> list[tuple[str, str]]:
     ]
 
 
+def _written(account: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The account of the queries' stage: what was asked, what it took, what became of it."""
+
+    def listed(counts: Mapping[str, int]) -> str:
+        return ", ".join(f"{count:,} {_cell(what)}" for what, count in sorted(counts.items(), key=lambda item: -item[1])) or "none"
+
+    stopped = f"; stopped by {account['stopped']}" if account["stopped"] else ""
+    failures = f" ({listed(account['failures'])})" if account["failures"] else ""
+    rate = f"{account['replies_per_second']:.1f} a second in the last start; " if account["replied"] > account["reused"] else ""
+    cost = "no prices given" if account["cost"] is None else f"{account['cost']:.2f}"
+    return [
+        ("model", _cell(", ".join(account["models"]))),
+        ("passages", f"{account['chunks']:,}: {account['replied']:,} got a reply, {account['failed']:,} failed{failures}{stopped}"),
+        ("calls, cost", f"{account['calls']:,} calls, {cost}"),
+        ("tokens", f"{account['tokens_in']:,} in, {account['tokens_out']:,} out"),
+        ("replies", f"{rate}response format {account['structured_output'] or 'not asked for'}; read as {listed(account['parsed'])}"),
+        ("queries", f"{account['candidates']:,} in the replies, {account['kept']:,} kept"),
+        ("dropped", listed(account["dropped"])),
+    ]
+
+
 # ── how it looks ──
 
 
@@ -147,6 +168,8 @@ def _markdown(data: ReportData, captions: dict[str, str]) -> str:
         rows.append((shown, *(_points(judged.gain(weight, HEADLINE)) for _, judged in judged_sets)))
     parts.append(_table(("weight", *(name for name, _ in judged_sets)), rows))
     parts.append("## What was done\n\n" + _table(("", ""), _recipe(data)))
+    if data.queries.account is not None:
+        parts.append("## What the language model wrote\n\n" + _table(("", ""), _written(data.queries.account)))
     if triples := data.mining.triples:
         parts.append(f"## {len(triples)} queries with what training was shown\n\nDrawn at random; cosines under the base model.")
         parts.append("\n".join(_triple(triple) for triple in triples))

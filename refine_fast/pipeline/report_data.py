@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class Queries:
     """kind -> training queries."""
     held_out_by_document: bool
     """True: the in-domain queries are held out by whole documents. False: they are the collection's own judged test queries."""
+    account: Mapping[str, Any] | None = None
+    """Where a language model wrote them: ``llm.Account``, what was asked, paid and dropped."""
 
 
 @dataclass(frozen=True)

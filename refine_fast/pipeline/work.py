@@ -24,7 +24,7 @@ from .embed import encode, has_fast_bf16
 from .encoder import load_encoder
 from .evaluate import Scores, choose_weight, score, score_bm25
 from .jsonl import read_records, write_records
-from .llm_queries import ACCOUNT, summary, written_queries
+from .llm_queries import ACCOUNT, written_queries
 from .memory import mini_batch_for
 from .queries import Query, load_queries, synthesize_queries
 from .retrieval_set import RetrievalSet, held_out_set, load_beir, split_by_document, without
@@ -306,7 +306,7 @@ def query_source(job: Job) -> str:
     if config.queries is not None:
         return f"from {config.queries.name}"
     if config.llm is not None:
-        return f"written by {', '.join(config.llm_model)} ({summary(read_json(job.path(ACCOUNT)))})"
+        return f"written by {', '.join(config.llm_model)}"
     return "made from the documents without an LLM"
 
 

@@ -40,6 +40,10 @@ class Options:
     """Share of the replies without any text."""
     answers: str = ""
     """A JSON file: passage -> list of queries."""
+    card: dict = dataclasses.field(default_factory=lambda: {"max_model_len": 4096})
+    """What the list of models says of the model besides its name."""
+    pages: dict = dataclasses.field(default_factory=dict)
+    """What else it answers to GET, by path."""
 
 
 class Server:
@@ -85,9 +89,12 @@ class Server:
             stats = {"served": calls, "distinct": len(self.served), "most": max(self.served.values(), default=0), "calls": self.calls}
             stats |= {"peak": self.peak, "busy": self.busy, "seconds": self.last - self.first, "bodies": self.bodies}
             return await self.send(writer, 200, stats)
+        if path == "/v1/models":
+            model = {"id": "tiny", "object": "model", "created": 0, "owned_by": "us", **self.options.card}
+            return await self.send(writer, 200, {"object": "list", "data": [model]})
         if method == "GET":
-            models = [{"id": "tiny", "object": "model", "created": 0, "owned_by": "us", "max_model_len": 4096}]
-            return await self.send(writer, 200, {"object": "list", "data": models})
+            page = self.options.pages.get(path)
+            return await self.send(writer, 200 if page else 404, page or {"error": "no such page"})
         return await self.complete(head, body, writer)
 
     async def complete(self, head: bytes, body: dict, writer: asyncio.StreamWriter) -> bool:

@@ -1,7 +1,12 @@
 """10,000 chunks, a fifth of the calls faulty, five kill -9, once by hand: python tests/llm/soak.py [CHUNKS] [LATENCY]
 
-Prints what the issue asks for: replies per chunk, repeated replies, how full the server's 64 places were after the last kill (and after
-the climb to 64, which is the first 5 s), and the client's memory at a tenth and at the end of that stretch.
+The server works on 64 calls at a time, each for LATENCY seconds, a stalled one for 3.2 times that (the client gives up after 3); a 429
+takes no place. Of seven faults one is a 429 and one a stall: a call that takes a place is answered well with probability
+0.8 / (1 - 0.2 / 7) and holds it for LATENCY * (1 + 2.2 * (0.2 / 7) / (1 - 0.2 / 7)). The limit is what the server then sends in a second
+if no place is ever empty: 64 times the one by the other. Measured after the last kill, from 5 s after the first 64 replies (the climb to
+64) on.
+
+Prints replies per chunk, repeated replies, throughput against the limit, and the client's memory over the measured stretch.
 """
 
 import json
@@ -29,13 +34,22 @@ generate_queries(make_chunks(int(sys.argv[4])), settings, Path(sys.argv[3]))
 """
 
 
+PLACES, FAULTS = 64, 0.2
+STALLED = FAULTS / 7 / (1 - FAULTS / 7)  # of the calls that take a place, those that stall
+
+
+def limit(latency: float) -> float:
+    """Good replies a second of the server with every place taken."""
+    return PLACES * (1 - FAULTS) / (1 - FAULTS / 7) / (latency * (1 + 2.2 * STALLED))
+
+
 def main(count: int, latency: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "replies.jsonl"
         server = subprocess.Popen([sys.executable, str(HERE / "server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert server.stdout
         endpoint = Endpoint(int(server.stdout.readline()))
-        endpoint.set(faults=0.2, latency=latency, stall=3.2 * latency)
+        endpoint.set(faults=FAULTS, latency=latency, stall=3.2 * latency, slots=PLACES)
         command = [sys.executable, "-c", STAGE, str(HERE), endpoint.url, str(store), str(count), str(latency)]
 
         def lines() -> int:
@@ -52,20 +66,21 @@ def main(count: int, latency: float) -> None:
             while lines() < start + 64:
                 time.sleep(0.1)
             time.sleep(5)
-            before, began = endpoint.stats(), time.monotonic()
+            before, began, cpu = endpoint.stats(), time.monotonic(), process.cpu_times()
             while lines() < count - 300:  # the last calls leave places empty
                 time.sleep(0.2)
                 memory.append(process.memory_info().rss / 2**20)
-            after, ended = endpoint.stats(), time.monotonic()
-            user = process.cpu_times().user
+            after, seconds, spent = endpoint.stats(), time.monotonic() - began, process.cpu_times()
             client.wait()
         end = endpoint.stats()
         accepted = Counter(record["chunk"] for record in map(json.loads, store.read_text().splitlines()) if "error" not in record)
+        rate = (after["served"] - before["served"]) / seconds
         print("replies per chunk:", Counter(accepted.values()), "of", count, "chunks")
         print("replies that the server sent:", end["served"], "distinct:", end["distinct"], "calls:", end["calls"])
-        seconds = ended - began
-        print(f"places filled: {(after['busy'] - before['busy']) / (64 * seconds):.1%} of 64 over {seconds:.0f} s; peak {end['peak']}")
-        print(f"client: {user:.0f} s of CPU; {memory[len(memory) // 10]:.0f} MB at a tenth, {memory[-1]:.0f} MB at the end")
+        print(f"{rate:.1f} replies a second over {seconds:.0f} s: {rate / limit(latency):.1%} of the limit, {limit(latency):.1f}")
+        print(f"places taken: {(after['busy'] - before['busy']) / (PLACES * seconds):.1%}, at most {end['peak']} calls open")
+        fifths = ", ".join(f"{memory[int(share * (len(memory) - 1))]:.0f}" for share in (0, 0.2, 0.4, 0.6, 0.8, 1))
+        print(f"client: {spent.user + spent.system - cpu.user - cpu.system:.0f} s of CPU; {fifths} MB")
         server.kill()
 
 

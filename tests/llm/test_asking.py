@@ -1,9 +1,7 @@
 """The whole stage over HTTP, against a server that misbehaves."""
 
-import gzip
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -24,6 +22,12 @@ from refine_fast.pipeline.llm import Progress, default_prompt, estimate, generat
 from refine_fast.pipeline.llm.policy import Throttle
 
 Endpoint = Any  # conftest's
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardly a wait between the tries of a request; how long they are is test_policy's."""
+    monkeypatch.setattr("refine_fast.pipeline.llm.ask.delay", lambda *_: 0.01)
 
 
 def records(store: Path) -> list[dict[str, Any]]:
@@ -143,14 +147,12 @@ def test_an_endpoint_that_never_works(
     endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, calls: int | None, message: str
 ) -> None:
     monkeypatch.setattr("refine_fast.pipeline.llm.generate.Throttle", lambda ceiling: Throttle(ceiling, pause=0.01))
-    monkeypatch.setattr("refine_fast.pipeline.llm.ask.delay", lambda *_: 0.01)
     endpoint.set(status=status)
     with pytest.raises(RefineFastError, match=message):
         generate_queries(chunks[:5], endpoint.settings(), tmp_path / "replies.jsonl")
 
 
-def test_nobody_listens(chunks: list[Chunk], tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refine_fast.pipeline.llm.ask.delay", lambda *_: 0.01)
+def test_nobody_listens(chunks: list[Chunk], tmp_path: Path, endpoint: Endpoint) -> None:
     with pytest.raises(RefineFastError, match="the connection failed"):
         generate_queries(chunks[:3], endpoint.settings(url="http://127.0.0.1:9/v1"), tmp_path / "replies.jsonl")
 
@@ -222,6 +224,25 @@ def test_probe(endpoint: Endpoint, structured: str) -> None:
     assert probe(endpoint.settings())[0].structured == {"json_schema": "ignored", "json_object": "ignored", "plain": "answers"}
 
 
+@pytest.mark.parametrize(
+    ("card", "pages", "context"),
+    [
+        ({"context_length": 8192}, {"/props": {"default_generation_settings": {"n_ctx": 1}}}, 8192),
+        ({"meta": {"n_ctx_train": 131072}}, {"/props": {"default_generation_settings": {"n_ctx": 2048}}}, 2048),
+        ({}, {"/api/ps": {"models": [{"name": "big", "context_length": 1}, {"name": "tiny:latest", "context_length": 4096}]}}, 4096),
+        ({}, {"/api/v0/models": {"data": [{"id": "tiny", "max_context_length": 32768, "loaded_context_length": 1024}]}}, 1024),
+        ({}, {"/props": ["?"], "/api/ps": {"models": [None]}}, None),
+        ({}, {}, None),
+    ],
+    ids=["in the list", "llama.cpp", "Ollama", "LM Studio", "nonsense", "nobody tells"],
+)
+def test_probe_finds_the_context_length(
+    endpoint: Endpoint, card: dict[str, Any], pages: dict[str, Any], context: int | None
+) -> None:
+    endpoint.set(card=card, pages=pages)
+    assert probe(endpoint.settings())[0].context == context
+
+
 def test_probe_of_nobody(endpoint: Endpoint) -> None:
     (report,) = probe(endpoint.settings(url="http://127.0.0.1:9/v1"))
     assert not report.reachable
@@ -257,29 +278,3 @@ def _wait(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-@pytest.mark.skipif("REFINE_FAST_DATA" not in os.environ, reason="REFINE_FAST_DATA names no folder of real data")
-def test_replayed_human_questions_come_through_whole(endpoint: Endpoint, tmp_path: Path) -> None:
-    """The endpoint answers with the data set's own train questions: what arrives are those, less what was dropped with a reason."""
-    folder = Path(os.environ["REFINE_FAST_DATA"]) / "squad"
-    with gzip.open(folder / "corpus.jsonl.gz", "rt") as file:
-        corpus = {row["_id"]: row["text"] for row in map(json.loads, file)}
-    with gzip.open(folder / "queries.jsonl.gz", "rt") as file:
-        questions = {row["_id"]: " ".join(row["text"].split()) for row in map(json.loads, file)}
-    human: dict[str, list[str]] = {}
-    for line in (folder / "qrels" / "train.tsv").read_text().splitlines()[1:]:
-        question, passage, _ = line.split("\t")
-        human.setdefault(passage, []).append(questions[question])
-    answers = tmp_path / "answers.json"
-    answers.write_text(json.dumps({corpus[passage].strip(): texts for passage, texts in human.items()}))
-    endpoint.set(answers=str(answers))
-    chunks = [Chunk(passage, corpus[passage], "", "squad", 0, len(corpus[passage])) for passage in human]
-    settings = endpoint.settings(mix={"question": 1}, per_chunk=max(map(len, human.values())))
-    queries, account = generate_queries(chunks, settings, tmp_path / "replies.jsonl")
-    expected = {(passage, text) for passage, texts in human.items() for text in texts}
-    obtained = {(query.chunk_id, query.text) for query in queries}
-    assert obtained <= expected
-    assert account.kept + sum(account.dropped.values()) == sum(map(len, human.values()))
-    assert account.dropped.keys() <= {"copy of the passage", "not a question", "exact duplicate", "near duplicate"}
-    assert len(obtained) >= 0.985 * len(expected)

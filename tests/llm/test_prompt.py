@@ -102,6 +102,7 @@ def test_every_prefix_of_the_order_is_spread(clustered: bool) -> None:
         ({"url": "localhost:8000"}, "is no endpoint"),
         ({"url": "http://me:secret@host/v1"}, "put the key in the environment variable OPENAI_API_KEY"),
         ({"url": "http://host/v1?key=secret"}, "carries credentials or parameters"),
+        ({"key_env": "sk-secret"}, "keep the key in the variable"),
         ({"models": ()}, "no model named"),
         ({"mix": {"question": 0.0}}, "is no mix"),
         ({"mix": {"question": -1.0, "claim": 2.0}}, "is no mix"),

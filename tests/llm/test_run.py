@@ -2,13 +2,15 @@
 
 import gzip
 import json
-import os
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from refine_fast.cli import main
+from refine_fast.pipeline.chunks import Chunk
+from refine_fast.pipeline.llm import generate_queries
 
 Endpoint = Any  # conftest's
 
@@ -101,31 +103,88 @@ def test_options_that_are_refused(docs: Path, tmp_path: Path, flags: list[str], 
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif("REFINE_FAST_DATA" not in os.environ, reason="REFINE_FAST_DATA names no folder of real data")
-def test_human_questions_over_http_are_those_of_the_file(endpoint: Endpoint, tmp_path: Path) -> None:
-    """COVID-QA's train questions, once from its files with --queries and once from an endpoint that replays them: the same training
-    queries, less those that a filter drops and counts."""
-    covid = Path(os.environ["REFINE_FAST_DATA"]) / "covidqa"
-    assert main(["queries", str(covid), "--out", str(tmp_path / "file"), "--queries", str(covid), "--quiet", "--limit", "500"]) == 0
-    with gzip.open(covid / "queries.jsonl.gz", "rt") as file:
-        questions = {row["_id"]: row["text"] for row in map(json.loads, file)}
+def asked_by_people(folder: Path) -> dict[str, list[str]]:
+    """Passage -> the questions of a BEIR folder's train split."""
+    with gzip.open(folder / "queries.jsonl.gz", "rt") as file:
+        questions = {row["_id"]: " ".join(row["text"].split()) for row in map(json.loads, file)}
     asked: dict[str, list[str]] = {}
-    for line in (covid / "qrels" / "train.tsv").read_text().splitlines()[1:]:
+    for line in (folder / "qrels" / "train.tsv").read_text().splitlines()[1:]:
         question, passage, _ = line.split("\t")
         asked.setdefault(passage, []).append(questions[question])
-    chunks = [json.loads(line) for line in (tmp_path / "file" / "chunks.jsonl").read_text().splitlines()]
+    return asked
+
+
+@pytest.mark.parametrize("name", ["squad", "covidqa"])
+def test_what_people_asked_comes_through_http(endpoint: Endpoint, tmp_path: Path, beir: Path, name: str) -> None:
+    """The endpoint answers each chunk with the train questions on it: what arrives are those, less what was dropped with a reason."""
+    asked = asked_by_people(beir / name)
+    with gzip.open(beir / name / "corpus.jsonl.gz", "rt") as file:
+        corpus = {row["_id"]: row["text"].strip() for row in map(json.loads, file)}
     answers = tmp_path / "answers.json"
-    answers.write_text(json.dumps({chunk["text"]: asked.get(chunk["id"], []) for chunk in chunks}))
+    answers.write_text(json.dumps({corpus[passage]: texts for passage, texts in asked.items()}))
     endpoint.set(answers=str(answers))
-    most = str(max(map(len, asked.values())))
-    command = ["queries", str(covid), "--out", str(tmp_path / "http"), "--quiet", "--limit", "500"]
-    model = ["--llm", endpoint.url, "--llm-model", "tiny", "--llm-mix", "question=1", "--queries-per-chunk", most]
-    assert main([*command, *model]) == 0
+    chunks = [Chunk(passage, corpus[passage], "", name, 0, len(corpus[passage])) for passage in asked]
+    settings = endpoint.settings(mix={"question": 1}, per_chunk=max(map(len, asked.values())))
+    queries, account = generate_queries(chunks, settings, tmp_path / "replies.jsonl")
+    expected = {(passage, text) for passage, texts in asked.items() for text in texts}
+    obtained = {(query.chunk_id, query.text) for query in queries}
+    assert obtained <= expected
+    assert account.kept + sum(account.dropped.values()) == sum(map(len, asked.values()))
+    assert len(obtained) >= 0.985 * len(expected)
 
-    def training(name: str) -> set[tuple[str, str]]:
-        rows = [json.loads(line) for line in (tmp_path / name / "queries.jsonl").read_text().splitlines()]
-        return {(" ".join(row["text"].split()), row["chunk_id"]) for row in rows}
 
-    dropped = json.loads((tmp_path / "http" / "llm.json").read_text())["dropped"]
-    assert training("http") <= training("file")
-    assert len(training("file") - training("http")) <= sum(dropped.values()) <= 0.02 * len(training("file"))
+@pytest.mark.usefixtures("one_thread")
+def test_the_same_queries_make_the_same_model_over_http_and_from_a_file(
+    endpoint: Endpoint, tmp_path: Path, beir: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole pipeline, twice: with people's questions on 60 passages as --queries, and with an endpoint that answers with them."""
+    asked = asked_by_people(beir / "squad")
+    with gzip.open(beir / "squad" / "corpus.jsonl.gz", "rt") as file:
+        corpus = [row for row in map(json.loads, file) if row["_id"] in asked][:60]
+    docs, questions, answers = (tmp_path / name for name in ("docs.jsonl", "questions.jsonl", "answers.json"))
+    docs.write_text("".join(json.dumps({"id": row["_id"], "text": row["text"]}) + "\n" for row in corpus))
+    small = ["--model", str(tiny), "--precision", "fp32", "--batch-size", "8", "--curve", "0,1", "--ood", "none", "--band=-0.9,1"]
+    common = [str(docs), *small, "--json", "--chunk-tokens", "512"]
+    rows = [json.dumps({"text": text, "doc_id": row["_id"]}) + "\n" for row in corpus for text in asked[row["_id"]]]
+    questions.write_text("".join(rows))
+    assert main(["run", *common, "--out", str(tmp_path / "file"), "--queries", str(questions)]) == 0
+    from_file = result(capsys)
+    chunks = [json.loads(line) for line in (tmp_path / "file" / "chunks.jsonl").read_text().splitlines()]
+    answers.write_text(json.dumps({chunk["text"]: asked[chunk["id"]] for chunk in chunks}))
+    endpoint.set(answers=str(answers), faults=0.2, kinds=["429", "500", "drop", "garbage"])
+    model = ["--llm", endpoint.url, "--llm-model", "people", "--llm-mix", "question=1", "--queries-per-chunk", "50"]
+    assert main(["run", *common, "--out", str(tmp_path / "http"), *model]) == 0
+    over_http = result(capsys)
+    assert over_http["sets"] == from_file["sets"]
+    same = "model/model.safetensors", "negatives.jsonl", "embeddings/queries.npy"
+    for name in same:
+        assert (tmp_path / "http" / name).read_bytes() == (tmp_path / "file" / name).read_bytes(), name
+    report = (tmp_path / "http" / "report.md").read_text()
+    assert "## What the language model wrote" in report
+    assert f"{len(rows)} in the replies, {len(rows)} kept" in report
+
+
+def test_the_key_is_nowhere(
+    endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in a file of the run folder nor on the terminal, though the server echoes it in its replies and in its refusal."""
+    key = f"sk-{uuid.uuid4().hex}"
+    monkeypatch.setenv("MY_KEY", f"{key}\n")  # as from a file; the line break is no part of it
+    out = tmp_path / "run"
+    command = ["queries", str(docs), "--out", str(out), "--llm", endpoint.url, "--llm-key-env", "MY_KEY", "--llm-model"]
+    endpoint.set(reply=f"1. What is {key} good for?")
+    assert main([*command, "tiny"]) == 0
+    endpoint.set(status=401)
+    assert main([*command, "another"]) == 2
+    assert main(["doctor", "--llm", endpoint.url, "--llm-key-env", "MY_KEY", "--llm-model", "tiny"]) == 0
+    assert main(["queries", str(docs), "--out", str(out), "--llm", endpoint.url, "--llm-key-env", key, "--llm-model", "tiny"]) == 2
+    monkeypatch.setenv("MY_KEY", f"{key} {key}")
+    assert main([*command, "another"]) == 2
+    said = capsys.readouterr()
+    assert "HTTP 401: no: Bearer ***" in said.err
+    assert "MY_KEY: its value holds spaces" in said.err
+    written = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert {"replies.jsonl", "config.yaml", "manifest.json", "queries.jsonl"} <= {path.name for path in written}
+    assert b"***" in written[out / "replies.jsonl"]
+    assert key not in said.out + said.err
+    assert not [path for path, data in written.items() if key.encode() in data]

@@ -28,8 +28,8 @@ def response_format(mode: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class HttpBackend:
-    """The first request finds out, alone, which mode the server accepts; its reply counts like any other. No text that leaves this class
-    holds the key."""
+    """The first request finds out, alone, which mode the server accepts; its reply counts like any other, and the calls that the server
+    rejected on the way, which cost nothing, do not count. No text that leaves this class holds the key."""
 
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
         self._url = url
@@ -72,7 +72,8 @@ class HttpBackend:
             fields["temperature"] = request.temperature
         try:
             async with asyncio.timeout(self._timeout):
-                completion = await self._client.chat.completions.create(**fields, **response_format(mode, request.schema))
+                # As extra_body, because the client would walk through every part of the schema at every call: a fifth of its time.
+                completion = await self._client.chat.completions.create(**fields, extra_body=response_format(mode, request.schema))
         except Exception as error:
             raise self._failure(error) from None
         return self._reply(completion, request)
@@ -101,6 +102,15 @@ class HttpBackend:
         except Exception as error:
             raise self._failure(error) from None
 
+    async def page(self, path: str) -> Any:
+        """The JSON at ``path``, which begins where the API's own "/v1" does; None where there is none."""
+        root = self._url.rstrip("/").removesuffix("/v1")
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._client.get(root + path, cast_to=object)
+        except (openai.OpenAIError, TimeoutError, ValueError):
+            return None
+
     def redact(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
@@ -118,7 +128,8 @@ class HttpBackend:
 
     def _status(self, error: openai.APIStatusError) -> Failure:
         status = error.status_code
-        message = self.redact(f"HTTP {status}: {' '.join(str(error.message).split())[:300]}")
+        said = " ".join(str(error.message).split()).removeprefix(f"Error code: {status} - ")
+        message = self.redact(f"HTTP {status}: {said[:300]}")
         wait = retry_after(error.response.headers)
         if status in (401, 402, 403) or error.code == "insufficient_quota":
             return Failure("fatal", message)

@@ -45,7 +45,8 @@ class Account:
     calls: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-    cost: float = 0.0
+    cost: float | None = None
+    """None where no prices are given."""
     seconds: float = 0.0
     replies_per_second: float = 0.0
     structured_output: str | None = None
@@ -67,8 +68,9 @@ class Estimate:
     tokens_in: int
     tokens_out: int
     tokens_out_most: int
-    cost: float
-    cost_most: float
+    cost: float | None
+    """None where no prices are given."""
+    cost_most: float | None
 
 
 def query_requests(chunks: list[Chunk], order: list[int], settings: LLMSettings) -> Iterator[Request]:

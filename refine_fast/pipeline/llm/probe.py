@@ -1,4 +1,4 @@
-"""What ``doctor`` finds out about an endpoint, in at most five short calls."""
+"""What ``doctor`` finds out about an endpoint, in four short calls and a few looks at what the server tells of itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .prompt import query_schema
 from .request import Failure, Request
 from .settings import IN_PROCESS, LLMSettings
 
-_CONTEXT_FIELDS = ("max_model_len", "context_length", "context_window", "max_context_length", "n_ctx", "n_ctx_train")
+_CONTEXT_FIELDS = ("max_model_len", "loaded_context_length", "context_length", "context_window", "max_context_length", "n_ctx")
+"""What servers call it; not n_ctx_train, which is what the model was trained for and not what its server runs it with."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ async def _probe(backend: HttpBackend, settings: LLMSettings, model: str) -> End
     own = next((entry for entry in listed if entry.get("id") == model), {})
     structured = {mode: await _honours(backend, settings, model, mode) for mode in MODES}
     speed, problem = await _speed(backend, settings, model)
-    return EndpointReport(True, bool(own) if listed else None, structured, _context(own), speed, problem)
+    return EndpointReport(True, bool(own) if listed else None, structured, await _context(backend, own, model), speed, problem)
 
 
 async def _honours(backend: HttpBackend, settings: LLMSettings, model: str, mode: str) -> str:
@@ -89,7 +90,22 @@ async def _speed(backend: HttpBackend, settings: LLMSettings, model: str) -> tup
     return reply.tokens_out / (time.perf_counter() - start), None
 
 
-def _context(entry: dict[str, Any]) -> int | None:
-    """Context length where the list of models tells it: vLLM, OpenRouter, LM Studio and llama.cpp do, under names of their own."""
-    flat = {**entry, **(entry.get("meta") or {})}
-    return next((int(flat[name]) for name in _CONTEXT_FIELDS if isinstance(flat.get(name), int)), None)
+async def _context(backend: HttpBackend, own: dict[str, Any], model: str) -> int | None:
+    """Tokens of prompt and reply together: from the list of models (vLLM, OpenRouter), or else as the server runs it from the pages of
+    llama.cpp, Ollama (the model is loaded by now) and LM Studio."""
+    if found := _told(own):
+        return found
+    for path in ("/props", "/api/ps", "/api/v0/models"):
+        page = await backend.page(path)
+        if not isinstance(page, dict):
+            continue
+        entries = [entry for entry in (page.get("models") or page.get("data") or []) if isinstance(entry, dict)]
+        same = [entry for entry in entries if model in (entry.get("id"), str(entry.get("name")).removesuffix(":latest"), entry.get("name"))]
+        for entry in (page.get("default_generation_settings"), *same):
+            if isinstance(entry, dict) and (found := _told(entry)):
+                return found
+    return None
+
+
+def _told(entry: dict[str, Any]) -> int | None:
+    return next((entry[name] for name in _CONTEXT_FIELDS if isinstance(entry.get(name), int)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,8 @@ class LLMSettings:
             if parts.username or parts.password or parts.query:
                 remedy = f"put the key in the environment variable {self.key_env}"
                 raise RefineFastError(f"llm: the URL of {parts.hostname} carries credentials or parameters; {remedy}.")
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.key_env):  # most likely the key itself: not to be repeated
+            raise RefineFastError("llm_key_env: this is no environment variable's name; give one, and keep the key in the variable.")
         if not self.models or not all(self.models):
             raise RefineFastError("llm_model: no model named; add --llm-model NAME.")
         if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
@@ -64,7 +67,11 @@ class LLMSettings:
             raise RefineFastError("max_cost: a cost limit needs prices; give --price-in and --price-out per million tokens.")
 
     def key(self) -> str | None:
-        return os.environ.get(self.key_env) or None
+        key = os.environ.get(self.key_env, "").strip()
+        if not re.fullmatch(r"[!-~]*", key):  # an HTTP library would quote it in its error
+            raise RefineFastError(f"{self.key_env}: its value holds spaces or other characters that no key has; set it anew.")
+        return key or None
 
-    def cost(self, tokens_in: int, tokens_out: int) -> float:
-        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+    def cost(self, tokens_in: int, tokens_out: int) -> float | None:
+        """None where no prices are given."""
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6 if self.price_in or self.price_out else None
