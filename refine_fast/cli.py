@@ -86,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
     doctor_command.add_argument("--llm", metavar="URL", help="an OpenAI-compatible endpoint to probe, with a few short calls")
     doctor_command.add_argument("--llm-model", metavar="NAME,...", help="the models to ask there")
     doctor_command.add_argument("--llm-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
-    command("prompt", prompt, "print the prompt that queries are asked for with, to change and pass as --prompt", "prompt > mine.jinja")
+    help = "print the prompt that queries are asked for with, to change and pass as --prompt"
+    prompt_command = command("prompt", prompt, help, "prompt > mine.jinja")
+    prompt_command.add_argument("name", nargs="?", choices=["queries", "judge"], default="queries", help="judge: that of --judge-prompt")
     run_flags(command("queries", run, "a run as far as its queries", "queries docs/ --out run --queries-per-chunk 8"))
     run_flags(command("mine", run, "a run as far as its hard negatives", "mine --out run --band auto"))
     run_flags(command("train", run, "a run as far as the fine-tuned encoder", "train --out run --epochs 2"))
@@ -174,7 +176,7 @@ def doctor(options: argparse.Namespace, console: Console) -> None:
 def prompt(options: argparse.Namespace, console: Console) -> None:
     from .pipeline.llm import default_prompt
 
-    print(default_prompt(), end="")
+    print(default_prompt(options.name), end="")
 
 
 def index(options: argparse.Namespace, console: Console) -> None:

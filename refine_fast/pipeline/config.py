@@ -209,8 +209,10 @@ class RunConfig:
     max_cost: float | None = _option(None, _or(None, _real(0, low_included=False)), "... cost, by the prices", "AMOUNT")
     price_in: float = _option(0.0, _real(0), "price of a million tokens in the prompts", "AMOUNT")
     price_out: float = _option(0.0, _real(0), "price of a million tokens in the replies", "AMOUNT")
+    duplicates: str = _option("near", _choice("near", "exact", "keep"), "drop a model's near and exact duplicates, exact, or keep", "HOW")
     round_trip: int = _option(0, _integer(0), "keep a query only if the encoder finds its chunk in the top N; 0 keeps all", "N")
     judge: bool = _option(False, _yes, "ask the model which queries their chunk answers, and drop the others: yes or no", "YES")
+    judge_prompt: Path | None = _option(None, _or(None, _existing), "your own; start from what 'refine-fast prompt judge' prints", "FILE")
     held_out: float = _option(0.2, _real(0, 0.5, low_included=False), "share of the documents kept for evaluation", "SHARE")
 
     band: tuple[float, float] | Literal["auto"] = _option((0.5, 0.7), _or("auto", _band), "cosines of hard negatives, or auto", "LOW,HIGH")
@@ -278,8 +280,10 @@ class RunConfig:
             max_cost=self.max_cost,
             price_in=self.price_in,
             price_out=self.price_out,
+            duplicates=self.duplicates,  # type: ignore[arg-type]
             round_trip=self.round_trip,
             judge=self.judge,
+            judge_prompt=self.judge_prompt,
             seed=self.seed,
         )
 
@@ -318,7 +322,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(name, known, n=1)
         remedy = f"did you mean {near[0]}?" if near else "see refine-fast run --help."
         raise RefineFastError(f"config: {path} has an unknown key {name!r}; {remedy}")
-    for name in ("docs", "queries", "out", "prompt"):  # relative to the file that says so, not to wherever one stands
+    for name in ("docs", "queries", "out", "prompt", "judge_prompt"):  # relative to the file that says so, not to wherever one stands
         if values.get(name) is not None:
             values[name] = os.path.join(path.parent, os.path.expanduser(str(values[name])))
     if values.get("ood") not in (None, "none"):

@@ -40,15 +40,25 @@ def written_queries(job: Job, chunks: list[Chunk]) -> tuple[list[Query], Account
 
     limited = any(limit is not None for limit in (settings.max_calls, settings.max_tokens, settings.max_cost))
     embeddings = embed([chunk.passage for chunk in chunks], "document") if limited or settings.round_trip else None
+    asked: list[Progress] = []
     with job.console.progress("asking the model") as advance:
 
         def watch(state: Progress) -> None:
-            cost = f", cost {state.cost:.2f}" if settings.price_in or settings.price_out else ""
-            advance(state.done, state.total, f"{state.rate:.1f}/s{cost}, {state.failed} failed, {state.concurrency} at a time")
+            asked[:] = [state]
+            cost = f", cost {state.cost:.4f}" if settings.price_in or settings.price_out else ""
+            before = f", {state.reused} from before" if state.reused else ""
+            note = f"{state.rate:.1f}/s{cost}, {state.failed} failed, {state.concurrency} at a time{before}"
+            # Over what is asked in this start: replies from before would make the time left look short.
+            advance(state.done + state.failed - state.reused, state.total - state.reused, note)
 
-        queries, account = generate_queries(
-            chunks, settings, job.path(REPLIES), embeddings=embeddings, encode=embed if settings.round_trip else None, watch=watch
-        )
+        try:
+            queries, account = generate_queries(
+                chunks, settings, job.path(REPLIES), embeddings=embeddings, encode=embed if settings.round_trip else None, watch=watch
+            )
+        except KeyboardInterrupt:
+            for state in asked:
+                job.console.say(f"  {state.done:,} of {state.total:,} replies are on disk and are not asked for again")
+            raise
     job.console.say(f"  {summary(account.to_dict())}")
     if account.stopped:
         where = f"after {account.replied:,} of {account.chunks:,} chunks"
@@ -68,8 +78,10 @@ def of_a_model(stage: Stage, job: Job) -> Stage:
     config = job.config
     from .llm import filters, generate, parse
 
-    fields = "llm llm_model llm_mix llm_temperature llm_reply_tokens max_calls max_tokens max_cost price_in price_out round_trip judge"
-    files = {} if config.prompt is None else {"prompt": config.prompt}
+    fields = "llm llm_model llm_mix llm_temperature llm_reply_tokens max_calls max_tokens max_cost price_in price_out"
+    fields += " duplicates round_trip judge"
+    prompts = {"prompt": config.prompt, "judge prompt": config.judge_prompt}
+    files = {name: path for name, path in prompts.items() if path is not None}
     return replace(
         stage,
         outputs=(*stage.outputs, ACCOUNT),
@@ -83,7 +95,7 @@ def of_a_model(stage: Stage, job: Job) -> Stage:
 def summary(account: Mapping[str, Any]) -> str:
     """The account in a sentence."""
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(account["dropped"].items(), key=lambda item: -item[1]))
-    cost = "" if account["cost"] is None else f", cost {account['cost']:.2f}"
+    cost = "" if account["cost"] is None else f", cost {account['cost']:,.4f}"
     return (
         f"{account['kept']:,} queries from {account['replied']:,} replies, {account['reused']:,} of them from before; "
         f"{account['calls']:,} calls, {account['tokens_in']:,} tokens in and {account['tokens_out']:,} out{cost}; "
@@ -98,6 +110,18 @@ def still_to_ask(job: Job, chunks: list[Chunk]) -> dict[str, float | None]:
     settings = job.config.llm_settings()
     assert settings is not None
     return asdict(estimate(chunks, settings, job.path(REPLIES)))
+
+
+def estimate_rows(asked: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The same as plan shows it."""
+    yield "calls to the model", f"{asked['calls']:,}"
+    yield "tokens", f"{asked['tokens_in']:,} in, about {asked['tokens_out']:,} out, at most {asked['tokens_out_most']:,}"
+    if asked["cost"] is None:
+        yield "cost", "unknown without --price-in and --price-out"
+    else:
+        yield "cost", f"about {asked['cost']:,.4f}, at most {asked['cost_most']:,.4f}"
+    if asked["stops_after"] is not None:
+        yield "a limit stops it", f"after about {asked['stops_after']:,} calls"
 
 
 def unanswered(job: Job) -> list[str]:

@@ -12,7 +12,7 @@ from .config import RunConfig
 from .console import Console
 from .embed import encode, has_fast_bf16
 from .encoder import encoder_folder, load_encoder
-from .llm_queries import still_to_ask
+from .llm_queries import estimate_rows, still_to_ask
 from .retrieval_set import load_beir
 from .train import steps_of
 from .work import Job, cut_documents, own_queries, split_queries
@@ -84,8 +84,10 @@ def make_plan(config: RunConfig) -> Plan:
 def show_plan(config: RunConfig, console: Console) -> None:
     with console.warnings():
         plan = asdict(make_plan(config))
-    plan |= {f"llm_{name}": value for name, value in (plan.pop("llm") or {}).items()}
+    asked = plan.pop("llm")
     table = Table(show_header=False)
     for name, value in plan.items():
         table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int | float) else value)
-    console.result(plan, table)
+    for row in estimate_rows(asked) if asked else ():
+        table.add_row(*row)
+    console.result(plan | {f"llm_{name}": value for name, value in (asked or {}).items()}, table)

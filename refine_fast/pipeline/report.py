@@ -130,7 +130,7 @@ def _written(account: Mapping[str, Any]) -> list[tuple[str, str]]:
     stopped = f"; stopped by {account['stopped']}" if account["stopped"] else ""
     failures = f" ({listed(account['failures'])})" if account["failures"] else ""
     rate = f"{account['replies_per_second']:.1f} a second in the last start; " if account["replied"] > account["reused"] else ""
-    cost = "no prices given" if account["cost"] is None else f"{account['cost']:.2f}"
+    cost = "no prices given" if account["cost"] is None else f"{account['cost']:,.4f}"
     return [
         ("model", _cell(", ".join(account["models"]))),
         ("passages", f"{account['chunks']:,}: {account['replied']:,} got a reply, {account['failed']:,} failed{failures}{stopped}"),

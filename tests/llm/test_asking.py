@@ -125,6 +125,22 @@ def test_the_estimate_holds(endpoint: Endpoint, chunks: list[Chunk], tmp_path: P
     assert estimate(chunks, settings, store).calls == 0
 
 
+def test_the_estimate_says_where_a_limit_stops(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
+    store = tmp_path / "replies.jsonl"
+    prices = {"price_in": 1.0, "price_out": 2.0}
+    generate_queries(chunks[:20], endpoint.settings(**prices), store)
+    plan = estimate(chunks, endpoint.settings(**prices), store)
+    assert (plan.calls, plan.stops_after) == (100, None)
+    assert estimate(chunks, endpoint.settings(max_calls=50), store).stops_after == 30
+    assert estimate(chunks, endpoint.settings(max_calls=10), store).stops_after == 0
+    assert estimate(chunks, endpoint.settings(max_calls=500), store).stops_after is None
+    spent = generate_queries(chunks[:20], endpoint.settings(**prices), store)[1]
+    half = estimate(chunks, endpoint.settings(**prices, max_cost=spent.cost + plan.cost / 2), store)
+    assert half.stops_after in (49, 50)
+    most = spent.tokens_in + spent.tokens_out + (plan.tokens_in + plan.tokens_out) // 2
+    assert estimate(chunks, endpoint.settings(max_tokens=most), store).stops_after in (49, 50)
+
+
 @pytest.mark.parametrize("rejection", [400, 422, 500])
 @pytest.mark.parametrize("strictest", ["json_schema", "json_object", "plain"])
 def test_the_strictest_structured_output_that_the_server_takes(
@@ -197,6 +213,14 @@ def test_judge_and_round_trip(endpoint: Endpoint, chunks: list[Chunk], tmp_path:
     endpoint.set(reply='{"answerable": []}')
     asked = generate_queries(some, endpoint.settings(judge=True, models=("other",)), tmp_path / "b.jsonl")[1]
     assert asked.kept == 0
+
+
+@pytest.mark.parametrize(("duplicates", "kept"), [("near", 1), ("exact", 2), ("keep", 6)])
+def test_duplicates_are_dropped_as_asked(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, duplicates: Any, kept: int) -> None:
+    long = "In which year was the old lighthouse of the harbour at Stettin lit for the first time by its keeper"
+    endpoint.set(reply=json.dumps([f"{long}?", f"{long}, please?"]))
+    settings = endpoint.settings(duplicates=duplicates)
+    assert generate_queries(chunks[:3], settings, tmp_path / "replies.jsonl")[1].kept == kept
 
 
 def test_progress_is_told(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:

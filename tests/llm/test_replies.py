@@ -186,7 +186,8 @@ def test_verdicts_of_the_judge(reply: str, numbers: list[int] | None) -> None:
 def test_duplicates() -> None:
     year = "In which year of the nineteenth century was the old lighthouse of the harbour at Stettin lit for the first time, {}?"
     texts = ["When was it built?", "when was it  built", year.format("1871"), year.format("1872"), year.format("1871 ") + " please"]
-    assert filters.duplicates(texts) == [None, "exact duplicate", None, None, "near duplicate"]
+    assert filters.exact_duplicates(texts) == [None, "exact duplicate", None, None, None]
+    assert filters.near_duplicates(texts) == [None, "near duplicate", None, None, "near duplicate"]
 
 
 def test_round_trip_keeps_what_the_encoder_finds() -> None:

@@ -2,6 +2,11 @@
 
 import gzip
 import json
+import os
+import re
+import signal
+import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -70,13 +75,46 @@ def test_chunks_without_a_reply_are_asked_again_by_the_same_command(
     assert "queries: up to date" in capsys.readouterr().err
 
 
-def test_prompt_is_printed_and_taken_back(endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prompt"]) == 0
-    mine = tmp_path / "mine.jinja"
-    mine.write_text(capsys.readouterr().out.replace("You write", "Thou writest"))
-    command = ["queries", str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url, "--llm-model", "tiny", "--prompt", str(mine)]
+def test_ctrl_c_says_what_is_kept(endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replies = tmp_path / "run" / "replies.jsonl"
+    command = ["queries", str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url, "--llm-model", "tiny", "--llm-concurrency", "1"]
+
+    def stop() -> None:
+        while not replies.exists() or replies.read_bytes().count(b"\n") < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    endpoint.set(latency=0.2)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
+    threading.Thread(target=stop, daemon=True).start()
+    try:
+        assert main(command) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    said = capsys.readouterr().err
+    assert re.search(r"[2-4] of 12 replies are on disk and are not asked for again\nerror: stopped; the same command goes on", said), said
+    kept = replies.read_bytes().count(b"\n")
+    endpoint.set(latency=0.0)
     assert main(command) == 0
-    assert "Thou writest" in endpoint.stats()["bodies"][-1]["messages"][0]["content"]
+    assert json.loads((tmp_path / "run" / "llm.json").read_text())["reused"] == kept
+
+
+def test_prompt_is_printed_and_taken_back(endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = {}
+    for name, said, changed in (("queries", "You write", "Thou writest"), ("judge", "You check", "Thou checkest")):
+        assert main(["prompt", name]) == 0
+        mine[name] = tmp_path / f"{name}.jinja"
+        mine[name].write_text(capsys.readouterr().out.replace(said, changed))
+    command = ["queries", str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url, "--llm-model", "tiny"]
+    command += ["--prompt", str(mine["queries"]), "--judge", "yes", "--judge-prompt", str(mine["judge"])]
+    assert main(command) == 0
+    asked = [body["messages"][0]["content"] for body in endpoint.stats()["bodies"]]
+    assert "Thou checkest" in asked[-1]
+    mine["judge"].write_text(mine["judge"].read_text().replace("Thou checkest", "Thou judgest"))
+    assert main(command) == 0
+    assert "judge prompt changed (judge.jinja)" in capsys.readouterr().err
+    assert "Thou judgest" in endpoint.stats()["bodies"][-1]["messages"][0]["content"]
+    assert endpoint.stats()["calls"]["none"] == 36  # twelve chunks: their queries once, their verdicts twice
 
 
 def test_doctor_tells_of_the_endpoint(endpoint: Endpoint, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,7 @@ async def _until_replied(
             used = {"tokens_in": outcome.tokens_in, "tokens_out": outcome.tokens_out}
             calls = broken + refused + 1
             if not outcome.text.strip():
-                advice = "; raise --max-reply-tokens" if outcome.finish == "length" else ""
+                advice = "; raise --llm-reply-tokens" if outcome.finish == "length" else ""
                 return {**record, "error": f"empty reply ({outcome.finish}){advice}", "calls": calls, **used}
             return {**record, "text": outcome.text, "finish": outcome.finish, "calls": calls, **used}
         assert outcome is not None

@@ -160,23 +160,26 @@ def normalize(text: str) -> str:
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
-def duplicates(texts: Iterable[str], *, threshold: float = 0.9) -> list[str | None]:
-    """Per text, in order: "exact duplicate" of an earlier one after :func:`normalize`, "near duplicate" when the Jaccard similarity of
-    their sets of words and word pairs is at least ``threshold``, otherwise None. MinHash proposes, the sets decide:
-    questions that differ by one year are two questions."""
+def exact_duplicates(texts: Iterable[str]) -> list[str | None]:
+    """Per text, in order: "exact duplicate" of an earlier one after :func:`normalize`, otherwise None."""
+    seen: set[str] = set()
+    verdicts: list[str | None] = []
+    for plain in map(normalize, texts):
+        verdicts.append("exact duplicate" if plain in seen else None)
+        seen.add(plain)
+    return verdicts
+
+
+def near_duplicates(texts: Iterable[str], *, threshold: float = 0.9) -> list[str | None]:
+    """Per text, in order: "near duplicate" of an earlier one that was kept, when the Jaccard similarity of their sets of words and word
+    pairs is at least ``threshold``, otherwise None. MinHash proposes, the sets decide: questions that differ by one year are two."""
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=threshold, num_perm=128)
     kept: dict[int, set[str]] = {}
-    seen: set[str] = set()
     verdicts: list[str | None] = []
     for number, text in enumerate(texts):
-        plain = normalize(text)
-        if plain in seen:
-            verdicts.append("exact duplicate")
-            continue
-        seen.add(plain)
-        words = plain.split()
+        words = normalize(text).split()
         shingles = {*words, *(" ".join(pair) for pair in itertools.pairwise(words))}
         sketch = MinHash(num_perm=128)
         sketch.update_batch([shingle.encode() for shingle in sorted(shingles)])

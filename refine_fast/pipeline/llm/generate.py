@@ -26,7 +26,7 @@ from .prompt import Template, judge_schema, query_schema, wanted
 from .request import Backend, Failure, Request, count_tokens
 from .sample import spread
 from .settings import IN_PROCESS, LLMSettings
-from .store import ReplyStore
+from .store import ReplyStore, Spent
 
 Encode = Callable[[list[str], str], np.ndarray]
 """Texts and their role, "query" or "document", to unit rows (n, d) float32: the base encoder."""
@@ -71,6 +71,8 @@ class Estimate:
     cost: float | None
     """None where no prices are given."""
     cost_most: float | None
+    stops_after: int | None = None
+    """About how many of the calls a limit allows; None where no limit is in the way."""
 
 
 def query_requests(chunks: list[Chunk], order: list[int], settings: LLMSettings) -> Iterator[Request]:
@@ -90,8 +92,10 @@ def estimate(chunks: list[Chunk], settings: LLMSettings, store: Path) -> Estimat
     """Before a token is spent: calls, tokens and cost of what the store has no reply to. A reply is taken to be 30 tokens a query and 20
     around them. With ``judge`` there is a second call for each chunk: its prompt, the queries, and a short list of numbers."""
     known: set[str] = set()
+    spent = Spent()
     if store.exists():
         with ReplyStore(store) as replies:
+            spent = replies.spent
             known = {request.key for request in query_requests(chunks, list(range(len(chunks))), settings) if request.key in replies}
     calls = tokens_in = 0
     for request in query_requests(chunks, list(range(len(chunks))), settings):
@@ -106,7 +110,15 @@ def estimate(chunks: list[Chunk], settings: LLMSettings, store: Path) -> Estimat
         tokens_out += calls * 20
         most += calls * settings.max_reply_tokens
         calls *= 2
-    return Estimate(calls, tokens_in, tokens_out, most, settings.cost(tokens_in, tokens_out), settings.cost(tokens_in, most))
+    cost = settings.cost(tokens_in, tokens_out)
+    limits = (
+        (settings.max_calls, spent.calls, calls),
+        (settings.max_tokens, spent.tokens_in + spent.tokens_out, tokens_in + tokens_out),
+        (settings.max_cost, settings.cost(spent.tokens_in, spent.tokens_out), cost),
+    )
+    shares = [max(0.0, limit - (used or 0)) / wanted for limit, used, wanted in limits if limit is not None and wanted]
+    stops_after = int(calls * min(shares)) if shares and min(shares) < 1 else None
+    return Estimate(calls, tokens_in, tokens_out, most, cost, settings.cost(tokens_in, most), stops_after)
 
 
 def generate_queries(
@@ -135,7 +147,7 @@ def generate_queries(
         account = Account(settings.models, len(chunks), sum(key in replies for key in keys), reused, state.failed, state.stopped)
         account.seconds, account.replies_per_second, account.structured_output = state.seconds, state.rate, mode
         found = _candidates(chunks, keys, settings, replies, account)
-        found = _deduplicated(found, account)
+        found = _deduplicated(found, settings.duplicates, account)
         if settings.round_trip and encode is not None:
             found = _round_trip(chunks, found, settings.round_trip, embeddings, encode, account)
         if settings.judge:
@@ -209,8 +221,12 @@ def _keep(found: Found, verdicts: list[str | None], account: Account) -> Found:
     return [item for item, verdict in zip(found, verdicts, strict=True) if verdict is None]
 
 
-def _deduplicated(found: Found, account: Account) -> Found:
-    return _keep(found, filters.duplicates([text for _, _, text in found]), account)
+def _deduplicated(found: Found, which: str, account: Account) -> Found:
+    if which != "keep":
+        found = _keep(found, filters.exact_duplicates([text for _, _, text in found]), account)
+    if which == "near":
+        found = _keep(found, filters.near_duplicates([text for _, _, text in found]), account)
+    return found
 
 
 def _round_trip(chunks: list[Chunk], found: Found, top_n: int, embeddings: np.ndarray | None, encode: Encode, account: Account) -> Found:
@@ -229,7 +245,7 @@ async def _judged(
     own: dict[int, list[int]] = {}
     for position, (i, _, _) in enumerate(found):
         own.setdefault(i, []).append(position)
-    template = Template(name="judge.jinja")
+    template = Template(settings.judge_prompt, name="judge")
 
     def request(i: int) -> Request:
         texts = [found[position][2] for position in own[i]]

@@ -22,28 +22,25 @@ KINDS = {
 }
 
 
-def default_prompt() -> str:
-    return _packaged("queries.jinja")
-
-
-def _packaged(name: str) -> str:
-    return (resources.files(__package__) / "prompts" / name).read_text(encoding="utf-8")
+def default_prompt(name: str = "queries") -> str:
+    """The template that comes along: "queries", or "judge"."""
+    return (resources.files(__package__) / "prompts" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 class Template:
     """``path`` None: the one that comes along under ``name``."""
 
-    def __init__(self, path: Path | None = None, *, name: str = "queries.jinja") -> None:
+    def __init__(self, path: Path | None = None, *, name: str = "queries") -> None:
         self._path = path
         environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         try:
-            self._template = environment.from_string(_packaged(name) if path is None else path.read_text(encoding="utf-8"))
+            self._template = environment.from_string(default_prompt(name) if path is None else path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise RefineFastError(f"prompt: {path} cannot be read ({error}); give a text file.") from None
         except jinja2.TemplateSyntaxError as error:
             raise RefineFastError(f"prompt: {path}, line {error.lineno}: {error.message}; correct the template.") from None
         if "user" not in self._template.blocks:
-            raise RefineFastError(f"prompt: {path} has no block 'user'; start from what 'refine-fast prompt' prints.")
+            raise RefineFastError(f"prompt: {path} has no block 'user'; start from what 'refine-fast prompt {name}' prints.")
 
     def render(self, **variables: Any) -> tuple[str, str]:
         """The system and the user message."""

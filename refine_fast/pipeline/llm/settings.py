@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from ...errors import RefineFastError
@@ -40,10 +41,13 @@ class LLMSettings:
     max_cost: float | None = None
     price_in: float = 0.0
     price_out: float = 0.0
+    duplicates: Literal["near", "exact", "keep"] = "near"
+    """Which queries that say what an earlier one says are dropped: near ones and exact ones, exact ones, none."""
     round_trip: int = 0
     """Keep a query only if the base encoder finds its chunk within this many; 0 turns the filter off."""
     judge: bool = False
     """Ask the model whether the chunk answers the query, one further call for each chunk."""
+    judge_prompt: Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
