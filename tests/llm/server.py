@@ -155,7 +155,7 @@ class Server:
 
     def take(self) -> bool:
         now = time.monotonic()
-        self.tokens = min(self.options.rate / 10, self.tokens + (now - self.refilled) * self.options.rate)
+        self.tokens = min(max(1.0, self.options.rate / 10), self.tokens + (now - self.refilled) * self.options.rate)
         self.refilled = now
         if self.tokens < 1:
             return False
