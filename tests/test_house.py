@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import those of a lower rank only.
 RANKS = [
-    {"errors", "_core", "_cuda", "reference"},
+    {"errors", "_core", "_cuda", "reference", "workspace"},
     {"_native"},
     {"triton_kernels"},
     {"ops"},
@@ -66,6 +66,7 @@ INCLUDES = {
     "core": r"core/[a-z_0-9]+\.h|[a-z_0-9]+|cpuid\.h|omp\.h|sys/[a-z_]+\.h|unistd\.h|fcntl\.h|errno\.h|linux/[a-z_]+\.h",
     "isa": r"immintrin\.h|arm_neon\.h|core/(types|(lerp_|loss_|screen_|select_)?kernels)\.h|isa/[a-z_0-9]+\.h|cstdint|cstddef",
     "cuda": r"core/types\.h|cuda/[a-z_0-9]+\.h|[a-z_0-9]+|cuda[a-z_0-9]*\.h|mma\.h",
+    "cuda_emulated": r"cuda_runtime\.h|cuda_emulated/[a-z_0-9]+\.h|ucontext\.h|[a-z_0-9]+",
     "bindings": r".*",
 }
 

@@ -61,8 +61,9 @@ template <typename Base, typename Tuned, typename Wide, int kCount>
 void launch(Base* base, const Tuned* tuned, int64_t packs, Wide weight, cudaStream_t stream) {
   constexpr int kThreads = 256;
   if (packs > 0) {
-    const auto blocks = static_cast<unsigned>((packs + kThreads - 1) / kThreads);
-    lerp_kernel<Base, Tuned, Wide, kCount><<<blocks, kThreads, 0, stream>>>(base, tuned, packs, weight);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>((packs + kThreads - 1) / kThreads)), config.blockDim = dim3(kThreads), config.stream = stream;
+    cudaLaunchKernelEx(&config, lerp_kernel<Base, Tuned, Wide, kCount>, base, tuned, packs, weight);
   }
 }
 

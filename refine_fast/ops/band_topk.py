@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,14 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .._native import DTYPES
+from . import band_topk_cuda
+from .band_inputs import Block, Progress, check, outputs, ranges, shape, upper_edges
 
 MEMORY = 48 << 20
 """What one search holds besides its outputs, in bytes; more queries than fit are searched in turn."""
 BLOCK = 8 << 20
 """Bytes of documents that are read at a time."""
-
-Progress = Callable[[int, int], None]
 
 
 class BandTopK(NamedTuple):
@@ -55,8 +53,9 @@ def band_topk(
 
     Args:
         queries: (B, D), float32, bfloat16 or float16: a torch tensor, a numpy array or memory map, or anything with a shape whose slices
-            are one of these (``safe_open(...).get_slice(name)``).
-        docs: (N, D), likewise. Read in blocks of 8 MiB, so it may be larger than memory.
+            are one of these (``safe_open(...).get_slice(name)``). A tensor on a GPU is searched there.
+        docs: (N, D), likewise. Read in blocks of 8 MiB, so it may be larger than memory. For queries on a GPU: on the same GPU, or on the
+            CPU in any of these containers, from where it is streamed through pinned buffers.
         k: documents per query.
         band: lo and hi, both inclusive, on the inner product: on the cosine if the rows are unit vectors or ``normalize`` is set. Rows of
             other lengths are taken as they are.
@@ -72,14 +71,16 @@ def band_topk(
 
     Returns:
         BandTopK(ids, scores, in_band), the same as a float64 sort of the given values whatever the ISA level, the number of threads
-        (``torch.set_num_threads``) and the container. Memory beyond it: 64 MiB, whatever B, N and k.
+        (``torch.set_num_threads``), the device and the container; on the queries' device. Memory beyond it: 64 MiB, whatever B, N and k;
+        on a GPU the workspace that REFINE_FAST_WORKSPACE_MB allows.
 
     Raises:
         ValueError: shapes that do not fit, k or skip below 0, lo above hi, an excluded id that is no document, NaN in ceiling, and NaN, Inf
             or a norm above 1e18 in a row, which is named.
         TypeError: another dtype.
+        torch.OutOfMemoryError: a GPU without room for the workspace.
     """
-    rows, count = _shape(queries, "queries")[0], _shape(docs, "docs")[0]
+    rows, count = shape(queries, "queries")[0], shape(docs, "docs")[0]
     offsets, excluded = (None, None) if exclude is None else _ragged(exclude, rows, count)
     ceiling = None if ceiling is None else torch.as_tensor(ceiling)
     lo, hi = (float(edge) for edge in band)
@@ -88,9 +89,12 @@ def band_topk(
     if order not in ("skip_then_band", "band_then_skip"):
         raise ValueError(f'order must be "skip_then_band" or "band_then_skip", not {order!r}')
     rule = (k, lo, hi, skip, offsets, excluded, ceiling, select == "random", seed, order == "band_then_skip", normalize)
-    if isinstance(queries, Tensor) and isinstance(docs, Tensor) and queries.is_cpu and docs.is_cpu and progress is None:
+    device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
+    together = isinstance(queries, Tensor) and isinstance(docs, Tensor) and queries.device == docs.device
+    if together and device.type in ("cpu", "cuda") and progress is None:
         return BandTopK(*_band_topk(queries.detach(), docs.detach(), *rule))
-    return BandTopK(*_search(queries, docs, *rule, progress=progress))
+    search = band_topk_cuda.search if device.type == "cuda" else _search
+    return BandTopK(*search(queries, docs, *rule, progress=progress))
 
 
 @torch.library.custom_op("refine_fast::band_topk", mutates_args=(), device_types="cpu")
@@ -112,6 +116,11 @@ def _band_topk(
     return _search(queries, docs, k, lo, hi, skip, offsets, excluded, ceiling, random, seed, band_first, normalize)
 
 
+@_band_topk.register_kernel("cuda")
+def _(queries: Tensor, docs: Tensor, *rule: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return band_topk_cuda.search(queries, docs, *rule)
+
+
 @_band_topk.register_fake
 def _(
     queries: Tensor,
@@ -128,8 +137,8 @@ def _(
     band_first: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(queries, docs, k, lo, hi, skip, ceiling)
-    return _outputs(queries.shape[0], k, queries.device)
+    check(queries, docs, k, lo, hi, skip, ceiling)
+    return outputs(queries.shape[0], k, queries.device)
 
 
 def _search(
@@ -148,13 +157,9 @@ def _search(
     normalize: bool,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, count, width = _check(queries, docs, k, lo, hi, skip, ceiling)
-    edges = torch.full((rows,), hi, dtype=torch.float64)
-    if ceiling is not None:
-        if torch.isnan(ceiling).any():
-            raise ValueError(f"ceiling of query {int(torch.isnan(ceiling).nonzero()[0])} is NaN; give a number, or inf for none")
-        edges = edges.minimum(ceiling.to("cpu", torch.float64))
-    ids, scores, in_band = outputs = _outputs(rows, k, "cpu")
+    rows, count, width = check(queries, docs, k, lo, hi, skip, ceiling)
+    edges = upper_edges(rows, hi, ceiling)
+    ids, scores, in_band = found = outputs(rows, k, "cpu")
     threads = torch.get_num_threads()
     spec = _core.BandSpec(width, k, skip, lo, random, seed % 2**64, band_first, normalize, threads)
     step = _core.BandSearch.queries_within(spec, MEMORY)
@@ -164,49 +169,16 @@ def _search(
         row_offsets = 0 if offsets is None else offsets[first:].data_ptr()
         row_ids = 0 if excluded is None else excluded.data_ptr()
         search = _core.BandSearch(spec, first, last - first, edges[first:].data_ptr(), row_offsets, row_ids)
-        with _Block(queries, first, last, "queries") as block:
+        with Block(queries, first, last, "queries") as block:
             search.set_queries(block.pointer, block.dtype, block.row_stride)
-        for begin, end in _ranges(count, max(1, BLOCK // (4 * width))):
-            with _Block(docs, begin, end, "docs") as block:
+        for begin, end in ranges(count, max(1, BLOCK // (4 * width))):
+            with Block(docs, begin, end, "docs") as block:
                 search.push(block.pointer, block.dtype, block.row_stride, end - begin, begin)
             if progress is not None:
                 progress(first * count + (last - first) * end, rows * count)
         search.finish(ids[first:].data_ptr(), scores[first:].data_ptr(), in_band[first:].data_ptr())
         del search  # before the next one takes its memory
-    return outputs
-
-
-def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
-    return ((begin, min(begin + step, count)) for begin in range(0, count, step))
-
-
-def _outputs(rows: int, k: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty((rows, k), dtype=torch.int64, device=device),
-        torch.empty((rows, k), dtype=torch.float32, device=device),
-        torch.empty((rows,), dtype=torch.int64, device=device),
-    )
-
-
-def _shape(x: Any, name: str) -> tuple[int, int]:
-    shape = tuple(x.get_shape() if hasattr(x, "get_shape") else x.shape)
-    if len(shape) != 2 or shape[1] == 0:
-        raise ValueError(f"{name} must have two dimensions, rows and at least one column, not the shape {shape}")
-    return shape
-
-
-def _check(queries: Any, docs: Any, k: int, lo: float, hi: float, skip: int, ceiling: Tensor | None) -> tuple[int, int, int]:
-    (rows, width), (count, docs_width) = _shape(queries, "queries"), _shape(docs, "docs")
-    if width != docs_width:
-        raise ValueError(f"queries have {width} columns and docs {docs_width}; embed both with the same model")
-    for name, value in (("k", k), ("skip", skip)):
-        if not 0 <= value < 2**31:
-            raise ValueError(f"{name} must be 0 or more, not {value}")
-    if not lo <= hi:
-        raise ValueError(f"the band ({lo}, {hi}) is empty: the lower edge comes first, and neither is NaN")
-    if ceiling is not None and tuple(ceiling.shape) != (rows,):
-        raise ValueError(f"ceiling must have one value for each of the {rows} queries, not the shape {tuple(ceiling.shape)}")
-    return rows, count, width
+    return found
 
 
 def _ragged(exclude: Sequence[Any], rows: int, count: int) -> tuple[Tensor, Tensor]:
@@ -221,40 +193,3 @@ def _ragged(exclude: Sequence[Any], rows: int, count: int) -> tuple[Tensor, Tens
         raise ValueError(f"exclude of query {row[wrong[0]]} names document {flat[wrong[0]]}, but the ids are 0 to {count - 1}")
     flat = flat[np.lexsort((flat, row))]
     return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))), torch.from_numpy(flat)
-
-
-class _Block:
-    """Rows begin .. end of a source as an address, while the context lasts."""
-
-    def __init__(self, source: Any, begin: int, end: int, name: str) -> None:
-        rows = source[begin:end]
-        if not isinstance(rows, Tensor):
-            rows = np.asarray(rows)
-        dtype = rows.dtype if isinstance(rows, Tensor) else _NUMPY.get(rows.dtype)
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"{name} are {rows.dtype}; give float32, bfloat16 or float16")
-        if isinstance(rows, Tensor):
-            if rows.device.type != "cpu":
-                raise ValueError(f"{name} are on {rows.device}; band_topk has no kernel there yet: pass {name}.cpu()")
-            rows = rows if rows.stride(1) == 1 else rows.contiguous()
-            self.pointer, self.row_stride = rows.data_ptr(), rows.stride(0)
-        else:
-            item = rows.itemsize
-            if rows.strides[1] != item or rows.strides[0] % item:
-                rows = np.ascontiguousarray(rows)
-            self.pointer, self.row_stride = rows.ctypes.data, rows.strides[0] // item
-        self.dtype, self._rows, self._source = DTYPES[dtype], rows, source
-
-    def __enter__(self) -> _Block:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Gives the pages of a memory map back to the page cache, which would count as ours until the system is short of memory."""
-        mapping = getattr(self._source, "_mmap", None)
-        if isinstance(self._source, np.memmap) and self._source.mode == "r" and mapping is not None and self._rows.size:
-            offset = self._rows.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
-            begin = offset - offset % mmap.PAGESIZE
-            mapping.madvise(mmap.MADV_DONTNEED, begin, offset + self._rows.nbytes - begin)
-
-
-_NUMPY = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16}

@@ -30,7 +30,6 @@ No host synchronization and no atomics: equal inputs give equal bits, and a call
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -40,11 +39,11 @@ import torch
 import triton
 from torch import Tensor
 
+from ..workspace import LEAST, VARIABLE, workspace_bytes
 from . import info_nce_kernels as kernels
 
-WORKSPACE_VARIABLE = "REFINE_FAST_WORKSPACE_MB"
-LEAST_WORKSPACE = 16 << 20
 LEAST_WAVE = 1024  # rows
+ENOUGH_WEIGHTS = 1 << 26  # of a wave: 2,048 tiles of 128 x 256, fifteen rounds of an H100; more take memory and gain nothing
 COMBINE_BLOCK = 128  # rows a program
 ENOUGH_PROGRAMS = 8 * 132  # of the log-sum pass: the columns are split where the row blocks alone are fewer
 
@@ -81,14 +80,17 @@ class Tiling:
 
 def tiling(capability: tuple[int, int], element_bytes: int) -> Tiling:
     """The largest tile that keeps its accumulators in registers and fits a block's shared memory: 227 KB on sm_90, 163 on sm_80, 99 on
-    consumer parts, 64 on sm_75. wgmma (sm_90) wants 64 x 256 a warpgroup; tf32x3 splits both operands in registers: a smaller tile."""
+    consumer parts, 64 on sm_75. wgmma (sm_90) wants 64 x 256 a warpgroup; tf32x3 splits both operands in registers: a smaller tile. Triton
+    multiplies without tensor cores on sm_75, operands in registers too: a small one."""
+    if capability < (8, 0):
+        return Tiling(64, 64, 32, warps=8, stages=2)
     if element_bytes == 4:
-        return Tiling(64, 128, 32, warps=8, stages=3 if capability >= (8, 0) else 2)
+        return Tiling(64, 128, 32, warps=8, stages=3)
     if capability[0] == 9:
         return Tiling(128, 256, 64, warps=8, stages=4)
     if capability == (8, 0):
         return Tiling(128, 128, 64, warps=8, stages=4)
-    return Tiling(128, 128, 32, warps=8, stages=3 if capability >= (8, 0) else 2)
+    return Tiling(128, 128, 32, warps=8, stages=3)
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,13 @@ class Plan:
 
 
 def plan(B: int, N: int, D: int, *, element_bytes: int, copies: bool, workspace: int, tile: Tiling) -> Plan:
-    """The largest block, in whole tiles, that the workspace holds. copies: d has to be copied to bf16 (float16 inputs)."""
+    """The block, in whole tiles, that the workspace holds: of a wave no more rows than keep the GPU busy, else all that fit. copies: d has
+    to be copied to bf16 (float16 inputs)."""
     copy = 2 * D if copies else 0
     per_row = element_bytes * (N + 64 + D) + 4 * D + 4 * triton.cdiv(N, tile.n)  # weights, scaled q, dq, row sums
     rows = (workspace - N * (4 * D + copy)) // per_row // tile.m * tile.m
     if rows >= min(LEAST_WAVE, B):
+        rows = min(rows, max(LEAST_WAVE, ENOUGH_WEIGHTS // N) // tile.m * tile.m)
         rows = triton.cdiv(triton.cdiv(B, triton.cdiv(B, rows)), tile.m) * tile.m  # equal waves
         return Plan(rows, N, waves=True)
     per_side = (element_bytes + 8) * D + copy  # of a square block: scaled q and a float32 gradient on either side
@@ -314,16 +318,8 @@ def _on(q: Tensor, workspace: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"info_nce of {len(q)} rows found no room for {workspace >> 20} MB of workspace beside its gradients; "
-            f"lower {WORKSPACE_VARIABLE} (at least {LEAST_WORKSPACE >> 20}) or the batch size"
+            f"lower {VARIABLE} (at least {LEAST >> 20}) or the batch size"
         ) from error
-
-
-def workspace_bytes() -> int:
-    """What REFINE_FAST_WORKSPACE_MB allows besides inputs and gradients; 512 MB by default, at least 16."""
-    text = os.environ.get(WORKSPACE_VARIABLE, "512")
-    if not text.isdecimal() or int(text) << 20 < LEAST_WORKSPACE:
-        raise ValueError(f"{WORKSPACE_VARIABLE} is {text!r}; it must be a whole number of megabytes, at least {LEAST_WORKSPACE >> 20}")
-    return int(text) << 20
 
 
 def losses(q: Tensor, d: Tensor, **problem: Any) -> Tensor:

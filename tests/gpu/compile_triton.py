@@ -1,5 +1,5 @@
-"""Compiles every Triton kernel for sm_80 and sm_90 with no GPU and prints what came out, one JSON object a line; run by test_compile.py in
-a process of its own, since Triton decides at import whether its kernels are interpreted."""
+"""Compiles every Triton kernel for sm_75, sm_80 and sm_90 with no GPU and prints what came out, one JSON object a line; run by
+test_compile.py in a process of its own, since Triton decides at import whether its kernels are interpreted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POINTERS = {
     **dict.fromkeys(("hard_mask",), "*i1"),
     **dict.fromkeys(("wide",), "*i8"),
 }
-STORED = {"q", "d", "hard", "dq", "dd", "dhard", "extra", "e", "scaled_q"}  # in the dtype of the inputs; the rest is float32
+INPUTS, WEIGHTS, GRADIENTS = {"q", "d", "hard"}, {"e", "scaled_q"}, {"dq", "dd", "dhard", "extra"}  # what is in none of them is float32
 
 
 def argument_type(name: str, dtype: str) -> str:
@@ -29,7 +29,9 @@ def argument_type(name: str, dtype: str) -> str:
         return "fp32"
     if name in INTS or name.startswith("stride"):
         return INTS.get(name, "i32")
-    return POINTERS.get(name) or "*" + (dtype if name in STORED else "fp32")
+    halves = {"bf16": (INPUTS | WEIGHTS | GRADIENTS, set()), "fp16": (WEIGHTS, INPUTS), "fp32": (set(), set())}  # what is bf16, what fp16
+    in_bf16, in_fp16 = halves[dtype]
+    return POINTERS.get(name) or ("*bf16" if name in in_bf16 else "*fp16" if name in in_fp16 else "*fp32")
 
 
 def compile_kernel(name: str, dtype: str, capability: int, constants: dict[str, object], options: dict[str, int]) -> dict[str, object]:
@@ -63,9 +65,9 @@ FORMS = {
 
 
 def main() -> None:
-    for capability, dtype, form in [(80, "bf16", "every option"), (80, "fp32", "every option"), (90, "fp32", "every option"),
-                                    *((90, "bf16", form) for form in FORMS)]:  # fmt: skip
-        tile = info_nce.tiling((capability // 10, capability % 10), 2 if dtype == "bf16" else 4)
+    everything = [(75, "fp16"), (75, "fp32"), (80, "bf16"), (80, "fp32"), (90, "fp32")]  # sm_75 has no bf16
+    for capability, dtype, form in [*((*target, "every option") for target in everything), *((90, "bf16", form) for form in FORMS)]:
+        tile = info_nce.tiling((capability // 10, capability % 10), 4 if dtype == "fp32" else 2)
         constants = FORMS[form] | {"PRECISION": "tf32x3", "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
         constants |= {"BLOCK_D": 1024, "BLOCK_T": 256, "BLOCK": info_nce.COMBINE_BLOCK}
         for name in ("negatives_kernel", "weights_kernel"):

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 STACK_LIMIT = 64  # bytes a thread: a spilled register or two outside the inner loop (triton 3.6 and 3.9 differ)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +28,15 @@ def kernels() -> list[dict[str, object]]:
 
 
 def test_no_kernel_spills_and_each_fits(kernels: list[dict[str, object]]) -> None:
-    assert len({(k["kernel"], k["dtype"], k["capability"], k["form"]) for k in kernels}) == 7 * 6
+    assert len({(k["kernel"], k["dtype"], k["capability"], k["form"]) for k in kernels}) == 7 * 8
     for kernel in kernels:
         assert kernel["stack_bytes"] <= STACK_LIMIT, kernel
         assert kernel["shared"] <= SHARED_LIMIT[kernel["capability"]], kernel
 
 
 def test_tiles_are_multiplied_on_the_tensor_cores(kernels: list[dict[str, object]]) -> None:
-    """wgmma on sm_90, mma on sm_80, operands copied asynchronously on both."""
-    tiles = [k for k in kernels if "BLOCK_M" in k["constants"]]
+    """wgmma on sm_90, mma on sm_80, operands copied asynchronously on both; sm_75 does without in today's Triton."""
+    tiles = [k for k in kernels if "BLOCK_M" in k["constants"] and k["capability"] >= 80]
     assert len(tiles) == 2 * 6
     for kernel in tiles:
         assert kernel["wgmma" if kernel["capability"] == 90 else "mma"] > 0, kernel
@@ -50,7 +50,7 @@ def test_cuda_sources_compile_without_spills(source: Path, arch: str) -> None:
     if nvcc is None:
         pytest.skip("no nvcc here")
     target = f"arch={arch.replace('sm', 'compute')},code={arch}"
-    command = [nvcc, "-std=c++20", f"-I{ROOT / 'csrc'}", "-gencode", target, "-Xptxas", "-v", "-cubin", "-o", os.devnull, str(source)]
+    command = [nvcc, "-std=c++17", f"-I{ROOT / 'csrc'}", "-gencode", target, "-Xptxas", "-v", "-cubin", "-o", os.devnull, str(source)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "Used" in report
     assert {int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", report)} == {0}

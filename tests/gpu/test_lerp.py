@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
+def emulated_lerp(base: torch.Tensor, tuned: torch.Tensor, weight: float) -> None:
+    """The CUDA kernel over csrc/cuda_emulated, on CPU tensors."""
+    codes = _native.DTYPES
+    _native.cuda_module().lerp(base.data_ptr(), codes[base.dtype], tuned.data_ptr(), codes[tuned.dtype], base.numel(), weight, 0)
+
+
 def draw(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """Normal numbers with the values that go wrong first: infinities, zeros of both signs, denormals, the largest."""
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -33,16 +40,18 @@ def draw(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("tuned_dtype", FLOATS)
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 4099], ids=["none", "one", "less than a pack", "one pack", "a ragged tail"])
 def test_bits_of_the_reference(base_dtype: torch.dtype, tuned_dtype: torch.dtype, n: int, device: torch.device) -> None:
+    kernels = {"this device's": lerp_} | ({"emulated CUDA": emulated_lerp} if hasattr(_native.cuda_module(), "emulate") else {})
     for offset in (0, 1):  # 1: no access of 16 bytes is aligned
         for weight in (0.35, -0.2, 0.5, 1.0):
             base, tuned = draw(n + offset, base_dtype, 1), draw(n + offset, tuned_dtype, 2)
             tuned[8:16] = base[8:16].to(tuned_dtype)
             wanted = reference.lerp(base, tuned, weight)
-            found = base.to(device)
-            lerp_(found[offset:], tuned.to(device)[offset:], weight)
-            same = (bits(found[offset:]) == bits(wanted[offset:])) | found[offset:].cpu().isnan().repeat_interleave(base.itemsize)
-            assert same.all(), (offset, weight)
-            assert torch.equal(found.cpu().isnan()[offset:], wanted.isnan()[offset:])
+            for name, interpolate in kernels.items():
+                found = base.to(device, copy=True)
+                interpolate(found[offset:], tuned.to(device)[offset:], weight)
+                same = (bits(found[offset:]) == bits(wanted[offset:])) | found[offset:].cpu().isnan().repeat_interleave(base.itemsize)
+                assert same.all(), (name, offset, weight)
+                assert torch.equal(found.cpu().isnan()[offset:], wanted.isnan()[offset:])
 
 
 class Small(nn.Module):
@@ -94,8 +103,9 @@ def test_cuda_module_imports_without_a_driver() -> None:
     cuda = _native.cuda_module()
     if cuda is None:
         pytest.skip("_cuda was not built: no nvcc here")
-    stub = (Path(_native.__file__).parent / "_cuda.pyi").read_text()
-    assert {line.split("(")[0].removeprefix("def ") for line in stub.splitlines()} == {name for name in dir(cuda) if name[0] != "_"}
-    if not torch.cuda.is_available():
+    tree = ast.parse((Path(_native.__file__).parent / "_cuda.pyi").read_text())
+    stub = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert stub == {name for name in dir(cuda) if name[0] != "_"} - {"emulate"}
+    if not (torch.cuda.is_available() or hasattr(cuda, "emulate")):
         with pytest.raises(RuntimeError, match=r"CUDA error: .*driver"):
             cuda.lerp(0, 0, 0, 0, 16, 0.5, 0)

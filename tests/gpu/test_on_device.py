@@ -1,4 +1,4 @@
-"""What only a GPU can show: real tile sizes, no host synchronization, capture in a CUDA graph, bounded memory."""
+"""What only a GPU can show: real sizes, no host synchronization, capture in a CUDA graph, streams, bounded memory."""
 
 from __future__ import annotations
 
@@ -82,3 +82,37 @@ def test_memory_stays_inside_the_workspace(megabytes: int, monkeypatch: pytest.M
     found = step(q, d)
     gradients = 2 * sum(x.nbytes for x in found[1:])  # held by the operator, and scaled by the upstream gradient
     assert torch.cuda.max_memory_allocated() - before - gradients <= (megabytes << 20) + 16_384 * 2 * 20 * 4
+
+
+def clusters(rows: int, seed: int) -> torch.Tensor:
+    """Unit rows of float16 in 300 clusters of cosine 0.6."""
+    g = torch.Generator().manual_seed(seed)
+    centers = F.normalize(torch.randn(300, 384, generator=torch.Generator().manual_seed(0)), dim=-1)
+    noise = torch.randn(rows, 384, generator=g) * (0.816 / 384**0.5)
+    return F.normalize(centers[torch.randint(300, (rows,), generator=g)] + noise, dim=-1).half()
+
+
+@pytest.mark.parametrize("select", ["hardest", "random"])
+@pytest.mark.parametrize("place", ["on the GPU", "streamed"])
+def test_band_topk_is_the_cpus(place: str, select: str) -> None:
+    queries, docs = clusters(3_000, 1), clusters(300_000, 2)
+    rule = {"k": 100, "select": select, "exclude": [[i] for i in range(len(queries))]}
+    wanted = rf.band_topk(queries, docs, **rule)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # made there, searched there
+        found = rf.band_topk(queries.cuda(non_blocking=True), docs.cuda() if place == "on the GPU" else docs, **rule)
+    side.synchronize()
+    assert torch.equal(found.ids.cpu(), wanted.ids)
+    assert torch.equal(found.in_band.cpu(), wanted.in_band)
+    torch.testing.assert_close(found.scores.cpu(), wanted.scores, rtol=0, atol=0, equal_nan=True)
+
+
+def test_band_topk_stays_inside_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFINE_FAST_WORKSPACE_MB", "64")
+    queries, docs = clusters(20_000, 1).cuda(), clusters(100_000, 2).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = rf.band_topk(queries, docs, 20)
+    outputs = sum(x.nbytes for x in found)
+    assert torch.cuda.max_memory_allocated() - before - outputs <= (64 << 20) + 20_000 * 8 + 4096  # and the upper edges

@@ -1,0 +1,60 @@
+// What the kernels of band_topk share: packed operands, and what is known of a query.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace refine_fast {
+
+constexpr int kPanel = 256;  // rows that share a scale, and documents that share a margin
+constexpr int kTileK = 64;   // a packed row is a multiple of this
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
+__device__ inline int warp_id() { return static_cast<int>(threadIdx.x / 32); }
+
+// What the screen reads of a query for every tile: lo rounded down, or inf where nothing can qualify; |x - x'|; |x| + |x - x'|; its scale.
+struct alignas(16) Edge {
+  float low, residual, reach, scale;
+};
+// A panel of packed rows: its scale, and the largest norm and |y - y'| in it.
+struct alignas(16) Panel {
+  float scale, size, residual, unused;
+};
+
+// What is known of a query.
+struct Query {
+  double hi, norm;         // norm: what its scores are divided by
+  int64_t above, inside;   // documents above the band, in the band
+  int64_t excluded_at;     // position in ids of the first excluded document that does not lie behind, and the document itself
+  int64_t excluded;
+  uint64_t hash, last_hash;  // of (seed, query); the largest that is drawn, all ones until `drawn` is full
+  float best, top;         // a certain score below `best` is counted and no more; one above `top` lies above the band and counts for nothing
+  int32_t kept, drawn;
+};
+
+// splitmix64's finalizer; refine_fast.reference.hash64 is the same
+__device__ inline uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
+
+__device__ inline uint64_t hash(const Query& query, int64_t id) { return mix(query.hash + static_cast<uint64_t>(id) * kGolden); }
+
+struct Exclude {
+  const int64_t *offsets, *ids;
+};
+
+// The first position in ids[begin, end) that is not below id.
+__device__ inline int64_t lower_bound(const int64_t* ids, int64_t begin, int64_t end, int64_t id) {
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (ids[middle] < id) begin = middle + 1;
+    else end = middle;
+  }
+  return begin;
+}
+
+}  // namespace refine_fast
