@@ -10,11 +10,13 @@
 
 #include <type_traits>
 
+#include "cuda/launch.h"
 #include "cuda/lerp.h"
 
 namespace {
 
 using refine_fast::Dtype;
+using refine_fast::launch;
 
 template <typename Wide, typename T>
 __device__ Wide load_as(T x) {
@@ -57,20 +59,11 @@ __global__ void lerp_kernel(Base* __restrict__ base, const Tuned* __restrict__ t
   reinterpret_cast<Pack<Base, kCount>*>(base)[i] = a;
 }
 
-template <typename Base, typename Tuned, typename Wide, int kCount>
-void launch(Base* base, const Tuned* tuned, int64_t packs, Wide weight, cudaStream_t stream) {
-  constexpr int kThreads = 256;
-  if (packs > 0) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>((packs + kThreads - 1) / kThreads)), config.blockDim = dim3(kThreads), config.stream = stream;
-    cudaLaunchKernelEx(&config, lerp_kernel<Base, Tuned, Wide, kCount>, base, tuned, packs, weight);
-  }
-}
-
 template <typename Base, typename Tuned>
-void lerp(void* base_address, const void* tuned_address, int64_t n, double weight, cudaStream_t stream) {
+cudaError_t lerp(void* base_address, const void* tuned_address, int64_t n, double weight, void* stream) {
   using Wide = std::conditional_t<std::is_same_v<Base, double>, double, float>;
-  constexpr int kPack = 16 / sizeof(Base);
+  constexpr int kPack = 16 / sizeof(Base), kThreads = 256;
+  const auto own = static_cast<Wide>(weight);
   constexpr int64_t kMost = int64_t{1} << 31;  // blocks of a grid fit in 31 bits with room to spare
   auto* base = static_cast<Base*>(base_address);
   auto* tuned = static_cast<const Tuned*>(tuned_address);
@@ -78,33 +71,34 @@ void lerp(void* base_address, const void* tuned_address, int64_t n, double weigh
   for (int64_t first = 0; first < n; first += kMost) {
     const int64_t count = n - first < kMost ? n - first : kMost;
     const int64_t packed = aligned ? count / kPack * kPack : 0;
-    launch<Base, Tuned, Wide, kPack>(base + first, tuned + first, packed / kPack, static_cast<Wide>(weight), stream);
-    launch<Base, Tuned, Wide, 1>(base + first + packed, tuned + first + packed, count - packed, static_cast<Wide>(weight), stream);
+    const int64_t packs = packed / kPack, rest = count - packed;
+    REFINE_FAST_TRY(launch(lerp_kernel<Base, Tuned, Wide, kPack>, (packs + kThreads - 1) / kThreads, kThreads, 0, stream,
+                           base + first, tuned + first, packs, own));
+    REFINE_FAST_TRY(launch(lerp_kernel<Base, Tuned, Wide, 1>, (rest + kThreads - 1) / kThreads, kThreads, 0, stream,
+                           base + first + packed, tuned + first + packed, rest, own));
   }
+  return cudaSuccess;
 }
 
 template <typename Visit>
-bool with_type(Dtype type, Visit visit) {
+void with_type(Dtype type, Visit visit) {
   switch (type) {
-    case Dtype::f32: visit(float{}); return true;
-    case Dtype::bf16: visit(__nv_bfloat16{}); return true;
-    case Dtype::f16: visit(__half{}); return true;
-    case Dtype::f64: visit(double{}); return true;
+    case Dtype::f32: return visit(float{});
+    case Dtype::bf16: return visit(__nv_bfloat16{});
+    case Dtype::f16: return visit(__half{});
+    case Dtype::f64: return visit(double{});
   }
-  return false;
 }
 
 }  // namespace
 
 extern "C" int refine_fast_cuda_lerp(void* base, Dtype base_type, const void* tuned, Dtype tuned_type, int64_t n, double weight,
                                      void* stream) {
-  bool known = false;
+  cudaError_t status = cudaErrorInvalidValue;
   with_type(base_type, [&](auto a) {
-    known = with_type(tuned_type, [&](auto b) {
-      lerp<decltype(a), decltype(b)>(base, tuned, n, weight, static_cast<cudaStream_t>(stream));
-    });
+    with_type(tuned_type, [&](auto b) { status = lerp<decltype(a), decltype(b)>(base, tuned, n, weight, stream); });
   });
-  return known ? cudaGetLastError() : cudaErrorInvalidValue;
+  return status;
 }
 
 extern "C" const char* refine_fast_cuda_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }

@@ -49,22 +49,16 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return std::memset(to, value, bytes), cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
-namespace emulated {
-inline cudaError_t last = cudaSuccess;
-}
-inline cudaError_t cudaGetLastError() { return std::exchange(emulated::last, cudaSuccess); }
-
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   gridDim = config->gridDim, blockDim = config->blockDim;
-  emulated::last = cudaErrorInvalidValue;
   if (blockDim.x == 0 || blockDim.x % emulated::kWarp != 0 || blockDim.x > emulated::kMostThreads || gridDim.x == 0 ||
       blockDim.y * blockDim.z * gridDim.y * gridDim.z != 1 || config->dynamicSmemBytes > static_cast<size_t>(emulated::device.shared_bytes))
-    return emulated::last;
+    return cudaErrorInvalidValue;
   const bool done = emulated::machine.run(
       gridDim.x, blockDim.x, config->dynamicSmemBytes, [&] { kernel(static_cast<Parameters>(arguments)...); },
       [](int block, int thread) { blockIdx = dim3(static_cast<unsigned>(block)), threadIdx = dim3(static_cast<unsigned>(thread)); });
-  return emulated::last = done ? cudaSuccess : cudaErrorLaunchFailure;
+  return done ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 // --- threads together ----------------------------------------------------------------------------------------------------------------
