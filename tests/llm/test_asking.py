@@ -168,6 +168,14 @@ def test_an_endpoint_that_never_works(
         generate_queries(chunks[:5], endpoint.settings(), tmp_path / "replies.jsonl")
 
 
+def test_the_prompts_own_examples_are_no_queries(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
+    """Weak models answer with them, whatever the passage."""
+    example = next(line for line in default_prompt().splitlines() if line.startswith('{"queries": [{"kind": "question"'))
+    endpoint.set(reply=example)
+    _, account = generate_queries(chunks[:2], endpoint.settings(), tmp_path / "replies.jsonl")
+    assert (account.kept, account.dropped) == (0, {"copy of the prompt": 2 * 4})
+
+
 def test_nobody_listens(chunks: list[Chunk], tmp_path: Path, endpoint: Endpoint) -> None:
     with pytest.raises(RefineFastError, match="the connection failed"):
         generate_queries(chunks[:3], endpoint.settings(url="http://127.0.0.1:9/v1"), tmp_path / "replies.jsonl")

@@ -185,7 +185,7 @@ async def _ask(
     try:
         await ask(requests, state, backend, replies, Throttle(settings.concurrency), budget, watch)
     except Failure as failure:
-        kept = f"{len(replies)} replies are kept, start again to go on"
+        kept = f"{len(replies)} replies are kept, start again to go on" if len(replies) else "'refine-fast doctor --llm URL' probes it"
         raise RefineFastError(f"llm: {settings.url} was given up: {failure}; {kept}.") from None
     finally:
         await backend.close()
@@ -200,8 +200,7 @@ def _candidates(chunks: list[Chunk], keys: dict[str, int], settings: LLMSettings
     found: Found = []
     parsed_by: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
-    first = next(query_requests(chunks, [0], settings))
-    prompt = f"{first.system} {first.user.replace(chunks[0].text, '')}"
+    prompt = _said(chunks[0], settings) if chunks else ""
     for record in replies.replies(list(keys)):
         i = keys[record["key"]]
         parsed = parse_queries(record["text"], cut=record["finish"] == "length")
@@ -213,6 +212,15 @@ def _candidates(chunks: list[Chunk], keys: dict[str, int], settings: LLMSettings
     account.parsed = dict(parsed_by)
     account.dropped = dict(dropped)
     return found
+
+
+def _said(chunk: Chunk, settings: LLMSettings) -> str:
+    """What a request says besides its passage: instructions and examples."""
+    (request,) = query_requests([chunk], [0], settings)
+    text = f"{request.system} {request.user}"
+    for own in filter(None, (chunk.text, chunk.title)):
+        text = text.replace(own, "")
+    return text
 
 
 def _keep(found: Found, verdicts: list[str | None], account: Account) -> Found:
