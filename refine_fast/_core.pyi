@@ -32,6 +32,7 @@ class BandSearch:
     def finish(self, ids: int, scores: int, in_band: int) -> None: ...
 def info_nce(
     q: int, d: int, hard: int, positives: int, doc_ids: int, hard_mask: int, coefficients: int,
-    rows: int, columns: int, width: int, hards: int, dtype: int, temperature: float, margin: float, symmetric: bool, normalize: bool,
-    threads: int, loss: int, grad_q: int, grad_d: int, grad_hard: int, grad_temperature: int,
+    rows: int, columns: int, width: int, hards: int, prefixes: list[int], prefix_weights: list[float], dtype: int, temperature: float,
+    margin: float, symmetric: bool, normalize: bool, threads: int, loss: int, grad_q: int, grad_d: int, grad_hard: int,
+    grad_temperature: int,
 ) -> None: ...

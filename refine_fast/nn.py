@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,12 +27,15 @@ class InfoNCELoss(nn.Module):
         margin: float | None = None,
         symmetric: bool = False,
         normalize: bool = True,
+        widths: Sequence[int] | None = None,
+        width_weights: Sequence[float] | None = None,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature is {temperature}; it must be a positive number")
         self.margin, self.symmetric, self.normalize, self.reduction = margin, symmetric, normalize, reduction
+        self.widths, self.width_weights = widths, width_weights
         self.fixed_temperature = None if learnable else temperature
         if learnable:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
@@ -45,5 +49,5 @@ class InfoNCELoss(nn.Module):
         """inputs: positives, doc_ids, hard, hard_mask, weight, as for `refine_fast.info_nce`."""
         return info_nce(
             q, d, temperature=self.temperature, margin=self.margin, symmetric=self.symmetric, normalize=self.normalize,
-            reduction=self.reduction, **inputs,
+            widths=self.widths, width_weights=self.width_weights, reduction=self.reduction, **inputs,
         )  # fmt: skip

@@ -6,6 +6,8 @@ build the matrix that its kernel must not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,8 @@ def info_nce(
     margin: float | None = None,
     symmetric: bool = False,
     normalize: bool = False,
+    widths: Sequence[int] | None = None,
+    width_weights: Sequence[float] | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -31,13 +35,19 @@ def info_nce(
     q (B, D); d (N, D); positives (B,) default arange(B); doc_ids (N,) default arange(N): a column with the id of the row's positive is
     no negative; hard (B, K, D), hard_mask (B, K) True where used; margin: a negative with s > s_positive + margin is dropped; symmetric:
     the mean with the direction from each row's positive to the queries (a query whose positive has the same id is no negative; hard
-    negatives take no part). weight (B,): mean divides by its sum. Returns () or, with reduction "none", (B,).
+    negatives take no part). widths: the sum over them, weighted by width_weights (default 1), of the loss of q[:, :w], d[:, :w] and
+    hard[..., :w]. weight (B,): mean divides by its sum. Returns () or, with reduction "none", (B,).
     """
-    losses = info_nce_losses(
-        q, d, temperature=temperature, positives=positives, doc_ids=doc_ids, hard=hard, hard_mask=hard_mask, margin=margin,
-        symmetric=symmetric, normalize=normalize,
-    )  # fmt: skip
-    loss = losses.mean(0) if weight is None else losses.mean(0) * weight
+    widths = [q.shape[1]] if widths is None else widths
+    width_weights = [1.0] * len(widths) if width_weights is None else width_weights
+    loss = torch.zeros(len(q), dtype=q.dtype, device=q.device)
+    for width, width_weight in zip(widths, width_weights, strict=True):
+        losses = info_nce_losses(
+            q[:, :width], d[:, :width], temperature=temperature, positives=positives, doc_ids=doc_ids,
+            hard=None if hard is None else hard[..., :width], hard_mask=hard_mask, margin=margin, symmetric=symmetric, normalize=normalize,
+        )  # fmt: skip
+        loss = loss + width_weight * losses.mean(0)
+    loss = loss if weight is None else loss * weight
     if reduction == "none":
         return loss
     return loss.sum() / (1 if reduction == "sum" else len(q) if weight is None else weight.sum())

@@ -55,3 +55,8 @@ def test_padding_changes_nothing() -> None:
     mask = torch.tensor([[True, True, False, False]])
     padded = rf.info_nce(q, d, hard=torch.cat([real, junk], 1), hard_mask=mask, temperature=0.1)
     assert padded == rf.info_nce(q, d, hard=real, temperature=0.1)
+
+
+def test_a_temperature_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"temperature is 0.0; it must be a positive number"):
+        rf.nn.InfoNCELoss(0.0, learnable=True)

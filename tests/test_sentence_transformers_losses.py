@@ -14,9 +14,14 @@ from torch import Tensor, nn
 pytest.importorskip("sentence_transformers")
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
 from sentence_transformers.util import cos_sim, dot_score
 
+import refine_fast as rf
 from refine_fast.integrations import sentence_transformers as ours
 from refine_fast.integrations.sentence_transformers import losses
 
@@ -66,6 +71,33 @@ def test_loss_and_gradients(case: str, columns: int, monkeypatch: pytest.MonkeyP
         # fp32 rounding: logits of up to 100, each wrong by some 1e-6 of itself
         torch.testing.assert_close(grads, found[0][1], rtol=1e-4, atol=2e-6)
     assert (losses._loss(FUSED(nn.Identity(), **settings), inputs) is not None) == (case in COVERED)
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_matryoshka(columns: int, minilm: Path) -> None:
+    """sentence-transformers' MatryoshkaLoss around its own loss, around ours, and widths in one pass: one loss, one gradient."""
+    model = SentenceTransformer(str(minilm), device="cpu").eval()
+    texts = (["a river", "boiling", "Hamlet"], ["the Loire", "100 degrees", "Shakespeare"], ["the Alps", "salt", "Goethe"])[:columns]
+    features = lambda: [model.preprocess(list(column)) for column in texts]  # noqa: E731
+    dims, dim_weights = [384, 128, 32], [1.0, 0.5, 2.0]
+
+    def in_one_pass() -> Tensor:
+        queries, *documents = (model(x)["sentence_embedding"] for x in features())
+        settings = {"widths": dims[::-1], "width_weights": dim_weights[::-1]}
+        return rf.nn.InfoNCELoss(0.05, **settings)(queries, torch.cat(documents))
+
+    def by_theirs(kind: type[nn.Module]) -> Tensor:
+        return MatryoshkaLoss(model, kind(model), dims, dim_weights)(features(), torch.zeros(3))
+
+    found = []
+    for loss in (lambda: by_theirs(MultipleNegativesRankingLoss), lambda: by_theirs(FUSED), in_one_pass):
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        found.append((value.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for value, grad in found[1:]:
+        torch.testing.assert_close(value, found[0][0], rtol=1e-5, atol=0)
+        assert (grad - found[0][1]).norm() < 1e-4 * found[0][1].norm()
 
 
 def test_the_parents_arguments_and_errors() -> None:

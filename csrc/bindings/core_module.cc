@@ -129,14 +129,20 @@ py::list stream_merge(const std::vector<FileTuple>& files, const std::vector<Pie
 // --- info_nce
 
 void info_nce(uintptr_t q, uintptr_t d, uintptr_t hard, uintptr_t positives, uintptr_t doc_ids, uintptr_t hard_mask, uintptr_t coefficients,
-              int64_t rows, int64_t columns, int64_t width, int64_t hards, int dtype, float temperature, float margin, bool symmetric,
-              bool normalize, int threads, uintptr_t loss, uintptr_t grad_q, uintptr_t grad_d, uintptr_t grad_hard,
-              uintptr_t grad_temperature) {
-  const rf::InfoNCE task = {
-      pointer<void>(q), pointer<void>(d), pointer<void>(hard), pointer<int64_t>(positives), pointer<int64_t>(doc_ids), pointer<uint8_t>(hard_mask),
-      pointer<float>(coefficients), rows, columns, width, hards, static_cast<rf::Dtype>(dtype), temperature, margin, symmetric, normalize,
-      threads, pointer<float>(loss), pointer<float>(grad_q), pointer<float>(grad_d), pointer<float>(grad_hard),
-      pointer<float>(grad_temperature)};
+              int64_t rows, int64_t columns, int64_t width, int64_t hards, const std::vector<int64_t>& prefixes,
+              const std::vector<float>& prefix_weights, int dtype, float temperature, float margin, bool symmetric, bool normalize, int threads,
+              uintptr_t loss, uintptr_t grad_q, uintptr_t grad_d, uintptr_t grad_hard, uintptr_t grad_temperature) {
+  rf::InfoNCE task = {};
+  task.q = pointer<void>(q), task.d = pointer<void>(d), task.hard = pointer<void>(hard);
+  task.positives = pointer<int64_t>(positives), task.doc_ids = pointer<int64_t>(doc_ids), task.hard_mask = pointer<uint8_t>(hard_mask);
+  task.coefficients = pointer<float>(coefficients);
+  task.prefixes = prefixes.data(), task.prefix_weights = prefix_weights.data();
+  task.rows = rows, task.columns = columns, task.width = width, task.hards = hards, task.prefix_count = static_cast<int64_t>(prefixes.size());
+  task.dtype = static_cast<rf::Dtype>(dtype), task.temperature = temperature, task.margin = margin;
+  task.symmetric = symmetric, task.normalize = normalize, task.threads = threads;
+  task.loss = pointer<float>(loss), task.grad_q = pointer<float>(grad_q), task.grad_d = pointer<float>(grad_d);
+  task.grad_hard = pointer<float>(grad_hard), task.grad_temperature = pointer<float>(grad_temperature);
+  task.poll = {no_signal, nullptr};
   rf::Status status;
   {
     py::gil_scoped_release release;

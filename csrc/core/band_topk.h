@@ -50,12 +50,6 @@ struct Ragged {
   const int64_t* ids;
 };
 
-// Asked every 50 ms on the calling thread whether to go on.
-struct Poll {
-  bool (*go_on)(void* context) = nullptr;
-  void* context = nullptr;
-};
-
 struct Hit {
   double score;
   int64_t id;

@@ -5,6 +5,7 @@
 namespace refine_fast {
 
 // Row-major and contiguous; q, d and hard of type `dtype` (f32, bf16 or f16), everything else as declared. A null pointer switches its term off.
+// The loss of row i is the sum over m of prefix_weights[m] times its loss over the first prefixes[m] columns of q, d and hard.
 struct InfoNCE {
   const void* q;              // (rows, width)
   const void* d;              // (columns, width)
@@ -13,14 +14,17 @@ struct InfoNCE {
   const int64_t* doc_ids;     // (columns)
   const uint8_t* hard_mask;   // (rows, hards)
   const float* coefficients;  // (rows): the gradients are those of sum_i coefficients[i] loss[i]; null: losses only
-  int64_t rows, columns, width, hards;  // at least 1, but for hards
+  const int64_t* prefixes;    // (prefix_count): ascending, the last is width
+  const float* prefix_weights;
+  int64_t rows, columns, width, hards, prefix_count;  // at least 1, but for hards
   Dtype dtype;
   float temperature, margin;  // margin: infinity for none
-  bool symmetric, normalize;
+  bool symmetric, normalize;  // normalize: each prefix to unit length
   int threads;
 
-  float* loss;                // (rows), or (2, rows) if symmetric: from the queries, from the positives; a row's loss is their mean
+  float* loss;                // (prefix_count, rows), or (prefix_count, 2, rows) if symmetric: from the queries, from the positives
   float *grad_q, *grad_d, *grad_hard, *grad_temperature;  // shaped as the inputs, (1) for the last; null without coefficients
+  Poll poll;
 };
 
 Status info_nce(const InfoNCE& task);

@@ -17,6 +17,8 @@ struct MatmulKernels {
   void (*pack_b)(const float* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, void* panel);
   // the whole mr x nr tile is written, row stride ldc; k as given to the packers
   void (*tile)(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate);
+  // pack_b of a bf16 matrix as it lies there; null where panels hold float32, which a caller converts to first
+  void (*pack_b_bf16)(const uint16_t* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, void* panel);
 };
 
 // out = base + weight * (tuned - base); see core/lerp.h
@@ -25,7 +27,7 @@ struct LerpKernels;
 struct ScreenKernels;
 // threshold-and-append over a tile of scores; see core/band_topk.h
 struct SelectKernels;
-// exp, row sums and the weights of a tile of logits; see core/infonce.h
+// exp, row sums and the weights of a row of scores; see core/loss_kernels.h
 struct LossKernels;
 
 struct Kernels {

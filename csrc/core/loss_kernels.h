@@ -1,15 +1,26 @@
-// The row kernels of info_nce, one table per ISA level. Scores s are raw inner products, scale = 1 / temperature; a dropped score is -inf.
-// n is a multiple of 16 and every array is readable that far.
+// The row kernels of info_nce, one table per ISA level. Scores s are inner products, scale = 1 / temperature. Lengths are multiples of 16
+// unless said otherwise, and every array is readable that far.
 #pragma once
 #include "core/kernels.h"
 
 namespace refine_fast {
 
+// A query's scores; column j is a negative where ids[j] != id (no ids: everywhere) and s[j] <= ceiling.
+struct ScoreRow {
+  const float* s;
+  const int32_t* ids;
+  int64_t n;
+  int32_t id;
+  float ceiling;
+};
+
 struct LossKernels {
-  // s[j] = -inf where ids[j] == id (no ids: nowhere) or s[j] > ceiling; the largest score left
-  float (*drop)(float* s, int64_t n, const int32_t* ids, int32_t id, float ceiling);
-  // s[j] = e = exp(scale (s[j] - top)), top >= every s[j]; sums[0] += e, sums[1] += e scale (s[j] - top)
-  void (*exponentials)(float* s, int64_t n, float scale, float top, double* sums);
+  // the largest negative, -inf where there is none
+  float (*top)(ScoreRow row);
+  // with e_j = exp(scale (s[j] - top)) of the negatives, top >= each of them: sums[0] += e_j, sums[1] += e_j scale (s[j] - top)
+  void (*sums)(ScoreRow row, float scale, float top, double* sums);
+  // out[j] = factor e_j, 0 where j is no negative; out may be s
+  void (*weights)(ScoreRow row, float scale, float top, float factor, float* out);
   // The other direction, one query at a time: column j's running maximum top[j] and sum[j] of exp(scale (s - top[j])) over its negatives,
   // which are the queries with ids[j] != id and s <= ceilings[j] (no ceilings: all)
   void (*column_sums)(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings, float* top, float* sum);

@@ -19,4 +19,10 @@ struct Status {
   explicit operator bool() const { return code == Code::ok; }
 };
 
+// Asked every 50 ms on the calling thread whether to go on.
+struct Poll {
+  bool (*go_on)(void* context) = nullptr;
+  void* context = nullptr;
+};
+
 }  // namespace refine_fast

@@ -74,7 +74,8 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
   _tile_stored(3, c + 16 * ldc + 16, pitch);
 }
 
-const MatmulKernels matmul_bf16 = {kMr, kNr, kKr, 2, pack_a, pack_panel_bf16<kNr, kKr>, tile};
+const MatmulKernels matmul_bf16 = {kMr, kNr, kKr, 2, pack_a, pack_panel_bf16<kNr, kKr>, tile,
+                                   pack_panel_words<kNr, kKr>};
 
 // --- screen: the same product; no other format has tiles and the digits that a narrow margin needs -------------------------------------
 

@@ -93,8 +93,8 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
   }
 }
 
-const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile};
+const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile, nullptr};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile, nullptr};
 
 // --- select: most scores lie below the band, so 32 of them are dismissed by four comparisons and one branch ---------------------------
 

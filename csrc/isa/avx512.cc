@@ -24,6 +24,11 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
   const float *pa = static_cast<const float*>(a), *pb = static_cast<const float*>(b);
   __m512 sum[kMr][2];
 #pragma GCC unroll 12
+  for (int i = 0; i < kMr; ++i) {  // C is far away (info_nce adds to matrices of many MB): it arrives while the sums are made
+    _mm_prefetch(reinterpret_cast<const char*>(c + i * ldc), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(c + i * ldc + 16), _MM_HINT_T0);
+  }
+#pragma GCC unroll 12
   for (int i = 0; i < kMr; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
   for (int64_t p = 0; p < k; ++p, pa += kMr, pb += kNr) {
     const __m512 b0 = _mm512_loadu_ps(pb), b1 = _mm512_loadu_ps(pb + 16);
@@ -40,8 +45,8 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
   }
 }
 
-const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, false>, pack_panel_f32<kNr, false>, tile};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, true>, pack_panel_f32<kNr, true>, tile};
+const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, false>, pack_panel_f32<kNr, false>, tile, nullptr};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, true>, pack_panel_f32<kNr, true>, tile, nullptr};
 
 // --- select: most scores lie below the band, so 64 of them are dismissed by four comparisons and one branch ---------------------------
 

@@ -18,6 +18,13 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
   const int32_t *pa = static_cast<const int32_t*>(a), *pb = static_cast<const int32_t*>(b);
   __m512 sum[kMr][2];
 #pragma GCC unroll 12
+  for (int i = 0; i < kMr; ++i) {  // C is far away (info_nce adds to matrices of many MB): it arrives while the sums are made
+    _mm_prefetch(reinterpret_cast<const char*>(c + i * ldc), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(c + i * ldc + 16), _MM_HINT_T0);
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kMr; ++i) _mm_prefetch(c + i * ldc, _MM_HINT_T0), _mm_prefetch(c + i * ldc + 16, _MM_HINT_T0);
+#pragma GCC unroll 12
   for (int i = 0; i < kMr; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
   for (int64_t p = 0; p < k; p += kKr, pa += kMr, pb += kNr) {
     const __m512bh b0 = (__m512bh)_mm512_loadu_si512(pb), b1 = (__m512bh)_mm512_loadu_si512(pb + 16);
@@ -34,7 +41,8 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
   }
 }
 
-const MatmulKernels matmul_bf16 = {kMr, kNr, kKr, 2, pack_panel_bf16<kMr, kKr>, pack_panel_bf16<kNr, kKr>, tile};
+const MatmulKernels matmul_bf16 = {kMr, kNr, kKr, 2, pack_panel_bf16<kMr, kKr>, pack_panel_bf16<kNr, kKr>, tile,
+                                   pack_panel_words<kNr, kKr>};
 
 struct FusedWords : Words {
   static Sum dot(Sum sum, __m512i x, __m512i y) { return (Sum)_mm512_dpwssd_epi32((__m512i)sum, x, y); }

@@ -26,36 +26,43 @@ inline typename V::Float exponential(typename V::Float x) {
   return V::where(V::below(x, floor), V::set(0.0f), V::mul(p, V::exp2_integer(n)));
 }
 
+// s of column j, -inf where it is no negative
 template <class V>
-float drop(float* s, int64_t n, const int32_t* ids, int32_t id, float ceiling) {
-  auto top = V::set(-kInfinity);
-  const auto limit = V::set(ceiling), none = V::set(-kInfinity);
-  for (int64_t j = 0; j < n; j += V::width) {
-    auto x = V::load(s + j);
-    x = V::where(V::below(limit, x), none, x);
-    if (ids != nullptr) x = V::where(V::equal(ids + j, id), none, x);
-    V::store(s + j, x);
-    top = V::max(top, x);
-  }
-  return V::largest(top);
+inline typename V::Float negative(const ScoreRow& row, int64_t j) {
+  auto x = V::load(row.s + j);
+  x = V::where(V::below(V::set(row.ceiling), x), V::set(-kInfinity), x);
+  return row.ids == nullptr ? x : V::where(V::equal(row.ids + j, row.id), V::set(-kInfinity), x);
+}
+
+template <class V>
+float top(ScoreRow row) {
+  auto most = V::set(-kInfinity);
+  for (int64_t j = 0; j < row.n; j += V::width) most = V::max(most, negative<V>(row, j));
+  return V::largest(most);
 }
 
 // Float lanes are emptied into doubles every 512 steps, so that the sum over a million columns keeps its digits.
 template <class V>
-void exponentials(float* s, int64_t n, float scale, float top, double* sums) {
+void sums(ScoreRow row, float scale, float top, double* sums) {
   const auto rate = V::set(scale), shift = V::set(top), floor = V::set(-87.0f);
-  for (int64_t begin = 0; begin < n; begin += 512 * V::width) {
-    const int64_t end = begin + 512 * V::width < n ? begin + 512 * V::width : n;
+  for (int64_t begin = 0; begin < row.n; begin += 512 * V::width) {
+    const int64_t end = begin + 512 * V::width < row.n ? begin + 512 * V::width : row.n;
     auto sum = V::set(0.0f), moment = V::set(0.0f);
     for (int64_t j = begin; j < end; j += V::width) {
-      const auto z = V::mul(V::sub(V::load(s + j), shift), rate), e = exponential<V>(z);
-      V::store(s + j, e);
+      const auto z = V::mul(V::sub(negative<V>(row, j), shift), rate), e = exponential<V>(z);
       sum = V::add(sum, e);
       moment = V::fma(e, V::max(floor, z), moment);
     }
     sums[0] += V::total(sum);
     sums[1] += V::total(moment);
   }
+}
+
+template <class V>
+void weights(ScoreRow row, float scale, float top, float factor, float* out) {
+  const auto rate = V::set(scale), shift = V::set(top), size = V::set(factor);
+  for (int64_t j = 0; j < row.n; j += V::width)
+    V::store(out + j, V::mul(size, exponential<V>(V::mul(V::sub(negative<V>(row, j), shift), rate))));
 }
 
 // s of column j at query `id`; -inf where that query is no negative of the column
@@ -116,7 +123,7 @@ void axpy(float a, const float* x, float* y, int64_t n) {
 }
 
 template <class V>
-constexpr LossKernels loss_kernels = {drop<V>, exponentials<V>, column_sums<V>, column_weights<V>, dot<V>, axpy<V>};
+constexpr LossKernels loss_kernels = {top<V>, sums<V>, weights<V>, column_sums<V>, column_weights<V>, dot<V>, axpy<V>};
 
 }  // namespace
 }  // namespace refine_fast

@@ -51,8 +51,8 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
     for (int j = 0; j < 3; ++j) vst1q_f32(c + 4 * j, accumulate ? vaddq_f32(vld1q_f32(c + 4 * j), sum[i][j]) : sum[i][j]);
 }
 
-constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile};
+constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile, nullptr};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile, nullptr};
 
 // --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------------------------------------------
 

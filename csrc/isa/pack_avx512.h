@@ -115,6 +115,42 @@ inline void pack_panel_bf16(const float* src, int64_t stride, int64_t k_stride, 
   for (int64_t r = 0; r < kWidth; r += 16)
     pack_words_bf16(src + r * stride, stride, k_stride, rows - r, k, pairs, kWidth - r < 16 ? kWidth - r : 16, kWidth, out + r);
 }
+
+// n <= 16 bf16 as the low halves of words, 0 beyond
+inline __m512i load_halves(const uint16_t* src, int64_t stride, int64_t n) {
+  if (stride == 1) return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), src));
+  alignas(64) int32_t buffer[16] = {};
+  for (int64_t i = 0; i < n && i < 16; ++i) buffer[i] = src[i * stride];
+  return _mm512_load_si512(buffer);
+}
+
+// pack_panel_bf16 of what is bf16 already: rows that run along k hold the panel's words as they are
+template <int kWidth, int kGranularity>
+inline void pack_panel_words(const uint16_t* src, int64_t stride, int64_t k_stride, int64_t rows, int64_t k, void* panel) {
+  int32_t* out = static_cast<int32_t*>(panel);
+  const int64_t pairs = (k + kGranularity - 1) / kGranularity * (kGranularity / 2);
+  for (int64_t r = 0; r < kWidth; r += 16) {
+    const uint16_t* s = src + r * stride;
+    const __mmask16 keep = first(kWidth - r);
+    for (int64_t p = 0; p < pairs; p += k_stride == 1 ? 16 : 1) {
+      if (k_stride != 1) {
+        const __m512i even = load_halves(s + 2 * p * k_stride, stride, 2 * p < k ? rows - r : 0);
+        const __m512i odd = load_halves(s + (2 * p + 1) * k_stride, stride, 2 * p + 1 < k ? rows - r : 0);
+        _mm512_mask_storeu_epi32(out + p * kWidth + r, keep, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+        continue;
+      }
+      const int64_t left = k - 2 * p;
+      const __mmask32 within = left >= 32 ? 0xffffffffu : (1u << left) - 1u;
+      __m512i words[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) words[i] = r + i < rows ? _mm512_maskz_loadu_epi16(within, s + i * stride + 2 * p) : _mm512_setzero_si512();
+      transpose16(words);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        if (p + i < pairs) _mm512_mask_storeu_epi32(out + (p + i) * kWidth + r, keep, words[i]);
+    }
+  }
+}
 #endif
 
 }  // namespace

@@ -95,8 +95,8 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
     for (int j = 0; j < kNr; ++j) c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sum[i][j];
 }
 
-constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<false>, pack<false>, tile};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<true>, pack<true>, tile};
+constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<false>, pack<false>, tile, nullptr};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<true>, pack<true>, tile, nullptr};
 
 // --- select --------------------------------------------------------------------------------------------------------------------------
 

@@ -116,25 +116,21 @@ def test_gradients_from_the_losses_of_an_earlier_call(case: str, small_tiles: No
         assert error(getattr(grads, name), gradient) < tolerance(inputs)[1], name
 
 
+@pytest.mark.parametrize("widths", [None, (8, 12, 24)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_operator(reduction: str, small_tiles: None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """refine_fast.info_nce over these kernels, autograd and weights included; without a GPU its CPU branch is sent here."""
-
-    def here(g: torch.Tensor | None, *problem: object) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        tensors, options = operator._problem(*problem)
-        if g is None:
-            return info_nce.losses(*tensors, **options), []
-        losses, grads = info_nce.gradients(g, *tensors, **options)
-        return losses, [grads.q, grads.d, grads.hard, grads.temperature]
-
-    monkeypatch.setattr(operator, "_run_cpu", here)
+def test_the_operator(
+    reduction: str, widths: tuple[int, ...] | None, small_tiles: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """refine_fast.info_nce over these kernels, autograd, weights and widths included; without a GPU its CPU branch is sent here."""
+    monkeypatch.setattr(operator, "_run_cpu", lambda g, *problem: operator._run_gpu(g, problem, None))
     inputs = problem(19, 75, 24, device, **EVERYTHING, normalize=True, symmetric=True)
     weight = torch.rand(19, device=device) + 0.5
     found, wanted = [], []
     for dtype, place, call, results in ((torch.float32, device, rf.info_nce, found), (torch.float64, "cpu", reference.info_nce, wanted)):
         leaves = {name: inputs[name].detach().clone().to(place, dtype).requires_grad_() for name in ("q", "d", "hard", "temperature")}
         rest = {name: x.to(place) if isinstance(x, torch.Tensor) else x for name, x in inputs.items() if name not in leaves}
-        loss = call(**leaves, **rest, weight=weight.to(place, dtype), reduction=reduction)
+        options = {"widths": widths, "width_weights": widths and (0.5, 1, 2), "reduction": reduction}
+        loss = call(**leaves, **rest, weight=weight.to(place, dtype), **options)
         loss.sum().backward()
         results += [loss.detach(), *(leaf.grad for leaf in leaves.values())]
     assert all(error(ours, theirs) < tolerance(inputs)[1] for ours, theirs in zip(found, wanted, strict=True))
