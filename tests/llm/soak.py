@@ -7,6 +7,8 @@ if no place is ever empty: 64 times the one by the other. Measured after the las
 64) on.
 
 Prints replies per chunk, repeated replies, throughput against the limit, and the client's memory over the measured stretch.
+On two cores (AMD EPYC) with LATENCY 0.5: one reply a chunk, 237 repeated (at most 64 in flight at each kill), 94.1 replies a second of 99.0
+(95.1%), 274 to 288 MB.
 """
 
 import json

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,8 @@ def served(log: Path, *command: str) -> Iterator[str]:
             assert process.poll() is None, log.read_text()[-2000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=1)
+                break
+            except urllib.error.HTTPError:  # transformers answers 500 where no cache of models exists
                 break
             except OSError:
                 time.sleep(0.1)
