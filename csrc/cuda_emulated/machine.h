@@ -26,7 +26,7 @@ constexpr size_t kStackBytes = 128 << 10;
 
 // What a test may set.
 struct Device {
-  int processors = 3, shared_bytes = 227 << 10;
+  int processors = 3, shared_bytes = 163 << 10;
   bool shuffled = false;
   std::mt19937 order;
 };
