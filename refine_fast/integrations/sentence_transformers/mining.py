@@ -7,7 +7,7 @@ import hashlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,10 +101,9 @@ def mine_hard_negatives(
     if range_min < 0:
         raise ValueError(f"range_min must be 0 or more, not {range_min}")
 
-    anchors, answers = list(dataset[anchor_column]), list(dataset[positive_column])
-    queries = list(dict.fromkeys(anchors))
-    texts = list(dict.fromkeys([*(corpus or []), *answers]))
-    row_of_query, row_of_text = ({text: i for i, text in enumerate(unique)} for unique in (queries, texts))
+    anchors, answers = (list(dataset[column][:]) for column in (anchor_column, positive_column))  # [:]: not row by row
+    row_of_query, row_of_text = _numbered(anchors), _numbered([*(corpus or []), *answers])
+    queries, texts = list(row_of_query), list(row_of_text)
     owned: list[dict[int, None]] = [{} for _ in queries]
     for anchor, answer in zip(anchors, answers, strict=True):
         owned[row_of_query[anchor]][row_of_text[answer]] = None
@@ -196,6 +195,14 @@ def mine_hard_negatives(
     if verbose:
         _report(positive_scores, negatives, possible - len(mined), possible)
     return mined
+
+
+def _numbered(texts: Iterable[str]) -> dict[str, int]:
+    """Each text once, in order of appearance, with its number."""
+    number: dict[str, int] = {}
+    for text in texts:
+        number.setdefault(text, len(number))
+    return number
 
 
 def _encode(
