@@ -106,7 +106,7 @@ void BandSearch::pack(const Rows& rows, int64_t count, PackPanel pack, char* pan
   const bool copied = rows.dtype != Dtype::f32 || spec_.normalize;
   const int64_t stride = copied ? d : rows.row_bytes / 4;
   float* const copy = scratch.rows.data();
-  double size[kLargestPanel], residual[kLargestPanel];
+  double size[kLargestPanel] = {}, residual[kLargestPanel] = {};
   for (int64_t r = 0; r < count; ++r) {
     const float* x = reinterpret_cast<const float*>(rows.data + r * rows.row_bytes);
     if (rows.dtype != Dtype::f32) kernels_.to_f32(x, rows.dtype, d, copy + r * d), x = copy + r * d;
@@ -315,8 +315,8 @@ void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratc
 Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id, Poll poll) {
   using Clock = std::chrono::steady_clock;
   const int64_t row_bytes = row_stride * bytes_of(dtype), panels = (rows_ + screen_.mr - 1) / screen_.mr;
-  // a task: a range of panels of queries against the whole block, strip by strip
-  const int64_t group = std::max<int64_t>(1, panels / (8 * std::max(spec_.threads, 1)));
+  // a task: a range of panels of queries against the whole block, strip by strip; so many that one more or less on a thread is 3% of its work
+  const int64_t tasks = 32 * std::max(spec_.threads, 1), group = (panels + tasks - 1) / tasks;
   const double d = static_cast<double>(spec_.d), rounding = (screen_.exact ? 4 : d + 16) * 0x1p-23;
   std::atomic<bool> stopped{false};
   Clock::time_point asked = Clock::now();
