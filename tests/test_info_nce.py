@@ -206,19 +206,14 @@ def test_repeated_backward(case: str, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_handed_over(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel wrote becomes the leaves' gradient, in its own memory: no second copy."""
-    written: list[int] = []
-
-    def recorded(*problem: Any, run: Callable[..., Any] = operator._run_cpu) -> Any:
-        losses, grads = run(*problem)
-        written.extend(x.data_ptr() for x in grads[:2])
-        return losses, grads
-
-    monkeypatch.setattr(operator, "_run_cpu", recorded)
-    q, d = (torch.randn(64, 32).to(dtype).requires_grad_() for _ in range(2))
-    (2 * rf.info_nce(q, d)).backward()
-    assert written == [q.grad.data_ptr(), d.grad.data_ptr()]
+def test_gradients_are_handed_over(dtype: torch.dtype) -> None:
+    """What a step allocates through torch is its gradients, once, in float32. (The kernel's own memory is not torch's.)"""
+    q, d = (torch.randn(512, 256).to(dtype).requires_grad_() for _ in range(2))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        (2 * rf.info_nce(q, d)).backward()
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    size = 4 * (q.numel() + d.numel())
+    assert size <= allocated < (1.1 if dtype == torch.float32 else 1.6) * size  # 0.5: bfloat16, a piece at a time
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

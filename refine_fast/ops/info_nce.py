@@ -384,6 +384,7 @@ def _losses_backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 def _sum_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, losses, *ctx.gradients = output
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for the other outputs would be as large as q and d
     tensors, ctx.options = inputs[:8], inputs[8:]
     ctx.save_for_backward(losses, *tensors)
 
