@@ -352,6 +352,7 @@ const float* Solver::gather(int64_t m, int64_t r, int64_t begin, int64_t n, floa
 
 void Solver::sum_columns(const Strip& s) {
   parallel_for(blocks_, t_.threads, [&](int64_t index, int thread) {
+    if (stopped(thread)) return;
     const int64_t begin = first_slot_[index], n = first_slot_[index + 1] - begin;
     float* scores = slot_scratch_.get() + thread * 2 * most_slots_;
     for (int64_t m = 0; m < prefixes_; ++m)
@@ -534,6 +535,7 @@ Status Solver::run() {
     for (const Strip& s : strips) {
       open(s);
       sum_columns(s);
+      if (stopped(0)) return Status{Code::interrupted};
     }
     finish_columns();
   }
