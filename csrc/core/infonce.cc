@@ -463,8 +463,8 @@ void Solver::multiply(const Strip& s) {
         for (int64_t r = first; r < last; ++r) make_weights(s, b, m, r, moments, thread);
         pack_a(mm_, g_ + first * kBlock, kBlock, 1, last - first, b.columns, packed_g_ + first / mm_.mr * step_g);
       });
-      const int64_t columns = kBlock / 4;  // of a task that packs G^T
-      parallel_for(tasks + 4, t_.threads, [&](int64_t task, int) {
+      constexpr int64_t columns = kBlock / 2;  // of a task that packs G^T: a multiple of every level's mr
+      parallel_for(tasks + 2, t_.threads, [&](int64_t task, int) {
         if (task < tasks) {
           const int64_t first = task * rows, last = std::min(first + rows, s.rows);
           matmul(mm_, packed_g_ + first / mm_.mr * step_g, packed_d_ + 0, last - first, slice.width, b.columns,
