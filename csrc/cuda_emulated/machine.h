@@ -4,7 +4,7 @@
 // Every CUDA thread of a block is a fiber. It runs until it waits for others (a barrier, a warp-wide operation), and then the next one is resumed,
 // in an order that Device::shuffled mixes; the blocks of a grid follow one another, mixed too. So a barrier that is missing shows as a wrong
 // result in some order, a barrier that not every thread reaches as an error, as does a warp-wide operation that some lane leaves out. Memory is
-// the host's, dynamic shared memory starts as NaN, and asynchronous copies happen as late as the program allows.
+// the host's, dynamic shared memory starts as NaN, and asynchronous copies happen as late as the program allows, or at once.
 #pragma once
 #include <ucontext.h>
 
@@ -85,8 +85,11 @@ class Machine {
   void copy_async(void* to, const void* from) {
     check_shared(to, 16);
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a misaligned asynchronous copy");
-    threads_[current_]->copies.push_back({to, from});
-    threads_[current_]->last_group += 1;
+    if (device.shuffled && device.order() % 2 == 0) {  // or as early as the hardware may
+      std::memcpy(to, from, 16);
+    } else {
+      threads_[current_]->copies.push_back({to, from}), ++threads_[current_]->last_group;
+    }
   }
   void copy_async_commit() {
     Thread& self = *threads_[current_];
@@ -134,7 +137,7 @@ class Machine {
   [[gnu::noinline]] void run_block(unsigned threads) {
     order_ = order_of(threads);
     std::fill(warps_.begin(), warps_.end(), Warp{});
-    waiting_ = 0, running_ = static_cast<int>(threads), turn_ = order_.size() - 1, last_progress_ = progress_++;
+    waiting_ = 0, held_ = -1, running_ = static_cast<int>(threads), turn_ = order_.size() - 1, last_progress_ = progress_++;
     for (unsigned i = 0; i < threads; ++i) threads_[i]->done = false, threads_[i]->copies.clear(), threads_[i]->groups.clear(), threads_[i]->last_group = 0;
     if (__builtin_setjmp(main_) == 0) resume_next();
     if (failed_)  // what hangs in the middle of the kernel is never resumed
@@ -150,11 +153,14 @@ class Machine {
     if (running_ == 0) go_to(main_);
     do {
       if (++turn_ == order_.size()) {
-        if (std::exchange(last_progress_, progress_) == progress_) fail("threads wait for others that do not come");
+        const bool stuck = std::exchange(last_progress_, progress_) == progress_;
+        if (stuck && held_ < 0) fail("threads wait for others that do not come");
+        if (stuck || !device.shuffled) held_ = -1;
+        else if (held_ < 0) held_ = static_cast<int>(device.order() % warps_.size());
         turn_ = 0;
       }
       current_ = order_[turn_];
-    } while (threads_[current_]->done);
+    } while (threads_[current_]->done || static_cast<int>(current_) / kWarp == held_);
     at_(block_, static_cast<int>(current_));
     Thread& next = *threads_[current_];
     if (next.started) go_to(next.place);
@@ -185,6 +191,7 @@ class Machine {
   std::vector<unsigned char> shared_;
   Place main_;
   int block_ = 0, waiting_ = 0, running_ = 0;
+  int held_ = -1;  // a warp that rests until no other can go on, so that warps drift apart as far as barriers allow
   size_t turn_ = 0, current_ = 0;
   uint64_t generation_ = 0, progress_ = 0, last_progress_ = 0;
   bool failed_ = false;

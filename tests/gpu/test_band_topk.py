@@ -125,8 +125,10 @@ def test_same_scores_as_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("select", ["hardest", "random"])
 def test_too_many_candidates_are_searched_again(select: str, emulation: Any) -> None:
-    """Each document beats all before it, and the band holds them all: every range beyond 512 documents overflows, for every other query."""
+    """Every other document beats all before it, the rest is in the band and not chosen: a range of 2,048 documents overflows for one query,
+    with 1,024 of them counted that must not be counted twice."""
     docs = (torch.arange(4000) * 2.0**-13)[:, None] * torch.tensor([[1.0, 0.0]])
+    docs[1::2] *= 2.0**-6
     queries = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
     for order in (-1, 5):
         emulation(2, SM_80, order)
