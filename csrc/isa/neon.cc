@@ -6,6 +6,7 @@
 
 #include "core/kernels.h"
 #include "core/lerp_kernels.h"
+#include "core/select_kernels.h"
 #include "isa/loss_simd.h"
 #include "isa/screen_f32.h"
 
@@ -53,6 +54,51 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
 
 constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile, nullptr};
 const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile, nullptr};
+
+// --- select: most scores lie below the band, so 16 of them are dismissed by four comparisons and one branch ---------------------------
+
+int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
+  const float32x4_t floor = vdupq_n_f32(t->floor);
+  int64_t appended = 0;
+  for (int64_t begin = 0; begin < n; begin += 16) {
+    const float* s = scores + begin;
+    if (n - begin >= 16) {
+      const uint32x4_t low = vorrq_u32(vcgeq_f32(vld1q_f32(s), floor), vcgeq_f32(vld1q_f32(s + 4), floor));
+      const uint32x4_t high = vorrq_u32(vcgeq_f32(vld1q_f32(s + 8), floor), vcgeq_f32(vld1q_f32(s + 12), floor));
+      if (vmaxvq_u32(vorrq_u32(low, high)) == 0) continue;
+    }
+    const int64_t left = n - begin < 16 ? n - begin : 16;
+    appended += scalar_kernels.select->append(s, left, t, first + static_cast<int32_t>(begin), index + appended, score + appended, counted);
+  }
+  return appended;
+}
+
+// 16 accumulators of 2 lanes
+double dot(const float* x, const float* y, int64_t d) {
+  float64x2_t lane[16];
+#pragma GCC unroll 16
+  for (int v = 0; v < 16; ++v) lane[v] = vdupq_n_f64(0.0);
+  const auto step = [&lane](const float* a, const float* b) {
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+      const float32x4_t p = vld1q_f32(a + 4 * v), q = vld1q_f32(b + 4 * v);
+      lane[2 * v] = vfmaq_f64(lane[2 * v], vcvt_f64_f32(vget_low_f32(p)), vcvt_f64_f32(vget_low_f32(q)));
+      lane[2 * v + 1] = vfmaq_f64(lane[2 * v + 1], vcvt_high_f64_f32(p), vcvt_high_f64_f32(q));
+    }
+  };
+  int64_t i = 0;
+  for (; i + 32 <= d; i += 32) step(x + i, y + i);
+  if (i < d) {
+    float a[32] = {}, b[32] = {};
+    for (int64_t j = 0; i + j < d; ++j) a[j] = x[i + j], b[j] = y[i + j];
+    step(a, b);
+  }
+  float64x2_t fold[4];
+  for (int j = 0; j < 4; ++j) fold[j] = vaddq_f64(vaddq_f64(lane[j], lane[j + 4]), vaddq_f64(lane[j + 8], lane[j + 12]));
+  return vaddvq_f64(vaddq_f64(vaddq_f64(fold[0], fold[2]), vaddq_f64(fold[1], fold[3])));
+}
+
+const SelectKernels select_kernels = {append, dot};
 
 // --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------------------------------------------
 
@@ -137,7 +183,7 @@ extern const Kernels neon_kernels = {
     .matmul_bf16 = &matmul_bf16,
     .lerp = &lerp,
     .screen = &screen_f32<&matmul_f32>,
-    .select = nullptr,
+    .select = &select_kernels,
     .loss = &loss_kernels<Floats>,
     .to_f32 = nullptr,
     .from_f32 = nullptr,

@@ -1,0 +1,93 @@
+// The NEON level against the scalar one, as a program for an Arm CPU or for qemu: .ci/run cross-compiles and runs it. Prints what differs.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "core/band_topk.h"
+#include "core/cpu.h"
+#include "core/lerp_kernels.h"
+#include "core/matmul.h"
+
+using namespace refine_fast;
+
+static int failures = 0;
+
+static void expect(bool equal, const char* what, int64_t size) {
+  if (!equal) std::printf("neon differs from scalar: %s, size %lld\n", what, static_cast<long long>(size)), ++failures;
+}
+
+static std::mt19937 generator(0);
+
+static std::vector<float> normal(int64_t n, float scale = 1) {
+  std::normal_distribution<float> distribution(0, scale);
+  std::vector<float> x(n);
+  for (float& value : x) value = distribution(generator);
+  return x;
+}
+
+struct Found {
+  std::vector<int64_t> ids, in_band;
+  std::vector<float> scores;
+};
+
+static Found search(Isa isa, const std::vector<float>& queries, const std::vector<float>& docs, int64_t d, bool random) {
+  isa_force(isa);
+  const int64_t rows = static_cast<int64_t>(queries.size()) / d, count = static_cast<int64_t>(docs.size()) / d, k = 7;
+  const BandSpec spec{d, k, 3, 0.1, random, 5, Order::skip_then_band, true, 1};
+  const std::vector<double> hi(rows, 0.6);
+  BandSearch band(spec, 0, rows, hi.data(), {nullptr, nullptr});
+  Found found{std::vector<int64_t>(rows * k), std::vector<int64_t>(rows), std::vector<float>(rows * k)};
+  expect(bool(band.set_queries(queries.data(), Dtype::f32, d)) && bool(band.push(docs.data(), Dtype::f32, d, count, 0, {})), "search", d);
+  band.finish(found.ids.data(), found.scores.data(), found.in_band.data());
+  return found;
+}
+
+template <class T>
+static bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+int main() {
+  const Kernels& scalar = (isa_force(Isa::scalar), kernels());
+  const Kernels& neon = (isa_force(Isa::neon), kernels());
+  for (int64_t n : {1, 3, 16, 31, 32, 33, 100, 384, 1000}) {
+    const std::vector<float> x = normal(n), y = normal(n);
+    expect(neon.select->dot(x.data(), y.data(), n) == scalar.select->dot(x.data(), y.data(), n), "select dot", n);
+
+    std::vector<float> a(n), b(n);
+    for (float weight : {0.35f, 0.65f}) {
+      scalar.lerp->f32(x.data(), y.data(), n, weight, a.data()), neon.lerp->f32(x.data(), y.data(), n, weight, b.data());
+      expect(same_bits(a, b), "lerp", n);
+    }
+
+    for (bool bf16 : {false, true}) {  // a row of ones, so that a product is a sum
+      const std::vector<float> ones(n, 1.0f);
+      double exact = 0, size = 0;
+      for (float value : x) {
+        float rounded = value;
+        if (bf16) {
+          uint16_t half;
+          scalar.from_f32(&value, Dtype::bf16, 1, &half), scalar.to_f32(&half, Dtype::bf16, 1, &rounded);
+        }
+        exact += rounded, size += std::abs(rounded);
+      }
+      const MatmulKernels& kernels = bf16 ? *neon.matmul_bf16 : *neon.matmul_f32;
+      std::vector<char> panels(bytes_a(kernels, 1, n) + bytes_b(kernels, 1, n));
+      float product = 0;
+      pack_a(kernels, x.data(), n, 1, 1, n, panels.data()), pack_b(kernels, ones.data(), n, 1, 1, n, panels.data() + bytes_a(kernels, 1, n));
+      matmul(kernels, panels.data(), panels.data() + bytes_a(kernels, 1, n), 1, 1, n, &product, 1, false);
+      expect(std::abs(product - exact) <= static_cast<double>(n + 1) * 0x1p-24 * size, "matmul", n);
+    }
+  }
+  for (int64_t d : {1, 8, 33}) {
+    const std::vector<float> queries = normal(37 * d), docs = normal(1500 * d);
+    for (bool random : {false, true}) {
+      const Found a = search(Isa::scalar, queries, docs, d, random), b = search(Isa::neon, queries, docs, d, random);
+      expect(a.ids == b.ids && a.in_band == b.in_band && same_bits(a.scores, b.scores), "band_topk", d);
+    }
+  }
+  std::puts(failures == 0 ? "NEON agrees with scalar" : "failed");
+  return failures != 0;
+}
