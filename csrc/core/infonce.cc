@@ -24,9 +24,10 @@
 //   2. per row: the exact maximum over what is a negative, the sum of exp((S - max) / tau), the loss;
 //   3. block by block: G from S, dQ += G D and dD += G^T Q, from the cache hierarchy.
 // That is 6 B N width operations, the floor. A strip holds whole rows, so the maximum is known before any exponential is taken: no running
-// rescale and no fixed shift that could underflow; any temperature and any finite scores are safe, for taking each exponential twice (2% of the
-// products at width 384). Q and D enter the products as they came, so that in bf16 G alone is rounded: less error than torch's. The
-// positive's weight is p - 1 = -(sum of the others), kept as that sum: no cancellation where the positive dominates.
+// rescale and no fixed shift that could underflow; any temperature and any finite scores are safe, for taking each exponential twice. Q and D
+// enter the products as they came, so that in bf16 G alone is rounded: less error than torch's. The positive's weight is p - 1 = -(sum of the
+// others), kept as that sum: no cancellation where the positive dominates.
+// Measured on one Zen 5 core, B = 8,192, width 384 / 768: fp32 205 / 210 GFLOP/s as a whole of a peak of 248, bf16 368 / 404 of 495.
 //
 // Prefixes (Kusupati et al., arXiv 2205.13147: the loss of several prefix lengths at once) cost one product of the full width: scores add up
 // from slice to slice of the width, S_m = S_m-1 + Q[slice m] D[slice m]^T, and so do the weights, from the last slice to the first:
