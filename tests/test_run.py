@@ -17,6 +17,7 @@ from refine_fast.cli import main
 from refine_fast.pipeline import stages, train
 from refine_fast.pipeline.config import RunConfig
 from refine_fast.pipeline.console import Console
+from refine_fast.pipeline.memory import MINI_BATCH
 from refine_fast.pipeline.run import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
@@ -280,9 +281,9 @@ def test_gradient_caching_changes_nothing_but_memory(tiny: Path) -> None:
 
 def test_a_memory_budget(copied: Path, capsys) -> None:
     assert main(["train", "--out", str(copied), "--memory", "1GB"]) == 2
-    assert "error: memory: 1.0 GB is too little for this encoder; give at least 1.0GB." in capsys.readouterr().err
-    assert main(["train", "--out", str(copied), "--memory", "1052MB"]) == 0
-    assert " sequences at a time, gradients cached, to stay under 1.0 GB" in capsys.readouterr().err
+    assert "error: memory: 1.0 GB is too little for this encoder; give at least 1.1GB." in capsys.readouterr().err
+    assert main(["train", "--out", str(copied), "--memory", "1043MB"]) == 0
+    assert " sequences at a time, gradients cached, in fp32: about 1.0 GB of memory" in capsys.readouterr().err
 
 
 def test_weight_auto_chooses_on_documents_of_their_own(copied: Path, capsys) -> None:
@@ -321,6 +322,8 @@ def test_plan_writes_nothing(tmp_path: Path, tiny: Path, docs: Path, whole: Path
     assert plan["chunks"] == sum(1 for _ in (whole / "chunks.jsonl").open())
     assert plan["training_queries"] == sum(1 for _ in (whole / "queries.jsonl").open())
     assert plan["steps"] == json.loads((whole / "training.json").read_text())["steps"]
+    assert plan["mini_batch"] == MINI_BATCH
+    assert 1 < plan["training_gb"] < 1.5
 
 
 def test_doctor(tiny: Path, docs: Path, capsys) -> None:

@@ -1,7 +1,10 @@
-"""How many sequences of training fit into a memory budget."""
+"""How much memory training takes, and how many sequences of it fit into a budget."""
 
 from __future__ import annotations
 
+import ctypes
+import math
+import os
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RefineFastError
@@ -14,31 +17,46 @@ MINI_BATCH = 8
 as long as with 16, where the whole process peaks at 4.4 GB."""
 
 PROCESS = 1 << 30
-"""Python, torch, transformers and the data, before any model."""
+"""Python, torch, transformers, the data, the optimizer's passing copies and malloc's holes."""
+
+KERNELS = 1 << 28
+"""The code that oneDNN generates for the shapes of bf16 products on a CPU, of which cli.py lets it keep few."""
 
 
-def training_bytes(model: SentenceTransformer) -> int:
-    """Weights, gradients and Adam's two moments, in float32."""
-    return 4 * 4 * sum(p.numel() for p in model.parameters())
+def return_free_memory() -> None:
+    """Gives the free pages of malloc back to the system: steps of other lengths leave holes that nothing else fits into. Linux with glibc;
+    elsewhere nothing happens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
-def activation_bytes(model: SentenceTransformer) -> int:
-    """Of one sequence of the greatest length, kept for the backward: ``layers * s * h * (34 + 5 * heads * s / h)`` values' worth of 16
-    bits, here float32 (Korthikanti et al. 2022, arXiv 2205.05198, equation 2). An upper bound: bf16 and fused attention keep less."""
-    transformer: Any = model[0]
-    config = transformer.auto_model.config
-    s, h = model.max_seq_length, config.hidden_size
-    return int(2 * config.num_hidden_layers * s * h * (34 + 5 * config.num_attention_heads * s / h))
+def training_bytes(model: SentenceTransformer, mini_batch: int, *, bf16: bool) -> int:
+    """The peak of a training that encodes ``mini_batch`` sequences of the greatest length at a time."""
+    parameters = sum(p.numel() for p in model.parameters())
+    # weights, gradients and Adam's two moments in float32; autocast's copies of the weights
+    return PROCESS + bf16 * KERNELS + (16 + 2 * bf16) * parameters + mini_batch * activation_bytes(model, bf16=bf16)
 
 
-def mini_batch_for(budget: int | None, model: SentenceTransformer, sequences: int) -> int | None:
+def activation_bytes(model: SentenceTransformer, *, bf16: bool) -> int:
+    """What the backward keeps of one sequence of the greatest length. By layer and token (Korthikanti et al. 2022, arXiv 2205.05198,
+    section 4.1, without dropout, and with attention that keeps no scores): the inputs of two layer norms, in float32; the inputs of the
+    four products, q, k, v and both sides of the feed-forward's activation, as wide as the products are: ``2 h * 4 + (6 h + 2 i) * width``
+    bytes for hidden size h and intermediate size i."""
+    config: Any = model[0].auto_model.config
+    h = config.hidden_size
+    intermediate = getattr(config, "intermediate_size", None) or 4 * h
+    width = 2 if bf16 else 4
+    return int(model.max_seq_length * config.num_hidden_layers * (2 * h * 4 + (6 * h + 2 * intermediate) * width))
+
+
+def mini_batch_for(budget: int | None, model: SentenceTransformer, sequences: int, *, bf16: bool) -> int | None:
     """Sequences to encode at a time so that training stays under ``budget`` bytes; None where all ``sequences`` of a batch fit at once, so
     that no gradient caching is needed."""
     if budget is None:
         return MINI_BATCH if sequences > MINI_BATCH else None
-    fixed, each = PROCESS + training_bytes(model), activation_bytes(model)
-    fits = (budget - fixed) // each
+    fits = (budget - training_bytes(model, 0, bf16=bf16)) // activation_bytes(model, bf16=bf16)
     if fits < 1:
-        least = f"{(fixed + each) / 2**30:.1f}GB"
+        least = f"{math.ceil(training_bytes(model, 1, bf16=bf16) / 2**30 * 10) / 10:.1f}GB"
         raise RefineFastError(f"memory: {budget / 2**30:.1f} GB is too little for this encoder; give at least {least}.")
     return None if fits >= sequences else int(fits)

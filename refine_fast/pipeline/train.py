@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from ..errors import RefineFastError
 from ..nn import InfoNCELoss
 from .embed import prompt_name
+from .memory import return_free_memory
 from .stages import sync
 
 if TYPE_CHECKING:
@@ -205,6 +206,7 @@ def _callback(steps: int, progress: Callable[..., None] | None) -> Any:
         saved = time.monotonic()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            return_free_memory()
             control.should_save = state.global_step < steps and time.monotonic() - self.saved >= CHECKPOINT_SECONDS
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
