@@ -112,6 +112,18 @@ def test_containers(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(np.array(mapped)), docs)  # the map is intact after its pages were given back
 
 
+def test_no_page_of_a_map_stays(tmp_path: Path) -> None:
+    """A map of many blocks, which would count as ours: a fault maps pages around it, those of the block before among them."""
+    written = np.lib.format.open_memmap(tmp_path / "docs.npy", "w+", np.float32, (140_000, 96))
+    written[:] = unit_rows(140_000, 96, 1)
+    written.flush()  # what is not on the disk yet is not mapped around a fault
+    del written
+    mapped = np.load(tmp_path / "docs.npy", mmap_mode="r")
+    rf.band_topk(unit_rows(4, 96, 0), mapped, 8, band=(0.1, 0.5))
+    maps = Path("/proc/self/smaps").read_text().split("docs.npy\n")[1:]
+    assert sum(int(of.split("Rss:")[1].split()[0]) for of in maps) <= 64  # KiB: the window around the last fault
+
+
 def test_normalize(isa: str) -> None:
     """Rows times powers of two have the same cosines, bit for bit; a zero row scores 0."""
     queries, docs = unit_rows(30, 64, 0), unit_rows(900, 64, 1)

@@ -89,12 +89,15 @@ class Block:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives the pages of a memory map back to the page cache, which would count as ours until the system is short of memory."""
+        """Gives the pages of a memory map back to the page cache, which would count as ours until the system is short of memory. The kernel
+        maps pages around a fault too: those before the block, which were given back with the block before, go once more."""
         mapping = getattr(self._source, "_mmap", None)
         if isinstance(self._source, np.memmap) and self._source.mode == "r" and mapping is not None and self.rows.size:
             offset = self.rows.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
-            begin = offset - offset % mmap.PAGESIZE
+            begin = max(0, offset - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
             mapping.madvise(mmap.MADV_DONTNEED, begin, offset + self.rows.nbytes - begin)
 
 
+_AROUND = 2 << 20
+"""The largest piece of a file that one fault maps."""
 _NUMPY = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16}
