@@ -43,7 +43,8 @@ def activation_bytes(model: SentenceTransformer, *, bf16: bool) -> int:
     section 4.1, without dropout, and with attention that keeps no scores): the inputs of two layer norms, in float32; the inputs of the
     four products, q, k, v and both sides of the feed-forward's activation, as wide as the products are: ``2 h * 4 + (6 h + 2 i) * width``
     bytes for hidden size h and intermediate size i."""
-    config: Any = model[0].auto_model.config
+    transformer: Any = model[0]
+    config = transformer.auto_model.config
     h = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * h
     width = 2 if bf16 else 4
