@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,24 @@ from torch import Tensor
 from .._native import DTYPES
 
 Progress = Callable[[int, int], None]
+
+
+class Rule(NamedTuple):
+    """What is asked of each row of scores: the arguments of ``refine_fast::band_topk`` after queries and docs, in their order."""
+
+    k: int
+    lo: float
+    hi: float
+    skip: int
+    offsets: Tensor | None
+    """(B + 1,) int64: where each query's ids begin in ``excluded``."""
+    excluded: Tensor | None
+    """int64, ascending within each query."""
+    ceiling: Tensor | None
+    random: bool
+    seed: int
+    band_first: bool
+    normalize: bool
 
 
 def ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
@@ -34,28 +52,28 @@ def shape(x: Any, name: str) -> tuple[int, int]:
     return sizes
 
 
-def check(queries: Any, docs: Any, k: int, lo: float, hi: float, skip: int, ceiling: Tensor | None) -> tuple[int, int, int]:
+def check(queries: Any, docs: Any, rule: Rule) -> tuple[int, int, int]:
     (rows, width), (count, docs_width) = shape(queries, "queries"), shape(docs, "docs")
     if width != docs_width:
         raise ValueError(f"queries have {width} columns and docs {docs_width}; embed both with the same model")
-    for name, value in (("k", k), ("skip", skip)):
+    for name, value in (("k", rule.k), ("skip", rule.skip)):
         if not 0 <= value < 2**31:
             raise ValueError(f"{name} must be 0 or more, not {value}")
-    if not lo <= hi:
-        raise ValueError(f"the band ({lo}, {hi}) is empty: the lower edge comes first, and neither is NaN")
-    if ceiling is not None and tuple(ceiling.shape) != (rows,):
-        raise ValueError(f"ceiling must have one value for each of the {rows} queries, not the shape {tuple(ceiling.shape)}")
+    if not rule.lo <= rule.hi:
+        raise ValueError(f"the band ({rule.lo}, {rule.hi}) is empty: the lower edge comes first, and neither is NaN")
+    if rule.ceiling is not None and tuple(rule.ceiling.shape) != (rows,):
+        raise ValueError(f"ceiling must have one value for each of the {rows} queries, not the shape {tuple(rule.ceiling.shape)}")
     return rows, count, width
 
 
-def upper_edges(rows: int, hi: float, ceiling: Tensor | None) -> Tensor:
+def upper_edges(rows: int, rule: Rule) -> Tensor:
     """(rows,) float64 on the CPU: the upper edge of each query's band."""
-    edges = torch.full((rows,), hi, dtype=torch.float64)
-    if ceiling is None:
+    edges = torch.full((rows,), rule.hi, dtype=torch.float64)
+    if rule.ceiling is None:
         return edges
-    if torch.isnan(ceiling).any():
-        raise ValueError(f"ceiling of query {int(torch.isnan(ceiling).nonzero()[0])} is NaN; give a number, or inf for none")
-    return edges.minimum(ceiling.to("cpu", torch.float64))
+    if torch.isnan(rule.ceiling).any():
+        raise ValueError(f"ceiling of query {int(torch.isnan(rule.ceiling).nonzero()[0])} is NaN; give a number, or inf for none")
+    return edges.minimum(rule.ceiling.to("cpu", torch.float64))
 
 
 def address(rows: Tensor) -> tuple[int, int, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _core
 from . import band_topk_cuda
-from .band_inputs import Block, Progress, check, outputs, ranges, shape, upper_edges
+from .band_inputs import Block, Progress, Rule, check, outputs, ranges, shape, upper_edges
 
 MEMORY = 48 << 20
 """What one search holds besides its outputs, in bytes; more queries than fit are searched in turn."""
@@ -88,13 +88,13 @@ def band_topk(
         raise ValueError(f'select must be "hardest" or "random", not {select!r}')
     if order not in ("skip_then_band", "band_then_skip"):
         raise ValueError(f'order must be "skip_then_band" or "band_then_skip", not {order!r}')
-    rule = (k, lo, hi, skip, offsets, excluded, ceiling, select == "random", seed, order == "band_then_skip", normalize)
+    rule = Rule(k, lo, hi, skip, offsets, excluded, ceiling, select == "random", seed, order == "band_then_skip", normalize)
     device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
     together = isinstance(queries, Tensor) and isinstance(docs, Tensor) and queries.device == docs.device
     if together and device.type in ("cpu", "cuda") and progress is None:
         return BandTopK(*_band_topk(queries.detach(), docs.detach(), *rule))
     search = band_topk_cuda.search if device.type == "cuda" else _search
-    return BandTopK(*search(queries, docs, *rule, progress=progress))
+    return BandTopK(*search(queries, docs, rule, progress))
 
 
 @torch.library.custom_op("refine_fast::band_topk", mutates_args=(), device_types="cpu")
@@ -113,52 +113,25 @@ def _band_topk(
     band_first: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _search(queries, docs, k, lo, hi, skip, offsets, excluded, ceiling, random, seed, band_first, normalize)
+    return _search(queries, docs, Rule(k, lo, hi, skip, offsets, excluded, ceiling, random, seed, band_first, normalize))
 
 
 @_band_topk.register_kernel("cuda")
 def _(queries: Tensor, docs: Tensor, *rule: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return band_topk_cuda.search(queries, docs, *rule)
+    return band_topk_cuda.search(queries, docs, Rule(*rule))
 
 
 @_band_topk.register_fake
-def _(
-    queries: Tensor,
-    docs: Tensor,
-    k: int,
-    lo: float,
-    hi: float,
-    skip: int,
-    offsets: Tensor | None,
-    excluded: Tensor | None,
-    ceiling: Tensor | None,
-    random: bool,
-    seed: int,
-    band_first: bool,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check(queries, docs, k, lo, hi, skip, ceiling)
-    return outputs(queries.shape[0], k, queries.device)
+def _(queries: Tensor, docs: Tensor, *rule: Any) -> tuple[Tensor, Tensor, Tensor]:
+    asked = Rule(*rule)
+    rows, _, _ = check(queries, docs, asked)
+    return outputs(rows, asked.k, queries.device)
 
 
-def _search(
-    queries: Any,
-    docs: Any,
-    k: int,
-    lo: float,
-    hi: float,
-    skip: int,
-    offsets: Tensor | None,
-    excluded: Tensor | None,
-    ceiling: Tensor | None,
-    random: bool,
-    seed: int,
-    band_first: bool,
-    normalize: bool,
-    progress: Progress | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, count, width = check(queries, docs, k, lo, hi, skip, ceiling)
-    edges = upper_edges(rows, hi, ceiling)
+def _search(queries: Any, docs: Any, rule: Rule, progress: Progress | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, count, width = check(queries, docs, rule)
+    k, lo, _, skip, offsets, excluded, _, random, seed, band_first, normalize = rule
+    edges = upper_edges(rows, rule)
     ids, scores, in_band = found = outputs(rows, k, "cpu")
     threads = torch.get_num_threads()
     spec = _core.BandSpec(width, k, skip, lo, random, seed % 2**64, band_first, normalize, threads)

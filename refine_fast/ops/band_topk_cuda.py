@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import workspace
 from .._native import DTYPES, cuda_module
-from .band_inputs import Block, Progress, address, check, outputs, ranges, upper_edges
+from .band_inputs import Block, Progress, Rule, address, check, outputs, ranges, upper_edges
 
 PANEL = 256
 """Rows that are packed together (csrc/cuda/band_topk.cu)."""
@@ -26,24 +26,10 @@ STREAMED = 64 << 20
 """Most bytes of documents that are brought to the GPU at a time."""
 
 
-def search(
-    queries: Tensor,
-    docs: Any,
-    k: int,
-    lo: float,
-    hi: float,
-    skip: int,
-    offsets: Tensor | None,
-    excluded: Tensor | None,
-    ceiling: Tensor | None,
-    random: bool,
-    seed: int,
-    band_first: bool,
-    normalize: bool,
-    progress: Progress | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def search(queries: Tensor, docs: Any, rule: Rule, progress: Progress | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The search of ``band_topk`` on the device of ``queries``."""
-    rows, count, width = check(queries, docs, k, lo, hi, skip, ceiling)
+    rows, count, width = check(queries, docs, rule)
+    k, lo, _, skip, offsets, excluded, _, random, seed, band_first, normalize = rule
     device = queries.device
     cuda = _module(device)
     if queries.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -54,7 +40,7 @@ def search(
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
-            edges = upper_edges(rows, hi, ceiling).to(device)
+            edges = upper_edges(rows, rule).to(device)
             offsets, excluded = (None if x is None else x.to(device) for x in (offsets, excluded))
             ids, scores, in_band = found = outputs(rows, k, device)
             block = _block(count, width, budget, resident)
