@@ -1,15 +1,8 @@
-"""band_topk against the float64 sort of reference.py, at every ISA level.
-
-The embeddings lie on a grid of multiples of 2^-12, or 2^-24 where the edges of the band matter: their inner products are then exact in
-float64 in any order of summation, so equality is exact and ties are real ties.
-"""
+"""band_topk against the float64 sort of reference.py, at every ISA level."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from banded import assert_same, hears_ctrl_c, near_an_edge, searches, tied, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -34,18 +28,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def unit_rows(rows: int, width: int, seed: int, bits: int = 12) -> Tensor:
-    x = torch.nn.functional.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=1)
-    return torch.round(x * 2**bits) / 2**bits
-
-
-def assert_same(ours: rf.BandTopK, gold: tuple[Tensor, Tensor, Tensor]) -> None:
-    differing = (ours.ids != gold[0]).any(1).nonzero()
-    assert not len(differing), f"query {int(differing[0])}: {ours.ids[differing[0]].tolist()}, not {gold[0][differing[0]].tolist()}"
-    assert torch.equal(ours.in_band, gold[2])
-    torch.testing.assert_close(ours.scores, gold[1], rtol=0, atol=0, equal_nan=True)
-
-
 def check(queries: Tensor, docs: Tensor, k: int, **rule: Any) -> rf.BandTopK:
     ours = rf.band_topk(queries, docs, k, **rule)
     assert_same(ours, reference.band_topk(queries, docs, k, **rule))
@@ -61,16 +43,12 @@ BANDS = [(-0.2, 0.4), (0.1, 0.3), (-2.0, 2.0), (0.99, 1.0), (-float("inf"), floa
 @pytest.mark.parametrize("order", ["skip_then_band", "band_then_skip"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_sort(isa: str, shape: tuple[int, int, int], order: str, select: str) -> None:
-    rows, count, width = shape
-    queries, docs = unit_rows(rows, width, 0), unit_rows(count, width, 1)
-    if count > 20:
-        docs[[10, 11, count - 1]] = docs[3].clone()  # ties
-    generator = torch.Generator().manual_seed(2)
-    exclude = [torch.randint(0, max(count, 1), (i % 5 if count else 0,), generator=generator) for i in range(rows)]
+    queries, docs, exclude = tied(*shape)
+    generator = torch.Generator().manual_seed(3)
     for band, (k, skip) in itertools.product(BANDS, [(0, 0), (0, 5), (1, 0), (10, 5), (400, 600)]):
         rule = {"band": band, "skip": skip, "order": order, "select": select, "seed": 7}
         check(queries, docs, k, **rule)
-        check(queries, docs, k, exclude=exclude, ceiling=torch.rand(rows, generator=generator), **rule)
+        check(queries, docs, k, exclude=exclude, ceiling=torch.rand(len(queries), generator=generator), **rule)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -143,22 +121,9 @@ def test_an_outlier_row_is_no_trap(isa: str) -> None:
 
 @pytest.mark.parametrize("edge", [0.5, 0.7])
 def test_edges_to_the_last_bit(isa: str, edge: float) -> None:
-    """Scores within 1e-7 of an edge on both sides: a screen in float32 cannot tell them apart."""
-    width, count = 40, 1200
-    generator = torch.Generator().manual_seed(5)
-    queries, docs = torch.zeros(16, width), torch.zeros(count, width)
-    queries[:, 0], queries[:, 1] = 1, 2**-12
-    docs[:, 0] = torch.round(torch.tensor(edge) * 2**20) / 2**20
-    docs[:, 1] = torch.randint(-2048, 2048, (count,), generator=generator) * 2.0**-24  # contributes multiples of 2^-36, up to 3e-8
-    noise = torch.randint(-8, 8, (count, width - 2), generator=generator) * 2.0**-6
-    queries[:, 2:], docs[:, 2:] = torch.randint(-1, 2, (16, width - 2), generator=generator) * 2.0**-20, noise
-    scores = queries.double() @ docs.double().T
-    exact = float(scores.median())
-    assert (scores - exact).abs().max() < 1e-5
-    assert ((scores - exact).abs() < 1e-7).sum() > 100
-    for band in [(exact, 2.0), (-2.0, exact), (exact, exact), (exact - 1e-7, exact + 1e-7)]:
-        for order in ("skip_then_band", "band_then_skip"):
-            check(queries, docs, 30, band=band, order=order)
+    queries, docs, bands = near_an_edge(edge, 1200)
+    for band, order in itertools.product(bands, ("skip_then_band", "band_then_skip")):
+        check(queries, docs, 30, band=band, order=order)
 
 
 @pytest.mark.parametrize("value", [1 / 16, (1 + 2**-8) / 16])  # the second lies midway between two bf16
@@ -206,32 +171,13 @@ def test_ascending_scores_flush_the_list_often(isa: str) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_any_rule(data: st.DataObject) -> None:
-    draw = data.draw
-    rows, count, width = draw(st.integers(1, 20)), draw(st.integers(0, 300)), draw(st.integers(1, 40))
-    seed, bits = draw(st.integers(0, 2**31)), draw(st.sampled_from([2, 6, 12]))
-    queries, docs = unit_rows(rows, width, seed, bits), unit_rows(count, width, seed + 1, bits)
-    scores = (queries.double() @ docs.double().T).flatten()
-    edge = st.sampled_from(scores.tolist()) if count else st.just(0.0)  # an edge that some score equals
-    nudge = st.sampled_from([0.0, 1e-7, -1e-7, 1e-16, 0.1, -0.1, 3.0])
-    lo, hi = sorted((draw(edge) + draw(nudge), draw(edge) + draw(nudge)))
-    ids = st.lists(st.integers(0, count - 1), max_size=6) if count else st.just([])
+@given(searches(), st.sampled_from(rf.available_isas()))
+def test_any_rule(search: tuple[Tensor, Tensor, int, dict[str, Any]], level: str) -> None:
+    queries, docs, k, rule = search
     before = rf.isa()
-    rf.force_isa(draw(st.sampled_from(rf.available_isas())))
+    rf.force_isa(level)
     try:
-        check(
-            queries,
-            docs,
-            draw(st.integers(0, 40)),
-            band=(lo, hi),
-            skip=draw(st.integers(0, 12)),
-            exclude=[draw(ids) for _ in range(rows)],
-            ceiling=torch.tensor([draw(edge) for _ in range(rows)], dtype=torch.float64) if draw(st.booleans()) else None,
-            order=draw(st.sampled_from(["skip_then_band", "band_then_skip"])),
-            select=draw(st.sampled_from(["hardest", "random"])),
-            seed=draw(st.integers(-(2**63), 2**63 - 1)),
-        )
+        check(queries, docs, k, **rule)
     finally:
         rf.force_isa(before)
 
@@ -286,18 +232,15 @@ def test_progress_counts_documents_times_queries(monkeypatch: pytest.MonkeyPatch
 
 
 def test_ctrl_c_stops_a_search() -> None:
-    """Half a minute's work at the scalar level. The thread that sends the signal runs at all because the GIL is released."""
-    before, handler = rf.isa(), signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
+    """Half a minute's work at the scalar level."""
+    before = rf.isa()
     rf.force_isa("scalar")
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     queries, docs = torch.randn(2000, 256), torch.randn(100_000, 256)
     try:
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
+        with hears_ctrl_c():
             rf.band_topk(queries, docs, 3)
     finally:
         rf.force_isa(before)
-        signal.signal(signal.SIGINT, handler)
 
 
 def test_custom_op_and_compile() -> None:

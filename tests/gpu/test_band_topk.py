@@ -1,15 +1,9 @@
 """band_topk's CUDA kernels against the float64 sort of reference.py: on a GPU where there is one, else on CPU tensors over the emulation
-that ``-C cmake.define.REFINE_FAST_EMULATE_CUDA=ON`` builds (csrc/cuda_emulated). The same cases either way.
-
-As in tests/test_band_topk.py the embeddings lie on a grid, so that their inner products are exact in any order of summation.
-"""
+that ``-C cmake.define.REFINE_FAST_EMULATE_CUDA=ON`` builds (csrc/cuda_emulated). The same cases either way."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from banded import assert_same, hears_ctrl_c, near_an_edge, searches, tied, unit_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -44,23 +39,11 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     cuda.emulate(3, SM_80, -1)
 
 
-def unit_rows(rows: int, width: int, seed: int, bits: int = 12) -> Tensor:
-    x = torch.nn.functional.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=1)
-    return torch.round(x * 2**bits) / 2**bits
-
-
 def search(queries: Tensor, docs: Any, k: int, **rule: Any) -> rf.BandTopK:
     """On the device: documents too, if they are a tensor."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     docs = docs.to(device) if isinstance(docs, Tensor) else docs
     return rf.BandTopK(*(x.cpu() for x in rf.band_topk(queries.to(device), docs, k, **rule)))
-
-
-def assert_same(ours: rf.BandTopK, gold: tuple[Tensor, Tensor, Tensor]) -> None:
-    differing = (ours.ids != gold[0]).any(1).nonzero()
-    assert not len(differing), f"query {int(differing[0])}: {ours.ids[differing[0]].tolist()}, not {gold[0][differing[0]].tolist()}"
-    assert torch.equal(ours.in_band, gold[2])
-    torch.testing.assert_close(ours.scores, gold[1], rtol=0, atol=0, equal_nan=True)
 
 
 def check(queries: Tensor, docs: Tensor, k: int, **rule: Any) -> rf.BandTopK:
@@ -77,13 +60,8 @@ SHAPES = [(1, 1, 1), (33, 333, 33), (131, 520, 70), (5, 97, 384), (3, 0, 8), (0,
 @pytest.mark.parametrize("order", ["skip_then_band", "band_then_skip"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_sort(shape: tuple[int, int, int], order: str, select: str) -> None:
-    rows, count, width = shape
-    queries, docs = unit_rows(rows, width, 0), unit_rows(count, width, 1)
-    if count > 20:
-        docs[[10, 11, count - 1]] = docs[3].clone()  # ties
-    generator = torch.Generator().manual_seed(2)
-    exclude = [torch.randint(0, max(count, 1), (i % 5 if count else 0,), generator=generator) for i in range(rows)]
-    ceiling = torch.rand(rows, generator=generator)
+    queries, docs, exclude = tied(*shape)
+    ceiling = torch.rand(len(queries), generator=torch.Generator().manual_seed(3))
     rules: list[tuple[int, dict[str, Any]]] = [
         (10, {"band": (-0.2, 0.4), "skip": 5}),
         (10, {"band": (0.1, 0.3), "skip": 5, "exclude": exclude, "ceiling": ceiling}),
@@ -166,21 +144,9 @@ def test_sizes_that_float16_does_not_hold() -> None:
 
 @pytest.mark.parametrize("edge", [0.5, 0.7])
 def test_edges_to_the_last_bit(edge: float) -> None:
-    """Scores within 1e-7 of an edge on both sides: no float16 product tells them apart."""
-    width, count = 40, 600
-    generator = torch.Generator().manual_seed(5)
-    queries, docs = torch.zeros(16, width), torch.zeros(count, width)
-    queries[:, 0], queries[:, 1] = 1, 2**-12
-    docs[:, 0] = torch.round(torch.tensor(edge) * 2**20) / 2**20
-    docs[:, 1] = torch.randint(-2048, 2048, (count,), generator=generator) * 2.0**-24
-    noise = torch.randint(-8, 8, (count, width - 2), generator=generator) * 2.0**-6
-    queries[:, 2:], docs[:, 2:] = torch.randint(-1, 2, (16, width - 2), generator=generator) * 2.0**-20, noise
-    scores = queries.double() @ docs.double().T
-    exact = float(scores.median())
-    assert ((scores - exact).abs() < 1e-7).sum() > 100
-    for band in [(exact, 2.0), (-2.0, exact), (exact, exact), (exact - 1e-7, exact + 1e-7)]:
-        for order in ("skip_then_band", "band_then_skip"):
-            check(queries, docs, 30, band=band, order=order)
+    queries, docs, bands = near_an_edge(edge, 600)
+    for band, order in itertools.product(bands, ("skip_then_band", "band_then_skip")):
+        check(queries, docs, 30, band=band, order=order)
 
 
 def test_edges_within_the_error_of_a_sum() -> None:
@@ -233,15 +199,9 @@ def test_bad_rows_are_named(value: float, monkeypatch: pytest.MonkeyPatch) -> No
 def test_ctrl_c_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 256 documents, of minutes of work in all where it is emulated."""
     monkeypatch.setattr(workspace, "workspace_bytes", lambda: 1_000_000)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    docs = torch.randn(1_000_000, 16)
-    try:
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            search(torch.randn(600, 16), docs.numpy(), 3)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    queries, docs = torch.randn(600, 16), torch.randn(1_000_000, 16)
+    with hears_ctrl_c():
+        search(queries, docs.numpy(), 3)
 
 
 def test_out_of_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,30 +228,11 @@ def test_wrong_dtypes() -> None:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_rule(data: st.DataObject, emulation: Any) -> None:
-    draw = data.draw
-    rows, count, width = draw(st.integers(1, 20)), draw(st.integers(0, 700)), draw(st.integers(1, 80))
-    seed, bits = draw(st.integers(0, 2**31)), draw(st.sampled_from([2, 6, 12]))
-    queries, docs = unit_rows(rows, width, seed, bits), unit_rows(count, width, seed + 1, bits)
-    scores = (queries.double() @ docs.double().T).flatten()
-    edge = st.sampled_from(scores.tolist()) if count else st.just(0.0)  # an edge that some score equals
-    nudge = st.sampled_from([0.0, 1e-7, -1e-7, 1e-16, 0.1, -0.1, 3.0])
-    lo, hi = sorted((draw(edge) + draw(nudge), draw(edge) + draw(nudge)))
-    ids = st.lists(st.integers(0, count - 1), max_size=6) if count else st.just([])
-    emulation(draw(st.integers(1, 3)), draw(st.sampled_from([SM_80, SM_86])), draw(st.integers(-1, 2**16)))
-    check(
-        queries,
-        docs,
-        draw(st.integers(0, 40)),
-        band=(lo, hi),
-        skip=draw(st.integers(0, 12)),
-        exclude=[draw(ids) for _ in range(rows)],
-        ceiling=torch.tensor([draw(edge) for _ in range(rows)], dtype=torch.float64) if draw(st.booleans()) else None,
-        order=draw(st.sampled_from(["skip_then_band", "band_then_skip"])),
-        select=draw(st.sampled_from(["hardest", "random"])),
-        seed=draw(st.integers(-(2**63), 2**63 - 1)),
-    )
+@given(asked=searches(), processors=st.integers(1, 3), shared=st.sampled_from([SM_80, SM_86]), order=st.integers(-1, 2**16))
+def test_any_rule(asked: tuple[Tensor, Tensor, int, dict[str, Any]], processors: int, shared: int, order: int, emulation: Any) -> None:
+    queries, docs, k, rule = asked
+    emulation(processors, shared, order)
+    check(queries, docs, k, **rule)
 
 
 def test_edges_are_all_seen() -> None:
