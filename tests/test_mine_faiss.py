@@ -11,7 +11,7 @@ import refine_fast as rf
 from refine_fast.errors import RefineFastError
 from refine_fast.integrations.faiss import approximate_band_topk, build_index, write_index
 
-faiss = pytest.importorskip("faiss")
+faiss = pytest.importorskip("faiss", reason="needs faiss: pip install '.[pipeline]'")
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("datasets")
-pytest.importorskip("sentence_transformers")
+pytest.importorskip("datasets", reason="needs the pipeline: pip install '.[pipeline]'")
+pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding

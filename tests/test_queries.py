@@ -12,7 +12,7 @@ from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.chunks import Chunk
 from refine_fast.pipeline.queries import TURNS, Query, load_queries, synthesize_queries
 
-pytest.importorskip("sentence_transformers", reason="the pipeline's extra is not installed")
+pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 
 TEXTS = {
     "rivers#0": ("Rivers", "The Oder rises in the Czech mountains and runs to the Baltic Sea. Barges carry coal on it all year."),

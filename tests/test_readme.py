@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("sentence_transformers")
+pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = [block for block in re.findall(r"```python\n(.+?)```", README, re.S) if "# before" not in block]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("sentence_transformers")
+pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (

@@ -33,7 +33,7 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return
     cuda = cuda_module()
     if not hasattr(cuda, "emulate"):
-        pytest.skip("no GPU, and _cuda is not the emulated one (-C cmake.define.REFINE_FAST_EMULATE_CUDA=ON)")
+        pytest.skip("no GPU, and _cuda is not the emulated one: pip install -e . -C cmake.define.REFINE_FAST_EMULATE_CUDA=ON")
     monkeypatch.setattr(operator, "_search", band_topk_cuda.search)
     yield cuda.emulate
     cuda.emulate(3, SM_80, -1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
 
 ROOT = Path(__file__).parents[2]
 STACK_LIMIT = 64  # bytes a thread: a spilled register or two outside the inner loop (triton 3.6 and 3.9 differ)
@@ -48,7 +48,7 @@ def test_tiles_are_multiplied_on_the_tensor_cores(kernels: list[dict[str, object
 def test_cuda_sources_compile_without_spills(source: Path, arch: str) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        pytest.skip("no nvcc here")
+        pytest.skip("needs nvcc on PATH, of CUDA 12 or newer")
     target = f"arch={arch.replace('sm', 'compute')},code={arch}"
     command = [nvcc, "-std=c++17", f"-I{ROOT / 'csrc'}", "-gencode", target, "-Xptxas", "-v", "-cubin", "-o", os.devnull, str(source)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr

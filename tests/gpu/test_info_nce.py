@@ -10,7 +10,7 @@ import refine_fast as rf
 from refine_fast import reference
 from refine_fast.ops import info_nce as operator
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
 
 from refine_fast.triton_kernels import info_nce  # noqa: E402
 

@@ -102,7 +102,7 @@ def test_a_failed_read_ends_the_others_and_is_raised(
 def test_cuda_module_imports_without_a_driver() -> None:
     cuda = _native.cuda_module()
     if cuda is None:
-        pytest.skip("_cuda was not built: no nvcc here")
+        pytest.skip("_cuda was not built: put nvcc of CUDA 12 or newer on PATH and install again")
     tree = ast.parse((Path(_native.__file__).parent / "_cuda.pyi").read_text())
     stub = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     assert stub == {name for name in dir(cuda) if name[0] != "_"} - {"emulate"}

@@ -100,7 +100,7 @@ def served(log: Path, *command: str) -> Iterator[str]:
 
 @pytest.fixture
 def transformers_serve(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    pytest.importorskip("fastapi", reason="transformers serve needs fastapi and uvicorn")
+    pytest.importorskip("fastapi", reason="transformers serve needs fastapi and uvicorn: pip install '.[test]'")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = ["transformers.cli.transformers", "serve", str(tiny_model), "--device", "cpu"]
     with served(tmp_path / "serve.log", *command) as url:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -205,11 +204,10 @@ def test_round_trip_keeps_what_the_encoder_finds() -> None:
     assert filters.found_by_retriever(documents[source], documents, source, 1).all()
 
 
-@pytest.mark.skipif("REFINE_FAST_DATA" not in os.environ, reason="REFINE_FAST_DATA names no folder of real data")
 @pytest.mark.parametrize(("name", "most"), [("squad", 0.001), ("covidqa", 0.002)])
-def test_human_questions_pass(name: str, most: float) -> None:
+def test_human_questions_pass(beir: Path, name: str, most: float) -> None:
     """Every check at its worst: on questions by people, each with the passage it was written for, so every drop is a mistake."""
-    folder = Path(os.environ["REFINE_FAST_DATA"]) / name
+    folder = beir / name
     with gzip.open(folder / "corpus.jsonl.gz", "rt") as file:
         corpus = {row["_id"]: row["text"] for row in map(json.loads, file)}
     with gzip.open(folder / "queries.jsonl.gz", "rt") as file:
