@@ -1,9 +1,10 @@
 """Whole runs on real retrieval sets: recall before and after, in and out of domain, with time and peak memory, in results/runs.csv.
 
-    REFINE_FAST_DATA=<folder of BEIR sets> python benchmarks/bench_run.py [squad] [covidqa]
+    REFINE_FAST_DATA=<folder of BEIR sets> python benchmarks/bench_run.py [squad] [fusion-weights] [fusion-embeddings] [covidqa]
 
-squad: its passages alone, without an LLM. covidqa: with the human questions of its train split. Judged on their test questions; out of
-domain on SciFact's claims. A row's key is (run, system, judged on, device): a re-run overwrites.
+squad: its passages alone, without an LLM. fusion-*: the same at fewer weights, to set the two fusions beside one another. covidqa: with
+the human questions of its train split. Judged on their test questions; out of domain on SciFact's claims. A row's key is (run, system,
+judged on, device): a re-run overwrites.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from record import RESULTS, commit, device_name
 DATA = Path(os.environ.get("REFINE_FAST_DATA", ""))
 RUNS = {
     "squad": ["{data}/squad", "--ood", "{data}/scifact", "--band", "auto"],
+    "fusion-weights": ["{data}/squad", "--ood", "{data}/scifact", "--band", "auto", "--curve", "0,1"],
+    "fusion-embeddings": ["{data}/squad", "--ood", "{data}/scifact", "--band", "auto", "--curve", "0,1", "--fusion", "embeddings"],
     "covidqa": ["{data}/covidqa", "--queries", "{data}/covidqa", "--ood", "{data}/scifact", "--band", "auto"],
 }
 KEY = ("run", "system", "judged_on", "device")

@@ -11,7 +11,6 @@ from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.config import QUICK, RunConfig, load_config
 
 NO_BAND = "is no band; its two cosine similarities must satisfy -1 <= low < high <= 1, such as 0.5,0.7, or auto."
-NO_TWIN = "is not available: a frozen twin beside the tuned encoder has no form that SentenceTransformer loads; use weights."
 BAD_FLAGS = [
     ("--skip", "-1", "skip: -1 is below 0; give a whole number of at least 0."),
     ("--skip", "five", "skip: five is no whole number; give one of at least 0."),
@@ -40,8 +39,7 @@ BAD_FLAGS = [
     ("--precision", "fp8", "precision: fp8 is unknown; choose one of auto, fp32, bf16."),
     ("--memory", "lots", "memory: lots is no amount of memory; give one such as 8GB or 512MB."),
     ("--memory", "0GB", "memory: 0GB is no amount of memory; give one such as 8GB or 512MB."),
-    ("--fusion", "embeddings", f"fusion: embeddings {NO_TWIN}"),
-    ("--fusion", "both", "fusion: both is unknown; choose one of weights."),
+    ("--fusion", "both", "fusion: both is unknown; choose one of weights, embeddings."),
     ("--llm", "localhost", "llm: 'localhost' is no endpoint; give a URL such as http://localhost:8000/v1, or transformers."),
     ("--llm", "http://localhost:8000/v1", "llm_model: no model named; add --llm-model NAME."),
     ("--llm-model", "small", "llm_model: no endpoint to ask it at; add --llm URL."),
@@ -84,6 +82,12 @@ def test_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
 def test_no_run_folder(capsys) -> None:
     assert main(["run"]) == 2
     assert capsys.readouterr().err == "error: out: no run folder given; add --out FOLDER.\n"
+
+
+def test_the_weight_in_the_loss(tmp_path: Path, capsys) -> None:
+    assert main(["plan", "--out", str(tmp_path / "run"), "--fusion", "embeddings", "--weight", "auto"]) == 2
+    says = "error: weight: auto chooses it after training, but fusion embeddings has it in the loss; give a number.\n"
+    assert capsys.readouterr().err == says
 
 
 def test_bad_folders(tmp_path: Path) -> None:

@@ -71,6 +71,14 @@ def test_verdict(data: ReportData, own: Sequence[float], elsewhere: Sequence[flo
         assert words not in text
 
 
+def test_what_fusion_of_embeddings_means_is_said(data: ReportData) -> None:
+    others = [judged("scifact", (0.0, -0.1, -0.2), 300)]
+    text = "\n".join(verdict(dataclasses.replace(data, fusion="embeddings", out_of_domain=others)))
+    assert "0.2 is the largest" in text
+    assert "`weight` in `model/twin_config.json` sets it." in text
+    assert "--weight" not in text
+
+
 def test_what_was_not_measured_is_said(data: ReportData) -> None:
     assert "Out of domain: not measured" in "\n".join(verdict(dataclasses.replace(data, out_of_domain=[])))
 

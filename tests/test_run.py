@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
 import torch
 
@@ -173,20 +174,54 @@ def _killed(config: RunConfig, at: str) -> None:
 def test_kill_9_in_each_stage(tmp_path: Path, tiny: Path, docs: Path, whole: Path) -> None:
     """A chain of runs over one folder, each killed one stage further on: what they leave in the end has the very bytes of the run that was
     never interrupted. Training is killed between two checkpoints, so this is also the equality of a resumed training."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["refine_fast.pipeline.run", "sentence_transformers", "datasets"])
     config = RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **SMALL)
     for stage in STAGES:
-        process = processes.Process(target=_killed, args=(config, stage))
-        process.start()
-        process.join(120)
-        assert process.exitcode == -signal.SIGKILL
+        kill_at(stage, config)
         done = outputs(config.out) if (config.out / "manifest.json").exists() else {}
         assert list(done) == STAGES[: STAGES.index(stage)]
-        if stage == "train":
-            assert list((config.out / ".work").rglob("checkpoint-6/whole"))
     run(config, Console(quiet=True))
     assert outputs(config.out) == outputs(whole)
+
+
+def kill_at(stage: str, config: RunConfig) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["refine_fast.pipeline.run", "sentence_transformers", "datasets"])
+    process = processes.Process(target=_killed, args=(config, stage))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    if stage == "train":
+        assert list((config.out / ".work").rglob("checkpoint-6/whole"))
+
+
+def test_fusion_of_embeddings(copied: Path, tiny: Path, docs: Path, tmp_path: Path, capsys) -> None:
+    """Over the folder of a run with the other fusion, what the loss decides is redone; killed in training and in the assembly, it ends with
+    the same bytes. The product is the sum of the two encoders under every command."""
+    killed = RunConfig(out=shutil.copytree(copied, tmp_path / "killed"), docs=docs, model=str(tiny), fusion="embeddings", **SMALL)
+    why = go_on(copied, capsys, "--fusion=embeddings")
+    assert 'config.fusion "weights" -> "embeddings"' in why["train"]
+    assert list(why) == ["train", "score 0.35", "score 1", "fuse", "report"]
+    for stage in ("train", "fuse"):
+        kill_at(stage, killed)
+    run(killed, Console(quiet=True))
+    assert outputs(killed.out) == outputs(copied)
+
+    from refine_fast.pipeline.encoder import load_encoder
+
+    texts = ["a river in France", "the boiling point of water"]
+    tuned, frozen, product = (load_encoder(folder).encode_query(texts) for folder in (copied / "tuned", tiny, copied / "model"))
+    mixed = 0.35 * tuned + 0.65 * frozen
+    torch.testing.assert_close(product, mixed / np.linalg.norm(mixed, axis=1, keepdims=True), rtol=0, atol=2e-7)  # sums of float32
+    report = json.loads((copied / "report.json").read_text())
+    assert report["fusion"] == "embeddings"
+    assert "normalize(0.35 * e_tuned + 0.65 * e_frozen)" in (copied / "report.md").read_text()
+    assert 'trust_remote_code=True' in (copied / "model" / "README.md").read_text()
+    assert main(["index", str(copied)]) == 0
+
+    assert go_on(copied, capsys) == {}
+    assert "config.weight 0.35 -> 1.0" in go_on(copied, capsys, "--weight=1")["train"]  # it is in the loss
+    assert main(["plan", "--out", str(tmp_path / "more"), str(docs), "--model", str(copied / "model")]) == 2
+    assert "holds two encoders (fusion embeddings); adapt its folder tuned or frozen." in capsys.readouterr().err
 
 
 def test_the_seed_decides(tmp_path: Path, tiny: Path, docs: Path, whole: Path) -> None:
@@ -248,9 +283,9 @@ def test_a_batch_counts_every_document_once(tiny: Path) -> None:
     from refine_fast.pipeline.encoder import load_encoder
 
     examples = [
-        train.Example("a", 3, (7,), frozenset({3, 5})),
-        train.Example("b", 3, (5, 7), frozenset({3})),
-        train.Example("c", 5, (), frozenset({5})),
+        train.Example("a", 3, (7,), frozenset({3, 5}), 0),
+        train.Example("b", 3, (5, 7), frozenset({3}), 1),
+        train.Example("c", 5, (), frozenset({5}), 2),
     ]
     batch = train.Collator(load_encoder(tiny), examples, [f"document {i}" for i in range(9)])([{"row": i} for i in range(3)])
     assert batch["label"].tolist() == [0, 0, 2]  # the columns are 3, 7, 5
@@ -264,7 +299,7 @@ def test_gradient_caching_changes_nothing_but_memory(tiny: Path) -> None:
     from refine_fast.pipeline.encoder import load_encoder
 
     pages = [topics[name][:300] for name in sorted(topics)[:8]]
-    examples = [train.Example(page[:60], i, ((i + 1) % 8,), frozenset({i})) for i, page in enumerate(pages)]
+    examples = [train.Example(page[:60], i, ((i + 1) % 8,), frozenset({i}), i) for i, page in enumerate(pages)]
     gradients = []
     for mini_batch in (None, 3):
         model = load_encoder(tiny).double().eval()  # without dropout, whose draws would differ

@@ -14,8 +14,11 @@ from .evaluate import Scores, gain
 SHOWN = ("recall@1", "recall@3", "recall@10", "ndcg@10", "mrr@10")
 
 
-def model_card(base: Path, base_name: str, weight: float, recipe: Mapping[str, Any], systems: Mapping[str, Mapping[str, Scores]]) -> str:
-    """README.md of the fused model. ``systems``: system name -> set name -> scores, "base" and "fused" among them."""
+def model_card(
+    base: Path, base_name: str, weight: float, recipe: Mapping[str, Any], systems: Mapping[str, Mapping[str, Scores]], *, twin: bool
+) -> str:
+    """README.md of the fused model. ``systems``: system name -> set name -> scores, "base" and "fused" among them; ``twin``: of
+    embeddings, not of weights."""
     head = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
@@ -30,13 +33,12 @@ def model_card(base: Path, base_name: str, weight: float, recipe: Mapping[str, A
         "",
         f"# {base_name}, adapted to one collection of documents",
         "",
-        f"Every weight is `base + {weight:g} * (tuned - base)`: `{base_name}` interpolated with a contrastive fine-tune of it,",
-        f"as in REFINE (arXiv 2410.12890), by refine_fast {__version__}. Pooling, normalization, prompts and tokenizer are the base's.",
+        *(_of_embeddings if twin else _of_weights)(base_name, weight),
         "",
         "```python",
         "from sentence_transformers import SentenceTransformer",
         "",
-        'model = SentenceTransformer("path/to/this/folder")',
+        f'model = SentenceTransformer("path/to/this/folder"{", trust_remote_code=True" if twin else ""})',
         'documents = model.encode_document(["..."])',
         'queries = model.encode_query(["..."])',
         "scores = model.similarity(queries, documents)",
@@ -58,6 +60,22 @@ def model_card(base: Path, base_name: str, weight: float, recipe: Mapping[str, A
     lines += ["", "## Recipe", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in recipe.items()]
     return "\n".join(lines) + "\n"
+
+
+def _of_weights(base_name: str, weight: float) -> list[str]:
+    return [
+        f"Every weight is `base + {weight:g} * (tuned - base)`: `{base_name}` interpolated with a contrastive fine-tune of it,",
+        f"as in REFINE (arXiv 2410.12890), by refine_fast {__version__}. Pooling, normalization, prompts and tokenizer are the base's.",
+    ]
+
+
+def _of_embeddings(base_name: str, weight: float) -> list[str]:
+    return [
+        f"Every embedding is `normalize({weight:g} * e_tuned + {1 - weight:g} * e_frozen)`: a contrastive fine-tune (`tuned/`) beside",
+        f"`{base_name}` as it was (`frozen/`), this sum in the loss too, as in REFINE (arXiv 2410.12890), by refine_fast {__version__}.",
+        "Every text is encoded twice. The model needs the package refine-fast, and sentence-transformers the flag below, as with every",
+        "class that is not its own.",
+    ]
 
 
 def _licence(base: Path) -> str | None:

@@ -124,12 +124,6 @@ def _band(value: Any) -> tuple[float, float]:
     return low, high
 
 
-def _fusion(value: Any) -> str:
-    if value == "embeddings":
-        raise ValueError("is not available: a frozen twin beside the tuned encoder has no form that SentenceTransformer loads; use weights")
-    return _choice("weights")(value)
-
-
 def _weights(value: Any) -> tuple[float, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     try:
@@ -229,9 +223,11 @@ class RunConfig:
     precision: str = _option("auto", _choice("auto", "fp32", "bf16"), "fp32, bf16 or auto: bf16 where the hardware has it", "TYPE")
     memory: int | None = _option(None, _or(None, _bytes), "memory that training may take, such as 8GB; more is faster", "SIZE")
 
-    weight: float | Literal["auto"] = _option(0.35, _or("auto", _real(0, 1)), "share of the fine-tuned weights, or auto", "W")
+    weight: float | Literal["auto"] = _option(0.35, _or("auto", _real(0, 1)), "share of the fine-tuned encoder, or auto", "W")
     curve: tuple[float, ...] = _option((0.0, 0.35, 0.5, 0.75, 1.0), _weights, "fusion weights to evaluate besides --weight", "W,W,...")
-    fusion: str = _option("weights", _fusion, "what is interpolated", "HOW")
+    fusion: str = _option(
+        "weights", _choice("weights", "embeddings"), "what is interpolated; embeddings: a frozen twin, in the loss and when serving", "HOW"
+    )
     ood: tuple[Path, ...] | None = _option(
         None, _or(None, _beirs), "BEIR folder to check for forgetting, repeatable; none: no check (default: Python's documentation)", "DIR"
     )
@@ -247,6 +243,8 @@ class RunConfig:
         self.llm_settings()  # checks them
         if self.llm_model and self.llm is None:
             raise RefineFastError("llm_model: no endpoint to ask it at; add --llm URL.")
+        if self.fusion == "embeddings" and self.weight == "auto":
+            raise RefineFastError("weight: auto chooses it after training, but fusion embeddings has it in the loss; give a number.")
         if self.docs is None and self.limit is None:
             object.__setattr__(self, "limit", DEMO_CHUNKS)
         if self.llm is not None and self.queries is not None:

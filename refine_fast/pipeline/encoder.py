@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,11 +47,17 @@ def load_encoder(folder: Path) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
+    from ..integrations.sentence_transformers.twin import TwinEncoder
+
     logging.disable_progress_bar()  # a bar for a tenth of a second
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return SentenceTransformer(str(folder), device=device().type, local_files_only=True, model_kwargs={"dtype": torch.float32})
+            options: dict[str, Any] = {"local_files_only": True, "model_kwargs": {"dtype": torch.float32}}
+            if (folder / TwinEncoder.config_file_name).is_file():
+                # SentenceTransformer itself would ask us to trust any code that the folder names.
+                return TwinEncoder.load(str(folder), **options).model(device().type)
+            return SentenceTransformer(str(folder), device=device().type, **options)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise RefineFastError(f"model: {folder} cannot be loaded as an encoder ({reason}); give the folder of an encoder.") from None

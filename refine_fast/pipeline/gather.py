@@ -15,7 +15,18 @@ from .llm_queries import ACCOUNT
 from .queries import Query
 from .report import write_report
 from .report_data import Documents, Judged, Mining, Queries, ReportData, Training, Triple
-from .work import Job, base_name, chosen_weight, learnable, query_source, read_json, read_negatives, read_scores, relevant_rows
+from .work import (
+    Job,
+    base_embeddings,
+    base_name,
+    chosen_weight,
+    learnable,
+    query_source,
+    read_json,
+    read_negatives,
+    read_scores,
+    relevant_rows,
+)
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "refine-fast")
 
@@ -76,6 +87,7 @@ def gather(job: Job) -> ReportData:
         weight_chosen_on="queries of documents that were neither trained on nor tested with" if config.weight == "auto" else None,
         in_domain=judged.pop("in_domain"),
         out_of_domain=list(judged.values()),
+        fusion=config.fusion,
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     )
 
@@ -94,7 +106,7 @@ def _judged(job: Job) -> dict[str, Judged]:
 
 def _similarities(job: Job) -> tuple[np.ndarray, np.ndarray]:
     """Cosines under the base between queries and random passages, and between queries and the passages that answer them."""
-    q, d = (np.load(job.path(f"embeddings/{name}.npy"), mmap_mode="r") for name in ("queries", "chunks"))
+    q, d = base_embeddings(job)
     random = np.random.default_rng(job.config.seed)
     rows, columns = random.integers(len(q), size=SAMPLE), random.integers(len(d), size=SAMPLE)
     pairs = [(row, column) for row, answers in enumerate(relevant_rows(*learnable(job)).values()) for column in answers]
@@ -103,7 +115,7 @@ def _similarities(job: Job) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _triples(job: Job) -> tuple[Triple, ...]:
-    q, d = (np.load(job.path(f"embeddings/{name}.npy"), mmap_mode="r") for name in ("queries", "chunks"))
+    q, d = base_embeddings(job)
     chunks, queries = learnable(job)
     relevant = list(relevant_rows(chunks, queries).items())
     passage = {chunk.id: chunk.passage for chunk in chunks}

@@ -59,7 +59,8 @@ def make_plan(config: RunConfig) -> Plan:
     own = load_beir(job.judged) if job.judged else None
     judged = len(own.queries) if own else len(queries["held_out"])
     evaluated = (len(own.docs) if own else len(chunks)) + judged + sum(min(len(s.docs), config.ood_passages) + len(s.queries) for s in sets)
-    passages = len(chunks) + examples + len(job.weights) * evaluated
+    encoders = sum(2 if job.twin and 0 < weight < 1 else 1 for weight in job.weights)
+    passages = len(chunks) + examples + encoders * evaluated
 
     model = load_encoder(job.encoder)
     bf16 = has_fast_bf16(model.device) if job.bf16 is None else job.bf16
@@ -86,7 +87,8 @@ def make_plan(config: RunConfig) -> Plan:
         training_minutes=round(trained * seconds * TRAINING_OVER_ENCODING / 60, 1),
         encoding_minutes=round(passages * seconds / 60, 1),
         llm=None if config.llm is None else still_to_ask(job, chunks),
-        disk_mb=round((2 * weights + 2 * 3 * weights) / 1e6),  # tuned and fused; two checkpoints with Adam's two moments while training
+        # tuned and fused, or tuned twice and its twin; two checkpoints with Adam's two moments while training
+        disk_mb=round((2 + job.twin + 2 * 3) * weights / 1e6),
     )
 
 

@@ -18,6 +18,11 @@ from .report_data import Judged, ReportData, Triple
 HEADLINE = "recall@3"
 """The metric of the paper and of the verdict."""
 
+FUSION = {
+    "weights": "of weights: base + {0:g} * (tuned - base)",
+    "embeddings": "of embeddings, in the loss and when serving: normalize({0:g} * e_tuned + {1:g} * e_frozen)",
+}
+
 
 def write_report(out_dir: Path, data: ReportData) -> None:
     """Writes report.md, report.json, report.html (one file, figures inside) and figures/*.png into the folder ``out_dir``."""
@@ -55,9 +60,10 @@ def verdict(data: ReportData) -> list[str]:
             for weight in elsewhere.at_weight
             if 0 < weight < data.weight and elsewhere.gain(weight, HEADLINE).high >= 0 and data.in_domain.gain(weight, HEADLINE).low > 0
         ]
+        remedy = "`weight` in `model/twin_config.json` sets it" if data.fusion == "embeddings" else f"`--weight {max(safe, default=0):g}`"
         sentences.append(
             f"Of the weights that were tried, {max(safe):g} is the largest that improved your documents without a measurable loss out of"
-            f" domain (seen on these very queries, so optimistic): `--weight {max(safe):g}`."
+            f" domain (seen on these very queries, so optimistic): {remedy}."
             if safe
             else "No smaller weight that was tried improves your documents without a measurable loss out of domain."
         )
@@ -91,6 +97,11 @@ def _caveats(data: ReportData) -> list[str]:
             f"The band was empty for {mining.empty:,} of {mining.queries:,} queries ({mining.empty / mining.queries:.0%}): they had"
             f" in-batch negatives alone{remedy}."
         )
+    if data.fusion == "embeddings":
+        caveats.append(
+            f"The encoder was tuned for weight {data.weight:g} beside its frozen twin: the other weights mix the same two encoders without"
+            " training for it, and the fine-tuned encoder alone is what was never asked to stand alone. Serving takes two encoders."
+        )
     caveats.append(
         "Intervals are 95%, from a paired bootstrap over the queries: they cover the choice of queries, not what another seed would train."
     )
@@ -116,7 +127,7 @@ def _recipe(data: ReportData) -> list[tuple[str, str]]:
         ("training", f"{training.examples:,} examples, {training.epochs:g} epochs, {training.steps:,} steps"),
         ("learning rate, batch", f"{training.learning_rate:g}, {training.batch_size}"),
         ("precision, seed", f"{training.precision}, {training.seed}"),
-        ("fusion", f"base + {data.weight:g} * (tuned - base); the weight {chosen}"),
+        ("fusion", f"{FUSION[data.fusion].format(data.weight, 1 - data.weight)}; the weight {chosen}"),
         ("versions", ", ".join(f"{package} {version}" for package, version in data.versions.items())),
     ]
 
@@ -239,6 +250,7 @@ def facts(data: ReportData) -> dict[str, Any]:
     return {
         "verdict": [sentence.replace("**", "") for sentence in verdict(data)],
         "caveats": _caveats(data),
+        "fusion": data.fusion,
         "weight": data.weight,
         "weight_chosen_on": data.weight_chosen_on,
         "in_domain": judged(data.in_domain),

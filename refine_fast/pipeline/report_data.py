@@ -111,6 +111,8 @@ class ReportData:
     out_of_domain: list[Judged]
     versions: Mapping[str, str]
     """package -> version, python among them."""
+    fusion: str = "weights"
+    """"weights", or "embeddings": a frozen twin beside the tuned encoder, in the loss and when serving."""
 
     @property
     def pooled(self) -> Judged | None:

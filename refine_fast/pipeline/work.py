@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import RefineFastError, RefineFastWarning
 from ..fuse import fuse, fuse_into
+from ..integrations.sentence_transformers.twin import TwinEncoder
 from ..mine import mine as mine_negatives
 from .card import model_card
 from .chunks import Chunk, Duplicates, chunk_documents, deduplicate
@@ -21,7 +22,7 @@ from .config import DEFAULT_ENCODER, RunConfig, is_beir
 from .console import Console
 from .documents import load_documents
 from .embed import encode, has_fast_bf16
-from .encoder import load_encoder
+from .encoder import device, load_encoder
 from .evaluate import Scores, choose_weight, score, score_bm25
 from .jsonl import read_records, write_records
 from .llm_queries import ACCOUNT, written_queries
@@ -29,7 +30,10 @@ from .memory import mini_batch_for, training_bytes
 from .queries import Query, load_queries, synthesize_queries
 from .retrieval_set import RetrievalSet, held_out_set, load_beir, split_by_document, without
 from .stages import read_json, write_json
-from .train import Example, train
+from .train import Example, Twin, train
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 DEV_SHARE = 0.1
 """Share of the documents whose queries choose the weight under ``--weight auto``."""
@@ -47,6 +51,10 @@ class Job:
     encoder: Path
     console: Console
 
+    def __post_init__(self) -> None:
+        if (self.encoder / TwinEncoder.config_file_name).is_file():
+            raise RefineFastError(f"model: {self.encoder} holds two encoders (fusion embeddings); adapt its folder tuned or frozen.")
+
     def path(self, name: str) -> Path:
         return self.config.out / name
 
@@ -63,6 +71,11 @@ class Job:
     def own_check(self) -> bool:
         """Whether forgetting is checked on Python's documentation: no set is named, and it is not what is trained on."""
         return self.config.ood is None and self.config.docs is not None
+
+    @property
+    def twin(self) -> bool:
+        """Whether the frozen encoder stays beside the fine-tuned one, in the loss and in the product."""
+        return self.config.fusion == "embeddings"
 
     @property
     def weights(self) -> list[float]:
@@ -160,11 +173,17 @@ def embed(job: Job, to: Path) -> None:
     np.save(to / "embeddings" / "chunks.npy", d)
 
 
+def base_embeddings(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of the distinct training queries and of the chunks under the base, mapped."""
+    q, d = (np.load(job.path(f"embeddings/{name}.npy"), mmap_mode="r") for name in ("queries", "chunks"))
+    return q, d
+
+
 def mine(job: Job, to: Path) -> None:
     config = job.config
     chunks, queries = learnable(job)
     relevant = relevant_rows(chunks, queries)
-    q, d = (np.load(job.path(f"embeddings/{name}.npy")) for name in ("queries", "chunks"))
+    q, d = base_embeddings(job)
     try:
         with job.console.progress("mining") as progress:
             mined = mine_negatives(
@@ -204,7 +223,9 @@ def train_encoder(job: Job, to: Path) -> None:
     row = {chunk.id: i for i, chunk in enumerate(chunks)}
     negatives = {text: tuple(row[negative["chunk_id"]] for negative in found) for text, found in read_negatives(job).items()}
     examples = [
-        Example(text, positive, negatives[text], frozenset(positives)) for text, positives in relevant.items() for positive in positives
+        Example(text, positive, negatives[text], frozenset(positives), i)
+        for i, (text, positives) in enumerate(relevant.items())
+        for positive in positives
     ]
     model = load_encoder(job.encoder)
     bf16 = has_fast_bf16(model.device) if job.bf16 is None else job.bf16
@@ -218,6 +239,7 @@ def train_encoder(job: Job, to: Path) -> None:
             model, examples, [chunk.passage for chunk in chunks], to / "checkpoints",
             epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size, lr=config.lr, warmup=config.warmup,
             temperature=config.temperature, mini_batch=mini_batch, bf16=bf16, seed=config.seed, progress=progress,
+            twin=Twin(chosen_weight(job), *base_embeddings(job)) if job.twin else None,
         )
     model.save_pretrained(str(to / "tuned"), create_model_card=False)
     write_json(to / "training.json", {**history, "examples": len(examples), "precision": "bf16" if bf16 else "fp32"})
@@ -253,6 +275,20 @@ def retrieval_sets(job: Job) -> dict[str, RetrievalSet]:
     return sets
 
 
+def encoder_at(job: Job, weight: float) -> SentenceTransformer:
+    """The base (weight 0), the fine-tuned encoder (1), or what is fused of them."""
+    if job.twin and 0 < weight < 1:
+        return twin_encoder(job, weight)
+    model = load_encoder(job.encoder)
+    if weight > 0:
+        fuse_into(model, job.path("tuned"), weight)
+    return model
+
+
+def twin_encoder(job: Job, weight: float) -> SentenceTransformer:
+    return TwinEncoder(load_encoder(job.path("tuned")), load_encoder(job.encoder), weight).model(device().type)
+
+
 def score_system(job: Job, to: Path, weight: float | None) -> None:
     """Scores of the encoder at a fusion weight, or of BM25 (None), on every set."""
     sets = retrieval_sets(job)
@@ -260,9 +296,7 @@ def score_system(job: Job, to: Path, weight: float | None) -> None:
         write_json(to / "sets.json", {name: len(data.docs) for name, data in sets.items()})
         scores = {name: score_bm25(data) for name, data in sets.items()}
     else:
-        model = load_encoder(job.encoder)
-        if weight > 0:
-            fuse_into(model, job.path("tuned"), weight)
+        model = encoder_at(job, weight)
         scores = {}
         for name, data in sets.items():
             with job.console.progress(f"weight {weight:g} on {data.name}") as progress:
@@ -293,8 +327,11 @@ def chosen_weight(job: Job) -> float:
 
 def fuse_encoder(job: Job, to: Path) -> None:
     weight = chosen_weight(job)
-    fuse(job.encoder, job.path("tuned"), to / "model", weight, overwrite=True)
-    card = model_card(job.encoder, base_name(job), weight, recipe(job, weight), all_scores(job, weight))
+    if job.twin:
+        twin_encoder(job, weight).save_pretrained(str(to / "model"), create_model_card=False)
+    else:
+        fuse(job.encoder, job.path("tuned"), to / "model", weight, overwrite=True)
+    card = model_card(job.encoder, base_name(job), weight, recipe(job, weight), all_scores(job, weight), twin=job.twin)
     (to / "model" / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -316,12 +353,13 @@ def recipe(job: Job, weight: float) -> dict[str, str]:
     config = job.config
     mining, training = read_json(job.path("mining.json")), read_json(job.path("training.json"))
     low, high = mining["band"]
+    fused = "embeddings, in the loss too" if job.twin else "parameters"
     return {
         "queries": f"{mining['queries']}, {query_source(job)}",
         "loss": f"InfoNCE, temperature {config.temperature:g}, in-batch negatives (batch {config.batch_size}), each document once",
         "hard negatives": f"{config.negatives} per query: after the {config.skip} most similar, cosine in [{low:.2f}, {high:.2f}],"
         f" {config.select}; none for {mining['empty']} of the queries",
         "optimizer": f"AdamW, learning rate {config.lr:g}, {training['steps']} steps, warm-up {config.warmup:g}, seed {config.seed}",
-        "fusion": f"weight {weight:g} of the fine-tuned parameters" + (", chosen on held-out queries" if config.weight == "auto" else ""),
+        "fusion": f"weight {weight:g} of the fine-tuned {fused}" + (", chosen on held-out queries" if config.weight == "auto" else ""),
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 _HOME = {
     "CachedFusedMultipleNegativesRankingLoss": "losses",
     "FusedMultipleNegativesRankingLoss": "losses",
+    "TwinEncoder": "twin",
     "mine_hard_negatives": "mining",
 }
 __all__ = sorted(_HOME)
