@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import RefineFastError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+    from .config import RunConfig
 
 MINI_BATCH = 8
 """Sequences that training encodes at a time where no budget is given. MiniLM-L6 on SQuAD, batch 64, two CPU cores: a step takes 1.07 times
@@ -52,13 +54,24 @@ def activation_bytes(model: SentenceTransformer, *, bf16: bool) -> int:
     return int(model.max_seq_length * config.num_hidden_layers * (2 * h * 4 + (6 * h + 2 * intermediate) * width))
 
 
-def mini_batch_for(budget: int | None, model: SentenceTransformer, sequences: int, *, bf16: bool) -> int | None:
-    """Sequences to encode at a time so that training stays under ``budget`` bytes; None where all ``sequences`` of a batch fit at once, so
-    that no gradient caching is needed."""
-    if budget is None:
-        return MINI_BATCH if sequences > MINI_BATCH else None
-    fits = (budget - training_bytes(model, 0, bf16=bf16)) // activation_bytes(model, bf16=bf16)
-    if fits < 1:
-        least = f"{math.ceil(training_bytes(model, 1, bf16=bf16) / 2**30 * 10) / 10:.1f}GB"
-        raise RefineFastError(f"memory: {budget / 2**30:.1f} GB is too little for this encoder; give at least {least}.")
-    return None if fits >= sequences else int(fits)
+class Fit(NamedTuple):
+    """How many sequences training encodes at a time, and what it takes."""
+
+    at_once: int
+    cached: bool
+    """Whether those are fewer than a batch has, so that gradients are cached."""
+    peak: int
+    """Bytes."""
+
+
+def fit_training(config: RunConfig, model: SentenceTransformer, examples: int, *, bf16: bool) -> Fit:
+    """As many sequences at a time as stay under ``config.memory`` bytes, the whole batch where it does."""
+    sequences = min(config.batch_size, max(examples, 1)) * (2 + config.negatives)
+    fits = MINI_BATCH
+    if config.memory is not None:
+        fits = (config.memory - training_bytes(model, 0, bf16=bf16)) // activation_bytes(model, bf16=bf16)
+        if fits < 1:
+            least = f"{math.ceil(training_bytes(model, 1, bf16=bf16) / 2**30 * 10) / 10:.1f}GB"
+            raise RefineFastError(f"memory: {config.memory / 2**30:.1f} GB is too little for this encoder; give at least {least}.")
+    at_once = min(fits, sequences)
+    return Fit(at_once, at_once < sequences, training_bytes(model, at_once, bf16=bf16))

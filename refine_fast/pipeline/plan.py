@@ -13,7 +13,7 @@ from .console import Console
 from .embed import encode, has_fast_bf16
 from .encoder import encoder_folder, load_encoder
 from .llm_queries import estimate_rows, still_to_ask
-from .memory import mini_batch_for, training_bytes
+from .memory import fit_training
 from .retrieval_set import load_beir
 from .train import steps_of
 from .work import Job, cut_documents, own_queries, split_queries
@@ -70,8 +70,7 @@ def make_plan(config: RunConfig) -> Plan:
     encode(model, [chunks[i].passage for i in drawn], role="document", bf16=bf16)
     seconds = (time.perf_counter() - start) / len(drawn)
     trained = steps * batch * (1 + config.negatives)  # queries are short: the passages decide
-    sequences = batch * (2 + config.negatives)
-    mini_batch = mini_batch_for(config.memory, model, sequences, bf16=bf16) or sequences
+    fit = fit_training(config, model, examples, bf16=bf16)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return Plan(
         documents=documents,
@@ -82,8 +81,8 @@ def make_plan(config: RunConfig) -> Plan:
         steps=steps,
         passages_encoded=passages,
         precision="bf16" if bf16 else "fp32",
-        mini_batch=mini_batch,
-        training_gb=round(training_bytes(model, mini_batch, bf16=bf16) / 2**30, 2),
+        mini_batch=fit.at_once,
+        training_gb=round(fit.peak / 2**30, 2),
         training_minutes=round(trained * seconds * TRAINING_OVER_ENCODING / 60, 1),
         encoding_minutes=round(passages * seconds / 60, 1),
         llm=None if config.llm is None else still_to_ask(job, chunks),

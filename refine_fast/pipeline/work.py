@@ -26,7 +26,7 @@ from .encoder import device, load_encoder
 from .evaluate import Scores, choose_weight, score, score_bm25
 from .jsonl import read_records, write_records
 from .llm_queries import ACCOUNT, written_queries
-from .memory import mini_batch_for, training_bytes
+from .memory import fit_training
 from .queries import Query, load_queries, synthesize_queries
 from .retrieval_set import RetrievalSet, held_out_set, load_beir, split_by_document, without
 from .stages import read_json, write_json
@@ -229,16 +229,14 @@ def train_encoder(job: Job, to: Path) -> None:
     ]
     model = load_encoder(job.encoder)
     bf16 = has_fast_bf16(model.device) if job.bf16 is None else job.bf16
-    sequences = config.batch_size * (2 + config.negatives)
-    mini_batch = mini_batch_for(config.memory, model, sequences, bf16=bf16)
-    peak = training_bytes(model, mini_batch or sequences, bf16=bf16) / 2**30
-    how = f"{mini_batch} sequences at a time, gradients cached" if mini_batch else f"all {sequences} sequences of a batch at once"
-    job.console.say(f"  {how}, in {'bf16' if bf16 else 'fp32'}: about {peak:.1f} GB of memory")
+    fit = fit_training(config, model, len(examples), bf16=bf16)
+    how = f"{fit.at_once} sequences at a time, gradients cached" if fit.cached else f"all {fit.at_once} sequences of a batch at once"
+    job.console.say(f"  {how}, in {'bf16' if bf16 else 'fp32'}: about {fit.peak / 2**30:.1f} GB of memory")
     with job.console.progress("training") as progress:
         history = train(
             model, examples, [chunk.passage for chunk in chunks], to / "checkpoints",
             epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size, lr=config.lr, warmup=config.warmup,
-            temperature=config.temperature, mini_batch=mini_batch, bf16=bf16, seed=config.seed, progress=progress,
+            temperature=config.temperature, mini_batch=fit.at_once if fit.cached else None, bf16=bf16, seed=config.seed, progress=progress,
             twin=Twin(chosen_weight(job), *base_embeddings(job)) if job.twin else None,
         )
     model.save_pretrained(str(to / "tuned"), create_model_card=False)
