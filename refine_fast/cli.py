@@ -129,12 +129,12 @@ def weight_of_glob(text: str) -> tuple[str, float]:
 
 def run_flags(command: argparse.ArgumentParser) -> None:
     """DOCS, and one flag for each field of RunConfig. Only what is given is set, so that a YAML file can say the rest."""
-    docs = "documents; left out: those of the run at --out if there is one, else Python's own documentation"
-    command.add_argument("docs", nargs="?", default=argparse.SUPPRESS, metavar="DOCS", help=docs)
-    command.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the options below (queries_per_chunk: 8)")
+    command.add_argument("--config", type=Path, metavar="FILE", help="YAML file of any options below, such as 'queries_per_chunk: 8'")
     command.add_argument("--quick", action="store_true", help="every stage on a little data, to see that the set-up works")
     for field in dataclasses.fields(RunConfig):
         if field.name == "docs":
+            left_out = "; left out: those of the run at --out if there is one, else Python's own documentation"
+            command.add_argument("docs", nargs="?", default=argparse.SUPPRESS, metavar="DOCS", help=field.metadata["help"] + left_out)
             continue
         default = "" if field.default in (None, ()) or field.name == "out" else f" (default {shown(field.default)})"
         command.add_argument(

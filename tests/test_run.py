@@ -361,8 +361,11 @@ def test_plan_writes_nothing(tmp_path: Path, tiny: Path, docs: Path, whole: Path
     assert 1 < plan["training_gb"] < 1.6
 
 
-def test_doctor(tiny: Path, docs: Path, capsys) -> None:
+def test_doctor(tiny: Path, docs: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["doctor", "--model", str(tiny), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["encoder"] == {"works": True, "found": f"{tiny}: 32 dimensions, 96 tokens, prompts: query, document"}
     assert main(["doctor", "--model", str(docs), "--quiet"]) == 2
+    monkeypatch.setattr("refine_fast.pipeline.doctor._version", lambda package: None)
+    assert main(["doctor", "--model", str(tiny)]) == 0
+    assert "pip install 'refine-fast[pdf]' for pypdf" in capsys.readouterr().out

@@ -179,7 +179,12 @@ class RunConfig:
     YAML file; its parser takes either form and refuses the rest with a reason and a remedy."""
 
     out: Path = _option(Path(), _path, "the run folder: made if it is missing, resumed if it is there", "FOLDER")
-    docs: Path | None = _option(None, _or(None, _existing), "documents: a folder, JSONL file, BEIR folder or data set on disk", "DOCS")
+    docs: Path | None = _option(
+        None,
+        _or(None, _existing),
+        "a folder of .txt, .md, .html and .pdf files, JSONL {text, title}, a BEIR folder or a saved dataset",
+        "DOCS",
+    )
     model: str = _option(DEFAULT_ENCODER, _text, "the encoder to adapt: a folder, a Hugging Face name, or minilm (comes along)", "NAME")
     limit: int | None = _option(None, _or(None, _integer(2)), "use at most this many chunks, whole documents drawn by the seed", "N")
     chunk_tokens: int = _option(256, _integer(32), "longest chunk, in the encoder's own tokens", "N")
@@ -187,7 +192,7 @@ class RunConfig:
 
     queries: Path | None = _option(None, _or(None, _existing), "your own queries: JSONL {text, doc_id}, or a BEIR folder (train)", "FILE")
     queries_per_chunk: int = _option(2, _integer(1), "synthetic queries made for each chunk", "N")
-    llm: str | None = _option(None, _or(None, _text), "have a model write them: an OpenAI-compatible URL, or transformers", "URL")
+    llm: str | None = _option(None, _or(None, _text), "have a model write the queries: an OpenAI-compatible URL, or transformers", "URL")
     llm_model: tuple[str, ...] = _option((), _names, "the model's name; several share the chunks", "NAME,...")
     llm_key_env: str = _option("OPENAI_API_KEY", _text, "environment variable that holds the key, if the endpoint wants one", "NAME")
     llm_mix: tuple[tuple[str, float], ...] = _option(
@@ -203,13 +208,17 @@ class RunConfig:
     max_cost: float | None = _option(None, _or(None, _real(0, low_included=False)), "... cost, by the prices", "AMOUNT")
     price_in: float = _option(0.0, _real(0), "price of a million tokens in the prompts", "AMOUNT")
     price_out: float = _option(0.0, _real(0), "price of a million tokens in the replies", "AMOUNT")
-    duplicates: str = _option("near", _choice("near", "exact", "keep"), "drop a model's near and exact duplicates, exact, or keep", "HOW")
+    duplicates: str = _option(
+        "near", _choice("near", "exact", "keep"), "duplicates of a model's queries to drop: near (and exact), exact; or keep", "HOW"
+    )
     round_trip: int = _option(0, _integer(0), "keep a query only if the encoder finds its chunk in the top N; 0 keeps all", "N")
     judge: bool = _option(False, _yes, "ask the model which queries their chunk answers, and drop the others: yes or no", "YES")
     judge_prompt: Path | None = _option(None, _or(None, _existing), "your own; start from what 'refine-fast prompt judge' prints", "FILE")
     held_out: float = _option(0.2, _real(0, 0.5, low_included=False), "share of the documents kept for evaluation", "SHARE")
 
-    band: tuple[float, float] | Literal["auto"] = _option((0.5, 0.7), _or("auto", _band), "cosines of hard negatives, or auto", "LOW,HIGH")
+    band: tuple[float, float] | Literal["auto"] = _option(
+        (0.5, 0.7), _or("auto", _band), "cosines of hard negatives; auto fits them to the encoder", "LOW,HIGH"
+    )
     skip: int = _option(5, _integer(0), "leave out this many most similar documents, then apply the band", "N")
     negatives: int = _option(1, _integer(0), "hard negatives per query; 0 trains on in-batch negatives alone", "N")
     select: str = _option("hardest", _choice("hardest", "random"), "which of the documents in the band: hardest or random", "HOW")
@@ -221,9 +230,13 @@ class RunConfig:
     warmup: float = _option(0.1, _real(0, 1), "share of the steps that the learning rate rises", "SHARE")
     temperature: float = _option(0.02, _real(0, low_included=False), "temperature of the contrastive loss", "TAU")
     precision: str = _option("auto", _choice("auto", "fp32", "bf16"), "fp32, bf16 or auto: bf16 where the hardware has it", "TYPE")
-    memory: int | None = _option(None, _or(None, _bytes), "memory that training may take, such as 8GB; more is faster", "SIZE")
+    memory: int | None = _option(
+        None, _or(None, _bytes), "memory that training may take, such as 8GB; more is faster (default: 8 sequences at a time)", "SIZE"
+    )
 
-    weight: float | Literal["auto"] = _option(0.35, _or("auto", _real(0, 1)), "share of the fine-tuned encoder, or auto", "W")
+    weight: float | Literal["auto"] = _option(
+        0.35, _or("auto", _real(0, 1)), "share of the fine-tuned encoder; auto chooses it on held-out queries", "W"
+    )
     curve: tuple[float, ...] = _option((0.0, 0.35, 0.5, 0.75, 1.0), _weights, "fusion weights to evaluate besides --weight", "W,W,...")
     fusion: str = _option(
         "weights", _choice("weights", "embeddings"), "what is interpolated; embeddings: a frozen twin, in the loss and when serving", "HOW"

@@ -23,7 +23,7 @@ class Console:
 
     def __init__(self, *, quiet: bool = False, json: bool = False) -> None:
         self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-        self.out = RichConsole(highlight=False)
+        self.out = RichConsole(highlight=False, markup=False)  # [llm] is text
         self.quiet = quiet
         self.json = json
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from .. import available_isas, isa
 from .._native import cuda_module
@@ -34,7 +35,7 @@ def show_health(model: str, llm: tuple[str, str | None, str] | None, console: Co
     rows = [*check(model), *(endpoint_rows(*llm) if llm else [])]
     table = Table("", "", "found")
     for what, works, found in rows:
-        table.add_row(what, "[green]ok[/]" if works else "[yellow]no[/]", found)
+        table.add_row(what, Text("ok", "green") if works else Text("no", "yellow"), found)
     console.result({what: {"works": works, "found": found} for what, works, found in rows}, table)
     if not {what: works for what, works, _ in rows}["encoder"]:
         raise RefineFastError(f"doctor: the encoder {model} does not work here; see its row.")

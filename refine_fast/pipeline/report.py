@@ -162,8 +162,9 @@ def _markdown(data: ReportData, captions: dict[str, str]) -> str:
     for name, caption in captions.items():
         parts.append(f"![{Path(name).stem}](figures/{name})\n\n*{caption}*")
     parts.append("## Results")
-    for judged, place in ((data.in_domain, "Your documents"), *((judged, "Out of domain") for judged in data.out_of_domain)):
-        parts.append(f"### {place}: {_cell(judged.name)}\n\n{judged.queries:,} queries against {judged.passages:,} passages.")
+    elsewhere = ((f"Out of domain: {_cell(judged.name)}", judged) for judged in data.out_of_domain)
+    for place, judged in (("Your documents", data.in_domain), *elsewhere):
+        parts.append(f"### {place}\n\n{judged.queries:,} queries against {judged.passages:,} passages.")
         systems = {"BM25": judged.bm25, "base": judged.at_weight[0], f"fused, weight {data.weight:g}": judged.at_weight[data.weight]}
         systems["fine-tuned"] = judged.at_weight[1]
         parts.append(_table(("", *METRICS), ((name, *(f"{s.metrics[m]:.3f}" for m in METRICS)) for name, s in systems.items())))
