@@ -17,7 +17,7 @@ from refine_fast.pipeline.encoder import load_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PAGES = [topics[name][:300] for name in sorted(topics)[:8]]
+PAGES = [topics[name][: 150 + 40 * (3 * i % 8)] for i, name in enumerate(sorted(topics)[:8])]  # a batch orders them by length
 QUERIES = [page[:60] for page in PAGES]
 
 
@@ -74,9 +74,12 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(twin: SentenceTransformer, t
 
 def test_the_frozen_one_stays_frozen(tiny: Path) -> None:
     """In a training of one's own: in evaluation mode, without gradients; the tuned one has them, and dropout."""
-    twin = TwinEncoder(load_encoder(tiny), load_encoder(tiny), 0.35).model("cpu").train()
+    twin = TwinEncoder(load_encoder(tiny), load_encoder(tiny).train(), 0.35).model("cpu")
+    assert not any(module.training for module in twin[0].frozen.modules())
+    twin.train()
     assert twin[0].tuned.training
     assert not any(module.training for module in twin[0].frozen.modules())
+    assert not any(parameter.requires_grad for parameter in twin[0].frozen.parameters())
     twin(twin.preprocess(PAGES))["sentence_embedding"].sum().backward()
     assert all(parameter.grad is None for parameter in twin[0].frozen.parameters())
     assert sum(parameter.grad is not None for parameter in twin[0].tuned.parameters()) > 10

@@ -99,8 +99,8 @@ def _caveats(data: ReportData) -> list[str]:
         )
     if data.fusion == "embeddings":
         caveats.append(
-            f"The encoder was tuned for weight {data.weight:g} beside its frozen twin: the other weights mix the same two encoders without"
-            " training for it, and the fine-tuned encoder alone is what was never asked to stand alone. Serving takes two encoders."
+            f"The encoder was tuned for weight {data.weight:g} beside its frozen twin: the other weights mix the same two encoders, which"
+            " were not trained for it; nor was the fine-tuned one to serve alone. Serving takes two encoders."
         )
     caveats.append(
         "Intervals are 95%, from a paired bootstrap over the queries: they cover the choice of queries, not what another seed would train."

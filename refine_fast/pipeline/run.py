@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from ..integrations.sentence_transformers import twin as twin_encoder
+from ..integrations.sentence_transformers import twin
 from . import card, chunks, documents, embed, evaluate, gather, llm_queries, queries, report, report_data, retrieval_set, train, work
 from .config import RunConfig
 from .console import Console
@@ -49,7 +49,7 @@ def stages(job: Job) -> Iterator[Stage]:
     choice = {"choose": "a weight"} if config.weight == "auto" else {}
     ood = {f"ood {folder.name}": folder for folder in config.ood or ()}
     judged = docs if job.judged else {}
-    twin = made("embeddings") if job.twin else {}
+    frozen = made("embeddings") if job.twin else {}
 
     yield stage(
         "chunks", "chunks.jsonl chunks.json", work.make_chunks, files=docs | encoder,
@@ -66,9 +66,9 @@ def stages(job: Job) -> Iterator[Stage]:
         fields="band skip negatives select seed",
     )
     yield stage(
-        "train", "tuned training.json", work.train_encoder, files=learnable | made("negatives.jsonl") | encoder | twin,
+        "train", "tuned training.json", work.train_encoder, files=learnable | made("negatives.jsonl") | encoder | frozen,
         fields="epochs max_steps batch_size lr warmup temperature precision memory seed fusion" + " weight" * job.twin,
-        code=(train, twin_encoder),
+        code=(train, twin),
     )
     sets = made("chunks.jsonl dev.jsonl held_out.jsonl") | judged | ood
     if job.own_check:
@@ -85,14 +85,14 @@ def stages(job: Job) -> Iterator[Stage]:
         fused = weight not in (None, 0, 1)
         yield stage(
             name, outputs, partial(work.score_system, weight=weight), files=sets | models,
-            fields="ood_passages seed" + " fusion" * fused, code=(*judges, twin_encoder) if fused else judges, **choice,
+            fields="ood_passages seed" + " fusion" * fused, code=(*judges, twin) if fused else judges, **choice,
         )
     scores = {score_file(weight): job.path(score_file(weight)) for weight in (None, *job.weights)}
     recipe = made("mining.json training.json")
     account = {} if config.llm is None else made(llm_queries.ACCOUNT)
     yield stage(
         "fuse", "model", work.fuse_encoder, files=encoder | made("tuned") | recipe | scores,
-        fields="weight fusion", code=(card, twin_encoder),
+        fields="weight fusion", code=(card, twin),
     )
     yield stage(
         "report", "report.md report.json report.html figures", gather.make_report,
