@@ -87,11 +87,11 @@ class Solver {
   struct Row {
     float top, ceiling, factor, own, moment;
   };
-  // The other direction of a query under one prefix: score of the pair, the margin's ceiling, maximum and sum over its negatives,
-  // coefficient / (2 tau sum)
+  // The other direction of a query under one prefix: score of the pair, the margin's ceiling, maximum and sum over its negatives (with its
+  // excess, rounded), coefficient / (2 tau sum)
   struct Pairs {
-    explicit Pairs(int64_t slots) : positive(slots), ceiling(slots), top(slots), sum(slots), weight(slots) {}
-    std::vector<float> positive, ceiling, top, sum, weight;
+    explicit Pairs(int64_t slots) : positive(slots), ceiling(slots), top(slots), sum(slots), excess(slots), weight(slots) {}
+    std::vector<float> positive, ceiling, top, sum, excess, weight;
   };
 
   Block block(int64_t b) const { return {b * kBlock, std::min(kBlock, t_.columns - b * kBlock)}; }
@@ -359,7 +359,8 @@ void Solver::sum_columns(const Strip& s) {
     for (int64_t m = 0; m < prefixes_; ++m)
       for (int64_t r = 0; r < s.rows; ++r)
         loss_.column_sums(gather(m, r, begin, n, scores), n, scale_, slot_ids_.data() + begin, ids_[t_.positives[s.begin + r]],
-                          margin_ ? pairs_[m].ceiling.data() + begin : nullptr, pairs_[m].top.data() + begin, pairs_[m].sum.data() + begin);
+                          margin_ ? pairs_[m].ceiling.data() + begin : nullptr, pairs_[m].top.data() + begin, pairs_[m].sum.data() + begin,
+                          pairs_[m].excess.data() + begin);
   });
 }
 
@@ -368,7 +369,8 @@ void Solver::finish_columns() {
     for (int64_t i = 0; i < t_.rows; ++i) {
       Pairs& p = pairs_[m];
       const int64_t slot = slot_of_[i];
-      const double shift = (static_cast<double>(p.positive[slot]) - p.top[slot]) * scale_, own = std::exp(shift), others = p.sum[slot];
+      const double shift = (static_cast<double>(p.positive[slot]) - p.top[slot]) * scale_, own = std::exp(shift);
+      const double others = static_cast<double>(p.sum[slot]) - p.excess[slot];
       t_.loss[(2 * m + 1) * t_.rows + i] = static_cast<float>(own > others ? std::log1p(others / own) : std::log(own + others) - shift);
       if (gradients_) p.weight[slot] = static_cast<float>(0.5 * t_.coefficients[i] * t_.prefix_weights[m] * scale_ / (own + others));
     }

@@ -22,8 +22,9 @@ struct LossKernels {
   // out[j] = factor e_j, 0 where j is no negative; out may be s
   void (*weights)(ScoreRow row, float scale, float top, float factor, float* out);
   // The other direction, one query at a time: column j's running maximum top[j] and sum[j] of exp(scale (s - top[j])) over its negatives,
-  // which are the queries with ids[j] != id and s <= ceilings[j] (no ceilings: all)
-  void (*column_sums)(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings, float* top, float* sum);
+  // which are the queries with ids[j] != id and s <= ceilings[j] (no ceilings: all); excess[j]: by how much sum[j] is too large for rounding
+  void (*column_sums)(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings, float* top, float* sum,
+                      float* excess);
   // out[j] = weight[j] exp(scale (s[j] - top[j])) over the same negatives; returns the sum of out[j] scale (s[j] - positive[j])
   double (*column_weights)(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings, const float* top,
                            const float* weight, const float* positive, float* out);

@@ -3,6 +3,13 @@
 #include <algorithm>
 
 namespace refine_fast {
+namespace {
+
+// Of float32 operands, steps of k before a tile's sums are added to C and begin anew at zero: the error of a sum grows with the length of its
+// chain, and k = 384 in one piece had up to 1.5 times the error of torch's product. Costs at most 4% of info_nce's time (one Zen 5 core).
+constexpr int64_t kDepth = 64;
+
+}  // namespace
 
 void pack_a(const MatmulKernels& kernels, const float* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, char* out) {
   for (int64_t r = 0; r < rows; r += kernels.mr, out += panel_bytes(kernels, kernels.mr, k))
@@ -19,15 +26,20 @@ void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t 
             bool accumulate) {
   const int64_t mr = kernels.mr, nr = kernels.nr, step_a = panel_bytes(kernels, mr, k), step_b = panel_bytes(kernels, nr, k);
   alignas(64) float edge[64 * 64];  // no level has a larger tile
+  const int64_t depth = kernels.element_bytes == 4 ? kDepth : k;
+  const auto product = [&](const char* panel, float* out, int64_t stride, bool add) {
+    for (int64_t p = 0; p < k; p += depth)
+      kernels.tile(panel + p * mr * kernels.element_bytes, b + p * nr * kernels.element_bytes, std::min(depth, k - p), out, stride, add || p > 0);
+  };
   for (int64_t j = 0; j < cols; j += nr, b += step_b) {
     const char* panel = a;
     for (int64_t i = 0; i < rows; i += mr, panel += step_a) {
       float* out = c + i * ldc + j;
       if (i + mr <= rows && j + nr <= cols) {
-        kernels.tile(panel, b, k, out, ldc, accumulate);
+        product(panel, out, ldc, accumulate);
         continue;
       }
-      kernels.tile(panel, b, k, edge, nr, false);
+      product(panel, edge, nr, false);
       for (int64_t r = 0; r < std::min(mr, rows - i); ++r)
         for (int64_t s = 0; s < std::min(nr, cols - j); ++s) out[r * ldc + s] = (accumulate ? out[r * ldc + s] : 0.0f) + edge[r * nr + s];
     }

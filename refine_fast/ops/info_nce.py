@@ -93,7 +93,8 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
     elif reduction == "none" or not _wants_gradient(q, d, hard, temperature, weight):
         loss, losses = _losses(*problem)
     else:
-        coefficients = torch.ones(len(q), device=q.device) if weight is None else weight.float()
+        # float64: 1 / B in float32 would be the same error in every row, which no sum evens out
+        coefficients = torch.ones(len(q), dtype=torch.float64, device=q.device) if weight is None else weight.double()
         if reduction == "mean":
             coefficients = coefficients / _nonzero(coefficients.sum())
         loss, losses = _weighted_sum(coefficients, *problem)[:2]
@@ -284,6 +285,7 @@ def _run_gpu(g: Tensor | None, problem: tuple[Any, ...], losses: Tensor | None) 
 def _run(g: Tensor | None, problem: tuple[Any, ...], losses: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """On the device of q. losses: what an earlier forward found, where that saves work."""
     _check(*problem)
+    g = None if g is None else g.float()
     return _run_cpu(g, *problem) if problem[0].device.type == "cpu" else _run_gpu(g, problem, losses)
 
 
@@ -342,7 +344,7 @@ def _gradients_fake(g: Tensor, losses: Tensor, *problem: Any) -> tuple[Tensor, .
 
 def _sum_body(coefficients: Tensor, *problem: Any) -> tuple[Tensor, ...]:
     losses, grads = _run(coefficients, problem)
-    return ((_by_row(losses, problem[-1]) * coefficients).sum(), losses, *grads)
+    return ((_by_row(losses, problem[-1]) * coefficients).sum().to(losses.dtype), losses, *grads)
 
 
 def _sum_fake(coefficients: Tensor, *problem: Any) -> tuple[Tensor, ...]:
@@ -403,7 +405,7 @@ def _sum_backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients = *((x * g).to(dtype) for x in gradients[:3]), gradients[3] * g
     else:
         gradients = *(_narrowed(x.mul_(g), dtype) for x in gradients[:3]), gradients[3] * g
-    return g * by_row, *_as_inputs(gradients, tensors[5] is not None)
+    return (g * by_row).to(coefficients.dtype), *_as_inputs(gradients, tensors[5] is not None)
 
 
 def _refuse(ctx: Any, *_: Any) -> None:
