@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import those of a lower rank only.
 RANKS = [
-    {"errors", "_core", "_cuda", "reference", "workspace"},
+    {"errors", "files", "_core", "_cuda", "reference", "workspace"},
     {"_native"},
     {"triton_kernels"},
     {"ops"},

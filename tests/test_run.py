@@ -150,7 +150,7 @@ def _killed(config: RunConfig, at: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
     train.CHECKPOINT_SECONDS = 0.0
-    sync, work_of = stages.sync, stages.RunFolder.do
+    sync, work_of = stages.fsync_all, stages.RunFolder.do
     current = ""
 
     def do(self: stages.RunFolder, stage: stages.Stage) -> float:
@@ -159,7 +159,7 @@ def _killed(config: RunConfig, at: str) -> None:
         return work_of(self, stage)
 
     def sync_or_die(path: Path) -> None:
-        if current == at and not path.name.endswith(".tmp"):
+        if current == at:
             os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
 
@@ -167,7 +167,7 @@ def _killed(config: RunConfig, at: str) -> None:
         if at == "train" and state.global_step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    stages.RunFolder.do, stages.sync, TrainerCallback.on_step_begin = do, sync_or_die, die
+    stages.RunFolder.do, stages.fsync_all, TrainerCallback.on_step_begin = do, sync_or_die, die
     run(config, Console(quiet=True))
 
 

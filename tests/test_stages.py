@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from refine_fast.errors import RefineFastError
-from refine_fast.pipeline.stages import LockedError, RunFolder, Stage, atomic
+from refine_fast.files import atomic
+from refine_fast.pipeline.stages import LockedError, RunFolder, Stage
 
 
 def copy_upper(source: Path, **kwargs) -> Stage:

@@ -16,10 +16,11 @@ from typing import Any
 
 from .. import _core
 from ..errors import RefineFastError, RefineFastWarning
+from ..files import fsync
 from .checkpoint import RAW
 from .plan import Piece, Plan, Shard, make_plan
 from .report import FuseReport, TensorChange
-from .staging import Staging, fsync_path
+from .staging import Staging
 
 Progress = Callable[[int, int], None]
 _Changes = list[tuple[float, float, int, int]]  # per piece, as _core.stream returns them
@@ -143,10 +144,10 @@ def _copy_others(plan: Plan, content: Path) -> None:
         target = content / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.root / name, target)
-        fsync_path(target)
+        fsync(target)
     for relative, text in plan.indexes.items():
         (content / relative).write_bytes(text)
-        fsync_path(content / relative)
+        fsync(content / relative)
 
 
 class _Digest:

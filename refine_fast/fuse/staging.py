@@ -15,14 +15,7 @@ from typing import Any
 
 from .. import _core
 from ..errors import RefineFastError
-
-
-def fsync_path(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+from ..files import atomic, fsync
 
 
 class Staging:
@@ -66,16 +59,14 @@ class Staging:
 
     def save_state(self, done: dict[str, Any]) -> None:
         """Records what is finished and flushed."""
-        temporary = self.folder / "state.json.new"
-        temporary.write_text(json.dumps({"plan": self._plan, "done": done}))
-        fsync_path(temporary)
-        temporary.rename(self.folder / "state.json")
+        with atomic(self.folder / "state.json") as temporary:
+            temporary.write_text(json.dumps({"plan": self._plan, "done": done}))
 
     def publish(self) -> None:
         """Moves the content to its final name, in place of what was there, and clears up."""
         if self._is_folder:
             for folder, _, _ in os.walk(self.content):
-                fsync_path(Path(folder))
+                fsync(Path(folder))
             (self.folder / "state.json").unlink(missing_ok=True)  # what the exchange leaves here is the old output, nothing to go on from
             try:
                 self.content.rename(self.final)
@@ -85,5 +76,5 @@ class Staging:
                     self.content.rename(self.final)
         else:
             self.content.replace(self.final)
-        fsync_path(self.final.parent)
+        fsync(self.final.parent)
         shutil.rmtree(self.folder)

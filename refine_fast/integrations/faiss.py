@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import RefineFastError
+from ..files import atomic
 from ..ops.band_topk import BandTopK, band_topk
 
 CHUNK = 64
@@ -46,15 +47,8 @@ def write_index(docs: Any, path: str | os.PathLike[str], *, lists: int | None = 
     """Writes ``build_index(docs)`` as the file ``path``, for ``faiss.read_index``; row i of docs is id i. Whole or not at all."""
     import faiss
 
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        faiss.write_index(build_index(docs, lists=lists), str(partial))
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic(Path(path)) as temporary:
+        faiss.write_index(build_index(docs, lists=lists), str(temporary))
 
 
 def approximate_band_topk(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import RefineFastError
+from ..files import atomic
 
 Record = TypeVar("Record")
 
@@ -65,13 +65,6 @@ def read_records(path: Path, kind: type[Record]) -> list[Record]:
 
 def write_records(path: Path, records: Iterable[Any]) -> None:
     """One dataclass instance a line, under a temporary name until the file is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+from ..files import atomic
 from ..integrations.sentence_transformers import twin
 from . import card, chunks, documents, embed, evaluate, gather, llm_queries, queries, report, report_data, retrieval_set, train, work
 from .config import RunConfig
 from .console import Console
 from .encoder import encoder_folder
-from .stages import RunFolder, Stage, atomic
+from .stages import RunFolder, Stage
 from .work import Job, score_file
 
 COMMANDS = {"queries": "queries", "mine": "mine", "train": "train", "report": "report", "run": "report"}

@@ -11,7 +11,6 @@ reason given. What a stage writes goes through three states:
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import inspect
@@ -19,13 +18,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..errors import RefineFastError
+from ..files import atomic, fsync_all
 
 
 class LockedError(RefineFastError):
@@ -97,7 +97,7 @@ class RunFolder:
             start = time.monotonic()
             stage.work(folder)
             for name in stage.outputs:
-                sync(folder / name)
+                fsync_all(folder / name)
             outputs = {name: self._digest(folder / name) for name in stage.outputs}
             record = {**key, "outputs": outputs, "seconds": round(time.monotonic() - start, 2)}
             write_json(folder / "done.json", record)
@@ -179,30 +179,8 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to: on success it becomes ``path``, all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves is overwritten by the rerun
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def sync(path: Path) -> None:
-    """Puts a file, or every file of a folder, on the disk itself."""
-    for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        descriptor = os.open(item, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

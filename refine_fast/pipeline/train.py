@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from ..errors import RefineFastError
+from ..files import fsync_all
 from ..integrations.sentence_transformers.twin import fuse_embeddings
 from ..nn import InfoNCELoss
 from .embed import prompt_name
 from .memory import return_free_memory
-from .stages import sync
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -242,7 +242,7 @@ def _callback(steps: int, progress: Callable[..., None] | None) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            sync(checkpoint)
+            fsync_all(checkpoint)
             (checkpoint / WHOLE).touch()
             self.saved = time.monotonic()
 

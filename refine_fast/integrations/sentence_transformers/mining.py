@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...files import atomic
 from ...ops.band_topk import band_topk
 
 if TYPE_CHECKING:
@@ -246,10 +247,8 @@ def _encode(
             encoded.append(rows)
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                partial = file.with_suffix(".tmp")
-                with partial.open("wb") as out:
+                with atomic(file) as temporary, temporary.open("wb") as out:
                     np.save(out, rows)
-                partial.replace(file)
     finally:
         if pool is not None:
             model.stop_multi_process_pool(pool)
