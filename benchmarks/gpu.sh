@@ -1,30 +1,67 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, within 10 minutes on an H100, or in parts:   benchmarks/gpu.sh [build] [test] [sanitize] [loss] [band] [fuse] [step]
-# Needs no network beside an installed torch, triton, nvcc, pybind11 and scikit-build-core. The figures land in
-# benchmarks/results/<device>.csv.
-set -euo pipefail
+# Everything that needs a GPU:   benchmarks/gpu.sh [build] [test] [sanitize] [loss] [parts] [band] [fuse] [step]
+#
+# One call ends within 570 s, whatever hangs. Where a call is cut off after 10 minutes, three calls do it all (durations expected on an H100 with
+# 16 cores; a build that is still there takes seconds):
+#     benchmarks/gpu.sh build test sanitize      7 min: 1 the build, 2 the tests, 4 two sanitizers
+#     benchmarks/gpu.sh build loss parts band    7 min: 3 the losses (1 of it B = 1,048,576), 1 each kernel alone, 2 band_topk
+#     benchmarks/gpu.sh build fuse step          3 min
+# Each figure is in benchmarks/results/<device>.csv as soon as it is known, and a part that fails or runs out of time does not stop those behind
+# it. If OUT names a folder, the log and the figures are copied there after every part. Without a git checkout, REFINE_FAST_COMMIT names the commit.
+# Needs no network beside an installed torch, triton, nvcc, pybind11, scikit-build-core, pytest, pytest-timeout and hypothesis.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1
+readonly TOTAL=570
 
 run_build() { "$python" -m pip install --quiet --no-build-isolation --no-deps --editable . -Ccmake.define.REFINE_FAST_CUDA=ON; }
-run_test() { timeout 240 "$python" -m pytest --quiet tests/gpu; }
+run_test() { "$python" -m pytest --quiet --durations=10 tests/gpu; }
 
 # Our CUDA kernels, and a loss of several ragged tiles. Allocations one by one, so that memcheck sees where each ends.
 run_sanitize() {
+  local status=0 tool
   for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --foreground 150 compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$python" -m pytest --quiet tests/gpu/test_lerp.py tests/gpu/test_info_nce.py tests/gpu/test_band_topk.py \
-      -k "tail or fuse_into or (float64 and ragged) or (equals_the_sort and 131) or searched_again or streamed"
+      -k "tail or fuse_into or (float64 and ragged) or (equals_the_sort and 131) or searched_again or streamed" || status=1
   done
+  return $status
 }
 
-run_loss() { timeout 240 "$python" benchmarks/bench_gpu.py loss; }
-run_band() { timeout 150 "$python" benchmarks/bench_gpu.py band; }
-run_fuse() { timeout 90 "$python" benchmarks/bench_gpu.py fuse; }
-run_step() { timeout 120 "$python" benchmarks/bench_gpu.py step; }  # needs transformers too
+run_loss() { "$python" benchmarks/bench_gpu.py loss; }
+run_parts() { "$python" benchmarks/bench_gpu.py parts; }
+run_band() { "$python" benchmarks/bench_gpu.py band; }
+run_fuse() { "$python" benchmarks/bench_gpu.py fuse; }
+run_step() { "$python" benchmarks/bench_gpu.py step; }
+declare -A limit=([build]=240 [test]=240 [sanitize]=310 [loss]=300 [parts]=120 [band]=170 [fuse]=90 [step]=150)
+declare -A needs=([build]="pybind11 scikit_build_core" [test]="pytest pytest_timeout hypothesis triton" [sanitize]="pytest pytest_timeout hypothesis triton"
+  [loss]=triton [parts]=triton [step]="transformers triton")
 
-[ $# -gt 0 ] || set -- build test sanitize loss band fuse step
-for part in "$@"; do
-  printf '\n== %s (%d s)\n' "$part" $SECONDS
-  "run_$part"
+# Runs a part in a process group of its own, which ends at the part's limit or the call's.
+part() {
+  local missing left=$((TOTAL - SECONDS))
+  missing=$("$python" -c "import sys; from importlib.util import find_spec; print(*[m for m in sys.argv[1:] if find_spec(m) is None])" ${needs[$1]-} torch)
+  if [ -n "$missing" ]; then echo "not run: $python has no $missing" && return 1; fi
+  if [ "$1" = sanitize ] && ! command -v compute-sanitizer; then echo "not run: no compute-sanitizer on the PATH" && return 1; fi
+  if [ $left -lt 10 ]; then echo "not run: the call's $TOTAL s are over" && return 1; fi
+  timeout --kill-after=5 $((left < limit[$1] ? left : limit[$1])) bash -c "$(declare -f "run_$1"); python=$python; run_$1"
+}
+
+save() { if [ -n "${OUT:-}" ]; then cp "$log" benchmarks/results/*.csv "$OUT"; fi; }
+
+[ $# -gt 0 ] || set -- build test sanitize loss parts band fuse step
+for name in "$@"; do
+  if [ -z "${limit[$name]-}" ]; then echo "no part is called $name: build test sanitize loss parts band fuse step" >&2 && exit 2; fi
 done
+log=$(mktemp -d)/gpu.log
+failed=
+for name in "$@"; do
+  printf '\n== %s (%d s)\n' "$name" $SECONDS
+  part "$name" 2>&1 || { failed+=" $name" && printf '== %s FAILED (%d s)\n' "$name" $SECONDS; }
+  save
+done > >(tee "$log") 2>&1
+wait $!
+printf '\n== %d s; failed:%s\n' $SECONDS "${failed:- none}" | tee -a "$log"
+save
+[ -z "$failed" ]

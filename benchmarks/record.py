@@ -67,7 +67,9 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's short hash, with "+" where the sources differ from it."""
+    """The checkout's short hash, with "+" where the sources differ from it; REFINE_FAST_COMMIT where there is no checkout."""
+    if "REFINE_FAST_COMMIT" in os.environ:
+        return os.environ["REFINE_FAST_COMMIT"]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=RESULTS.parent.parent, capture_output=True, text=True).stdout.strip()

@@ -10,8 +10,9 @@ either written once, 2 bytes in bf16, and read twice, 6 bytes against 6 D FLOPs 
 and 5.8 ps for the FLOPs at 800 TFLOP/s, and the two overlap), or recomputed, 2 D FLOPs more each time. Hence two plans, chosen by shape:
 
     waves   R rows at a time against all columns; e is R x N; dq is finished wave by wave, dd is summed over the waves in float32, N x D.
-            6 D FLOPs with the gradients in the forward. A wave reads and writes that sum once, 8 / (6 R) bytes a FLOP: within an H100's
-            balance (240 FLOPs a byte) from R of about 320, and hidden from R = 1,024, the least that is used.
+            6 D FLOPs with the gradients in the forward. Each wave reads and writes that sum once, behind the 2 R N D FLOPs of dd alone:
+            8 N D bytes and the 2 R N of e take as long as those FLOPs at R of about 1,600 (D = 768), and less than the other plan's
+            4 D more from R = 512. Hence R = 2,048 at N = 65,536, where the workspace holds it.
     tiles   where the workspace cannot hold that: blocks of R x R, once for dq and once for dd: 2 D for the loss + 4 D + 4 D = 10 D FLOPs,
             in any workspace down to 16 MB, whatever B and N.
 
@@ -21,6 +22,19 @@ from both sides, and any shift within 150 powers of two of it serves, since bf16
 holds at every tau >= 0.02; a row for which it does not is found on the device and gets its exact log-sum from one more pass over its block.
 (2) e stays unnormalized: q is scaled by 1 / row sum instead. The positive takes no part in e: the share of the negatives, 1 - p, is
 computed from their sum, without the cancellation of p - 1.
+
+Predicted, not measured, for an H100 (798 TFLOP/s and 3.0 TB/s measured there by others), bf16, B = 65,536, R = 2,048, from the sm_90 code:
+a tile of 128 x 256 takes 15,400 cycles of wgmma m64n256k16 at D = 768 (L2 brings 48 KB a step of 64, about 80% of the peak's need), some
+1,200 until its first operands are there, and an epilogue of 900 instructions a warp, no less than the 2,048 cycles that 16 exponentials a
+cycle take: nothing overlaps those two. dd is bound by memory at D = 384 (224 us of bytes for 258 us of FLOPs at 768, 156 for 129 at 384).
+
+    D       S     dd    dq, at 90%   with launches   the floor   fraction, if all goes so and if each part takes 17% more
+    384     210   160   143          533 us          387 us      0.73, 0.62
+    768     351   275   287          933 us          775 us      0.83, 0.71
+    1,024   444   360   382          1,206 us        1,033 us    0.86, 0.73
+
+To be measured first (benchmarks/bench_gpu.py parts): tiles that overlap, 128 x 128 with two blocks a processor (its operands take a third
+more of L2), or a persistent kernel whose next tile is on the way during the epilogue.
 
 float32 inputs: S in tf32x3, or tf32 where torch's own switch for cuBLAS says so; e in float32 and its products as torch is set.
 float16: S as given; e and its products in bf16, since e does not fit float16's exponent. symmetric: both directions in turn, 12 D FLOPs.
@@ -36,14 +50,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from ..workspace import LEAST, VARIABLE, workspace_bytes
 from . import info_nce_kernels as kernels
 
-LEAST_WAVE = 1024  # rows
-ENOUGH_WEIGHTS = 1 << 26  # of a wave: 2,048 tiles of 128 x 256, fifteen rounds of an H100; more take memory and gain nothing
+LEAST_WAVE = 512  # rows; with fewer, dd's sum costs more than the two products of the other plan
+ENOUGH_WEIGHTS = 1 << 27  # of a wave; at B = 65,536 more take memory and gain little
 COMBINE_BLOCK = 128  # rows a program
 ENOUGH_PROGRAMS = 8 * 132  # of the log-sum pass: the columns are split where the row blocks alone are fewer
 
@@ -57,6 +72,15 @@ class Gradients:
     d: Tensor
     hard: Tensor | None
     temperature: Tensor
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Room for what is found row by row: the gradients of q and of its hard negatives, and the row's part of the temperature's."""
+
+    q: Tensor
+    hard: Tensor | None
+    tau: Tensor
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -104,10 +128,10 @@ class Plan:
 
 def plan(B: int, N: int, D: int, *, element_bytes: int, copies: bool, workspace: int, tile: Tiling) -> Plan:
     """The block, in whole tiles, that the workspace holds: of a wave no more rows than keep the GPU busy, else all that fit. copies: d has
-    to be copied to bf16 (float16 inputs)."""
-    copy = 2 * D if copies else 0
-    per_row = element_bytes * (N + 64 + D) + 4 * D + 4 * triton.cdiv(N, tile.n)  # weights, scaled q, dq, row sums
-    rows = (workspace - N * (4 * D + copy)) // per_row // tile.m * tile.m
+    to be copied to bf16 (float16 inputs). The gradient of d takes its place after the last wave, in what the weights leave."""
+    copy, gradient = 2 * D if copies else 0, (2 if element_bytes == 2 and not copies else 4) * D
+    per_row = element_bytes * (N + tile.n + D) + 4 * D + 4 * triton.cdiv(N, tile.n)  # weights, scaled q, dq, row sums
+    rows = (workspace - N * (4 * D + copy - gradient)) // per_row // tile.m * tile.m
     if rows >= min(LEAST_WAVE, B):
         rows = min(rows, max(LEAST_WAVE, ENOUGH_WEIGHTS // N) // tile.m * tile.m)
         rows = triton.cdiv(triton.cdiv(B, triton.cdiv(B, rows)), tile.m) * tile.m  # equal waves
@@ -149,8 +173,8 @@ class Direction:
         rows = torch.arange(self.N, device=q.device, dtype=torch.int32)
         self.order, self.starts = _segments(positives, self.B, self.N, rows)
         self.positives = self.order if positives is None else positives.contiguous()
-        self.col_ids = rows if ids is None else ids.contiguous()
-        self.row_ids = self.col_ids[self.positives]
+        ids = rows if ids is None else ids if ids.dtype == torch.int32 else _ranks(ids)
+        self.row_ids = ids[self.positives]
         self.K = 0 if hard is None else hard.shape[1]
         self.hard = q if hard is None else (hard if hard.stride(-1) == 1 else hard.contiguous())
         self.hard_mask = None if hard_mask is None else hard_mask.contiguous()
@@ -159,12 +183,16 @@ class Direction:
         self.col_scale = norms.clamp_min_(1e-12).reciprocal_() if normalize else norms
         # 1 / |d_j| belongs to both gradients; only its ratio to the largest enters the weights, so that they keep their range
         self.fold_top = self.col_scale.amax() if normalize else torch.ones_like(self.d_bound)
-        self.fold = self.col_scale / self.fold_top if normalize else self.col_scale
+        fold = self.col_scale / self.fold_top if normalize else self.col_scale
         self.x_pos, self.row_scale, self.ceiling, self.shift, self.inverse, self.share, self.loss = (self.new(self.B) for _ in range(7))
         self.hard_x, self.wide = self.new(self.B, self.K), self.new(self.B, dtype=torch.int8)
         self.element = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
         self.tile = tiling(capability, q.element_size())
+        # of whole tiles, so that no column has to be asked whether it exists: the bias of one that does not is -inf
+        beyond = -self.N % self.tile.n
+        self.col_ids, self.col_scale, self.fold = (F.pad(x, (0, beyond)) for x in (ids, self.col_scale, fold))
+        self.col_bias = F.pad(torch.zeros_like(norms), (0, beyond), value=-math.inf)
         self.form = {"NORMALIZE": normalize, "MARGIN": margin is not None}
         self.tile_form = self.form | self.tile.constants | {"EVEN_K": self.D % self.tile.k == 0, "PRECISION": _float32_precision()}
         self.row_form = {"BLOCK_D": triton.next_power_of_2(self.D), "num_warps": 4 if self.D <= 1024 else 8}
@@ -190,7 +218,7 @@ class Direction:
         splits = triton.cdiv(tiles, per_split)
         top, total = self.new(splits, self.B), self.new(splits, self.B)
         kernels.negatives_kernel[(blocks, splits)](
-            self.q, self.d, self.row_scale, self.col_scale, self.row_ids, self.col_ids, self.ceiling, self.wide, top, total,
+            self.q, self.d, self.row_scale, self.col_scale, self.col_bias, self.row_ids, self.col_ids, self.ceiling, self.wide, top, total,
             self.B, self.N, self.D, self.q.stride(0), self.d.stride(0), per_split, **self.tile_form,
         )  # fmt: skip
         kernels.combine_kernel[(triton.cdiv(self.B, COMBINE_BLOCK),)](
@@ -209,13 +237,14 @@ class Direction:
         self.shift = torch.add(self.x_pos, loss, alpha=1 / math.log(2))
 
     def weights(self, rows: slice, cols: slice, e: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's weights, a view into the buffer e, and the row sums of its tiles."""
-        q, d = self.q[rows], self.d[cols]
+        """The block's weights, a view into the buffer e of whole tiles, and the row sums of its tiles."""
+        q, d, c = self.q[rows], self.d[cols], slice(cols.start, None)
         tiles = triton.cdiv(len(d), self.tile.n)
         part = self.new(len(q), tiles)
         kernels.weights_kernel[(triton.cdiv(len(q), self.tile.m) * tiles,)](
-            q, d, self.row_scale[rows], self.col_scale[cols], self.fold[cols], self.row_ids[rows], self.col_ids[cols], self.ceiling[rows],
-            self.shift[rows], e, part, len(q), len(d), self.D, q.stride(0), d.stride(0), e.stride(0), tiles, **self.tile_form,
+            q, d, self.row_scale[rows], self.col_scale[c], self.col_bias[c], self.fold[c], self.row_ids[rows], self.col_ids[c],
+            self.ceiling[rows], self.shift[rows], e, part, len(q), len(d), self.D, q.stride(0), d.stride(0), e.stride(0), tiles,
+            **self.tile_form,
         )  # fmt: skip
         return e[: len(q), : len(d)], part
 
@@ -231,28 +260,28 @@ class Direction:
         )  # fmt: skip
         return out
 
-    def finish_rows(self, rows: slice, g: Tensor, acc: Tensor, extra: Tensor | None, out: Gradients, dtau: Tensor) -> None:
+    def finish_rows(self, rows: slice, g: Tensor, acc: Tensor, extra: Tensor | None, out: _Rows) -> None:
         q = self.q[rows]
         kernels.finish_rows_kernel[(len(q),)](
             q, self.d, self.hard[rows], self.positives[rows], g[rows], self.temperature, self.fold_top,
             self.hard_x[rows], self.row_scale[rows], self.shift[rows], self.inverse[rows], self.share[rows], acc,
-            None if extra is None else extra[rows], out.q[rows], (out.q if out.hard is None else out.hard)[rows], dtau[rows],
+            None if extra is None else extra[rows], out.q[rows], (out.q if out.hard is None else out.hard)[rows], out.tau[rows],
             self.D, self.K, q.stride(0), self.d.stride(0), *self.hard_strides,
             EXTRA=extra is not None, NORMALIZE=self.normalize, **self.row_form,
         )  # fmt: skip
 
-    def finish_cols(self, cols: slice, g: Tensor, acc: Tensor, extra: Tensor | None, out: Gradients) -> None:
+    def finish_cols(self, cols: slice, g: Tensor, acc: Tensor, extra: Tensor | None, out: Tensor) -> None:
         d = self.d[cols]
         kernels.finish_cols_kernel[(len(d),)](
             self.q, d, self.order, self.starts[cols.start : cols.stop + 1], g, self.fold_top, self.row_scale, self.share,
-            acc, extra, out.d[cols], self.D, self.q.stride(0), d.stride(0),
+            acc, extra, out[cols], self.D, self.q.stride(0), d.stride(0),
             EXTRA=extra is not None, NORMALIZE=self.normalize, **self.row_form,
         )  # fmt: skip
 
     def gradients(self, g: Tensor, *, loss: Tensor | None, workspace: int, extra: Gradients | None = None) -> Gradients:
         """g (B,): the upstream gradient of each row's loss. loss: (B,) of an earlier call, or None to compute it on the way (self.loss).
         extra: gradients to add, by row of q (its .d) and by the row's positive (its .q)."""
-        copies = self.q.dtype != self.element
+        dtype, copies = gradient_dtype(self.q.dtype), self.q.dtype != self.element
         block = plan(self.B, self.N, self.D, element_bytes=self.element.itemsize, copies=copies, workspace=workspace, tile=self.tile)
         if loss is not None:
             self.shift_by(loss)
@@ -260,34 +289,53 @@ class Direction:
             self.sum_wide_rows()
         else:
             self.losses()
-        dtau, dtype = self.new(self.B), gradient_dtype(self.q.dtype)
         hard = self.new(self.B, self.K, self.D, dtype=dtype) if self.K else None
-        out = Gradients(self.new(self.B, self.D, dtype=dtype), self.new(self.N, self.D, dtype=dtype), hard, dtau)
+        rows = _Rows(self.new(self.B, self.D, dtype=dtype), hard, self.new(self.B))
         to_q, to_d = (None, None) if extra is None else (extra.d, extra.q)
-        rows, cols = min(block.rows, self.B), min(block.cols, self.N)
-        e = self.new(rows, triton.cdiv(cols, 64) * 64, dtype=self.element)
         if block.waves:
-            d, dd = self.d.to(self.element), self.new(self.N, self.D).zero_()
-            for r in _blocks(self.B, rows):
-                weights, part = self.weights(r, slice(0, self.N), e)
-                _add_product(dd, weights.T, self.scaled_q(r, g, part if loss is None else None))
-                dq = torch.zeros((len(weights), self.D), device=dd.device)
-                _add_product(dq, weights, d)
-                self.finish_rows(r, g, dq, to_q, out, dtau)
-            self.finish_cols(slice(0, self.N), g, dd, to_d, out)
+            acc = self._waves(block.rows, g, to_q, rows, summed=loss is None)
+            dd = self.new(self.N, self.D, dtype=dtype)
+            self.finish_cols(slice(0, self.N), g, acc, to_d, dd)
         else:
-            for r in _blocks(self.B, rows):
-                dq = self.new(r.stop - r.start, self.D).zero_()
-                self.scaled_q(r, g, None)
-                for c in _blocks(self.N, cols):
-                    _add_product(dq, self.weights(r, c, e)[0], self.d[c].to(self.element))
-                self.finish_rows(r, g, dq, to_q, out, dtau)
-            for c in _blocks(self.N, cols):
-                dd = self.new(c.stop - c.start, self.D).zero_()
-                for r in _blocks(self.B, rows):
-                    _add_product(dd, self.weights(r, c, e)[0].T, self.scaled_q(r, g, None))
-                self.finish_cols(c, g, dd, to_d, out)
-        return replace(out, temperature=dtau.sum())
+            dd = self.new(self.N, self.D, dtype=dtype)
+            self._tiles(block.rows, block.cols, g, to_q, to_d, rows, dd)
+        return Gradients(rows.q, dd, hard, rows.tau.sum())
+
+    def _room(self, rows: int, cols: int) -> Tensor:
+        """For the weights of a block, in whole tiles."""
+        return self.new(*(triton.cdiv(x, tile) * tile for x, tile in ((rows, self.tile.m), (cols, self.tile.n))), dtype=self.element)
+
+    def _waves(self, size: int, g: Tensor, to_q: Tensor | None, out: _Rows, *, summed: bool) -> Tensor:
+        """Finishes the gradients of the rows; returns the sum over them, for each document, in float32."""
+        d, dd, e = self.d.to(self.element), self.new(self.N, self.D).zero_(), self._room(min(size, self.B), self.N)
+        for r in _blocks(self.B, size):
+            weights, part = self.weights(r, slice(0, self.N), e)
+            _add_product(dd, weights.T, self.scaled_q(r, g, part if summed else None))
+            dq = self.new(len(weights), self.D).zero_()
+            _add_product(dq, weights, d)
+            self.finish_rows(r, g, dq, to_q, out)
+        return dd
+
+    def _tiles(self, height: int, width: int, g: Tensor, to_q: Tensor | None, to_d: Tensor | None, out: _Rows, out_d: Tensor) -> None:
+        e = self._room(min(height, self.B), min(width, self.N))
+        for r in _blocks(self.B, height):
+            dq = self.new(r.stop - r.start, self.D).zero_()
+            self.scaled_q(r, g, None)
+            for c in _blocks(self.N, width):
+                _add_product(dq, self.weights(r, c, e)[0], self.d[c].to(self.element))
+            self.finish_rows(r, g, dq, to_q, out)
+        for c in _blocks(self.N, width):
+            dd = self.new(c.stop - c.start, self.D).zero_()
+            for r in _blocks(self.B, height):
+                _add_product(dd, self.weights(r, c, e)[0].T, self.scaled_q(r, g, None))
+            self.finish_cols(c, g, dd, to_d, out_d)
+
+
+def _ranks(ids: Tensor) -> Tensor:
+    """(N,) int32, equal where the ids are: the tiles compare 32 bits."""
+    ranked = torch.sort(ids)
+    steps = F.pad(ranked.values[1:] != ranked.values[:-1], (1, 0)).cumsum(0, dtype=torch.int32)
+    return torch.empty_like(steps).scatter_(0, ranked.indices, steps)
 
 
 def _segments(positives: Tensor | None, B: int, N: int, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ WINDOW = tl.constexpr(150.0)  # and above 2^-90: what is 2^-36 of the largest we
 
 @triton.jit
 def _logits(
-    q, d, row_scale, col_scale, row_id, col_id, ceiling, rows, cols, B, N, D, stride_q, stride_d,
+    q, d, row_scale, col_scale, col_bias, row_id, col_id, ceiling, rows, cols, B, N, D, stride_q, stride_d,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     NORMALIZE: tl.constexpr, MARGIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -40,12 +40,9 @@ def _logits(
         s = tl.dot(a, b, s, input_precision=PRECISION)
         q_at += BLOCK_K
         d_at += BLOCK_K
-    x = s * tl.load(row_scale + rows, mask=row_in, other=0.0)[:, None]
-    if NORMALIZE:
-        x *= tl.load(col_scale + cols, mask=col_in, other=0.0)[None, :]
-    negative = col_in[None, :] & (
-        tl.load(row_id + rows, mask=row_in, other=0)[:, None] != tl.load(col_id + cols, mask=col_in, other=0)[None, :]
-    )
+    scale, beyond = tl.load(row_scale + rows, mask=row_in, other=0.0)[:, None], tl.load(col_bias + cols)[None, :]
+    x = s * scale * tl.load(col_scale + cols)[None, :] + beyond if NORMALIZE else s * scale + beyond
+    negative = tl.load(row_id + rows, mask=row_in, other=0)[:, None] != tl.load(col_id + cols)[None, :]
     if MARGIN:
         negative &= x <= tl.load(ceiling + rows, mask=row_in, other=0.0)[:, None]
     return tl.where(negative, x, float("-inf"))
@@ -53,7 +50,7 @@ def _logits(
 
 @triton.jit
 def negatives_kernel(
-    q, d, row_scale, col_scale, row_id, col_id, ceiling, wide, part_max, part_sum, B, N, D, stride_q, stride_d, tiles_per_split,
+    q, d, row_scale, col_scale, col_bias, row_id, col_id, ceiling, wide, part_max, part_sum, B, N, D, stride_q, stride_d, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     NORMALIZE: tl.constexpr, MARGIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +63,7 @@ def negatives_kernel(
         for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tl.cdiv(N, BLOCK_N))):
             cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             x = _logits(
-                q, d, row_scale, col_scale, row_id, col_id, ceiling, rows, cols, B, N, D, stride_q, stride_d,
+                q, d, row_scale, col_scale, col_bias, row_id, col_id, ceiling, rows, cols, B, N, D, stride_q, stride_d,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, NORMALIZE, MARGIN, PRECISION,
             )  # fmt: skip
             new = tl.maximum(top, tl.max(x, 1))
@@ -80,7 +77,7 @@ def negatives_kernel(
 
 @triton.jit
 def weights_kernel(
-    q, d, row_scale, col_scale, fold, row_id, col_id, ceiling, shift, e, part_sum, B, N, D, stride_q, stride_d, stride_e, tiles_n,
+    q, d, row_scale, col_scale, col_bias, fold, row_id, col_id, ceiling, shift, e, part_sum, B, N, D, stride_q, stride_d, stride_e, tiles_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     NORMALIZE: tl.constexpr, MARGIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +88,7 @@ def weights_kernel(
     rows = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x = _logits(
-        q, d, row_scale, col_scale, row_id, col_id, ceiling, rows, cols, B, N, D, stride_q, stride_d,
+        q, d, row_scale, col_scale, col_bias, row_id, col_id, ceiling, rows, cols, B, N, D, stride_q, stride_d,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, NORMALIZE, MARGIN, PRECISION,
     )  # fmt: skip
     row_in = rows < B
@@ -99,8 +96,8 @@ def weights_kernel(
     r = rows.to(tl.int64)
     tl.store(part_sum + r * tiles_n + tile_n, tl.sum(weight, 1), mask=row_in)
     if NORMALIZE:
-        weight *= tl.load(fold + cols, mask=cols < N, other=0.0)[None, :]
-    tl.store(e + r[:, None] * stride_e + cols[None, :], weight.to(e.dtype.element_ty), mask=row_in[:, None] & (cols < N)[None, :])
+        weight *= tl.load(fold + cols)[None, :]
+    tl.store(e + r[:, None] * stride_e + cols[None, :], weight.to(e.dtype.element_ty))
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from refine_fast.triton_kernels import info_nce, info_nce_kernels
 
 INTS = {"B": "i32", "N": "i32", "D": "i32", "K": "i32", "tiles_n": "i32", "tiles_per_split": "i32", "splits": "i32"}
 POINTERS = {
-    **dict.fromkeys(("row_id", "col_id", "positives"), "*i64"),
-    **dict.fromkeys(("order", "starts"), "*i32"),
+    **dict.fromkeys(("positives",), "*i64"),
+    **dict.fromkeys(("row_id", "col_id", "order", "starts"), "*i32"),
     **dict.fromkeys(("hard_mask",), "*i1"),
     **dict.fromkeys(("wide",), "*i8"),
 }

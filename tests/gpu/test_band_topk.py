@@ -147,6 +147,19 @@ def test_edges_to_the_last_bit(edge: float) -> None:
     queries, docs, bands = near_an_edge(edge, 600)
     for band, order in itertools.product(bands, ("skip_then_band", "band_then_skip")):
         check(queries, docs, 30, band=band, order=order)
+    better = torch.zeros(600, docs.shape[1])
+    better[:, 0] = 1.5
+    check(queries, torch.cat([better, docs]), 5, band=bands[0])  # those at the edge are counted, and not chosen
+
+
+@pytest.mark.parametrize("steps", [0.49, 0.51], ids=["rounded down", "rounded up"])
+def test_edges_within_the_rounding_of_a_query(steps: float) -> None:
+    """All elements of a query are rounded to float16 the same way and documents are exact: the errors add up to the margin's first term."""
+    queries = torch.full((3, 40), 1 + steps * 2**-10)
+    docs = torch.randint(1, 64, (300, 40), generator=torch.Generator().manual_seed(8)) / 64
+    for score in (queries[:1].double() @ docs.double().T)[0, :8].tolist():
+        check(queries, docs, 300, band=(score, 1e3), skip=0)
+        check(queries, docs, 300, band=(0.0, score), skip=0)
 
 
 def test_edges_within_the_error_of_a_sum() -> None:

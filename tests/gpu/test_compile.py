@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
 
 ROOT = Path(__file__).parents[2]
-STACK_LIMIT = 64  # bytes a thread: a spilled register or two outside the inner loop (triton 3.6 and 3.9 differ)
+STACK_LIMIT = 128  # bytes a thread: what the epilogue of a tile spills outside the inner loop (none with triton 3.6, 112 with 3.9)
 SHARED_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 
 

@@ -190,18 +190,18 @@ def test_plan_stays_inside_the_workspace(B: int, N: int, D: int, mb: int, waves:
 
 
 def planned(B: int, N: int, D: int, element_bytes: int, workspace: int) -> tuple[info_nce.Plan, int]:
-    """The plan and the bytes that it takes."""
+    """The plan and the bytes that it takes beyond the gradients, that of d coming after the last wave."""
     tile = info_nce.tiling((9, 0), element_bytes)
     found = info_nce.plan(B, N, D, element_bytes=element_bytes, copies=False, workspace=workspace, tile=tile)
-    rows, cols = min(found.rows, B), min(found.cols, N)
-    used = rows * (cols + 64) * element_bytes + rows * D * (element_bytes + 4) + cols * D * 4 + 4 * rows * triton.cdiv(cols, tile.n)
-    return found, used
+    rows, cols = min(found.rows, B), triton.cdiv(min(found.cols, N), tile.n) * tile.n
+    used = rows * cols * element_bytes + rows * D * (element_bytes + 4) + cols * D * 4 + 4 * rows * triton.cdiv(cols, tile.n)
+    return found, used - (N * D * element_bytes if found.waves else 0)
 
 
 @pytest.mark.parametrize("D", [384, 768, 1024])
 def test_one_percent_of_eager_at_the_target(D: int) -> None:
-    """Torch holds five bf16 B x N matrices at its peak; ours works at its full rate (waves) in a hundredth of that."""
+    """Torch holds three bf16 B x N matrices at its peak: the log-softmax, its gradient and that of the logits."""
     B = 65_536
-    found, used = planned(B, B, D, 2, info_nce.workspace_bytes())
+    found, used = planned(B, B, D, 2, 240 << 20)
     assert found.waves
-    assert used < 5 * 2 * B * B / 100
+    assert used < 3 * 2 * B * B / 100
