@@ -138,6 +138,24 @@ def test_rounding_at_its_worst(isa: str, width: int, value: float) -> None:
         check(queries, docs, 4, band=(lo, hi), skip=1)
 
 
+@pytest.mark.parametrize("beside", [0.484375, 0.515625])  # of the way to the next integer: all are rounded down, or all up
+@pytest.mark.parametrize("width", [64, 384])
+def test_rounding_of_bytes_at_its_worst(isa: str, width: int, beside: float) -> None:
+    """The same where rows are turned before they become bytes (isa/screen_int.h): turned, these are one 127 and else 125 and a half."""
+    hadamard = torch.ones(1, 1)
+    for _ in range(6):
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard)
+    signs = torch.tensor([-1.0 if 0x9E3779B97F4A7C15 >> i & 1 else 1.0 for i in range(64)])
+    turned = torch.full((width // 64, 64), 125 + beside)
+    turned[:, 0] = 127
+    row = (turned @ hadamard * signs).flatten() * 2.0**-14  # about a unit row, exact in float32
+    queries = row * torch.tensor([1.0, -1.0, 0.5])[:, None]
+    docs = row * torch.tensor([1.0, 1 + 2**-8, 1 - 2**-8, 0.5, -1.0, 2.0])[:, None]
+    scores = (queries.double() @ docs.double().T).unique().tolist()
+    for lo, hi in itertools.combinations_with_replacement(scores, 2):
+        check(queries, docs, 4, band=(lo, hi), skip=1)
+
+
 @pytest.mark.parametrize("exponents", [(0, 0), (-70, 5), (45, 45), (40, -59)], ids=str)
 def test_rows_that_fill_the_integers(isa: str, exponents: tuple[int, int]) -> None:
     """Parallel rows of one element, of equal ones and of alternating signs, of any length: their products are the largest that the screen's

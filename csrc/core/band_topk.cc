@@ -65,8 +65,8 @@ BandSearch::Plan::Plan(const BandSpec& spec, const ScreenKernels& screen) {
   pending = strip + kSlack + std::max<int64_t>(256, kept / 4);
   bytes_per_query = spec.d * 4 + panel_a / screen.mr + (kept + drawn) * static_cast<int64_t>(sizeof(Hit)) + pending * 8 +
                     static_cast<int64_t>(sizeof(Query));
-  const int64_t scratch = (std::max(screen.nr, screen.mr) * spec.d + screen.mr * strip) * 4 + (kept + 2 * pending) * (sizeof(Hit) + 8);
-  bytes_fixed = block / screen.nr * panel_b + block * 8 + scratch * spec.threads;
+  const int64_t scratch = (std::max(screen.nr, screen.mr) * spec.d + screen.mr * strip) * 4 + pending * sizeof(Doubt);
+  bytes_fixed = block / screen.nr * panel_b + block * 12 + scratch * spec.threads;
 }
 
 int64_t BandSearch::queries_within(const BandSpec& spec, int64_t bytes) {
@@ -91,6 +91,7 @@ BandSearch::BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const 
       pending_column_(static_cast<size_t>(rows * plan_.pending)),
       pending_score_(static_cast<size_t>(rows * plan_.pending)),
       norms_(static_cast<size_t>(plan_.block)),
+      residuals_(static_cast<size_t>(plan_.block)),
       packed_queries_(aligned(round_up(rows, screen_.mr) / screen_.mr * plan_.panel_a)),
       packed_documents_(aligned(plan_.block / screen_.nr * plan_.panel_b)),
       scratch_(static_cast<size_t>(std::max(spec.threads, 1))) {
@@ -141,7 +142,7 @@ Status BandSearch::set_queries(const void* queries, Dtype dtype, int64_t row_str
       if (!operand.usable()) return bad_row("queries", first_ + r, operand.finite);
       Query& query = state_[r];
       query = {};
-      query.size = operand.size, query.residual = operand.residual, query.norm = operand.norm;
+      query.reach = operand.size + operand.residual, query.residual = operand.residual, query.norm = operand.norm;
       query.worst = plan_.kept == 0 ? kInfinity : -kInfinity;
       query.hash = mix(mix(spec_.seed + kGolden) + static_cast<uint64_t>(first_ + r) * kGolden);
       query.next_excluded = exclude_.offsets == nullptr ? 0 : exclude_.offsets[r];
@@ -167,7 +168,7 @@ Status BandSearch::pack_documents(Block& block) {
     for (int64_t r = rows; r-- > 0;) {
       const Operand& operand = operands[r];
       if (!operand.usable()) panel.bad = begin + r, panel.finite = operand.finite;
-      norms_[begin + r] = operand.norm;
+      norms_[begin + r] = operand.norm, residuals_[begin + r] = up(operand.residual);
       panel.size = std::max(panel.size, operand.size), panel.residual = std::max(panel.residual, operand.residual);
     }
   });
@@ -179,9 +180,9 @@ Status BandSearch::pack_documents(Block& block) {
   return {};
 }
 
-void BandSearch::set_thresholds(Query& query, double hi) const {
+void BandSearch::set_thresholds(Query& query, double hi, const Block& block) const {
   BandThresholds& t = query.thresholds;
-  const double lo = spec_.lo, e = query.margin;
+  const double lo = spec_.lo, e = query.margin_of(block.residual);
   if (!(lo <= hi)) {
     t.floor = t.sure = t.keep = t.ceil = std::numeric_limits<float>::infinity();
     return;
@@ -211,17 +212,17 @@ double BandSearch::exact(int64_t row, int64_t column, const Block& block, Scratc
 
 uint64_t BandSearch::hash(const Query& query, int64_t id) const { return mix(query.hash + static_cast<uint64_t>(id) * kGolden); }
 
-// Keeps the plan_.drawn smallest hashes: a heap with the largest on top.
-void BandSearch::draw(Query& query, Hit* drawn, Hit hit) const {
-  const auto less = [&](const Hit& a, const Hit& b) { return hash(query, a.id) < hash(query, b.id); };
-  if (query.drawn == plan_.drawn) {
-    if (query.drawn == 0 || !less(hit, drawn[0])) return;
-    std::pop_heap(drawn, drawn + query.drawn, less);
-    drawn[query.drawn - 1] = hit;
+// A heap of the `limit` hits that come first, the last of them on top.
+template <class Before>
+void BandSearch::offer(Hit* heap, int32_t& size, int64_t limit, Hit hit, Before before) {
+  if (size == limit) {
+    if (size == 0 || !before(hit, heap[0])) return;
+    std::pop_heap(heap, heap + size, before);
+    heap[size - 1] = hit;
   } else {
-    drawn[query.drawn++] = hit;
+    heap[size++] = hit;
   }
-  std::push_heap(drawn, drawn + query.drawn, less);
+  std::push_heap(heap, heap + size, before);
 }
 
 // Settles what is pending for a query: counts it, rescores what may be chosen, keeps the best.
@@ -231,63 +232,40 @@ void BandSearch::flush(int64_t row, const Block& block, Scratch& scratch) {
   const float* score = pending_score_.data() + row * plan_.pending;
   Hit* const hits = hits_.data() + row * plan_.kept;
   Hit* const drawn = drawn_.data() + row * plan_.drawn;
-  const double lo = spec_.lo, hi = hi_[row], e = query.margin;
-  std::vector<Hit>& merged = scratch.merged;          // exact scores: what is kept, and what is new
-  std::vector<Hit>& candidates = scratch.candidates;  // screened score and column of what is certainly in the band
-  merged.assign(hits, hits + query.kept);
-  candidates.clear();
+  const double lo = spec_.lo, hi = hi_[row];
+  const auto luckier = [&](const Hit& a, const Hit& b) { return hash(query, a.id) < hash(query, b.id); };
+  std::vector<Doubt>& doubts = scratch.doubts;
+  doubts.clear();
   for (int32_t i = 0; i < query.pending; ++i) {
-    const double s = score[i];
+    const double s = score[i], e = query.margin_of(residuals_[column[i]]);
     if (s > hi + e) {
       ++query.above;
-    } else if (s >= lo + e && s <= hi - e) {
-      ++query.inside;
-      candidates.push_back({s, column[i]});
+    } else if (s < lo + e || s > hi - e) {
+      if (s >= lo - e) doubts.push_back({kInfinity, column[i]});
     } else {
-      const Hit hit{exact(row, column[i], block, scratch), block.first_id + column[i]};
-      if (hit.score > hi) {
-        ++query.above;
-      } else if (hit.score >= lo) {
-        ++query.inside;
-        merged.push_back(hit);
-        draw(query, drawn, hit);
-      }
+      ++query.inside;
+      if (spec_.random || s + e >= query.worst) doubts.push_back({s + e, column[i]});
     }
   }
   query.pending = 0;
-
-  // A candidate whose score is at most s~ + e cannot be kept when `kept` others have at least `bound`.
-  double bound = query.worst;
-  if (const size_t kept = static_cast<size_t>(plan_.kept); kept > 0 && merged.size() + candidates.size() > kept) {
-    std::vector<double>& bounds = scratch.bounds;
-    bounds.clear();
-    for (const Hit& hit : merged) bounds.push_back(hit.score);
-    for (const Hit& candidate : candidates) bounds.push_back(candidate.score - e);
-    std::nth_element(bounds.begin(), bounds.begin() + (kept - 1), bounds.end(), std::greater<>());
-    bound = std::max(bound, bounds[kept - 1]);
-  }
-  for (size_t i = 0; i < candidates.size(); ++i) {
-    const Hit& candidate = candidates[i];
-    const int64_t id = block.first_id + candidate.id;
-    const bool similar = candidate.score + e >= bound;
-    if (i + kAhead < candidates.size() && candidates[i + kAhead].score + e >= bound) prefetch(candidates[i + kAhead].id, block);
-    const bool lucky = spec_.random && (query.drawn < plan_.drawn || (query.drawn > 0 && hash(query, id) < hash(query, drawn[0].id)));
+  for (size_t i = 0; i < doubts.size(); ++i) {
+    if (i + kAhead < doubts.size()) prefetch(doubts[i + kAhead].column, block);
+    const Doubt& doubt = doubts[i];
+    Hit hit{doubt.most, block.first_id + doubt.column};
+    const bool similar = doubt.most >= query.worst;
+    const bool lucky = spec_.random && (query.drawn < plan_.drawn || (query.drawn > 0 && luckier(hit, drawn[0])));
     if (!similar && !lucky) continue;
-    const Hit hit{exact(row, candidate.id, block, scratch), id};
-    if (similar) merged.push_back(hit);
-    if (lucky) draw(query, drawn, hit);
+    hit.score = exact(row, doubt.column, block, scratch);
+    if (doubt.most == kInfinity) {
+      if (hit.score > hi) ++query.above;
+      if (hit.score > hi || hit.score < lo) continue;
+      ++query.inside;
+    }
+    offer(hits, query.kept, plan_.kept, hit, better);
+    offer(drawn, query.drawn, plan_.drawn, hit, luckier);
+    if (plan_.kept > 0 && query.kept == plan_.kept) query.worst = hits[0].score;
   }
-  if (static_cast<int64_t>(merged.size()) > plan_.kept) {
-    std::nth_element(merged.begin(), merged.begin() + plan_.kept, merged.end(), better);
-    merged.resize(static_cast<size_t>(plan_.kept));
-  }
-  std::copy(merged.begin(), merged.end(), hits);
-  query.kept = static_cast<int32_t>(merged.size());
-  if (plan_.kept > 0 && query.kept == plan_.kept) {
-    query.worst = kInfinity;
-    for (const Hit& hit : merged) query.worst = std::min(query.worst, hit.score);
-  }
-  set_thresholds(query, hi);
+  set_thresholds(query, hi, block);
 }
 
 // A panel of queries against the strip of documents that starts at `start`.
@@ -329,10 +307,10 @@ Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64
       const int64_t first_row = first_panel * screen_.mr, last_row = std::min(rows_, last_panel * screen_.mr);
       for (int64_t row = first_row; row < last_row; ++row) {
         Query& query = state_[row];
-        const double x = query.size + query.residual, y = block.size + block.residual;
+        const double x = query.reach, y = block.size + block.residual;
         // 1e-36: denormals that a bf16 product flushes to zero
-        query.margin = query.residual * block.size + x * block.residual + rounding * x * y + 1e-36 * d * (1 + x) * (1 + y);
-        set_thresholds(query, hi_[row]);
+        query.margin = query.residual * block.size + rounding * x * y + 1e-36 * d * (1 + x) * (1 + y);
+        set_thresholds(query, hi_[row], block);
       }
       for (int64_t start = 0; start < block.rows && !stopped.load(std::memory_order_relaxed); start += plan_.strip) {
         if (thread == 0 && poll.go_on != nullptr && Clock::now() - asked > std::chrono::milliseconds(50)) {

@@ -7,10 +7,11 @@
 // The screen. A tile product of rounded rows (core/screen_kernels.h) gives s~ with |s - s~| <= e. For the rounded operands x', y' and Y, R the
 // largest norm and the largest |y - y'| of a block of documents,
 //     e = |x - x'| Y  +  (|x| + |x - x'|) R  +  c 2^-23 (|x| + |x - x'|) (Y + R):
-// Cauchy-Schwarz on the rounding of each operand, plus the tile's own: c = 4 for 16-bit integers, whose sum is exact, and twice the bound
-// d 2^-24 of a float32 sum for the others. At d = 384 about 2.5e-4 for 16-bit integers, 3e-3 for bf16 (AMX), 5e-5 for float32 (no SIMD, NEON).
-// s~ then settles most documents (BandThresholds): below the band they are dropped, inside it and beyond the current k-th best they are
-// counted. What remains is appended to the query's pending list and, before its block leaves the cache, rescored in float64.
+// Cauchy-Schwarz on the rounding of each operand, plus the tile's own: c = 4 for integers, whose sum is exact, and twice the bound d 2^-24 of a
+// float32 sum for the others. At d = 384 about .014 for 8-bit integers, 2.5e-4 for 16-bit ones, 3e-3 for bf16 (AMX), 5e-5 for float32 (no SIMD,
+// NEON). s~ then settles most documents (BandThresholds): below the band they are dropped, inside it and beyond the current k-th best they are
+// counted. What remains is appended to the query's pending list, where its own |y - y'| narrows e, and what is in doubt even then is rescored in
+// float64 before its block leaves the cache.
 //
 // What is kept. k + skip hits a query: how many lie above the band (a count that saturates at skip) decides at the end how many of them to drop.
 // A pending list that fills up is flushed on the spot, so a band that holds everything costs time and no memory. select = random keeps the
@@ -19,9 +20,10 @@
 // Roofline. 2 B N d flops against N d elements read once per block of queries: the product binds for B beyond a few dozen. Documents are packed
 // once per block of queries (into a buffer that stays in L3), a strip of them stays in L2, a panel of queries and its scores in L1.
 // Measured on Zen 5, one thread, B = 4,096, N = 200,000, k = 100, CPU seconds at d = 384 / 768 (faiss's OpenBLAS multiplies with AVX-512):
-// faiss's top 100 5.98 / 11.1; here avx2 3.81 / 6.93, avx512 2.14 / 3.97, avx512_bf16 1.93 / 3.55. The product at the multipliers' own rate
-// (isa/screen_i16.h) would take 2.97, 1.57 and 1.34 at d = 384, and the tiles come within 11% of it. A profile of avx512_bf16 at N = 100,000,
-// before the prefetch of what is rescored: tile 71%, rescoring 12%, flush 8%, append 6%, packing under 1%. Memory beyond the outputs: 42 MiB.
+// faiss's top 100 5.92 / 11.9; here avx2 3.62 / 7.46, avx512 1.93 / 4.12, avx512_bf16 1.26 / 2.53. The product at the multipliers' own rate
+// (isa/screen_int.h) would take 2.97, 1.57 and .67 at d = 384. A profile of avx512_bf16: tile 54%, rescoring 16%, flush 14%, append 9%, packing 1%.
+// Rescoring waits for its rows, which come from L3: neither float64 copies of the queries, nor a longer prefetch, nor blocks that fit L2 made it
+// shorter. Memory beyond the outputs: 40 MiB.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -88,9 +90,10 @@ class BandSearch {
     int64_t bytes_per_query, bytes_fixed;
   };
   struct Query {
-    double size, residual;  // upper bounds of |x| and |x - x'| of the screen's operand
-    double norm;            // what a score is divided by with normalize
-    double margin;          // |s - s~| in the current block
+    double residual, reach;  // upper bounds of |x - x'| of the screen's operand, and of |x| + |x - x'|
+    double norm;             // what a score is divided by with normalize
+    double margin;           // |s - s~| for a document of the current block that the screen does not round
+    double margin_of(double document) const { return margin + reach * document; }  // for one that it rounds by |y - y'| <= document
     double worst;           // the least score that is kept, -inf until `kept` are
     int64_t above, inside;  // documents above the band (saturates), in the band
     int64_t next_excluded;  // the first excluded id that does not lie behind
@@ -108,10 +111,13 @@ class BandSearch {
     int64_t rows, first_id;
     double size, residual;  // the largest of its documents
   };
+  struct Doubt {
+    double most;  // an upper bound of its score, +inf where it may lie outside the band
+    int32_t column;
+  };
   struct Scratch {
     std::vector<float> rows, strip;
-    std::vector<Hit> merged, candidates;
-    std::vector<double> bounds;
+    std::vector<Doubt> doubts;
   };
   struct Operand {
     double norm, size, residual;
@@ -124,13 +130,14 @@ class BandSearch {
 
   void pack(const Rows& rows, int64_t count, PackPanel pack, char* panel, Scratch& scratch, Operand* operands) const;
   Status pack_documents(Block& block);
-  void set_thresholds(Query& query, double hi) const;
+  void set_thresholds(Query& query, double hi, const Block& block) const;
   void screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch);
   void flush(int64_t row, const Block& block, Scratch& scratch);
   void prefetch(int64_t column, const Block& block) const;
   double exact(int64_t row, int64_t column, const Block& block, Scratch& scratch) const;
   uint64_t hash(const Query& query, int64_t id) const;
-  void draw(Query& query, Hit* drawn, Hit hit) const;
+  template <class Before>
+  static void offer(Hit* heap, int32_t& size, int64_t limit, Hit hit, Before before);
 
   const BandSpec spec_;
   const Kernels& kernels_;
@@ -141,10 +148,11 @@ class BandSearch {
   const Ragged exclude_;
   std::vector<float> queries_;                    // (rows, d)
   std::vector<Query> state_;                      // (rows)
-  std::vector<Hit> hits_, drawn_;                 // (rows, kept) in no order, (rows, drawn) heaps by hash
+  std::vector<Hit> hits_, drawn_;                 // (rows, kept) heaps by score, (rows, drawn) by hash
   std::vector<int32_t> pending_column_;           // (rows, pending)
   std::vector<float> pending_score_;
   std::vector<double> norms_;                     // (block)
+  std::vector<float> residuals_;                  // (block) |y - y'|
   AlignedBuffer packed_queries_, packed_documents_;
   std::vector<Scratch> scratch_;                  // per thread
 };

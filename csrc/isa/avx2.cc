@@ -8,7 +8,7 @@
 #include "core/lerp_kernels.h"
 #include "core/select_kernels.h"
 #include "isa/loss_simd.h"
-#include "isa/screen_i16.h"
+#include "isa/screen_int.h"
 
 namespace refine_fast {
 namespace {
@@ -185,6 +185,7 @@ struct Floats {
 
 struct Words : Floats {
   using Word = __m256i;
+  static constexpr int packed = 2, largest_integer = 32766;  // below 32767: the scale is rounded to float
   using Sum = __v8si;  // and not __m256i: gcc 12 keeps a copy of each sum in either type
   static __m256i first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n < 8 ? n : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -198,7 +199,7 @@ struct Words : Floats {
   static __m256i round_to_word(__m256 x) { return _mm256_cvtps_epi32(x); }
   static __m256 to_float(__m256i x) { return _mm256_cvtepi32_ps(x); }
   static __m256 to_float(Sum x) { return _mm256_cvtepi32_ps((__m256i)x); }
-  static __m256i pair(__m256i low, __m256i high) { return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa); }
+  static __m256i join(const __m256i n[2]) { return _mm256_blend_epi16(n[0], _mm256_slli_epi32(n[1], 16), 0xaa); }
   static Sum dot(Sum sum, __m256i x, __m256i y) { return sum + (Sum)_mm256_madd_epi16(x, y); }
   static void transpose(__m256i rows[8]) {
     __m256i t[8], u[8];
@@ -283,7 +284,7 @@ extern const Kernels avx2_kernels = {
     .matmul_f32 = &matmul_f32,
     .matmul_bf16 = &matmul_bf16,
     .lerp = &lerp,
-    .screen = &screen_i16<Words, kMr>,
+    .screen = &screen_int<Words, kMr>,
     .select = &select_kernels,
     .loss = &loss_kernels<Floats>,
     .to_f32 = to_f32,

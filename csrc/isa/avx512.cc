@@ -9,7 +9,7 @@
 #include "core/select_kernels.h"
 #include "isa/loss_simd.h"
 #include "isa/pack_avx512.h"
-#include "isa/screen_i16.h"
+#include "isa/screen_int.h"
 #include "isa/simd_avx512.h"
 
 namespace refine_fast {
@@ -154,7 +154,7 @@ extern const Kernels avx512_kernels = {
     .matmul_f32 = &matmul_f32,
     .matmul_bf16 = &matmul_bf16,
     .lerp = &lerp,
-    .screen = &screen_i16<Words, kMr>,
+    .screen = &screen_int<Words, kMr>,
     .select = &select_kernels,
     .loss = &loss_kernels<Floats>,
     .to_f32 = nullptr,

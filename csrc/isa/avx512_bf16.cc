@@ -1,10 +1,10 @@
-// AVX-512 with VDPBF16PS and VPDPWSSD: two bf16, or two 16-bit integer, products into each of 16 sums.
+// AVX-512 with VDPBF16PS and VPDPBUSD: two bf16, or four 8-bit integer, products into each of 16 sums.
 // Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
 #include <immintrin.h>
 
 #include "core/kernels.h"
 #include "isa/pack_avx512.h"
-#include "isa/screen_i16.h"
+#include "isa/screen_int.h"
 #include "isa/simd_avx512.h"
 
 namespace refine_fast {
@@ -44,8 +44,37 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
 const MatmulKernels matmul_bf16 = {kMr, kNr, kKr, 2, pack_panel_bf16<kMr, kKr>, pack_panel_bf16<kNr, kKr>, tile,
                                    pack_panel_words<kNr, kKr>};
 
-struct FusedWords : Words {
-  static Sum dot(Sum sum, __m512i x, __m512i y) { return (Sum)_mm512_dpwssd_epi32((__m512i)sum, x, y); }
+// 16 words of four 8-bit integers
+struct Bytes : Words {
+  static constexpr int packed = 4, largest_integer = 127;
+  static __m512i join(const __m512i n[4]) {
+    const __m512i low = _mm512_mask_blend_epi8(0x2222222222222222, n[0], _mm512_slli_epi32(n[1], 8));
+    const __m512i high = _mm512_mask_blend_epi8(0x8888888888888888, _mm512_slli_epi32(n[2], 16), _mm512_slli_epi32(n[3], 24));
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
+  }
+  // x H / 8 for the signed 64 elements x and the Hadamard matrix H of 64
+  static void turn(__m512 x[4]) {
+    constexpr uint64_t kSigns = 0x9E3779B97F4A7C15u;
+    for (int i = 0; i < 4; ++i) {
+      __m512 y = _mm512_mul_ps(x[i], _mm512_set1_ps(0.125f));
+      y = _mm512_mask_sub_ps(y, static_cast<__mmask16>(kSigns >> (16 * i)), _mm512_setzero_ps(), y);
+      y = sums(y, _mm512_permute_ps(y, 0xb1), 0xaaaa);
+      y = sums(y, _mm512_permute_ps(y, 0x4e), 0xcccc);
+      y = sums(y, _mm512_shuffle_f32x4(y, y, 0xb1), 0xf0f0);
+      x[i] = sums(y, _mm512_shuffle_f32x4(y, y, 0x4e), 0xff00);
+    }
+    for (int half = 1; half < 4; half *= 2)
+      for (int i = 0; i < 4; ++i) {
+        if ((i & half) != 0) continue;
+        const __m512 a = x[i], b = x[i + half];
+        x[i] = _mm512_add_ps(a, b), x[i + half] = _mm512_sub_ps(a, b);
+      }
+  }
+  static __m512 sums(__m512 x, __m512 partner, __mmask16 second) {
+    return _mm512_mask_sub_ps(_mm512_add_ps(x, partner), second, partner, x);
+  }
+  static __m512i add_128(__m512i x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+  static Sum dot(Sum sum, __m512i x, __m512i y) { return (Sum)_mm512_dpbusd_epi32((__m512i)sum, x, y); }
 };
 
 }  // namespace
@@ -55,7 +84,7 @@ extern const Kernels avx512_bf16_kernels = {
     .matmul_f32 = nullptr,
     .matmul_bf16 = &matmul_bf16,
     .lerp = nullptr,
-    .screen = &screen_i16<FusedWords, kMr>,
+    .screen = &screen_int<Bytes, kMr>,
     .select = nullptr,
     .loss = nullptr,
     .to_f32 = nullptr,

@@ -1,4 +1,4 @@
-// Vectors of 16 for the kernels that are written once over every level's vectors (isa/loss_simd.h, isa/screen_i16.h).
+// Vectors of 16 for the kernels that are written once over every level's vectors (isa/loss_simd.h, isa/screen_int.h).
 #pragma once
 #include <immintrin.h>
 
@@ -30,9 +30,10 @@ struct Floats {
   static float largest(__m512 x) { return _mm512_reduce_max_ps(x); }
 };
 
-// 16 pairs of 16-bit integers
+// 16 words of two 16-bit integers
 struct Words : Floats {
   using Word = __m512i;
+  static constexpr int packed = 2, largest_integer = 32766;  // below 32767: the scale is rounded to float
   using Sum = __v16si;  // and not __m512i: gcc 12 keeps a copy of each sum in either type
   static __m512i zero() { return _mm512_setzero_si512(); }
   static __m512i broadcast(int32_t pair) { return _mm512_set1_epi32(pair); }
@@ -41,7 +42,7 @@ struct Words : Floats {
   static __m512i round_to_word(__m512 x) { return _mm512_cvtps_epi32(x); }
   static __m512 to_float(__m512i x) { return _mm512_cvtepi32_ps(x); }
   static __m512 to_float(Sum x) { return _mm512_cvtepi32_ps((__m512i)x); }
-  static __m512i pair(__m512i low, __m512i high) { return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16)); }
+  static __m512i join(const __m512i n[2]) { return _mm512_mask_blend_epi16(0xaaaaaaaa, n[0], _mm512_slli_epi32(n[1], 16)); }
   static Sum dot(Sum sum, __m512i x, __m512i y) { return sum + (Sum)_mm512_madd_epi16(x, y); }
   static void transpose(__m512i rows[16]) { transpose16(rows); }
 };
