@@ -124,6 +124,8 @@ class _Chunk:
 
     def apply(self, buffer: Tensor) -> None:
         tuned, *base = (part.float() if part.itemsize == 1 else part for part in self._parts(buffer))
+        if self.target.itemsize == 1 and not base:
+            base = [self.target.float()]
         if base:
             self.target.copy_(lerp_(base[0], tuned, self.weight))
         else:

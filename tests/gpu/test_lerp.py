@@ -57,7 +57,7 @@ def test_bits_of_the_reference(base_dtype: torch.dtype, tuned_dtype: torch.dtype
 class Small(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
-        for i, dtype in enumerate(FLOATS):
+        for i, dtype in enumerate([*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2]):
             self.register_parameter(
                 f"weight{i}", nn.Parameter(torch.randn(37, 53, generator=torch.Generator().manual_seed(seed + i)).to(dtype))
             )
