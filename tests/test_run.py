@@ -194,13 +194,14 @@ def kill_at(stage: str, config: RunConfig) -> None:
         assert list((config.out / ".work").rglob("checkpoint-6/whole"))
 
 
-def test_fusion_of_embeddings(copied: Path, tiny: Path, docs: Path, tmp_path: Path, capsys) -> None:
+def test_fusion_of_embeddings(copied: Path, whole: Path, tiny: Path, docs: Path, tmp_path: Path, capsys) -> None:
     """Over the folder of a run with the other fusion, what the loss decides is redone; killed in training and in the assembly, it ends with
     the same bytes. The product is the sum of the two encoders under every command."""
     killed = RunConfig(out=shutil.copytree(copied, tmp_path / "killed"), docs=docs, model=str(tiny), fusion="embeddings", **SMALL)
     why = go_on(copied, capsys, "--fusion=embeddings")
     assert 'config.fusion "weights" -> "embeddings"' in why["train"]
     assert list(why) == ["train", "score 0.35", "score 1", "fuse", "report"]
+    assert outputs(copied)["train"]["tuned"] != outputs(whole)["train"]["tuned"]  # another loss
     for stage in ("train", "fuse"):
         kill_at(stage, killed)
     run(killed, Console(quiet=True))
