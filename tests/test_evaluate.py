@@ -27,8 +27,9 @@ from refine_fast.pipeline.evaluate import (
     score_bm25,
     score_ranking,
 )
+from refine_fast.pipeline.held_out import held_out_set, split_by_document
 from refine_fast.pipeline.queries import Query
-from refine_fast.pipeline.retrieval_set import RetrievalSet, held_out_set, load_beir, split_by_document
+from refine_fast.pipeline.retrieval_set import RetrievalSet, load_beir
 
 
 @pytest.fixture(scope="module")

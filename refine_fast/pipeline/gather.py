@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from .evaluate import Scores
+from .job import Job
 from .jsonl import read_records
 from .llm_queries import ACCOUNT
 from .queries import Query
 from .report import write_report
 from .report_data import Documents, Judged, Mining, Queries, ReportData, Training, Triple
 from .work import (
-    Job,
     base_embeddings,
     base_name,
     chosen_weight,

@@ -13,12 +13,12 @@ from ..errors import RefineFastWarning
 from .chunks import Chunk
 from .embed import encode
 from .encoder import load_encoder
+from .job import Job
 from .queries import Query
 from .stages import Stage, read_json
 
 if TYPE_CHECKING:
     from .llm import Account, Progress
-    from .work import Job
 
 ACCOUNT = "llm.json"
 """The stage's output beside the queries: calls, tokens, cost and the reasons of drops."""

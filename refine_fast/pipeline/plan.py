@@ -12,11 +12,12 @@ from .config import RunConfig
 from .console import Console
 from .embed import encode, has_fast_bf16
 from .encoder import encoder_folder, load_encoder
+from .job import Job
 from .llm_queries import estimate_rows, still_to_ask
 from .memory import fit_training
 from .retrieval_set import load_beir
 from .train import steps_of
-from .work import Job, cut_documents, own_queries, split_queries
+from .work import cut_documents, own_queries, split_queries
 
 SAMPLE = 64
 """Chunks that are encoded to time the encoder on this machine."""

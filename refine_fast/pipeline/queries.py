@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import RefineFastError, RefineFastWarning
 from .chunks import Chunk
 from .jsonl import read_jsonl, text_field
-from .retrieval_set import load_beir, without
+from .retrieval_set import load_beir
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,16 @@ def _beir_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str]]
     for id, text, relevant in zip(judged.query_ids, judged.queries, judged.relevant, strict=True):
         for row in sorted(relevant):
             yield text, judged.doc_ids[row], f"query {id} of {split}"
+
+
+def without(queries: Sequence[Query], texts: Sequence[str]) -> list[Query]:
+    """The queries whose words, case and spacing aside, are not among ``texts``: what may be trained on when those are the test queries."""
+
+    def words(text: str) -> str:
+        return " ".join(text.casefold().split())
+
+    taken = {words(text) for text in texts}
+    return [query for query in queries if words(query.text) not in taken]
 
 
 def _finder(chunks: Sequence[Chunk]) -> Callable[[str, str], Chunk | None]:

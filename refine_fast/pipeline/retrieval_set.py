@@ -1,23 +1,17 @@
-"""What is evaluated: passages, queries and which passages answer each. From a BEIR folder, or held out of the user's own documents."""
+"""What is evaluated: passages, queries and which passages answer each; read from a BEIR folder."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import RefineFastError
 from .embed import passage_text
 from .jsonl import read_jsonl, text_field
-
-if TYPE_CHECKING:
-    from .chunks import Chunk
-    from .queries import Query
 
 
 @dataclass(frozen=True)
@@ -101,43 +95,3 @@ def _judgements(path: Path) -> Iterator[tuple[str, str, str]]:
             raise RefineFastError(f"{path}:{number} is {line!r:.80}; it must be query-id, corpus-id and whole score, tab-separated.")
         if int(fields[2]) > 0:
             yield fields[0], fields[1], f"{path}:{number}"
-
-
-def held_out_set(chunks: Sequence[Chunk], queries: Sequence[Query], name: str = "held-out") -> RetrievalSet:
-    """All chunks as the corpus, ``queries`` (of ``split_by_document``) against it: each is answered by the chunk that it was made from."""
-    row_of = {chunk.id: row for row, chunk in enumerate(chunks)}
-    docs, texts = [chunk.passage for chunk in chunks], [query.text for query in queries]
-    relevant = [{row_of[query.chunk_id]} for query in queries]
-    return RetrievalSet(name, list(row_of), docs, [f"q{i}" for i in range(len(queries))], texts, relevant)
-
-
-def split_by_document(queries: Sequence[Query], chunks: Sequence[Chunk], shares: dict[str, float], *, seed: int) -> dict[str, list[Query]]:
-    """{"train": ..., **{name: held out for it}}: whole documents at a time, so that no text that was trained on is asked about again.
-
-    A document is a chunk's ``source``; where fewer than 20 sources have queries (one long file, say), it is the chunk. Documents are drawn
-    in the order of a hash of (seed, source) and fill the parts in turn, until each has its share of the queries; the rest is "train". A
-    training query with the very words of a held-out one is dropped.
-    """
-    source_of = {chunk.id: chunk.source for chunk in chunks}
-    by_chunk = len({source_of[query.chunk_id] for query in queries}) < 20
-    groups: dict[str, list[Query]] = {}
-    for query in queries:
-        groups.setdefault(query.chunk_id if by_chunk else source_of[query.chunk_id], []).append(query)
-    drawn = iter(sorted(groups, key=lambda key: hashlib.blake2b(f"{seed}:{key}".encode()).digest()))
-    parts: dict[str, list[Query]] = {}
-    for name, share in shares.items():
-        part = parts[name] = []
-        while len(part) < share * len(queries):
-            part += groups[next(drawn)]
-    held_out = [query.text for part in parts.values() for query in part]
-    return {"train": without([query for key in drawn for query in groups[key]], held_out), **parts}
-
-
-def without(queries: Sequence[Query], texts: Sequence[str]) -> list[Query]:
-    """The queries whose words, case and spacing aside, are not among ``texts``: what may be trained on when those are the test queries."""
-
-    def words(text: str) -> str:
-        return " ".join(text.casefold().split())
-
-    taken = {words(text) for text in texts}
-    return [query for query in queries if words(query.text) not in taken]

@@ -10,12 +10,28 @@ from types import ModuleType
 
 from ..files import atomic
 from ..integrations.sentence_transformers import twin
-from . import card, chunks, documents, embed, evaluate, gather, llm_queries, queries, report, report_data, retrieval_set, train, work
+from . import (
+    card,
+    chunks,
+    documents,
+    embed,
+    evaluate,
+    gather,
+    held_out,
+    llm_queries,
+    queries,
+    report,
+    report_data,
+    retrieval_set,
+    train,
+    work,
+)
 from .config import RunConfig
 from .console import Console
 from .encoder import encoder_folder
+from .job import Job
 from .stages import RunFolder, Stage
-from .work import Job, score_file
+from .work import score_file
 
 COMMANDS = {"queries": "queries", "mine": "mine", "train": "train", "report": "report", "run": "report"}
 """Command -> the last stage that it does."""
@@ -58,7 +74,7 @@ def stages(job: Job) -> Iterator[Stage]:
     )
     asked = stage(
         "queries", "queries.jsonl dev.jsonl held_out.jsonl", work.make_queries, files=made("chunks.jsonl") | own | judged,
-        fields="queries_per_chunk held_out seed", code=(queries, retrieval_set), **choice,
+        fields="queries_per_chunk held_out seed", code=(queries, held_out, retrieval_set), **choice,
     )
     yield asked if config.llm is None else llm_queries.of_a_model(asked, job)
     yield stage("embed", "embeddings", work.embed, files=learnable | encoder, fields="precision", code=(embed,))
@@ -78,7 +94,7 @@ def stages(job: Job) -> Iterator[Stage]:
             fields="chunk_tokens ood_passages seed", code=(documents, chunks, queries), docs=python_docs,
         )
         sets |= made("elsewhere.jsonl elsewhere-queries.jsonl")
-    judges = (evaluate, retrieval_set, embed)
+    judges = (evaluate, retrieval_set, held_out, embed)
     for weight in (None, *job.weights):
         models = ({} if weight is None else encoder) | (made("tuned") if weight else {})
         name = "score BM25" if weight is None else f"score {weight:g}"

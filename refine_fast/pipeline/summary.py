@@ -11,8 +11,9 @@ from rich.table import Table
 from ..fuse import fuse
 from .console import Console
 from .evaluate import evaluate_models, gain
+from .job import Job
 from .stages import read_json
-from .work import Job, all_scores, chosen_weight
+from .work import all_scores, chosen_weight
 
 COLUMNS = ("recall@1", "recall@3", "recall@10", "ndcg@10")
 

@@ -6,7 +6,6 @@ import json
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +17,18 @@ from ..integrations.sentence_transformers.twin import TwinEncoder
 from ..mine import mine as mine_negatives
 from .card import model_card
 from .chunks import Chunk, Duplicates, chunk_documents, deduplicate
-from .config import DEFAULT_ENCODER, RunConfig, is_beir
-from .console import Console
+from .config import DEFAULT_ENCODER
 from .documents import load_documents
 from .embed import encode, has_fast_bf16
 from .encoder import device, load_encoder
 from .evaluate import Scores, choose_weight, score, score_bm25
+from .held_out import held_out_set, split_by_document
+from .job import Job
 from .jsonl import read_records, write_records
 from .llm_queries import ACCOUNT, written_queries
 from .memory import fit_training
-from .queries import Query, load_queries, synthesize_queries
-from .retrieval_set import RetrievalSet, held_out_set, load_beir, split_by_document, without
+from .queries import Query, load_queries, synthesize_queries, without
+from .retrieval_set import RetrievalSet, load_beir
 from .stages import read_json, write_json
 from .train import Example, Twin, train
 
@@ -41,46 +41,6 @@ DEV_SHARE = 0.1
 
 ELSEWHERE = 500
 """Passages of the built-in out-of-domain check."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: what is asked, the encoder's folder, and who is told."""
-
-    config: RunConfig
-    encoder: Path
-    console: Console
-
-    def __post_init__(self) -> None:
-        if (self.encoder / TwinEncoder.config_file_name).is_file():
-            raise RefineFastError(f"model: {self.encoder} holds two encoders (fusion embeddings); adapt its folder tuned or frozen.")
-
-    def path(self, name: str) -> Path:
-        return self.config.out / name
-
-    @property
-    def bf16(self) -> bool | None:
-        return {"auto": None, "bf16": True, "fp32": False}[self.config.precision]
-
-    @property
-    def judged(self) -> Path | None:
-        """The documents' folder, where it comes with judged test queries of its own."""
-        return self.config.docs if self.config.docs is not None and is_beir(self.config.docs) else None
-
-    @property
-    def own_check(self) -> bool:
-        """Whether forgetting is checked on Python's documentation: no set is named, and it is not what is trained on."""
-        return self.config.ood is None and self.config.docs is not None
-
-    @property
-    def twin(self) -> bool:
-        """Whether the frozen encoder stays beside the fine-tuned one, in the loss and in the product."""
-        return self.config.fusion == "embeddings"
-
-    @property
-    def weights(self) -> list[float]:
-        chosen = [] if self.config.weight == "auto" else [float(self.config.weight)]
-        return sorted({*self.config.curve, *chosen})
 
 
 def cut_documents(job: Job) -> tuple[int, list[Chunk], Duplicates]:
