@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT / "refine_fast").parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> set[str]:
-    """The rooms of refine_fast that a file imports, wherever in the file."""
+def imports(path: Path) -> set[tuple[str, ...]]:
+    """The names that a file imports, wherever in the file: ("refine_fast", "ops", "lerp", "lerp_")."""
     package = ("refine_fast", *path.relative_to(ROOT / "refine_fast").parts[:-1])
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -44,7 +45,7 @@ def imports(path: Path) -> set[str]:
             names = [tuple(alias.name.split(".")) for alias in node.names]
         else:
             continue
-        found |= {name[1] for name in names if name[0] == "refine_fast" and len(name) > 1}
+        found.update(names)
     return found
 
 
@@ -53,8 +54,14 @@ def test_imports_run_one_way(path: Path) -> None:
     own = room(path)
     if own == "__init__":
         return
-    for other in imports(path) & RANK.keys():
+    for other in {name[1] for name in imports(path) if name[0] == "refine_fast" and len(name) > 1} & RANK.keys():
         assert other == own or RANK[other] < RANK[own], f"{path.name} ({own}) must not import {other}"
+
+
+def test_no_two_files_import_one_another() -> None:
+    files = {path.relative_to(ROOT).with_suffix("").parts: path for path in (ROOT / "refine_fast").rglob("*.py")}
+    taken = {file: {name[:n] for name in imports(path) for n in range(2, 5)} & files.keys() for file, path in files.items()}
+    TopologicalSorter(taken).prepare()  # CycleError names the circle
 
 
 def test_every_room_has_a_rank() -> None:
