@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     options = parser.parse_args()
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")  # as the command line does, and says why
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "16")  # as the command line does, and says why
     train(options.batch, options.mini_batch, options.steps, options.precision)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     shape = {"B": options.batch, "mini_batch": options.mini_batch, "steps": options.steps}
