@@ -14,6 +14,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
 readonly TOTAL=570
+git rev-parse HEAD >/dev/null 2>&1 || export REFINE_FAST_COMMIT=${REFINE_FAST_COMMIT:-unknown}
 
 run_build() { "$python" -m pip install --quiet --no-build-isolation --no-deps --editable . -Ccmake.define.REFINE_FAST_CUDA=ON; }
 

@@ -52,6 +52,7 @@ def compile_kernel(name: str, dtype: str, capability: int, constants: dict[str, 
         "kernel": name, "dtype": dtype, "capability": capability, "constants": constants, "shared": built.metadata.shared,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
         "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync"), "async_copies": ptx.count("cp.async"),
+        "narrow_stores": len(re.findall(r"st\.global(?:\.v2)?\.b(?:16|32)", ptx)),
     }  # fmt: skip
 
 

@@ -113,6 +113,12 @@ def test_too_many_candidates_are_searched_again(select: str, emulation: Any) -> 
         check(queries, docs, 20, band=(-1.0, 0.45), select=select)
 
 
+def test_one_candidate_too_many() -> None:
+    """The second range brings the first query 513 candidates, one more than there is room for; behind them lie the other query's."""
+    first, better, below = torch.arange(1.0, 513.0), torch.arange(1000.0, 1513.0), torch.full((511,), -1500.0)
+    check(torch.tensor([[1.0], [-1.0]]), torch.cat([first, better, below])[:, None] * 2.0**-12, 20, band=(0.0, 0.9))
+
+
 def test_k_beyond_2048() -> None:
     check(unit_rows(2, 16, 0), unit_rows(5000, 16, 1), 4000, band=(-1.0, 1.0), skip=7)
     check(unit_rows(2, 16, 0), unit_rows(3000, 16, 1), 2100, band=(-1.0, 1.0), skip=7, select="random")
