@@ -122,8 +122,8 @@ def test_the_other_direction_sums_a_long_column(isa: str) -> None:
 
 
 # One row (loss 0 without a second document), one column more, MiniLM's width (Inf-CL refuses 384), more columns than a block of 192 (and a
-# ragged tail: Inf-CL's mask is misaligned there), more rows than a strip of 640, a width below every granularity.
-@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 2, 1), (5, 5, 384), (33, 400, 48), (700, 701, 17)], ids=str)
+# ragged tail: Inf-CL's mask is misaligned there), more rows than a strip of 640, a width below every granularity, none.
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 2, 1), (5, 5, 384), (33, 400, 48), (700, 701, 17), (3, 5, 0)], ids=str)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_shapes(isa: str, shape: tuple[int, int, int], symmetric: bool) -> None:
     assert_as_exact_as_torch(batch(*shape), torch.float32, 0.05, symmetric=symmetric)

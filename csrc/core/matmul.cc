@@ -28,8 +28,10 @@ void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t 
   alignas(64) float edge[64 * 64];  // no level has a larger tile
   const int64_t depth = kernels.element_bytes == 4 ? kDepth : k;
   const auto product = [&](const char* panel, float* out, int64_t stride, bool add) {
-    for (int64_t p = 0; p < k; p += depth)
+    int64_t p = 0;
+    do {  // once at least: where k is 0, C is 0
       kernels.tile(panel + p * mr * kernels.element_bytes, b + p * nr * kernels.element_bytes, std::min(depth, k - p), out, stride, add || p > 0);
+    } while ((p += depth) < k);
   };
   for (int64_t j = 0; j < cols; j += nr, b += step_b) {
     const char* panel = a;
