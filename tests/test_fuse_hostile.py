@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,8 @@ MALFORMED: dict[str, tuple[Any, bytes, str]] = {
     "deep nesting": (b'{"a":' + b"[" * 200_000, b"", "nested too deeply"),
     "long number": (b'{"a":{"dtype":"U8","shape":[' + b"9" * 10_000 + b'],"data_offsets":[0,1]}}', bytes(1), "malformed"),
     "not a number": (b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,1]}}', bytes(1), "malformed"),
+    "number out of range": (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"new":1e400}}', b"", "malformed"),
+    "minus zero": (b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}', b"", "malformed"),
     "duplicate tensor": (
         b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
         bytes(1),
@@ -70,6 +73,7 @@ MALFORMED: dict[str, tuple[Any, bytes, str]] = {
     "two tensors in one place": ({"a": entry(), "b": entry()}, bytes(8), "starts at"),
     "first hole": ({"a": entry(offsets=[8, 16])}, bytes(16), "'a' starts at"),
     "metadata no map": ({"__metadata__": [1], "a": entry()}, bytes(8), "__metadata__"),
+    "metadata an empty list": ({"__metadata__": [], "a": entry()}, bytes(8), "__metadata__"),
     "metadata of numbers": ({"__metadata__": {"a": 1}, "a": entry()}, bytes(8), "__metadata__"),
 }  # fmt: skip
 
@@ -161,6 +165,8 @@ def test_index_stays_in_its_folder(folders: tuple[Path, Path], target: str) -> N
         (b"{", "no valid index"),
         (b'{"weight_map": {}}', "no weight_map"),
         (b'{"weight_map": {"a": 1}}', "no weight_map"),
+        (b'{"weight_map": {"a": "1.safetensors"}, "metadata": [1]}', "metadata that are no map"),
+        (b'{"weight_map": {"a": "' + b"x" * 300 + b'"}}', "which is missing"),
         (b'{"weight_map": {"a": "1.safetensors", "a": "2.safetensors"}}', "'a' occurs twice"),
         (b'{"weight_map": {"a": "3.safetensors"}}', "'3.safetensors', which is missing"),
         (b'{"weight_map": {"a": "2.safetensors", "embed.weight": "1.safetensors"}}', "places tensor 'a' in '2.*in '1"),
@@ -239,8 +245,8 @@ FUZZ = int(os.environ.get("REFINE_FAST_FUZZ", "1000"))
 
 VALID = json.dumps({"a": entry(), "b": entry("I64", [1], [8, 16]), "__metadata__": {"format": "pt"}}).encode()
 TOKENS = [
-    b"{", b"}", b"[", b"]", b",", b":", b'"', b"0", b"1", b"8", b"-1", b"18446744073709551616", b"1e400", b"null", b"true", b'"a"', b'"b"',
-    b'"F32"', b'"dtype"', b'"shape"', b'"data_offsets"', b"\xff", b"\\u0000", b"\0", b" ",
+    b"{", b"}", b"[", b"]", b",", b":", b'"', b"0", b"1", b"8", b"-0", b"-1", b"18446744073709551616", b"1e400", b"[]", b"null", b"true",
+    b'"a"', b'"b"', b'"F32"', b'"dtype"', b'"shape"', b'"data_offsets"', b"\xff", b"\\u0000", b"\0", b" ",
 ]  # fmt: skip
 EDIT = st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 8), st.sampled_from(TOKENS) | st.binary(max_size=4))
 
@@ -259,7 +265,8 @@ def mutate(text: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
 @settings(max_examples=FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(st.lists(EDIT, max_size=4), st.integers(-2, 2), st.integers(-2, 2))
 def test_fuzzed_headers(tmp_path: Path, edits: list[tuple[int, int, bytes]], longer: int, more: int) -> None:
-    """Any header is refused with one sentence, or every tensor of it lies inside the file and fuse writes its bytes."""
+    """Any header is refused with one sentence, or the reference implementation reads it too, every tensor of it lies inside the file, and
+    fuse writes its bytes."""
     text = mutate(VALID, edits)
     path = safetensors_file(tmp_path / "a.safetensors", text, bytes(16 + more), length=max(len(text) + longer, 0))
     try:
@@ -267,6 +274,7 @@ def test_fuzzed_headers(tmp_path: Path, edits: list[tuple[int, int, bytes]], lon
     except RefineFastError as error:
         assert_one_line(error)
         return
+    safetensors.deserialize(path.read_bytes())
     size = path.stat().st_size
     assert all(8 < e.offset <= e.offset + e.nbytes <= size for e in header.entries)
     out = tmp_path / "out.safetensors"

@@ -107,10 +107,23 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
+def _integer(digits: str) -> int:
+    if digits == "-0":  # a float to the reference implementation
+        raise ValueError("-0 is no integer")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        raise ValueError(f"the number {digits} is out of range")
+    return value
+
+
 def parse_json(text: bytes) -> Any:
-    """Strict JSON: no key twice, no NaN, no unpaired surrogate. Raises ValueError."""
+    """Strict JSON: no key twice, no number out of range, no NaN, no unpaired surrogate. Raises ValueError."""
+    hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _finite, "parse_constant": _no_constant}
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, **hooks)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -159,7 +172,9 @@ def read_header(path: Path) -> Header:
         header = parse_json(text)
     except ValueError as error:
         _reject(path, f"its header is malformed ({str(error)[:200]})")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _reject(path, "its __metadata__ is no map from text to text")
     entries = sorted((_parse_entry(path, name, info, 8 + n) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes))
@@ -191,12 +206,14 @@ def _read_index(index: Path, root: Path) -> Component:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise RefineFastError(f"{index} has no weight_map from tensor names to file names")
+    if not isinstance(content.get("metadata") or {}, dict):
+        raise RefineFastError(f"{index} has metadata that are no map from names to values")
     shards = {}
     for file in sorted(set(weight_map.values())):
         path = index.parent / file
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
             raise RefineFastError(f"{index} points outside its folder, at {file!r}: only plain file names are accepted")
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise RefineFastError(f"{index} names the shard {file!r}, which is missing: download the model again")
         _check_inside(root, path)
         shards[file] = read_header(path)
@@ -230,20 +247,25 @@ def _read_component(folder: Path, names: list[str], root: Path) -> tuple[Compone
     return None, set()
 
 
+def _unreadable(error: OSError) -> NoReturn:
+    raise RefineFastError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """A model folder or one .safetensors file, every header validated. Raises RefineFastError."""
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix in WEIGHT_SUFFIXES:
             raise RefineFastError(
                 f"{path} is no safetensors file: save the model again with model.save_pretrained(folder), which writes safetensors"
             )
         return Checkpoint(path.parent, {".": Component(path.parent, [read_header(path)])})
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise RefineFastError(
-            f"{path} does not exist: give a model folder or a .safetensors file (`hf download NAME --local-dir FOLDER` fetches one)"
+            f"{path} does not exist, or may not be read: give a model folder or a .safetensors file"
+            " (`hf download NAME --local-dir FOLDER` fetches one)"
         )
     components, others, left_out = {}, [], []
-    for current, folders, names in os.walk(path):
+    for current, folders, names in os.walk(path, onerror=_unreadable):
         folder = Path(current)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
