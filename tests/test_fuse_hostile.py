@@ -215,16 +215,39 @@ def test_outputs_that_are_refused(folders: tuple[Path, Path], tmp_path: Path) ->
         rf.fuse(base, tuned, tmp_path / "full")
     with pytest.raises(RefineFastError, match="is a file already"):
         rf.fuse(base, tuned, tmp_path / "a_file", overwrite=True)
-    with pytest.raises(RefineFastError, match="an output of its own"):
-        rf.fuse_sweep(base, tuned, {0.1: tmp_path / "o", 0.2: tmp_path / "o"})
+    for second in (tmp_path / "o", tmp_path / "o" / "in"):
+        with pytest.raises(RefineFastError, match="an output of its own"):
+            rf.fuse_sweep(base, tuned, {0.1: tmp_path / "o", 0.2: second})
     for weight in (float("nan"), float("inf"), "0.35"):
         with pytest.raises(RefineFastError, match="no finite number"):
             rf.fuse(base, tuned, tmp_path / "o", weight)  # type: ignore[arg-type]
     with pytest.raises(RefineFastError, match="dtype 'INT8' is none of"):
         rf.fuse(base, tuned, tmp_path / "o", dtype="INT8")
-    with pytest.raises(RefineFastError, match="does not exist"):
-        rf.fuse(tmp_path / "nowhere", tuned, tmp_path / "o")
+    for nowhere in (tmp_path / "nowhere", tmp_path / ("x" * 300)):
+        with pytest.raises(RefineFastError, match="does not exist"):
+            rf.fuse(nowhere, tuned, tmp_path / "o")
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["broken link", "pipe"])
+def test_every_file_of_base_can_be_copied(folders: tuple[Path, Path], kind: str) -> None:
+    """Known before the weights are written, and not after hours of it."""
+    (folders[0] / "vocab.txt").symlink_to("nowhere") if kind == "broken link" else os.mkfifo(folders[0] / "vocab.txt")
+    assert_refused(folders, r"base/vocab\.txt is no file that may be read")
+
+
+def test_a_folder_that_may_not_be_listed(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is not written without the module in it."""
+    (folders[0] / "2_Dense").mkdir()
+    listing = os.scandir
+
+    def refuse(path: str) -> Any:
+        if path.endswith("2_Dense"):
+            raise PermissionError(13, "Permission denied", path)
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert_refused(folders, "cannot read .*2_Dense: Permission denied")
 
 
 def test_the_hugging_face_cache_is_followed(folders: tuple[Path, Path], tmp_path: Path) -> None:

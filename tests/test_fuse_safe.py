@@ -176,6 +176,34 @@ def test_replacing_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert sorted(os.listdir(tmp_path)) == ["base", "out", "tuned"]
 
 
+@pytest.mark.usefixtures("killable")
+@pytest.mark.parametrize("how", [OSError, Killed])
+def test_stopped_between_the_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: type[BaseException]) -> None:
+    """The old output comes back: at once, or with the next call after a kill, even if that call fails."""
+    base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    rename = Path.rename
+
+    def stop(self: Path, target: Path) -> Path:
+        if self.name == "content" and not target.exists():
+            raise how
+        return rename(self, target)
+
+    def fail(done: int, total: int) -> None:
+        raise OSError
+
+    monkeypatch.setattr(_core, "exchange_paths", lambda a, b: False)
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises((RefineFastError, Killed)):
+        rf.fuse(base, tuned, tmp_path / "out", overwrite=True)
+    if how is Killed:
+        with pytest.raises(RefineFastError):
+            rf.fuse(base, tuned, tmp_path / "out", overwrite=True, progress=fail)
+    assert snapshot(tmp_path / "out") == {"old": b"old"}
+    assert sorted(os.listdir(tmp_path)) == ["base", "out", "tuned"]
+
+
 def test_too_little_space_is_noticed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
     usage = shutil.disk_usage(tmp_path)
@@ -194,7 +222,7 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
         "try: rf.fuse(*sys.argv[1:4])\n"
         "except rf.errors.RefineFastError as e: print(e)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, base, tuned, tmp_path / "out"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script, base, tuned, tmp_path / "new" / "out"], capture_output=True, text=True, check=True)
     assert "writing" in done.stdout, done.stderr
     assert "File too large" in done.stdout
     assert done.stdout.count("\n") == 1
@@ -211,6 +239,8 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip("needs the right to mount a tmpfs (a container without CAP_SYS_ADMIN has none)")
     try:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+        with pytest.raises(RefineFastError, match=r"/disk is a mount point"):
+            rf.fuse(base, tuned, disk)
         with pytest.raises(RefineFastError, match=r"reserving disk space for .*/disk/.*\.safetensors failed: No space left on device"):
             rf.fuse(base, tuned, disk / "out")
         assert os.listdir(disk) == []

@@ -80,9 +80,9 @@ def fuse_sweep(
     start = time.perf_counter()
     base, tuned = Path(base), Path(tuned)
     finals = [Path(os.path.abspath(out)) for out in outs.values()]
-    plan = make_plan(base, tuned, list(outs), weights, dtype)
-    _check_outputs(plan, [base, tuned], finals, overwrite)
     try:
+        plan = make_plan(base, tuned, list(outs), weights, dtype)
+        _check_outputs(plan, [base, tuned], finals, overwrite)
         with ExitStack() as stack:
             stagings = [
                 stack.enter_context(Staging(final, _fingerprint(plan, i, dtype), is_folder=plan.is_folder))
@@ -102,8 +102,8 @@ def fuse_sweep(
 
 
 def _check_outputs(plan: Plan, inputs: list[Path], finals: list[Path], overwrite: bool) -> None:
-    if not finals or len(set(finals)) != len(finals):
-        raise RefineFastError("each weight of a sweep needs an output of its own")
+    if not finals or len(set(finals)) != len(finals) or any(final in other.parents for final in finals for other in finals):
+        raise RefineFastError("each weight of a sweep needs an output of its own, not in another's")
     for final in finals:
         real = final.resolve()
         for given in inputs:
@@ -112,6 +112,8 @@ def _check_outputs(plan: Plan, inputs: list[Path], finals: list[Path], overwrite
                 raise RefineFastError(f"the output {final} and the input {given} lie in one another: give another output")
         if final.is_symlink():
             raise RefineFastError(f"the output {final} is a link: give the path that it points to")
+        if final.is_mount():
+            raise RefineFastError(f"the output {final} is a mount point, which no rename can replace: give a folder in it")
         if not plan.is_folder and final.suffix != ".safetensors":
             raise RefineFastError(f"the output {final} must be a .safetensors file, as the inputs are")
         if final.exists():
@@ -125,7 +127,7 @@ def _check_outputs(plan: Plan, inputs: list[Path], finals: list[Path], overwrite
         device = existing.stat().st_dev
         staged = final.parent / f".{final.name}.refine-fast"
         has = sum(path.stat().st_blocks * 512 for path in staged.rglob("*") if path.is_file()) if staged.is_dir() else 0
-        needed[device] = (needed.get(device, (0, existing))[0] + sum(shard.nbytes for shard in plan.shards) - has, existing)
+        needed[device] = (needed.get(device, (0, existing))[0] + plan.nbytes - has, existing)
     for size, folder in needed.values():
         free = shutil.disk_usage(folder).free
         if size > free:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -54,6 +55,11 @@ class Plan:
     indexes: dict[Path, bytes] = field(default_factory=dict)
     inputs: list[Header] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """What one output takes on the disk."""
+        return sum(shard.nbytes for shard in self.shards) + sum((self.base.root / name).stat().st_size for name in self.base.others)
 
 
 class Weights:
@@ -154,6 +160,9 @@ def make_plan(
         )
     weights = Weights(own_weights, globs)
     base = read_checkpoint(base_path)
+    for copied in (base.root / name for name in base.others):
+        if not (copied.is_file() and os.access(copied, os.R_OK)):
+            raise RefineFastError(f"{copied} is no file that may be read, but every file of base is copied: mend it, or take it away")
     plan = Plan(base, base_path.is_dir())
     adapter: Adapter | None = None
     if is_adapter(tuned_path):

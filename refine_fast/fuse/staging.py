@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ class Staging:
         self.final = final
         self.folder = final.parent / f".{final.name}.refine-fast"
         self.content = self.folder / "content"
+        self._replaced = self.folder / "replaced"
         self._plan = plan
         self._is_folder = is_folder
 
     def __enter__(self) -> Staging:
+        self._made = [parent for parent in self.folder.parents if not parent.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
@@ -37,6 +40,7 @@ class Staging:
         except BlockingIOError:
             os.close(self._lock)
             raise RefineFastError(f"another merge is writing {self.final}: wait for it, or give another output") from None
+        self._restore()
         self.state = self._read_state()
         if not self.state:
             for path in self.folder.iterdir():
@@ -47,8 +51,17 @@ class Staging:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
+            self._restore()
             shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                for parent in self._made:
+                    parent.rmdir()
         os.close(self._lock)
+
+    def _restore(self) -> None:
+        """Puts the old output back if publish was stopped between its two renames."""
+        if self._replaced.exists() and not self.final.exists():
+            self._replaced.rename(self.final)
 
     def _read_state(self) -> dict[str, Any]:
         try:
@@ -72,7 +85,7 @@ class Staging:
                 self.content.rename(self.final)
             except OSError:  # there is a folder with something in it
                 if not _core.exchange_paths(str(self.content), str(self.final)):  # a file system without exchange: two steps
-                    self.final.rename(self.folder / "replaced")
+                    self.final.rename(self._replaced)
                     self.content.rename(self.final)
         else:
             self.content.replace(self.final)
