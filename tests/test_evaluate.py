@@ -115,6 +115,7 @@ def test_bm25_finds_nothing_without_a_shared_term() -> None:
     asked = {"pear": 1, "plums": 0, "zebra": 0, "of the": 0}  # by its stem; row 0 shares no term; no row does; nothing but stop words
     data = RetrievalSet("three", list("abc"), docs, list("1234"), list(asked), [{row} for row in asked.values()])
     assert score_bm25(data).per_query["mrr@10"].tolist() == [1, 0, 0, 0]
+    assert score_bm25(replace(data, docs=["of", "the", "and"])).per_query["mrr@10"].tolist() == [0, 0, 0, 0]
 
 
 # ── intervals and the fusion weight ──
@@ -163,6 +164,10 @@ def curve(means: dict[float, float]) -> dict[float, Scores]:
 )
 def test_choose_weight(means: dict[float, float], weight: float) -> None:
     assert choose_weight(curve(means)) == weight
+
+
+def test_choose_weight_on_a_single_query() -> None:
+    assert choose_weight({w: Scores({"ndcg@10": np.array([mean])}) for w, mean in {0.0: 0.5, 0.35: 1.0, 1.0: 0.6}.items()}) == 0.35
 
 
 def test_evaluate_models(minilm: Path, beir: Path, tmp_path: Path) -> None:
@@ -309,3 +314,10 @@ def test_nothing_leaks_from_held_out_documents(sources: int) -> None:
     data = held_out_set(chunks, parts["test"])
     assert len(data.docs) == 120
     assert [data.docs[row] for rows in data.relevant for row in rows] == [f"T text {q.chunk_id[1:]}" for q in parts["test"]]
+
+
+def test_all_queries_on_one_document() -> None:
+    """The first part takes them all: nothing is left for the others, which whoever needs them will say."""
+    chunks, queries = pieces(1)
+    parts = split_by_document([query for query in queries if query.chunk_id == "c0"], chunks, {"test": 0.2, "dev": 0.1}, seed=0)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 0, "test": 2, "dev": 0}

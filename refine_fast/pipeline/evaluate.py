@@ -83,9 +83,12 @@ def score_bm25(data: RetrievalSet) -> Scores:
     def tokens(texts: list[str]) -> list[list[str]]:
         return bm25s.tokenize(texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), return_ids=False, show_progress=False)
 
-    index = bm25s.BM25()
-    index.index(tokens(data.docs), show_progress=False)
     ranked = np.full((len(data.queries), DEPTH), -1)
+    docs = tokens(data.docs)
+    if not any(docs):  # bm25s takes no empty vocabulary
+        return score_ranking(ranked, data.relevant)
+    index = bm25s.BM25()
+    index.index(docs, show_progress=False)
     for row, terms in zip(ranked, tokens(data.queries), strict=True):
         if not terms:
             continue
@@ -133,7 +136,8 @@ def choose_weight(dev: dict[float, Scores], *, metric: str = "ndcg@10") -> float
     best = max(sorted(dev), key=lambda weight: dev[weight].metrics[metric])
     for weight in sorted(dev):
         shortfall = dev[best].per_query[metric] - dev[weight].per_query[metric]
-        if shortfall.mean() <= shortfall.std(ddof=1) / len(shortfall) ** 0.5:
+        error = shortfall.std(ddof=1) / len(shortfall) ** 0.5 if len(shortfall) > 1 else 0.0
+        if shortfall.mean() <= error:
             return weight
     raise AssertionError("the best weight falls short of itself by nothing")
 

@@ -34,7 +34,7 @@ def split_by_document(queries: Sequence[Query], chunks: Sequence[Chunk], shares:
     parts: dict[str, list[Query]] = {}
     for name, share in shares.items():
         part = parts[name] = []
-        while len(part) < share * len(queries):
-            part += groups[next(drawn)]
+        while len(part) < share * len(queries) and (key := next(drawn, None)):
+            part += groups[key]
     held_out = [query.text for part in parts.values() for query in part]
     return {"train": without([query for key in drawn for query in groups[key]], held_out), **parts}
