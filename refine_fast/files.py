@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,29 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def name_of(path: str | os.PathLike[str]) -> str:
+    """The path as text that can be written: bytes in it that are no UTF-8 become ``\\xe9``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[Path, str]]:
+    """(file, its path relative to ``root``) of all that is in a folder, in a fixed order: links followed, hidden files and folders left
+    out, each real folder and each real file once, so that a loop of links ends. ``onerror`` is told of a folder that cannot be read."""
+    seen = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=onerror):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = Path(folder, name)
+            if (real := os.path.realpath(path)) not in seen:
+                seen.add(real)
+                yield path, name_of(path.relative_to(root))
 
 
 def fsync(path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -118,10 +119,21 @@ def test_broken_declaration_raises_nothing_of_the_parser(tmp_path: Path) -> None
         assert "hello" in load_documents(tmp_path)[0].text
 
 
-def test_unknown_encoding_is_assumed_aloud(tmp_path: Path) -> None:
-    (tmp_path / "old.txt").write_bytes(FRENCH.encode("cp1252"))
-    with pytest.warns(RefineFastWarning, match=r"old.txt is not UTF-8 and is read as windows-1252; if that is wrong, convert it"):
-        assert load_documents(tmp_path)[0].text == FRENCH
+@pytest.mark.parametrize(
+    ("name", "head"), [("old.txt", ""), ("old.html", "<meta charset=undefined>"), ("old.html", "<meta charset=no-such>")]
+)
+def test_unknown_encoding_is_assumed_aloud(tmp_path: Path, name: str, head: str) -> None:
+    (tmp_path / name).write_bytes((head + FRENCH).encode("cp1252"))
+    with pytest.warns(RefineFastWarning, match=rf"{name} is not UTF-8 and is read as windows-1252; if that is wrong, convert it"):
+        assert load_documents(tmp_path)[0].text.strip() == FRENCH.strip()
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("What was drunk there in winter.")
+    documents = load_documents(tmp_path)
+    assert (documents[0].id, documents[0].title) == (r"caf\xe9.txt", r"caf\xe9")
+    write_records(tmp_path / "out.jsonl", documents)
+    assert read_records(tmp_path / "out.jsonl", Document) == documents
 
 
 def bad_folder(root: Path) -> dict[str, str]:
@@ -163,6 +175,21 @@ def test_bad_files_are_named_and_skipped(tmp_path: Path) -> None:
     assert len(messages) == len(reasons)
     for name, reason in reasons.items():
         assert any(name in message and reason in message for message in messages), (name, messages)
+
+
+def test_a_closed_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open.txt").write_text("The only good file.")
+    look = os.scandir
+
+    def scandir(folder: str) -> Iterator[os.DirEntry[str]]:
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(folder))  # the tests may run as root
+        return look(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.warns(RefineFastWarning, match=r"closed is skipped: Permission denied; check the folder's permissions."):
+        assert len(load_documents(tmp_path)) == 1
 
 
 @pytest.mark.filterwarnings("ignore::refine_fast.errors.RefineFastWarning")
@@ -260,6 +287,12 @@ def test_one_long_line_is_split_in_linear_time_and_within_the_limit(tokenizer) -
     assert all(chunk.text == text[chunk.start : chunk.end] for chunk in chunks)
     assert "".join(chunk.text for chunk in chunks).replace(" ", "") == text.replace(" ", "")
     assert max(len(tokenizer.tokenize(chunk.text)) for chunk in chunks) <= 62
+
+
+def test_an_id_that_is_taken(tokenizer) -> None:
+    documents = [Document("a", "", " ".join(SENTENCES), "1"), Document("a#1", "", "Short.", "2")]
+    with pytest.raises(RefineFastError, match=r'^docs: the id "a#1" is a document\'s and means a part of another one'):
+        chunk_documents(documents, tokenizer, max_tokens=64)
 
 
 def test_long_title_leaves_half_to_the_text(tokenizer) -> None:

@@ -42,6 +42,12 @@ def test_synthetic_queries_come_from_their_chunk() -> None:
     assert not [query for query in queries if query.chunk_id == "numbers"]  # nothing to ask about
 
 
+def test_sentences_of_scripts_without_blanks() -> None:
+    sentences = ["春天来了，河水上涨，渔民们在黎明时分出发。", "城市的旧港口建于一八七一年。"]
+    queries = synthesize_queries([Chunk("a", "".join(sentences), "", "a", 0, 35)], seed=0, per_chunk=4)
+    assert sorted(query.text for query in queries if query.kind == "cloze") == sorted(sentences)
+
+
 def test_seeded_per_chunk() -> None:
     one, again, other = (synthesize_queries(CHUNKS, seed=seed) for seed in (1, 1, 2))
     assert one == again != other

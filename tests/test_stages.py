@@ -81,6 +81,32 @@ def test_why_names_the_files_of_a_folder(tmp_path: Path) -> None:
         assert run.reasons(stage) == ["docs changed (a.md, b.md, c.md and 2 more)"]
 
 
+def test_why_names_files_that_are_linked_in_closed_or_of_another_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder's documents are read through links, and so must its changes be; a file that cannot be read is skipped, not the run."""
+    docs, elsewhere = tmp_path / "docs", tmp_path / "elsewhere"
+    docs.mkdir()
+    elsewhere.mkdir()
+    (docs / "linked").symlink_to(elsewhere)
+    for path in (docs / os.fsdecode(b"caf\xe9.md"), docs / "closed.md", elsewhere / "page.md"):
+        path.write_text("one")
+    stage = Stage("count", ("n",), lambda to: (to / "n").touch(), {"docs": docs})
+    with RunFolder(tmp_path / "run") as run:
+        run.do(stage)
+        assert run.reasons(stage) == []
+        (elsewhere / "page.md").write_text("two")
+        (docs / os.fsdecode(b"caf\xe9.md")).write_text("two")
+        (docs / "closed.md").write_text("two")
+        opened = Path.open
+
+        def closed(path: Path, *args, **kwargs):
+            if path.name == "closed.md":
+                raise PermissionError(13, "Permission denied")  # the tests may run as root
+            return opened(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", closed)
+        assert run.reasons(stage) == [r"docs changed (caf\xe9.md, closed.md, linked/page.md)"]
+
+
 def test_same_content_downstream_is_not_redone(tmp_path: Path, source: Path) -> None:
     """Content decides, not time: an upstream stage that is redone to the same bytes leaves the stages after it alone."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from ..errors import RefineFastError
 from .documents import Document
 from .embed import passage_text
 from .readers import markdown_headings
@@ -80,6 +81,11 @@ def chunk_documents(documents: Iterable[Document], tokenizer: PreTrainedTokenize
         for number, (start, piece) in enumerate(pieces):
             id = document.id if len(pieces) == 1 else f"{document.id}#{number}"
             chunks.append(Chunk(id, piece, titles[bisect_right(starts, start)], document.source, start, start + len(piece)))
+    seen: set[str] = set()
+    for chunk in chunks:
+        if chunk.id in seen:
+            raise RefineFastError(f'docs: the id "{chunk.id}" is a document\'s and means a part of another one; give the first another id.')
+        seen.add(chunk.id)
     return chunks
 
 
@@ -141,14 +147,19 @@ def deduplicate(chunks: Iterable[Chunk], *, threshold: float = 0.8) -> tuple[lis
     return kept, Duplicates(exact, near)
 
 
+def words(text: str) -> list[str]:
+    """In scripts written without blanks (Chinese, Japanese, Thai) a character is a word."""
+    return re.findall(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|\w+?(?=[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|\b)", text)
+
+
 def _normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _shingles(text: str) -> set[str]:
-    """Every five words in a row; in scripts written without blanks (Chinese, Japanese, Thai) a character is a word."""
-    words = re.findall(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|\w+?(?=[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|\b)", _normalize(text))
-    return {" ".join(words[at : at + 5]) for at in range(max(len(words) - 4, 1))}
+    """Every five words in a row."""
+    found = words(_normalize(text))
+    return {" ".join(found[at : at + 5]) for at in range(max(len(found) - 4, 1))}
 
 
 def _jaccard(a: set[str], b: set[str]) -> float:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import RefineFastError, RefineFastWarning
+from ..files import name_of, walk
 from .jsonl import read_jsonl, text_field
 from .python_docs import python_docs
 from .readers import SUFFIXES, Markup, Unreadable, read_file
@@ -50,33 +50,21 @@ def load_documents(path: Path | None) -> list[Document]:
     if not path.exists():
         raise RefineFastError(f"{path} does not exist; give a folder, a file or a dataset, or nothing for Python's own documentation.")
     if path.is_file():
-        documents = _jsonl(path, "text") if path.name.endswith((".jsonl", ".jsonl.gz")) else _files([(path, path.name)])
+        documents = _jsonl(path, "text") if path.name.endswith((".jsonl", ".jsonl.gz")) else _files([(path, name_of(path.name))])
     elif corpus := next((file for suffix in (".jsonl", ".jsonl.gz") if (file := path / f"corpus{suffix}").is_file()), None):
         documents = _jsonl(corpus, "passage")
     elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         documents = _dataset(path)
     else:
-        documents = _files(_walk(path))
+        documents = _files(walk(path, _closed))
     if not documents:
         raise RefineFastError(f"{path} holds no usable text; give a folder of {', '.join(SUFFIXES)} files, a JSONL file or a BEIR folder.")
     return documents
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, str]]:
-    """(file, path relative to root) in sorted order. Each real folder and each real file once, so a loop of links ends."""
-    seen = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        for name in sorted(name for name in names if not name.startswith(".")):
-            path = Path(folder, name)
-            if (real := os.path.realpath(path)) not in seen:
-                seen.add(real)
-                yield path, path.relative_to(root).as_posix()
+def _closed(error: OSError) -> None:
+    message = f"{error.filename} is skipped: {error.strerror}; check the folder's permissions."
+    warnings.warn(message, RefineFastWarning, stacklevel=2)
 
 
 def _files(paths: Iterable[tuple[Path, str]]) -> list[Document]:

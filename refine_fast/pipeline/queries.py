@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from ..errors import RefineFastError, RefineFastWarning
-from .chunks import Chunk
+from .chunks import Chunk, words
 from .jsonl import read_jsonl, text_field
 from .retrieval_set import load_beir
 
@@ -82,7 +81,7 @@ def _sentences(text: str) -> list[str]:
     from sentencex import segment
 
     sentences = (" ".join(sentence.split()) for sentence in segment("en", text))
-    return [sentence for sentence in sentences if 6 <= len(re.findall(r"\w+", sentence)) <= 60]
+    return [sentence for sentence in sentences if 6 <= len(words(sentence)) <= 60]
 
 
 def _salient_terms(chunks: Sequence[Chunk], most: int = 8) -> list[list[str]]:
@@ -161,11 +160,11 @@ def _beir_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str]]
 def without(queries: Sequence[Query], texts: Sequence[str]) -> list[Query]:
     """The queries whose words, case and spacing aside, are not among ``texts``: what may be trained on when those are the test queries."""
 
-    def words(text: str) -> str:
+    def plain(text: str) -> str:
         return " ".join(text.casefold().split())
 
-    taken = {words(text) for text in texts}
-    return [query for query in queries if words(query.text) not in taken]
+    taken = {plain(text) for text in texts}
+    return [query for query in queries if plain(query.text) not in taken]
 
 
 def _finder(chunks: Sequence[Chunk]) -> Callable[[str, str], Chunk | None]:

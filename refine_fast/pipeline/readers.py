@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import re
 import stat
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 from ..errors import RefineFastWarning
+from ..files import name_of
 
 MAX_FILE_BYTES = 64 << 20
 Markup = Literal["text", "markdown", "passage"]
@@ -57,7 +59,7 @@ def decode(path: Path, data: bytes, *, is_html: bool = False) -> str:
         declared = re.search(rb"""<meta[^>]+charset=["']?([\w-]+)""", data[:4096], re.IGNORECASE) if is_html else None
         try:
             text, assumed = data.decode(declared[1].decode() if declared else "", "replace"), False
-        except LookupError:
+        except (LookupError, UnicodeError):  # UnicodeError: charset=undefined, which a broken template writes, is a codec of Python's
             text, assumed = data.decode("windows-1252", "replace"), True
     # A binary file decodes to control characters under one encoding or another; text has next to none.
     if len(re.findall("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f\ufffd]", text)) * 100 > len(text):
@@ -136,13 +138,15 @@ def _pdf(path: Path, data: bytes) -> Content:
         raise Unreadable("reading PDF needs `pip install refine-fast[pdf]`") from None
     import io
 
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what it mends in silence is no news, and what it cannot read it raises
     try:
         reader = pypdf.PdfReader(io.BytesIO(data))
         text = "\n\n".join(page.extract_text() for page in reader.pages)
         title = (reader.metadata.title if reader.metadata else None) or _name(path)
+        title, text = (part.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for part in (title, text))
     except Exception as error:  # pypdf meets a broken file with whatever its parser stumbles over: KeyError, RecursionError, ...
         raise Unreadable(f"it is no PDF that pypdf can read ({type(error).__name__}: {error})") from None
-    return Content(title, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), "text")
+    return Content(title, text, "text")
 
 
 SUFFIXES = {
@@ -156,7 +160,7 @@ SUFFIXES = {
 
 
 def _name(path: Path) -> str:
-    return re.sub(r"[-_]+", " ", path.stem).strip()
+    return re.sub(r"[-_]+", " ", name_of(path.stem)).strip()
 
 
 def markdown_headings(text: str) -> list[tuple[int, str]]:

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import RefineFastError
-from ..files import atomic, fsync_all
+from ..files import atomic, fsync_all, name_of, walk
 
 
 class LockedError(RefineFastError):
@@ -132,8 +132,8 @@ class RunFolder:
     def _digests_under(self, path: Path) -> dict[str, str]:
         """SHA-256 of a file, or of each file of a folder, by its relative name."""
         if path.is_file():
-            return {path.name: self._sha256(path)}
-        return {str(file.relative_to(path)): self._sha256(file) for file in files_under(path)}
+            return {name_of(path.name): self._sha256(path)}
+        return {name: self._sha256(file) for file, name in sorted(walk(path)) if file.is_file()}
 
     def _digest(self, path: Path) -> str | None:
         """One SHA-256 for a file or a folder; None where there is neither."""
@@ -145,14 +145,12 @@ class RunFolder:
         stat = path.stat()
         known = (str(path), stat.st_size, stat.st_mtime_ns)
         if known not in self._digests:
-            with path.open("rb") as file:
-                self._digests[known] = hashlib.file_digest(file, "sha256").hexdigest()
+            try:
+                with path.open("rb") as file:
+                    self._digests[known] = hashlib.file_digest(file, "sha256").hexdigest()
+            except PermissionError:  # a document that is skipped
+                self._digests[known] = "unreadable"
         return self._digests[known]
-
-
-def files_under(folder: Path) -> list[Path]:
-    """Every file under a folder, sorted, hidden ones left out."""
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
