@@ -30,7 +30,7 @@ DEFAULT_ENCODER = "minilm"
 Parse = Callable[[Any], Any]
 
 
-def _integer(low: int) -> Parse:
+def _integer(low: int, high: int = 2**63 - 1) -> Parse:
     def parse(value: Any) -> int:
         try:
             number = int(str(value))
@@ -38,6 +38,8 @@ def _integer(low: int) -> Parse:
             raise ValueError(f"is no whole number; give one of at least {low}") from None
         if number < low:
             raise ValueError(f"is below {low}; give a whole number of at least {low}")
+        if number > high:
+            raise ValueError(f"is above {high}; give a whole number of at most {high}")
         return number
 
     return parse
@@ -81,23 +83,29 @@ def _or(word: str | None, parse: Parse) -> Parse:
     return either
 
 
-def _existing(value: Any) -> Path:
-    path = Path(str(value)).expanduser()
-    if not path.exists():
-        raise ValueError("does not exist; give the path of an existing file or folder")
-    return path.resolve()
-
-
 def _path(value: Any) -> Path:
     if not str(value).strip():
-        raise ValueError("is empty; name a folder")
+        raise ValueError("is empty; give a path")  # it would be the folder where one stands
     return Path(str(value)).expanduser().resolve()
+
+
+def _existing(value: Any) -> Path:
+    path = _path(value)
+    if not path.exists():
+        raise ValueError("does not exist; give the path of an existing file or folder")
+    return path
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("is no text; give a name")
     return value
+
+
+def _encoder(value: Any) -> str:
+    """A folder's whole path, so that the run can go on from elsewhere; else a name."""
+    name = _text(value)
+    return str(_path(name)) if name != DEFAULT_ENCODER and Path(name).expanduser().exists() else name
 
 
 def _beir(value: Any) -> Path:
@@ -110,7 +118,10 @@ def _beir(value: Any) -> Path:
 def _beirs(value: Any) -> tuple[Path, ...]:
     if value in ("none", ["none"]):
         return ()
-    return tuple(_beir(item) for item in ([value] if isinstance(value, str | Path) else value))
+    folders = tuple(dict.fromkeys(_beir(item) for item in ([value] if isinstance(value, str | Path) else value)))
+    if len({folder.name for folder in folders}) < len(folders):
+        raise ValueError("names two folders alike, and a set goes by its folder's name; rename one")
+    return folders
 
 
 def _band(value: Any) -> tuple[float, float]:
@@ -136,7 +147,8 @@ def _weights(value: Any) -> tuple[float, ...]:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (value.split(",") if isinstance(value, str) else value) if name.strip())
+    parts = value if isinstance(value, list | tuple) else str(value).split(",")
+    return tuple(name for part in parts if (name := str(part).strip()))
 
 
 def _mix(value: Any) -> tuple[tuple[str, float], ...]:
@@ -185,10 +197,10 @@ class RunConfig:
         "a folder of .txt, .md, .html and .pdf files, JSONL {text, title}, a BEIR folder or a saved dataset",
         "DOCS",
     )
-    model: str = _option(DEFAULT_ENCODER, _text, "the encoder to adapt: a folder, a Hugging Face name, or minilm (comes along)", "NAME")
+    model: str = _option(DEFAULT_ENCODER, _encoder, "the encoder to adapt: a folder, a Hugging Face name, or minilm (comes along)", "NAME")
     limit: int | None = _option(None, _or(None, _integer(2)), "use at most this many chunks, whole documents drawn by the seed", "N")
-    chunk_tokens: int = _option(256, _integer(32), "longest chunk, in the encoder's own tokens", "N")
-    seed: int = _option(0, _integer(0), "same inputs and seed, same outputs", "N")
+    chunk_tokens: int = _option(256, _integer(32), "longest chunk, in the encoder's own tokens; never more than it reads", "N")
+    seed: int = _option(0, _integer(0, 2**32 - 1), "same inputs and seed, same outputs", "N")
 
     queries: Path | None = _option(None, _or(None, _existing), "your own queries: JSONL {text, doc_id}, or a BEIR folder (train)", "FILE")
     queries_per_chunk: int = _option(2, _integer(1), "synthetic queries made for each chunk", "N")
@@ -271,10 +283,8 @@ class RunConfig:
         """What the model that writes the queries is asked, or None without one."""
         if self.llm is None:
             return None
-        try:
-            from .llm import LLMSettings
-        except ImportError as error:
-            raise RefineFastError(f"llm: queries from a model need {error.name}; pip install 'refine-fast[llm]'.") from None
+        from .llm import LLMSettings
+
         return LLMSettings(
             self.llm,
             self.llm_model,
@@ -336,6 +346,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     for name in ("docs", "queries", "out", "prompt", "judge_prompt"):  # relative to the file that says so, not to wherever one stands
         if values.get(name) is not None:
             values[name] = os.path.join(path.parent, os.path.expanduser(str(values[name])))
+    model = os.path.join(path.parent, os.path.expanduser(str(values.get("model"))))
+    if values.get("model") not in (None, DEFAULT_ENCODER) and os.path.isdir(model):  # else a name
+        values["model"] = model
     if values.get("ood") not in (None, "none"):
         folders = values["ood"] if isinstance(values["ood"], list) else [values["ood"]]
         values["ood"] = [os.path.join(path.parent, os.path.expanduser(str(folder))) for folder in folders]

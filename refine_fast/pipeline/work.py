@@ -18,7 +18,7 @@ from ..mine import mine as mine_negatives
 from .card import model_card
 from .chunks import Chunk, Duplicates, chunk_documents, deduplicate
 from .config import DEFAULT_ENCODER
-from .documents import load_documents
+from .documents import Document, load_documents
 from .embed import encode, has_fast_bf16
 from .encoder import device, load_encoder
 from .evaluate import Scores, choose_weight, score, score_bm25
@@ -46,13 +46,18 @@ ELSEWHERE = 500
 def cut_documents(job: Job) -> tuple[int, list[Chunk], Duplicates]:
     """The number of documents, their chunks, and what was removed as duplicates."""
     documents = load_documents(job.config.docs)
-    tokenizer = load_encoder(job.encoder).tokenizer
-    chunks, duplicates = deduplicate(chunk_documents(documents, tokenizer, max_tokens=job.config.chunk_tokens))
+    chunks, duplicates = _cut(job, documents)
     if job.config.limit is not None:
         chunks = _whole_sources(chunks, job.config.limit, job.config.seed)
     if len(chunks) < 2:
         raise RefineFastError(f"docs: {job.config.docs} gives {len(chunks)} chunks of text, too few to learn from; give more documents.")
     return len(documents), chunks, duplicates
+
+
+def _cut(job: Job, documents: Sequence[Document]) -> tuple[list[Chunk], Duplicates]:
+    encoder = load_encoder(job.encoder)
+    longest = min(job.config.chunk_tokens, encoder.max_seq_length or job.config.chunk_tokens)
+    return deduplicate(chunk_documents(documents, encoder.tokenizer, max_tokens=longest))
 
 
 def make_chunks(job: Job, to: Path) -> None:
@@ -205,8 +210,7 @@ def train_encoder(job: Job, to: Path) -> None:
 
 def make_elsewhere(job: Job, to: Path) -> None:
     """The built-in out-of-domain check: a sample of Python's documentation, a keyword query for each chunk."""
-    tokenizer = load_encoder(job.encoder).tokenizer
-    chunks, _ = deduplicate(chunk_documents(load_documents(None), tokenizer, max_tokens=job.config.chunk_tokens))
+    chunks, _ = _cut(job, load_documents(None))
     drawn = np.random.default_rng(job.config.seed).permutation(len(chunks))[: min(ELSEWHERE, job.config.ood_passages)]
     chunks = [chunks[i] for i in sorted(drawn)]
     queries = synthesize_queries(chunks, seed=job.config.seed, per_chunk=4)
@@ -294,7 +298,10 @@ def fuse_encoder(job: Job, to: Path) -> None:
 
 
 def base_name(job: Job) -> str:
-    return "sentence-transformers/all-MiniLM-L6-v2" if job.config.model == DEFAULT_ENCODER else Path(job.config.model).name
+    if job.config.model == DEFAULT_ENCODER:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    folder = Path(job.config.model)
+    return folder.name if folder.is_absolute() else job.config.model
 
 
 def query_source(job: Job) -> str:

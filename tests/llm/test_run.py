@@ -179,10 +179,11 @@ def test_the_same_queries_make_the_same_model_over_http_and_from_a_file(
     asked = asked_by_people(beir / "squad")
     with gzip.open(beir / "squad" / "corpus.jsonl.gz", "rt") as file:
         corpus = [row for row in map(json.loads, file) if row["_id"] in asked][:60]
-    docs, questions, answers = (tmp_path / name for name in ("docs.jsonl", "questions.jsonl", "answers.json"))
-    docs.write_text("".join(json.dumps({"id": row["_id"], "text": row["text"]}) + "\n" for row in corpus))
+    docs, questions, answers = (tmp_path / name for name in ("docs", "questions.jsonl", "answers.json"))
+    docs.mkdir()
+    (docs / "corpus.jsonl").write_text("".join(json.dumps({"_id": row["_id"], "text": row["text"]}) + "\n" for row in corpus))
     small = ["--model", str(tiny), "--precision", "fp32", "--batch-size", "8", "--curve", "0,1", "--ood", "none", "--band=-0.9,1"]
-    common = [str(docs), *small, "--json", "--chunk-tokens", "512"]
+    common = [str(docs), *small, "--json"]
     rows = [json.dumps({"text": text, "doc_id": row["_id"]}) + "\n" for row in corpus for text in asked[row["_id"]]]
     questions.write_text("".join(rows))
     assert main(["run", *common, "--out", str(tmp_path / "file"), "--queries", str(questions)]) == 0
