@@ -39,10 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     options = parser().parse_args(arguments)
     try:
-        from .pipeline.console import Console
-    except ImportError as error:
-        print(f"error: the command line needs {error.name}; pip install 'refine-fast[pipeline]'.", file=sys.stderr)
+        return perform(options)
+    except ModuleNotFoundError as error:  # of an extra
+        package = (error.name or "").partition(".")[0]
+        print(f"error: refine-fast {options.command} needs {package}; pip install 'refine-fast[pipeline,llm]'.", file=sys.stderr)
         return BAD_INPUT
+
+
+def perform(options: argparse.Namespace) -> int:
+    from .pipeline.console import Console
     from .pipeline.stages import LockedError
 
     console = Console(quiet=options.quiet, json=options.json)
@@ -180,7 +185,11 @@ def doctor(options: argparse.Namespace, console: Console) -> None:
 def prompt(options: argparse.Namespace, console: Console) -> None:
     from .pipeline.llm import default_prompt
 
-    print(default_prompt(options.name), end="")
+    text = default_prompt(options.name)
+    if options.json:
+        console.result({options.name: text})
+    else:
+        print(text, end="")
 
 
 def index(options: argparse.Namespace, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ BAD_FLAGS = [
     ("--negatives", "1.5", "negatives: 1.5 is no whole number; give one of at least 0."),
     ("--batch-size", "1", "batch_size: 1 is below 2; give a whole number of at least 2."),
     ("--seed", "-3", "seed: -3 is below 0; give a whole number of at least 0."),
+    ("--seed", "4294967296", "seed: 4294967296 is above 4294967295; give a whole number of at most 4294967295."),
     ("--limit", "1", "limit: 1 is below 2; give a whole number of at least 2."),
     ("--chunk-tokens", "8", "chunk_tokens: 8 is below 32; give a whole number of at least 32."),
     ("--queries-per-chunk", "0", "queries_per_chunk: 0 is below 1; give a whole number of at least 1."),
@@ -45,6 +47,7 @@ BAD_FLAGS = [
     ("--llm-model", "small", "llm_model: no endpoint to ask it at; add --llm URL."),
     ("--model", "", "model: '' is no text; give a name."),
     ("--queries", "nowhere.jsonl", "queries: nowhere.jsonl does not exist; give the path of an existing file or folder."),
+    ("--queries", "", "queries: '' is empty; give a path."),
     ("--ood", "nowhere", "ood: nowhere does not exist; give the path of an existing file or folder."),
     ("--config", "nowhere.yaml", "config: nowhere.yaml does not exist; give the path of a YAML file."),
 ]
@@ -68,6 +71,7 @@ def test_bad_flag(tmp_path: Path, monkeypatch, capsys, flag: str, value: str, me
         ("skip: null", "skip: None is no whole number; give one of at least 0."),
         ("model: 7", "model: 7 is no text; give a name."),
         ("band: [0.5]", "band: 0.5 is no band; give two cosine similarities such as 0.5,0.7, or auto."),
+        ("llm_model: 7", "llm_model: no endpoint to ask it at; add --llm URL."),
         ("docs: nowhere", "docs: {folder}/nowhere does not exist; give the path of an existing file or folder."),
     ],
 )
@@ -98,6 +102,13 @@ def test_bad_folders(tmp_path: Path) -> None:
         RunConfig(docs=tmp_path, out=tmp_path / "run")
     with pytest.raises(RefineFastError, match=r"^ood: .* is no BEIR folder \(corpus.jsonl, .*\); give one with a test split\.$"):
         RunConfig(out=tmp_path / "run", ood=(tmp_path,))
+    for parent in ("one", "two"):
+        (tmp_path / parent / "set" / "qrels").mkdir(parents=True)
+        for name in ("corpus.jsonl", "qrels/test.tsv"):
+            (tmp_path / parent / "set" / name).touch()
+    with pytest.raises(RefineFastError, match=r"^ood: .* names two folders alike, and a set goes by its folder's name; rename one\.$"):
+        RunConfig(out=tmp_path / "run", ood=[tmp_path / "one" / "set", tmp_path / "two" / "set"])
+    assert len(RunConfig(out=tmp_path / "run", ood=[tmp_path / "one" / "set"] * 2).ood) == 1
 
 
 def test_yaml_and_flags_say_the_same(tmp_path: Path) -> None:
@@ -128,6 +139,28 @@ def test_a_run_folder_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(begun.to_yaml())
     assert load_config(None, {"out": run}) == begun
     assert load_config(None, {"out": run, "docs": docs}).skip == 5
+
+
+@pytest.mark.parametrize(
+    ("command", "package"), [(["prompt"], "jinja2"), (["plan", "--out=run", "--llm=http://localhost/v1", "--llm-model=m"], "openai")]
+)
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys, command: list[str], package: str) -> None:
+    for name in [name for name in sys.modules if name.startswith("refine_fast.pipeline.llm.") or name == "refine_fast.pipeline.llm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(command) == 2
+    assert capsys.readouterr().err == f"error: refine-fast {command[0]} needs {package}; pip install 'refine-fast[pipeline,llm]'.\n"
+
+
+def test_a_relative_model_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on by its own config.yaml, wherever one stands then; names stay names."""
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert RunConfig(out=Path("run"), model="./base").model == str(tmp_path / "base")
+    assert RunConfig(out=Path("run"), model="BAAI/bge-small-en-v1.5").model == "BAAI/bge-small-en-v1.5"
+    (tmp_path / "my.yaml").write_text("model: base\nout: run\n")
+    monkeypatch.chdir("/")
+    assert load_config(tmp_path / "my.yaml", {}).model == str(tmp_path / "base")
 
 
 def test_quick_holds_real_options() -> None:

@@ -18,8 +18,11 @@ from refine_fast.cli import main
 from refine_fast.pipeline import stages, train
 from refine_fast.pipeline.config import RunConfig
 from refine_fast.pipeline.console import Console
+from refine_fast.pipeline.encoder import load_encoder
+from refine_fast.pipeline.job import Job
 from refine_fast.pipeline.memory import MINI_BATCH, activation_bytes
 from refine_fast.pipeline.run import run
+from refine_fast.pipeline.work import cut_documents
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
 
@@ -53,6 +56,14 @@ def test_forgetting_is_checked_unasked(tiny: Path, docs: Path, tmp_path: Path) -
     assert (elsewhere["name"], elsewhere["passages"]) == ("python-docs", 40)
     assert 30 <= elsewhere["queries"] <= 40
     assert "Out of domain (python-docs)" in (out / "report.md").read_text()
+
+
+def test_no_chunk_is_longer_than_the_encoder_reads(tiny: Path, docs: Path, tmp_path: Path) -> None:
+    encoder = load_encoder(tiny)
+    config = RunConfig(out=tmp_path, docs=docs, model=str(tiny), chunk_tokens=encoder.max_seq_length * 2)
+    _, chunks, _ = cut_documents(Job(config, tiny, Console(quiet=True)))
+    longest = max(len(encoder.tokenizer(chunk.passage)["input_ids"]) for chunk in chunks)
+    assert encoder.max_seq_length / 2 < longest <= encoder.max_seq_length
 
 
 @pytest.fixture
@@ -207,8 +218,6 @@ def test_fusion_of_embeddings(copied: Path, whole: Path, tiny: Path, docs: Path,
     run(killed, Console(quiet=True))
     assert outputs(killed.out) == outputs(copied)
 
-    from refine_fast.pipeline.encoder import load_encoder
-
     texts = ["a river in France", "the boiling point of water"]
     tuned, frozen, product = (load_encoder(folder).encode_query(texts) for folder in (copied / "tuned", tiny, copied / "model"))
     mixed = 0.35 * tuned + 0.65 * frozen
@@ -268,6 +277,8 @@ def test_every_stage_has_a_command(copied: Path, capsys, command: str, fact: str
     captured = capsys.readouterr()
     assert fact in json.loads(captured.out)
     assert "not done yet" not in captured.err
+    assert main([command, "--out", str(copied)]) == 0
+    assert {"sets": "recall@3"}.get(fact, fact) in capsys.readouterr().out
 
 
 def test_json_on_stdout(copied: Path, capsys) -> None:
@@ -275,14 +286,13 @@ def test_json_on_stdout(copied: Path, capsys) -> None:
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert result["weight"] == 0.35
+    assert result["report"] == str(copied / "report.html")
     assert set(result["sets"]["in_domain"]["systems"]) == {"BM25", "base", "fine-tuned", "fused"}
     assert captured.err == ""
 
 
 def test_a_batch_counts_every_document_once(tiny: Path) -> None:
     """Two queries share document 3, and 3 and 5 both answer the first: nothing that answers a query is its negative."""
-    from refine_fast.pipeline.encoder import load_encoder
-
     examples = [
         train.Example("a", 3, (7,), frozenset({3, 5}), 0),
         train.Example("b", 3, (5, 7), frozenset({3}), 1),
@@ -297,8 +307,6 @@ def test_a_batch_counts_every_document_once(tiny: Path) -> None:
 
 def test_gradient_caching_changes_nothing_but_memory(tiny: Path) -> None:
     """Three sequences at a time give the gradients of the whole batch, in float64, where the order of the sums does not show."""
-    from refine_fast.pipeline.encoder import load_encoder
-
     pages = [topics[name][:300] for name in sorted(topics)[:8]]
     examples = [train.Example(page[:60], i, ((i + 1) % 8,), frozenset({i}), i) for i, page in enumerate(pages)]
     gradients = []
@@ -325,8 +333,6 @@ def test_a_memory_budget(copied: Path, capsys) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_plan_counts_what_the_backward_keeps(minilm: Path, bf16: bool) -> None:
     """Of a sequence of the greatest length, by torch's own account. The formula leaves out some 3%: the softmax's sums, masks, pooling."""
-    from refine_fast.pipeline.encoder import load_encoder
-
     model = load_encoder(minilm).eval()
 
     def kept(sequences: int) -> int:
@@ -365,8 +371,6 @@ def test_index_finds_what_the_model_finds(copied: Path, capsys) -> None:
     chunks = [json.loads(line) for line in (copied / "chunks.jsonl").open()]
     assert ids == [chunk["id"] for chunk in chunks]
     from refine_fast.pipeline.embed import encode
-    from refine_fast.pipeline.encoder import load_encoder
-
     passage = f"{chunks[5]['title']} {chunks[5]['text']}"
     vector = encode(load_encoder(copied / "model"), [passage], role="document")
     assert index.search(vector, 1)[1][0, 0] == 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,22 @@ from ..errors import RefineFastWarning
 
 Advance = Callable[[int, int], None]
 """Called with (done, total)."""
+
+
+def facts_table(facts: Mapping[str, Any]) -> Table:
+    """A row for each fact."""
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), _fact(value))
+    return table
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_fact(count)} {what}" for what, count in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_fact, value))
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
 class Console:

@@ -19,7 +19,6 @@ from ..errors import RefineFastError
 from .console import Console
 from .embed import encode, has_fast_bf16
 from .encoder import device, encoder_folder, load_encoder
-from .llm_queries import endpoint_rows
 
 EXTRAS = {
     "pipeline": ("transformers", "sentence-transformers", "accelerate", "datasets", "faiss-cpu", "rich", "matplotlib", "bm25s"),
@@ -32,7 +31,11 @@ EXTRAS = {
 def show_health(model: str, llm: tuple[str, str | None, str] | None, console: Console) -> None:
     """One row a check: what, ok or not, and what was found or is to be done; llm: an endpoint's URL, its models, the
     environment variable of its key. Raises RefineFastError if the encoder does not work."""
-    rows = [*check(model), *(endpoint_rows(*llm) if llm else [])]
+    rows = list(check(model))
+    if llm:
+        from .llm_queries import endpoint_rows  # not before the extras were looked at
+
+        rows += endpoint_rows(*llm)
     table = Table("", "", "found")
     for what, works, found in rows:
         table.add_row(what, Text("ok", "green") if works else Text("no", "yellow"), found)
@@ -73,7 +76,7 @@ def _encoder(name: str) -> str:
 def _tried(work: Callable[[], str]) -> tuple[bool, str]:
     try:
         return True, work()
-    except RefineFastError as error:
+    except (RefineFastError, ModuleNotFoundError) as error:
         return False, str(error)
 
 

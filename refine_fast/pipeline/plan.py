@@ -6,10 +6,9 @@ import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from rich.table import Table
 
 from .config import RunConfig
-from .console import Console
+from .console import Console, facts_table
 from .embed import encode, has_fast_bf16
 from .encoder import encoder_folder, load_encoder
 from .job import Job
@@ -93,12 +92,9 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def show_plan(config: RunConfig, console: Console) -> None:
-    with console.warnings():
-        plan = asdict(make_plan(config))
+    plan = asdict(make_plan(config))
     asked = plan.pop("llm")
-    table = Table(show_header=False)
-    for name, value in plan.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int | float) else value)
+    table = facts_table(plan)
     for row in estimate_rows(asked) if asked else ():
         table.add_row(*row)
     console.result(plan | {f"llm_{name}": value for name, value in (asked or {}).items()}, table)

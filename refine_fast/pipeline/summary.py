@@ -9,9 +9,11 @@ from typing import Any
 from rich.table import Table
 
 from ..fuse import fuse
-from .console import Console
+from .console import Console, facts_table
 from .evaluate import evaluate_models, gain
 from .job import Job
+from .jsonl import read_records
+from .queries import Query
 from .stages import read_json
 from .work import all_scores, chosen_weight
 
@@ -22,17 +24,18 @@ def show_run(job: Job, command: str) -> None:
     """After a whole run the before/after table, after a part of it the facts of its last stage."""
     if command in ("run", "report"):
         return _show_scores(job)
-    facts = {"queries": "chunks.json", "mine": "mining.json", "train": "training.json"}[command]
-    value = read_json(job.path(facts))
-    job.console.result({"out": str(job.config.out), **value})
-    if not job.console.json:
-        job.console.say(f"{command}: in {job.config.out}")
+    facts = read_json(job.path({"queries": "chunks.json", "mine": "mining.json", "train": "training.json"}[command]))
+    if command == "queries":
+        facts |= {name: len(read_records(job.path(f"{name}.jsonl"), Query)) for name in ("queries", "dev", "held_out")}
+    shown = {name: value for name, value in facts.items() if name != "loss"}  # of every step
+    job.console.result({"out": str(job.config.out), **facts}, facts_table(shown))
+    job.console.say(f"{command}: in {job.config.out}")
 
 
 def _show_scores(job: Job) -> None:
     weight = chosen_weight(job)
     systems = all_scores(job, weight)
-    value: dict[str, Any] = {"model": str(job.path("model")), "report": str(job.path("report.md")), "weight": weight, "sets": {}}
+    value: dict[str, Any] = {"model": str(job.path("model")), "report": str(job.path("report.html")), "weight": weight, "sets": {}}
     tables = []
     for name, before in systems["base"].items():
         if name == "dev":
@@ -51,9 +54,9 @@ def _show_scores(job: Job) -> None:
             table.add_row(label, *(f"{scores[name].metrics[metric]:.3f}" for metric in COLUMNS), style=style)
         tables.append(table)
         if change.high < 0:
-            job.console.warn(f"the fused model retrieves worse than the base on {title}; see report.md for the weights in between.")
+            job.console.warn(f"the fused model retrieves worse than the base on {title}; see report.html for the weights in between.")
     job.console.result(value, *tables)
-    job.console.say(f"the model is {job.path('model')}, the report {job.path('report.md')}")
+    job.console.say(f"the model is {job.path('model')}, the report {job.path('report.html')}")
 
 
 def show_evaluation(models: list[str], data: Path, split: str, console: Console) -> None:
