@@ -16,7 +16,7 @@ class InfoNCELoss(nn.Module):
     """`refine_fast.info_nce` with its settings held: ``InfoNCELoss(temperature=0.02)(q, d)``.
 
     With ``learnable=True`` the temperature is exp of the parameter ``log_temperature``, as in CLIP (Radford et al., arXiv 2103.00020,
-    section 2.5), kept above CLIP's bound of 0.01 or half of its start, whichever is lower.
+    section 2.5), which every call first lifts to CLIP's bound of 0.01 or half of its start, whichever is lower.
     """
 
     def __init__(
@@ -43,10 +43,13 @@ class InfoNCELoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        return self.fixed_temperature if self.fixed_temperature is not None else self.log_temperature.clamp_min(self.lowest).exp()
+        return self.fixed_temperature if self.fixed_temperature is not None else self.log_temperature.exp()
 
     def forward(self, q: Tensor, d: Tensor, **inputs: Any) -> Tensor:
         """inputs: positives, doc_ids, hard, hard_mask, weight, as for `refine_fast.info_nce`."""
+        if self.fixed_temperature is None:
+            with torch.no_grad():  # the parameter, as CLIP does: below a clamped value the gradient is 0 and no step leads back
+                self.log_temperature.clamp_(min=self.lowest)
         return info_nce(
             q, d, temperature=self.temperature, margin=self.margin, symmetric=self.symmetric, normalize=self.normalize,
             widths=self.widths, width_weights=self.width_weights, reduction=self.reduction, **inputs,
