@@ -166,6 +166,35 @@ def test_a_row_without_negatives_has_loss_0(isa: str) -> None:
     assert all(x.grad is not None and not x.grad.any() for x in (q, d, hard, temperature))
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_is_masked_is_not_read(isa: str, normalize: bool) -> None:
+    """Padding may hold anything, NaN too."""
+    tensors, mask = batch(B, N, D, K), OPTIONS["hard"]["hard_mask"]
+    found = []
+    for padding in (0.0, math.nan):
+        tensors["hard"] = tensors["hard"].masked_fill(~mask[..., None], padding)
+        found.append(value_and_gradients(rf.info_nce, tensors, torch.float32, 0.1, hard_mask=mask, normalize=normalize))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_margin_of_0_keeps_what_stands_twice(isa: str, normalize: bool, dtype: torch.dtype) -> None:
+    """The same query with another document (and the same document with another query) ties with the pair: not above the margin, wherever
+    the two lie in the kernels' tiles. In float64 a margin of 1e-9 says so; nothing else lies that near."""
+    q, d = batch(B, B, 200, seed=1).values()
+    q[40:], d[20:40] = q[: B - 40], d[:20]
+    q, d = q.to(dtype), d.to(dtype)
+    options = {"symmetric": True, "normalize": normalize, "widths": (30, 200), "temperature": 1.0, "reduction": "none"}
+    gold = rf.info_nce(q.double(), d.double(), margin=1e-9, **options)
+    torch.testing.assert_close(rf.info_nce(q, d, margin=0.0, **options).double(), gold, rtol=1e-5, atol=1e-5)
+
+
+def test_a_margin_that_drops_everything(isa: str) -> None:
+    tensors = {name: x.float() for name, x in batch(5, 7, 8, 2).items()}
+    assert rf.info_nce(**tensors, margin=-math.inf, symmetric=True) == 0
+
+
 def test_no_rows() -> None:
     q, d = torch.zeros(0, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
     loss = rf.info_nce(q, d)
@@ -175,6 +204,13 @@ def test_no_rows() -> None:
     assert not d.grad.any()
     assert rf.info_nce(q, d, weight=torch.zeros(0)) == 0
     assert rf.info_nce(torch.randn(2, 8), d, weight=torch.zeros(2)) == 0
+
+
+def test_a_weight_of_another_dtype() -> None:
+    q, d, weight = torch.randn(4, 8), torch.randn(4, 8), torch.rand(4, dtype=torch.float64)
+    for reduction in ("mean", "none"):
+        for leaf in (q, q.clone().requires_grad_()):
+            assert rf.info_nce(leaf, d, weight=weight, reduction=reduction).dtype == torch.float32
 
 
 def test_log_sum_exp() -> None:
@@ -324,6 +360,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"d": d.to("meta")}, ValueError, "d is on meta and q on cpu"),
     ({"temperature": 0.0}, ValueError, "temperature is 0.0; it must be a positive number"),
     ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature is -1.0"),
+    ({"temperature": torch.ones(2)}, ValueError, r"temperature has shape \(2,\)"),
     ({"temperature": math.nan}, ValueError, "temperature is nan"),
     ({"margin": math.nan}, ValueError, "margin is NaN"),
     ({"weight": torch.ones(3)}, ValueError, "weight has shape"),
@@ -332,9 +369,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"widths": (4, 8), "width_weights": (1,)}, ValueError, r"width_weights is \[1.0\]; it must hold one finite number"),
     ({"width_weights": (1,)}, ValueError, "width_weights is given without widths"),
     ({"reduction": "avg"}, ValueError, "reduction is 'avg'"),
-    ({"q": q * math.nan}, ValueError, "the loss of row 0 is not finite; q, d or hard holds NaN or infinity"),
-    ({"d": torch.cat([d[:5], d[5:] * math.inf])}, ValueError, "is not finite"),
-    ({"q": q * 1e30, "d": d * 1e30}, ValueError, "overflows float32"),
+    ({"q": q * math.nan}, ValueError, "row 0 of q holds NaN or infinity"),
+    ({"d": torch.cat([d[:5], d[5:] * math.nan]), "doc_ids": torch.zeros(6, dtype=torch.int64)}, ValueError, "row 5 of d holds NaN"),
+    ({"q": q.abs(), "d": torch.cat([d[:5], d[5:].abs() * -math.inf])}, ValueError, "row 5 of d holds NaN or infinity"),  # no logit is NaN
+    ({"hard": torch.cat([d[:4], d[:4] * math.nan], 1).reshape(4, 2, 8)}, ValueError, r"row 1 of hard.flatten\(0, 1\) holds NaN"),
+    ({"q": q * 1e30, "d": d * 1e30}, ValueError, "the loss of row . is not finite: a product of q and d or hard overflows float32"),
 ]
 
 
@@ -380,5 +419,9 @@ def test_module_learns_its_temperature() -> None:
     torch.testing.assert_close(loss.log_temperature.grad, gold["temperature"] * 0.05)
     with torch.no_grad():
         loss.log_temperature.fill_(-20)
+    loss(tensors["q"], tensors["d"]).backward()
     assert loss.temperature.item() == pytest.approx(0.01)
+    with torch.no_grad():
+        loss.log_temperature -= 0.001 * loss.log_temperature.grad.sign()
+    assert loss.temperature > 0.01  # the bound is no trap
     assert [name for name, _ in rf.nn.InfoNCELoss(0.05).named_parameters()] == []

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -47,6 +48,7 @@ constexpr int64_t kBlock = 192;                // columns at a time: D's panels 
 constexpr int64_t kTasks = 16;                 // of a strip's rows, where G is made and multiplied
 constexpr int64_t kMaxRows = 640;              // of a strip: beyond, packing D anew and adding to dD once a strip no longer count
 constexpr int64_t kStripBytes = 24 << 20;      // all that grows with a strip's rows
+constexpr int64_t kPairs = 12;                 // of a task that scores queries with their positives
 constexpr int64_t kAhead = 8;                  // rows of scores that are fetched before they are weighed
 constexpr float kEpsilon = 1e-12f;             // of F.normalize
 
@@ -118,6 +120,7 @@ class Solver {
   void open(const Strip& s);        // step 1
   void sum_columns(const Strip& s);  // the other direction's sums over this strip's queries
   void finish_columns();
+  bool meant(int64_t i, int64_t k) const { return !t_.hard_mask || t_.hard_mask[i * t_.hards + k]; }  // hard negative k of query i
   void score_hard(int64_t i, int64_t r, int thread) const;
   void weigh(const Strip& s, int64_t r, int thread);  // step 2, row r of the strip
   void multiply(const Strip& s);                      // step 3
@@ -126,7 +129,8 @@ class Solver {
   const float* gather(int64_t m, int64_t r, int64_t begin, int64_t n, float* out) const;
   void close(const Strip& s, int64_t r, int thread) const;  // gradients of query i and of its own negatives
   void close_document(int64_t j, int thread) const;
-  Status check() const;
+  Status check_rows(const char* name, const void* x, int64_t n, const uint8_t* mask) const;
+  Status check_losses() const;
 
   const InfoNCE& t_;
   const Kernels& isa_;
@@ -179,7 +183,7 @@ Solver::Solver(const InfoNCE& t)
       mm_(t.dtype == Dtype::bf16 ? *isa_.matmul_bf16 : *isa_.matmul_f32),  // f16 has more digits than bf16: as float32
       loss_(*isa_.loss),
       gradients_(t.coefficients != nullptr),
-      margin_(std::isfinite(t.margin)),
+      margin_(t.margin < std::numeric_limits<float>::infinity()),
       scale_(1.0f / t.temperature),
       element_bytes_(t.dtype == Dtype::f32 ? 4 : 2),
       directions_(t.symmetric ? 2 : 1),
@@ -189,7 +193,7 @@ Solver::Solver(const InfoNCE& t)
       hard_pitch_(round_up(t.hards, 16)),
       strip_rows_(rows_of_strip(t, pitch_, hard_pitch_, mm_)),
       direct_(t.dtype == Dtype::f32 || (t.dtype == Dtype::bf16 && mm_.pack_b_bf16 != nullptr)),
-      scratch_floats_(std::max((direct_ ? 0 : kBlock) * t.width, 2 * t.width) + t.prefix_count),
+      scratch_floats_(std::max((direct_ ? 0 : kBlock) * t.width, kPairs * (2 * t.width + kPairs)) + t.prefix_count),
       panel_bytes_(bytes_b(mm_, kBlock, t.width)),
       norm_q_(t.normalize ? prefixes_ * t.rows : 0),
       norm_d_(t.normalize ? prefixes_ * t.columns : 0),
@@ -304,17 +308,25 @@ void Solver::number_pairs() {
   for (int64_t m = 0; m < prefixes_; ++m) pairs_.emplace_back(first_slot_.back());
 }
 
-// Before the other direction's sums: its margin, and where its running maximum starts.
+// Before the other direction's sums: its margin, and where its running maximum starts. The diagonals of the very product that makes the
+// strips' scores: a query that stands twice must tie with itself to the bit, or rounding would decide whether a margin of 0 drops it.
 void Solver::score_pairs() {
-  parallel_for(t_.rows, t_.threads, [&](int64_t i, int thread) {
-    const int64_t own = t_.positives[i], slot = slot_of_[i];
-    const float *q = load(t_.q, i, 1, scratch(thread)), *d = load(t_.d, own, 1, scratch(thread) + t_.width);
-    float s = 0;
+  parallel_for((t_.rows + kPairs - 1) / kPairs, t_.threads, [&](int64_t task, int thread) {
+    const int64_t begin = task * kPairs, n = std::min(kPairs, t_.rows - begin), width = t_.width;
+    float *d = scratch(thread), *s = d + kPairs * width;
+    const float* q = load(t_.q, begin, n, s + kPairs * kPairs);
+    for (int64_t k = 0; k < n; ++k) isa_.to_f32(at(t_.d, t_.positives[begin + k] * width), t_.dtype, width, d + k * width);
+    char *packed_q = panels_ + thread * panel_bytes_, *packed_d = packed_q + bytes_a(mm_, kPairs, width);
     for (int64_t m = 0; m < prefixes_; ++m) {
-      s += loss_.dot(q + slices_[m].begin, d + slices_[m].begin, slices_[m].width);
-      Pairs& p = pairs_[m];
-      p.top[slot] = p.positive[slot] = s * norm_q(m, i) * norm_d(m, own);
-      p.ceiling[slot] = p.positive[slot] + t_.margin;
+      pack_a(mm_, q + slices_[m].begin, width, 1, n, slices_[m].width, packed_q);
+      pack_b(mm_, d + slices_[m].begin, width, 1, n, slices_[m].width, packed_d);
+      matmul(mm_, packed_q, packed_d, n, n, slices_[m].width, s, kPairs, m > 0);
+      for (int64_t k = 0; k < n; ++k) {
+        const int64_t i = begin + k, slot = slot_of_[i];
+        Pairs& p = pairs_[m];
+        p.top[slot] = p.positive[slot] = s[k * kPairs + k] * (norm_q(m, i) * norm_d(m, t_.positives[i]));
+        p.ceiling[slot] = p.positive[slot] + t_.margin;
+      }
     }
   });
 }
@@ -380,7 +392,7 @@ void Solver::score_hard(int64_t i, int64_t r, int thread) const {
   float* norms = scratch(thread) + scratch_floats_ - prefixes_;
   for (int64_t m = 0; m < prefixes_; ++m) std::fill_n(hard_scores(m, r), hard_pitch_, -std::numeric_limits<float>::infinity());
   for (int64_t k = 0; k < t_.hards; ++k) {
-    if (t_.hard_mask && !t_.hard_mask[i * t_.hards + k]) continue;
+    if (!meant(i, k)) continue;
     const float *q = queries_ + r * t_.width, *h = load(t_.hard, i * t_.hards + k, 1, scratch(thread));
     if (t_.normalize) inverse_norms(h, 1, norms);
     float s = 0;
@@ -496,16 +508,16 @@ void Solver::close(const Strip& s, int64_t r, int thread) const {
   const float* q = queries_ + r * width;
   float *grad = t_.grad_q + i * width, *norms = scratch(thread) + scratch_floats_ - prefixes_;
   for (int64_t k = 0; k < t_.hards; ++k) {
-    const float* h = load(t_.hard, i * t_.hards + k, 1, scratch(thread));
-    if (t_.normalize) inverse_norms(h, 1, norms);
     float *grad_hard = t_.grad_hard + (i * t_.hards + k) * width, weight = 0, taken = 0;
     std::fill_n(grad_hard, width, 0.0f);
+    if (!meant(i, k)) continue;
+    const float* h = load(t_.hard, i * t_.hards + k, 1, scratch(thread));
+    if (t_.normalize) inverse_norms(h, 1, norms);
     for (int64_t m = prefixes_ - 1; m >= 0; --m) {
       const int64_t begin = slices_[m].begin, n = slices_[m].width;
       const float w = hard_weights(m, r)[k];
-      if (t_.normalize && w != 0.0f) taken += along(w * hard_scores(m, r)[k], norms[m]);
+      if (t_.normalize) taken += along(w * hard_scores(m, r)[k], norms[m]);
       weight += t_.normalize ? w * norm_q(m, i) * norms[m] : w;
-      if (weight == 0.0f) continue;
       loss_.axpy(weight, h + begin, grad + begin, n);
       loss_.axpy(weight, q + begin, grad_hard + begin, n);
       loss_.axpy(-taken, h + begin, grad_hard + begin, n);
@@ -528,6 +540,10 @@ void Solver::close_document(int64_t j, int thread) const {
 }
 
 Status Solver::run() {
+  Status inputs = check_rows("q", t_.q, t_.rows, nullptr);
+  if (inputs) inputs = check_rows("d", t_.d, t_.columns, nullptr);
+  if (inputs) inputs = check_rows("hard.flatten(0, 1)", t_.hard, t_.rows * t_.hards, t_.hard_mask);
+  if (!inputs) return inputs;
   if (t_.normalize) find_norms();
   number_documents();
   std::vector<Strip> strips;
@@ -554,16 +570,32 @@ Status Solver::run() {
     if (t_.normalize) parallel_for(t_.columns, t_.threads, [&](int64_t j, int thread) { close_document(j, thread); });
     *t_.grad_temperature = static_cast<float>(std::accumulate(tau_ + 0, tau_ + t_.rows, 0.0));
   }
-  return stopped(0) ? Status{Code::interrupted} : check();
+  return stopped(0) ? Status{Code::interrupted} : check_losses();
 }
 
-Status Solver::check() const {
+// Whether the n rows of x that the mask leaves are finite. A NaN in a column that weighs nothing would reach the gradients alone.
+Status Solver::check_rows(const char* name, const void* x, int64_t n, const uint8_t* mask) const {
+  std::atomic<int64_t> found{n};
+  parallel_for(n, t_.threads, [&](int64_t i, int thread) {
+    if (mask && !mask[i]) return;
+    const float* row = load(x, i, 1, scratch(thread));
+    uint32_t not_finite = 0;  // in integers, which the compiler takes four at a time
+    for (int64_t j = 0; j < t_.width; ++j) not_finite |= (std::bit_cast<uint32_t>(row[j]) & 0x7f800000u) == 0x7f800000u;
+    if (not_finite && i < found) found = i;
+  });
+  Status status;
+  if (found == n) return status;
+  status.code = Code::invalid;
+  std::snprintf(status.message, sizeof status.message, "info_nce: row %lld of %s holds NaN or infinity", static_cast<long long>(found), name);
+  return status;
+}
+
+Status Solver::check_losses() const {
   Status status;
   for (int64_t n = 0; n < prefixes_ * directions_ * t_.rows && status; ++n)
     if (!std::isfinite(t_.loss[n])) {
       status.code = Code::invalid;
-      std::snprintf(status.message, sizeof status.message,
-                    "info_nce: the loss of row %lld is not finite; q, d or hard holds NaN or infinity, or a product of theirs overflows float32",
+      std::snprintf(status.message, sizeof status.message, "info_nce: the loss of row %lld is not finite: a product of q and d or hard overflows float32",
                     static_cast<long long>(n % t_.rows));
     }
   return status;

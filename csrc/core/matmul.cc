@@ -21,11 +21,13 @@ void pack_b(const MatmulKernels& kernels, const float* src, int64_t col_stride, 
     kernels.pack_b(src + c * col_stride, col_stride, k_stride, std::min<int64_t>(kernels.nr, cols - c), k, out);
 }
 
+// An element's value is the same wherever in C it lies, at an edge or within: info_nce compares scores that must tie.
 // B's panel is the outer loop: it stays in L2 (32 columns x 768 floats: 96 KiB) while A's panels stream past it.
 void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t rows, int64_t cols, int64_t k, float* c, int64_t ldc,
             bool accumulate) {
   const int64_t mr = kernels.mr, nr = kernels.nr, step_a = panel_bytes(kernels, mr, k), step_b = panel_bytes(kernels, nr, k);
   alignas(64) float edge[64 * 64];  // no level has a larger tile
+  std::fill_n(edge, mr * nr, 0.0f);
   const int64_t depth = kernels.element_bytes == 4 ? kDepth : k;
   const auto product = [&](const char* panel, float* out, int64_t stride, bool add) {
     int64_t p = 0;
@@ -41,9 +43,10 @@ void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t 
         product(panel, out, ldc, accumulate);
         continue;
       }
-      product(panel, edge, nr, false);
-      for (int64_t r = 0; r < std::min(mr, rows - i); ++r)
-        for (int64_t s = 0; s < std::min(nr, cols - j); ++s) out[r * ldc + s] = (accumulate ? out[r * ldc + s] : 0.0f) + edge[r * nr + s];
+      const int64_t height = std::min(mr, rows - i), width = std::min(nr, cols - j);
+      for (int64_t r = 0; r < height && accumulate; ++r) std::copy_n(out + r * ldc, width, edge + r * nr);
+      product(panel, edge, nr, accumulate);
+      for (int64_t r = 0; r < height; ++r) std::copy_n(edge + r * nr, width, out + r * ldc);
     }
   }
 }

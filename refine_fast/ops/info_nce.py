@@ -69,7 +69,7 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together, a positive outside d, a temperature that is not positive;
-            on a CPU also NaN or infinity in the inputs.
+            on a CPU also NaN or infinity in q, d or the hard negatives that are meant.
         RuntimeError: on a second derivative.
     """
     if reduction not in ("mean", "sum", "none"):
@@ -82,7 +82,8 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
         if not temperature > 0 or math.isinf(temperature):
             raise ValueError(f"temperature is {temperature}; it must be a positive number")
         temperature = torch.full((), temperature, dtype=torch.float64, device=q.device)
-    temperature = temperature.to(torch.float32 if _has_kernel(q) else q.dtype).reshape(())
+    temperature = temperature.to(torch.float32 if _has_kernel(q) else q.dtype)
+    temperature = temperature.reshape(()) if temperature.numel() == 1 else temperature
     widths, width_weights = _check_widths(widths, width_weights, q)
     problem = (q, d, temperature, positives, doc_ids, hard, hard_mask, margin, symmetric, normalize, widths, width_weights)
     _check(*problem)
@@ -100,6 +101,7 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
         loss, losses = _weighted_sum(coefficients, *problem)[:2]
         return (loss, _lse(losses, *problem)) if return_lse else loss
     if weight is not None:
+        weight = weight.to(loss.dtype)
         loss = loss * weight
     if reduction != "none":
         loss = loss.sum()
