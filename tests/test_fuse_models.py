@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer, models
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules
 from transformers import AutoModel, BertConfig, BertModel, ModernBertConfig, ModernBertModel, Qwen3Config, Qwen3Model
 
 import refine_fast as rf
@@ -57,9 +58,9 @@ def sentence_transformer(folder: Path, seed: int, minilm: Path) -> SentenceTrans
     """MiniLM moved by noise, with the Dense and LayerNorm modules that some published models carry in subfolders."""
     torch.manual_seed(seed)
     model = SentenceTransformer(str(minilm), device="cpu")
-    width = model.get_sentence_embedding_dimension()
-    model.append(models.Dense(width, 64))
-    model.append(models.LayerNorm(64))
+    width = model.get_embedding_dimension()
+    model.append(modules.Dense(width, 64))
+    model.append(modules.LayerNorm(64))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape))
@@ -195,9 +196,38 @@ def test_adapters_that_are_refused(tmp_path: Path) -> None:
             rf.fuse(tmp_path / "base", tmp_path / "bad", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    refused("DoRA adapter", use_dora=True)
-    refused("LOHA adapter", peft_type="LOHA")
+    refused("DoRA", use_dora=True)
+    refused("aLoRA", alora_invocation_tokens=[1])
+    refused("LOHA", peft_type="LOHA")
+    refused("pissa_niter_4", init_lora_weights="pissa_niter_4")  # PEFT has changed the base before it trains these two
+    refused("olora", init_lora_weights="olora")
     refused("no LoRA configuration", r="many")
+    refused("no LoRA configuration", rank_pattern=["query"])
+    refused("no LoRA configuration", alpha_pattern={"(": 2})
     refused("at rank 3", r=3)
+    refused("at rank 0", rank_pattern={"query": 0})
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    changed = {name: t.to(torch.int32) if "query.weight" in name else t for name, t in weights.items()}
+    save_file(changed, tmp_path / "base" / "model.safetensors")
+    refused("query.weight, which is I32 .* dequantize")
     build("qwen3", 0).save_pretrained(tmp_path / "base")
     refused("which the base does not have")
+    (tmp_path / "good" / "adapter_model.safetensors").rename(tmp_path / "good" / "adapter_model.bin")
+    refused("adapter_model.safetensors is missing: load the adapter with PEFT and save it again")
+
+
+def test_lora_over_float64(tmp_path: Path) -> None:
+    """The sum is taken in the width of the base: what an adapter does not change stays bit-equal."""
+    base = torch.randn(8, 6, dtype=torch.float64)
+    save_file({"layer.weight": base}, tmp_path / "base.safetensors")
+    a, b = torch.randn(2, 6), torch.randn(8, 2)
+    b[:4] = 0
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    save_file({"layer.lora_A.weight": a, "layer.lora_B.weight": b}, adapter / "adapter_model.safetensors")
+    rf.fuse(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors", 1.0)
+    found = load_file(tmp_path / "out.safetensors")["layer.weight"]
+    assert torch.equal(found[:4], base[:4])
+    # float32 product of two terms below 16 in magnitude
+    assert (found - (base + b.double() @ a.double())).abs().max() <= 4 * 16 * 2**-24

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,6 +152,26 @@ def test_no_resume_of_something_else(tmp_path: Path, change: str) -> None:
     assert report.resumed == 0
     rf.fuse(base, tuned, tmp_path / "wanted", weight)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "wanted")
+
+
+@pytest.mark.usefixtures("killable")
+def test_no_resume_with_another_scale_of_an_adapter(tmp_path: Path) -> None:
+    """What is in adapter_config.json alone makes other weights too."""
+    save_file({f"{i}.weight": torch.randn(512, 256) for i in range(4)}, tmp_path / "base.safetensors")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    factors = {f"{i}.lora_A.weight": torch.randn(2, 256) for i in range(4)} | {f"{i}.lora_B.weight": torch.randn(512, 2) for i in range(4)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+
+    def stop(done: int, total: int) -> None:
+        if done > 0.8 * total:
+            raise Killed
+
+    for alpha, progress in ((2, stop), (4, None)):
+        (adapter / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": 2, "lora_alpha": {alpha}}}')
+        with pytest.raises(Killed) if progress else nullcontext():
+            report = rf.fuse(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors", progress=progress)
+    assert report.resumed == 0
 
 
 def test_two_merges_to_one_output(tmp_path: Path) -> None:

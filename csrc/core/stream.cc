@@ -243,7 +243,8 @@ class LowRankRows {
   }
 
   // sum[i] += (B A)[element + i]
-  void add(int64_t element, int64_t n, float* sum) {
+  template <class Float>
+  void add(int64_t element, int64_t n, Float* sum) {
     const MatmulKernels& k = *kernels().matmul_f32;
     while (n > 0) {
       const int64_t row = element / f_.cols, col = element % f_.cols;
@@ -284,6 +285,7 @@ Status stream(const std::vector<File>& files, const std::vector<Piece>& pieces, 
 
   constexpr int64_t kLowRankBlock = 4096;
   float summed[kLowRankBlock];
+  double summed_wide[kLowRankBlock];
   for (size_t p = 0; p < pieces.size(); ++p) {
     const Piece& piece = pieces[p];
     const int64_t base_bytes = storage_bytes(piece.base_type), tuned_bytes = storage_bytes(piece.tuned_type), out_bytes = storage_bytes(piece.out_type);
@@ -307,9 +309,15 @@ Status stream(const std::vector<File>& files, const std::vector<Piece>& pieces, 
       }
       if (piece.low_rank >= 0) {
         n = std::min(n, kLowRankBlock);
-        storage_to_f32(piece.base_type, a, n, summed);
-        low_rank.add(done, n, summed);
-        b = reinterpret_cast<const char*>(summed), b_type = Storage::f32;
+        if (piece.base_type == Storage::f64) {
+          std::memcpy(summed_wide, a, static_cast<size_t>(n) * 8);
+          low_rank.add(done, n, summed_wide);
+          b = reinterpret_cast<const char*>(summed_wide), b_type = Storage::f64;
+        } else {
+          storage_to_f32(piece.base_type, a, n, summed);
+          low_rank.add(done, n, summed);
+          b = reinterpret_cast<const char*>(summed), b_type = Storage::f32;
+        }
       } else if (b == nullptr) {
         b = a, b_type = piece.base_type;
       }

@@ -1,5 +1,5 @@
 // The streaming merge: outputs are written front to back, one piece (a tensor, or bytes to copy) after the other, while the inputs pass by in
-// windows of 8 MiB. Nothing the size of a tensor is ever held: two windows an input, two buffers an output, and the factors of one LoRA update.
+// windows of 8 MiB. Nothing the size of a tensor is ever held: two windows an input, two buffers an output, and A of one LoRA update, packed.
 //
 // What goes past the page cache is measured, not guessed (a pair of 3.15 GB bf16 in 3 shards, cold; a pair of 0.44 GB float32, warm; ext4 on a
 // virtual disk, 2 busy cores):

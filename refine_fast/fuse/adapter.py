@@ -1,6 +1,7 @@
 """LoRA adapters as PEFT writes them (Hu et al., arXiv 2106.09685): the tuned weight of a layer is ``base + scale * B @ A``.
 
-Only the factors are held, in float32, the scale multiplied into B; the product appears a few rows at a time while the base passes by.
+Factors are read when their layer is merged, in float32, the scale multiplied into B; the product appears a few rows at a time while the
+base passes by.
 """
 
 from __future__ import annotations
@@ -20,12 +21,31 @@ from .names import match_names
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """A (rank, columns) and B (rows, rank), float32 and contiguous: tuned = base + B @ A for a base of (rows, columns)."""
+# Initializations after which PEFT has other base weights than those on the disk
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-    a: Tensor
-    b: Tensor
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """tuned = base + scale * B @ A, A (rank, columns) and B (rows, rank) in an adapter's file; ``transposed``: the transpose of that."""
+
+    a: Entry
+    b: Entry
+    scale: float
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the base."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.transposed else shape
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and scale * B, float32 and contiguous, whose product B @ A has the shape of the base."""
+        a, b = _load(self.a), _load(self.b)
+        if self.transposed:
+            a, b = b.T, a.T
+        return a.contiguous(), (b * self.scale).contiguous()
 
 
 @dataclass(frozen=True)
@@ -43,19 +63,23 @@ def is_adapter(path: Path) -> bool:
 
 
 def _load(entry: Entry) -> Tensor:
-    if entry.dtype not in _DTYPES:
-        raise RefineFastError(f"{entry.file}: adapter tensor {entry.name!r} has dtype {entry.dtype}; F32, BF16, F16 or F64 is needed")
     with entry.file.open("rb") as file:
         file.seek(entry.offset)
         data = bytearray(file.read(entry.nbytes))
+    if len(data) < entry.nbytes:
+        raise RefineFastError(f"{entry.file} became shorter while it was read")
     if not data:
-        return torch.empty(entry.shape, dtype=torch.float32)
+        return torch.empty(entry.shape)
     return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(entry.shape).float()
 
 
-def _by_pattern(patterns: dict[str, Any], module: str, default: float) -> float:
-    """PEFT's rank_pattern and alpha_pattern: a key is a regular expression for the end of the module's name."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+def _patterns(config: dict[str, Any], name: str) -> list[tuple[re.Pattern[str], float]]:
+    """PEFT's rank_pattern and alpha_pattern: a key is a regular expression for the end of a module's name."""
+    return [(re.compile(rf"(.*\.)?({key})$"), float(value)) for key, value in (config.get(name) or {}).items()]
+
+
+def _of(patterns: list[tuple[re.Pattern[str], float]], module: str, default: float) -> float:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
 def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
@@ -63,13 +87,18 @@ def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
     try:
         config = parse_json((path / "adapter_config.json").read_bytes())
         kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise RefineFastError(f"{path / 'adapter_config.json'} is no LoRA configuration: {error}") from error
-    if kind != "LORA" or config.get("use_dora"):
-        raise RefineFastError(
-            f"{path} is a {'DoRA' if config.get('use_dora') else kind} adapter: merge it with PEFT's merge_and_unload first"
-        )
-    header = read_header(path / "adapter_model.safetensors")
+    start = str(config.get("init_lora_weights")).lower()
+    variants = {"DoRA": config.get("use_dora"), "aLoRA": config.get("alora_invocation_tokens"), start: start.startswith(_CHANGES_BASE)}
+    what = [kind] if kind != "LORA" else [name for name, active in variants.items() if active]
+    if what:
+        raise RefineFastError(f"{path} is no plain LoRA adapter ({what[0]}): merge it with PEFT's merge_and_unload first")
+    weights = path / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise RefineFastError(f"{weights} is missing: load the adapter with PEFT and save it again, which writes safetensors")
+    header = read_header(weights)
     factors: dict[str, dict[str, Entry]] = {}
     whole: dict[str, Entry] = {}
     for entry in header.entries:
@@ -95,19 +124,23 @@ def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
         kinds = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if not name or set(pair) != set(kinds):
             raise RefineFastError(f"{header.path}: module {module!r} lacks one of {kinds[0]} and {kinds[1]}, or the base lacks its weight")
-        a, b = _load(pair[kinds[0]]), _load(pair[kinds[1]])
-        r = _by_pattern(config.get("rank_pattern") or {}, module, rank)
-        scale = _by_pattern(config.get("alpha_pattern") or {}, module, alpha) / (r**0.5 if config.get("use_rslora") else r)
-        if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1] or len(a) != r:
+        a, b = pair[kinds[0]], pair[kinds[1]]
+        for entry in (a, b):
+            if entry.dtype not in _DTYPES:
+                raise RefineFastError(
+                    f"{header.path}: adapter tensor {entry.name!r} has dtype {entry.dtype}; F32, BF16, F16 or F64 is needed"
+                )
+        r = _of(ranks, module, rank)
+        if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == r > 0:
+            raise RefineFastError(f"{header.path}: module {module!r} has factors of shapes {a.shape} and {b.shape} at rank {r:g}")
+        scale = _of(alphas, module, alpha) / (r**0.5 if config.get("use_rslora") else r)
+        update = LowRank(a, b, scale, embedding or bool(config.get("fan_in_fan_out")))
+        if base[name].shape != update.shape:
+            raise RefineFastError(f"{header.path}: module {module!r} changes {update.shape}, but {name} in the base is {base[name].shape}")
+        if base[name].storage is None:
             raise RefineFastError(
-                f"{header.path}: module {module!r} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)} at rank {r}"
+                f"{header.path} changes {name}, which is {base[name].dtype} in {base[name].file}: dequantize the base first"
             )
-        if embedding or config.get("fan_in_fan_out"):  # the base holds the transposed weight
-            a, b = b.T, a.T
-        if base[name].shape != (len(b), a.shape[1]):
-            raise RefineFastError(
-                f"{header.path}: module {module!r} is {len(b)} x {a.shape[1]}, but {name} in the base has the shape {base[name].shape}"
-            )
-        low_rank[name] = LowRank(a.contiguous(), (b * scale).contiguous())
-    notes = [f"adapter of rank {rank} over {len(low_rank)} tensors", *(note for note in match.notes if "prefix" in note)]
+        low_rank[name] = update
+    notes = [f"adapter of rank {rank} over {len(low_rank)} tensors", *(note for note in match.notes if not note.endswith("kept"))]
     return Adapter(header, low_rank, {base_name[name]: entry for name, entry in whole.items() if name in base_name}, notes)

@@ -17,6 +17,7 @@ from typing import Any
 from .. import _core
 from ..errors import RefineFastError, RefineFastWarning
 from ..files import fsync
+from .adapter import LowRank
 from .checkpoint import RAW
 from .plan import Piece, Plan, Shard, make_plan
 from .report import FuseReport, TensorChange
@@ -137,8 +138,12 @@ def _check_outputs(plan: Plan, inputs: list[Path], finals: list[Path], overwrite
 def _fingerprint(plan: Plan, output: int, dtype: str | None) -> str:
     """What a merge is made of: a killed one is gone on with only if nothing of it has changed."""
     inputs = [(str(h.path.resolve()), (s := h.path.stat()).st_size, s.st_mtime_ns) for h in plan.inputs]
-    weights = [(piece.name, piece.weights[output if piece.is_float else 0]) for shard in plan.shards for piece in shard.pieces]
-    return hashlib.sha256(json.dumps(["refine_fast 1", inputs, weights, dtype]).encode()).hexdigest()
+    pieces = [
+        (piece.name, piece.weights[output if piece.is_float else 0], piece.low_rank and (piece.low_rank.scale, piece.low_rank.transposed))
+        for shard in plan.shards
+        for piece in shard.pieces
+    ]
+    return hashlib.sha256(json.dumps(["refine_fast 1", inputs, pieces, dtype]).encode()).hexdigest()
 
 
 def _copy_others(plan: Plan, content: Path) -> None:
@@ -232,9 +237,10 @@ class _Merge:
                     (fd, str(path), offsets[first], [p.weights[i if p.is_float else 0] for p in pieces])
                     for i, (fd, path) in enumerate(zip(outputs, paths, strict=True))
                 ]
-                factors = [p.low_rank for p in pieces if p.low_rank is not None]
-                table = [(f.a.data_ptr(), f.b.data_ptr(), f.a.shape[0], f.b.shape[0], f.a.shape[1]) for f in factors]
-                work = [_as_tuple(p, names, [id(f) for f in factors]) for p in pieces]
+                updates = [p.low_rank for p in pieces if p.low_rank is not None]
+                factors = [update.factors() for update in updates]
+                table = [(a.data_ptr(), b.data_ptr(), a.shape[0], b.shape[0], a.shape[1]) for a, b in factors]
+                work = [_as_tuple(p, names, updates) for p in pieces]
                 results = _core.stream(files, work, table, targets, self._overlap, on_block)
                 for changes, result in zip(done, results, strict=True):
                     changes[key] = [*changes[key], *result]
@@ -290,7 +296,7 @@ def _batches(pieces: list[Piece], first: int) -> Iterator[tuple[int, int]]:
             first, size = i + 1, 0
 
 
-def _as_tuple(piece: Piece, files: list[Path], factors: list[int]) -> tuple[Any, ...]:
+def _as_tuple(piece: Piece, files: list[Path], updates: list[LowRank]) -> tuple[Any, ...]:
     """refine_fast::Piece."""
     base, tuned = piece.base, piece.tuned
     if not piece.is_float and tuned is not None and tuned.dtype != base.dtype:
@@ -304,5 +310,5 @@ def _as_tuple(piece: Piece, files: list[Path], factors: list[int]) -> tuple[Any,
         base.offset,
         -1 if tuned is None else files.index(tuned.file),
         0 if tuned is None else tuned.offset,
-        -1 if piece.low_rank is None else factors.index(id(piece.low_rank)),
+        -1 if piece.low_rank is None else updates.index(piece.low_rank),
     )
