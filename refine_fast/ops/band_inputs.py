@@ -97,7 +97,9 @@ class Block:
                 raise ValueError(f"{name} are on {rows.device}; they must be on the CPU, or on the queries' GPU: pass {name}.cpu()")
             self.pointer, self.row_stride, rows = address(rows)
         else:
-            item = rows.itemsize
+            item, reach = rows.itemsize, [(n - 1) * stride for n, stride in zip(rows.shape, rows.strides, strict=True)]
+            self._first = rows.ctypes.data + sum(min(r, 0) for r in reach)  # where the source lies, in whatever order
+            self._last = rows.ctypes.data + sum(max(r, 0) for r in reach) + item
             if rows.strides[1] != item or rows.strides[0] % item:
                 rows = np.ascontiguousarray(rows)
             self.pointer, self.row_stride = rows.ctypes.data, rows.strides[0] // item
@@ -111,9 +113,9 @@ class Block:
         maps pages around a fault too: those before the block, which were given back with the block before, go once more."""
         mapping = getattr(self._source, "_mmap", None)
         if isinstance(self._source, np.memmap) and self._source.mode == "r" and mapping is not None and self.rows.size:
-            offset = self.rows.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
-            begin = max(0, offset - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
-            mapping.madvise(mmap.MADV_DONTNEED, begin, offset + self.rows.nbytes - begin)
+            start = np.frombuffer(mapping, np.uint8).ctypes.data
+            begin = max(0, self._first - start - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+            mapping.madvise(mmap.MADV_DONTNEED, begin, self._last - start - begin)
 
 
 _AROUND = 2 << 20
