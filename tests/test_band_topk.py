@@ -128,13 +128,19 @@ def test_edges_to_the_last_bit(isa: str, edge: float) -> None:
         check(queries, docs, 30, band=band, order=order)
 
 
+def test_a_list_of_ceilings_is_not_rounded() -> None:
+    check(torch.ones(1, 1), torch.tensor([[0.1]]), 1, band=(0.0, 1.0), skip=0, ceiling=[0.1])  # float32's 0.1 lies above
+
+
+@pytest.mark.parametrize("exponent", [0, 80])  # squares of what rounding takes from rows of 2^-80 underflow in float32
 @pytest.mark.parametrize("value", [1 / 16, (1 + 2**-8) / 16])  # the second lies midway between two bf16
 @pytest.mark.parametrize("width", [1, 33, 100, 256, 384])
-def test_rounding_at_its_worst(isa: str, width: int, value: float) -> None:
+def test_rounding_at_its_worst(isa: str, width: int, value: float, exponent: int) -> None:
     """Rows of equal elements: the rounding of every element goes the same way, and their product is off by the whole margin.
     The edges of the band lie at the scores themselves."""
     queries = value * torch.tensor([1.0, -1.0, 0.5])[:, None].expand(3, width)
     docs = value * torch.tensor([1.0, 1 + 2**-12, 1 - 2**-12, 0.5, -1.0, 2.0])[:, None].expand(6, width)
+    queries, docs = queries * 2.0**-exponent, docs * 2.0 ** min(exponent, 50)
     scores = (queries.double() @ docs.double().T).unique().tolist()
     for lo, hi in itertools.combinations_with_replacement(scores, 2):
         check(queries, docs, 4, band=(lo, hi), skip=1)

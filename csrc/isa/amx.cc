@@ -89,7 +89,7 @@ void screen_pack(const float* rows, int64_t stride, int64_t count, int64_t d, co
       const __m512 left = _mm512_sub_ps(x, _mm512_castsi512_ps(rounded));  // exact: both lie within a factor of two
       sum = _mm512_fmadd_ps(left, left, sum);
     }
-    residuals[r] = _mm512_reduce_add_ps(sum);
+    residuals[r] = _mm512_reduce_add_ps(sum) + static_cast<double>(d) * 0x1p-126;  // squares that underflow: of a row below 1e-16
   }
   kPack(rows, stride, 1, count, d, panel);
 }

@@ -76,6 +76,7 @@ def approximate_band_topk(
 
     rows, texts = np.ascontiguousarray(queries, dtype=np.float32), np.asarray(docs)
     ceiling = rule.pop("ceiling", None)
+    ceiling = None if ceiling is None else torch.as_tensor(ceiling, dtype=torch.float64)
     nearest = faiss.SearchParametersIVF()
     nearest.nprobe = probes
     parts = []
@@ -93,7 +94,7 @@ def approximate_band_topk(
                 band=band,
                 skip=skip,
                 exclude=left_out,
-                ceiling=None if ceiling is None else torch.as_tensor(ceiling)[first + i : first + i + 1],
+                ceiling=None if ceiling is None else ceiling[first + i : first + i + 1],
                 **rule,
             )
             parts.append(found._replace(ids=torch.where(found.ids < 0, found.ids, torch.from_numpy(np.append(own, -1))[found.ids])))
@@ -107,7 +108,7 @@ def approximate_band_topk(
         band=band,
         skip=skip,
         exclude=None if exclude is None else [exclude[i] for i in checked],
-        ceiling=None if ceiling is None else torch.as_tensor(ceiling)[checked],
+        ceiling=None if ceiling is None else ceiling[checked],
         **rule,
     )
     wanted = [set(ids.tolist()) - {-1} for ids in exact.ids]

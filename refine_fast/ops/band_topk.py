@@ -82,7 +82,7 @@ def band_topk(
     """
     rows, count = shape(queries, "queries")[0], shape(docs, "docs")[0]
     offsets, excluded = (None, None) if exclude is None else _ragged(exclude, rows, count)
-    ceiling = None if ceiling is None else torch.as_tensor(ceiling)
+    ceiling = None if ceiling is None else torch.as_tensor(ceiling, dtype=torch.float64)
     lo, hi = (float(edge) for edge in band)
     if select not in ("hardest", "random"):
         raise ValueError(f'select must be "hardest" or "random", not {select!r}')
