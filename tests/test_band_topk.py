@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import refine_fast as rf
-from refine_fast import reference
+from refine_fast import _core, reference
 from refine_fast.ops import band_topk as module
 
 
@@ -45,7 +45,7 @@ BANDS = [(-0.2, 0.4), (0.1, 0.3), (-2.0, 2.0), (0.99, 1.0), (-float("inf"), floa
 def test_equals_the_sort(isa: str, shape: tuple[int, int, int], order: str, select: str) -> None:
     queries, docs, exclude = tied(*shape)
     generator = torch.Generator().manual_seed(3)
-    for band, (k, skip) in itertools.product(BANDS, [(0, 0), (0, 5), (1, 0), (10, 5), (400, 600)]):
+    for band, (k, skip) in itertools.product(BANDS, [(0, 0), (0, 5), (1, 0), (10, 5), (400, 600), (1, 2**31 - 1)]):
         rule = {"band": band, "skip": skip, "order": order, "select": select, "seed": 7}
         check(queries, docs, k, **rule)
         check(queries, docs, k, exclude=exclude, ceiling=torch.rand(len(queries), generator=generator), **rule)
@@ -188,6 +188,12 @@ def test_beyond_rank_5000() -> None:
 
 def test_k_of_ten_thousand(isa: str) -> None:
     check(unit_rows(3, 16, 0), unit_rows(11_000, 16, 1), 10_000, band=(-1.0, 1.0), skip=7)
+
+
+def test_what_is_kept_fits_whatever_k() -> None:
+    """A hit takes 16 bytes a query. Where a panel of queries has no room, a few are searched at a time."""
+    spec = _core.BandSpec(16, 1_000_000, 5, 0.0, False, 0, False, False, 1)
+    assert 1 <= _core.BandSearch.queries_within(spec, module.MEMORY) <= module.MEMORY // 16_000_000
 
 
 def test_ascending_scores_flush_the_list_often(isa: str) -> None:

@@ -72,7 +72,8 @@ BandSearch::Plan::Plan(const BandSpec& spec, const ScreenKernels& screen) {
 int64_t BandSearch::queries_within(const BandSpec& spec, int64_t bytes) {
   const ScreenKernels& screen = *kernels().screen;
   const Plan plan(spec, screen);
-  return std::max<int64_t>((bytes - plan.bytes_fixed) / plan.bytes_per_query / screen.mr, 1) * screen.mr;
+  const int64_t rows = std::max<int64_t>((bytes - plan.bytes_fixed) / plan.bytes_per_query, 1);
+  return rows < screen.mr ? rows : rows / screen.mr * screen.mr;
 }
 
 BandSearch::BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const double* hi, Ragged exclude)

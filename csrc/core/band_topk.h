@@ -64,10 +64,10 @@ struct Free {
 };
 using AlignedBuffer = std::unique_ptr<char, Free>;
 
-// One block of queries against a stream of documents. Memory is taken once, by set_queries, in proportion to the queries.
+// One block of queries against a stream of documents. Memory is taken once, in proportion to the queries.
 class BandSearch {
  public:
-  // How many queries one search may hold within `bytes` (at least one panel of them).
+  // How many queries one search may hold within `bytes` (at least one): whole panels of them unless k or skip is huge.
   static int64_t queries_within(const BandSpec& spec, int64_t bytes);
 
   // Queries first .. first + rows of the whole set; hi (rows) is the upper edge of the band of each. hi and exclude must outlive the search.

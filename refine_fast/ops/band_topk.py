@@ -72,7 +72,8 @@ def band_topk(
     Returns:
         BandTopK(ids, scores, in_band), the same as a float64 sort of the given values whatever the ISA level, the number of threads
         (``torch.set_num_threads``), the device and the container; on the queries' device. Memory beyond it: 64 MiB, whatever B, N and k;
-        on a GPU the workspace that REFINE_FAST_WORKSPACE_MB allows.
+        on a GPU the workspace that REFINE_FAST_WORKSPACE_MB allows. The pages of a numpy memory map are given back as they are read; those
+        of a file that another library maps (a safetensors slice) stay mapped until the system is short of memory.
 
     Raises:
         ValueError: shapes that do not fit, k or skip below 0, lo above hi, an excluded id that is no document, NaN in ceiling, and NaN, Inf
@@ -88,6 +89,7 @@ def band_topk(
         raise ValueError(f'select must be "hardest" or "random", not {select!r}')
     if order not in ("skip_then_band", "band_then_skip"):
         raise ValueError(f'order must be "skip_then_band" or "band_then_skip", not {order!r}')
+    skip = min(skip, count)  # room is taken for as many
     rule = Rule(k, lo, hi, skip, offsets, excluded, ceiling, select == "random", seed, order == "band_then_skip", normalize)
     device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
     together = isinstance(queries, Tensor) and isinstance(docs, Tensor) and queries.device == docs.device
