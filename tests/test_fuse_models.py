@@ -110,34 +110,37 @@ def test_fuse_into_changes_nothing_when_it_does_not_fit(tmp_path: Path) -> None:
     assert_fused(model, build("bert", 0), build("bert", 0))
 
 
-def rename(folder: Path, change: dict[str, torch.Tensor]) -> None:
-    save_file(change, folder / "model.safetensors", {"format": "pt"})
-
-
 @pytest.mark.parametrize("side", ["base", "tuned"])
-@pytest.mark.parametrize("difference", ["prefix", "position_ids", "pooler", "head"])
+@pytest.mark.parametrize("difference", ["prefix", "gamma", "prefix and gamma", "position_ids", "pooler", "cls", "head"])
 def test_published_and_resaved_names(tmp_path: Path, side: str, difference: str) -> None:
-    """The ways in which a published BGE and its re-saved fine-tune differ: each is reconciled, and said."""
+    """How a published BGE, bert-base-uncased or ModernBERT and its re-saved fine-tune differ: each way is reconciled, and said."""
     base, tuned = build("bert", 0), build("bert", 1)
     for model, name in ((base, "base"), (tuned, "tuned")):
         model.save_pretrained(tmp_path / name)
     content = load_file(tmp_path / side / "model.safetensors")
-    if difference == "prefix":
+    if "gamma" in difference:
+        content = {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+            for name, t in content.items()
+        }
+    if "prefix" in difference:
         content = {f"bert.{name}": t for name, t in content.items()}
-    elif difference == "position_ids":
+    if difference == "position_ids":
         content["embeddings.position_ids"] = torch.arange(512)[None]
     elif difference == "pooler":
         content = {name: t for name, t in content.items() if "pooler" not in name}
-    else:
+    elif difference == "cls":
         content["cls.predictions.bias"] = torch.randn(200)
-    rename(tmp_path / side, content)
+    elif difference == "head":
+        content |= {"head.norm.weight": torch.randn(32), "decoder.bias": torch.randn(200)}
+    save_file(content, tmp_path / side / "model.safetensors", {"format": "pt"})
     report = rf.fuse(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", WEIGHT)
-    wanted = {"prefix": "bert.", "position_ids": "position_ids", "pooler": "pooler", "head": "cls.predictions"}[difference]
-    assert any(wanted in note for note in report.reconciled)
+    said = {"cls": ["cls.predictions"], "head": ["head.norm.weight", "decoder.bias"]}.get(difference, difference.split(" and "))
+    assert all(word in "\n".join(report.reconciled) for word in said)
     out, ours = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
     assert out.keys() == ours.keys()
     for name, t in ours.items():
-        plain = name.removeprefix("bert.")
+        plain = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         partner = tuned.state_dict().get(plain) if not (difference == "pooler" and "pooler" in name) else None
         assert torch.equal(out[name], t if partner is None or not t.is_floating_point() else reference.lerp(t, partner, WEIGHT)), name
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 OPTIONAL = re.compile(
     r"(^|\.)(embeddings\.(position_ids|token_type_ids)|rotary_emb\.inv_freq)$"
     r"|(^|\.)(pooler|cls|lm_head|classifier|score|qa_outputs|predictions)\."
+    r"|^(head|decoder\.bias|vocab_(transform|layer_norm|projector)|(discriminator|generator)_(predictions|lm_head))(\.|$)"
 )
+# LayerNorm's parameters in checkpoints converted from TensorFlow, bert-base-uncased first among them
+_TENSORFLOW = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 @dataclass
@@ -29,11 +32,21 @@ def _prefixes(longer: Iterable[str], shorter: str) -> set[str]:
     return {name.removesuffix(shorter) for name in longer if name.endswith("." + shorter)}
 
 
+def _current_names(names: Iterable[str]) -> dict[str, str]:
+    """The name that a tensor has today -> its name in the file."""
+    current = {name: name for name in names}
+    for name in list(current):
+        for old, new in _TENSORFLOW.items():
+            if name.endswith(old) and (today := name.removesuffix(old) + new) not in current:
+                current[today] = current.pop(name)
+    return current
+
+
 def match_names(base: Iterable[str], tuned: Iterable[str]) -> Match:
     """Equal names belong together; what is left is tried with one prefix (``bert.``, ``model.``) added or removed throughout."""
-    base_names, tuned_names = set(base), set(tuned)
-    match = Match({name: name for name in base_names & tuned_names})
-    left, right = base_names - tuned_names, tuned_names - base_names
+    ours, theirs = _current_names(base), _current_names(tuned)
+    match = Match({name: name for name in ours.keys() & theirs.keys()})
+    left, right = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
     needed = [name for name in left if not OPTIONAL.search(name)]
     if needed and right:
         sample = max(needed, key=lambda name: (name.count("."), name))  # the longest name, since a short one ends many others
@@ -52,12 +65,17 @@ def match_names(base: Iterable[str], tuned: Iterable[str]) -> Match:
             left, right = left - renamed.keys(), right - set(renamed.values())
     for name in sorted(left):
         if OPTIONAL.search(name):
-            match.notes.append(f"{name} is in base only: kept")
+            match.notes.append(f"{ours[name]} is in base only: kept")
         else:
-            match.missing.append(name)
+            match.missing.append(ours[name])
     for name in sorted(right):
         if OPTIONAL.search(name):
-            match.notes.append(f"{name} is in tuned only: left out")
+            match.notes.append(f"{theirs[name]} is in tuned only: left out")
         else:
-            match.extra.append(name)
+            match.extra.append(theirs[name])
+    changed = [(ours[b] != b, theirs[t] != t) for b, t in match.pairs.items()]
+    for side, count in (("base", changed.count((True, False))), ("tuned", changed.count((False, True)))):
+        if count:
+            match.notes.append(f"{count} names end in gamma and beta, for weight and bias, in {side} only")
+    match.pairs = {ours[b]: theirs[t] for b, t in match.pairs.items()}
     return match
