@@ -78,12 +78,25 @@ def test_sentence_transformers_with_modules_in_subfolders(tmp_path: Path, minilm
     texts = ["a first sentence", "another one"]
     assert fused.encode(texts).shape == (2, 64)
 
-    # the same without a file: in place, twice over
+    # the same without a file: in place, twice over, the second time from the layout of older versions
     model = SentenceTransformer(str(tmp_path / "base"), device="cpu")
-    for weight in (0.8, WEIGHT):
-        rf.fuse_into(model, tmp_path / "tuned", weight, base=tmp_path / "base")
+    for weight, folder in ((0.8, "tuned"), (WEIGHT, "older")):
+        if folder == "older":
+            (tmp_path / "tuned").rename(tmp_path / "older")
+            (tmp_path / "older" / "0_Transformer").mkdir()
+            for name in ("config.json", "model.safetensors"):
+                (tmp_path / "older" / name).rename(tmp_path / "older" / "0_Transformer" / name)
+            content = json.loads((tmp_path / "older" / "modules.json").read_text())
+            content[0]["path"] = "0_Transformer"
+            (tmp_path / "older" / "modules.json").write_text(json.dumps(content))
+        rf.fuse_into(model, tmp_path / folder, weight, base=tmp_path / "base")
         assert_fused(model, base, tuned, weight)
     assert (model.encode(texts) == fused.encode(texts)).all()
+
+    # an encoder alone is not enough
+    with pytest.raises(RefineFastError, match=r"0_Transformer lacks the tensor '.*linear.bias' and 3 more of the loaded model"):
+        rf.fuse_into(model, tmp_path / "older" / "0_Transformer")
+    assert_fused(model, base, tuned)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -101,11 +114,30 @@ def test_fuse_into(tmp_path: Path, kind: str) -> None:
             assert torch.equal(model.state_dict()[name], wanted), name
 
 
-def test_fuse_into_changes_nothing_when_it_does_not_fit(tmp_path: Path) -> None:
+def test_fuse_into_any_module(tmp_path: Path) -> None:
+    """A torch.nn.Sequential that is no SentenceTransformer, and files in a type that the model is not loaded in."""
+    base, tuned, model = (torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)) for _ in range(3))
+    for module, name in ((base, "base"), (tuned, "tuned")):
+        save_file({key: t.to(torch.float8_e4m3fn) for key, t in module.state_dict().items()}, tmp_path / f"{name}.safetensors")
+    rf.fuse_into(model, tmp_path / "tuned.safetensors", WEIGHT, base=tmp_path / "base.safetensors")
+    rf.fuse(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "out.safetensors", WEIGHT)
+    for name, t in load_file(tmp_path / "out.safetensors").items():
+        assert torch.equal(model.state_dict()[name], t.float()), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 201}, r"word_embeddings.*\[200, 32\] in the loaded model"),
+        ({"num_hidden_layers": 1}, "lacks the tensor 'encoder.layer.1.* of the loaded model"),
+        ({"num_hidden_layers": 3}, "the loaded model lacks the tensor 'encoder.layer.2"),
+    ],
+)
+def test_fuse_into_changes_nothing_when_it_does_not_fit(tmp_path: Path, change: dict[str, int], message: str) -> None:
     torch.manual_seed(1)
-    BertModel(BertConfig(**SMALL | {"vocab_size": 201})).save_pretrained(tmp_path / "tuned")
+    BertModel(BertConfig(**SMALL | change)).save_pretrained(tmp_path / "tuned")
     model = build("bert", 0)
-    with pytest.raises(RefineFastError, match=r"word_embeddings.*\[200, 32\] in the loaded model"):
+    with pytest.raises(RefineFastError, match=message):
         rf.fuse_into(model, tmp_path / "tuned", WEIGHT)
     assert_fused(model, build("bert", 0), build("bert", 0))
 

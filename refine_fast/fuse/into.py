@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import RefineFastError
 from ..ops.lerp import lerp_
-from .checkpoint import Checkpoint, Component, Entry, read_checkpoint
+from .checkpoint import Checkpoint, Entry, read_checkpoint
 from .names import match_names
 from .plan import Weights, modules_of, some
 from .pour import BUFFER_BYTES, pour
@@ -40,18 +40,16 @@ def fuse_into(
     """
     notes: list[str] = []
     own_weights = Weights([weight], weights)
-    tuned_files, base_files = read_checkpoint(Path(tuned)), None if base is None else read_checkpoint(Path(base))
+    targets = {name: t for name, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()}
+    theirs = _partners(model, targets, read_checkpoint(Path(tuned)), notes)
+    ours = {} if base is None else _partners(model, targets, read_checkpoint(Path(base)), [])
     work: list[tuple[Tensor, tuple[Entry, ...], float]] = []
-    for prefix, part, relative in _parts(model, tuned_files):
-        targets = {name: t for name, t in part.state_dict(keep_vars=True).items() if t.is_floating_point()}
-        theirs = _partners(targets, _component(tuned_files, relative), notes)
-        ours = {} if base_files is None else _partners(targets, _component(base_files, relative), [])
-        seen = set()
-        for name, target in targets.items():
-            if name in theirs and target.data_ptr() not in seen:  # tied parameters once
-                seen.add(target.data_ptr())
-                sources = (theirs[name], ours[name]) if name in ours else (theirs[name],)
-                work.append((target.detach(), sources, own_weights.of(prefix + name)[0]))
+    seen = set()
+    for name, target in targets.items():
+        if name in theirs and target.data_ptr() not in seen:  # tied parameters once
+            seen.add(target.data_ptr())
+            sources = (theirs[name], ours[name]) if name in ours else (theirs[name],)
+            work.append((target.detach(), sources, own_weights.of(name)[0]))
     own_weights.check_all_used()
     flats = [target.contiguous().view(-1) for target, _, _ in work]
     for device in {flat.device for flat in flats}:
@@ -63,33 +61,37 @@ def fuse_into(
     return notes
 
 
-def _parts(model: nn.Module, checkpoint: Checkpoint) -> list[tuple[str, nn.Module, str]]:
-    """(prefix, module, folder) of every part of the model that has weights: the modules of a SentenceTransformer, or the model."""
+def _partners(model: nn.Module, targets: dict[str, Tensor], checkpoint: Checkpoint, notes: list[str]) -> dict[str, Entry]:
+    """The tensor in the files for each of the model's, by the name there. A SentenceTransformer's modules have folders of their own."""
     folders = modules_of(checkpoint.root)
-    if not isinstance(model, nn.Sequential):
-        return [("", model, ".")]
-    parts = [(f"{name}.", part, folder) for (name, part), folder in zip(model.named_children(), folders, strict=False)]
-    return [part for part in parts if any(True for _ in part[1].parameters())]
-
-
-def _component(checkpoint: Checkpoint, relative: str) -> Component:
-    if relative not in checkpoint.components:
-        raise RefineFastError(f"{checkpoint.root} has no weights in {relative!r}, which the model needs")
-    return checkpoint.components[relative]
-
-
-def _partners(targets: dict[str, Tensor], component: Component, notes: list[str]) -> dict[str, Entry]:
-    entries = {entry.name: entry for entry in component.entries() if entry.dtype in _DTYPES}
-    match = match_names(targets, entries)
-    if match.missing:
-        raise RefineFastError(f"{component.folder} lacks the tensor {some(match.missing)} of the loaded model")
-    notes += match.notes
-    pairs = {name: entries[theirs] for name, theirs in match.pairs.items()}
-    for name, entry in pairs.items():
-        if entry.shape != tuple(targets[name].shape):
-            raise RefineFastError(
-                f"tensor {name!r} is {list(targets[name].shape)} in the loaded model, but {list(entry.shape)} in {entry.file}"
-            )
+    if isinstance(model, nn.Sequential) and len(folders) > 1:
+        parts = {f"{name}.": folder for (name, _), folder in zip(model.named_children(), folders, strict=False)}
+    else:
+        parts = {"": folders[0]}
+    pairs: dict[str, Entry] = {}
+    for prefix, folder in parts.items():
+        own = {name.removeprefix(prefix): name for name in targets if name.startswith(prefix)}
+        if not own:
+            continue
+        if folder not in checkpoint.components:
+            raise RefineFastError(f"{checkpoint.root} has no weights in {folder!r}, which the loaded model needs")
+        entries = {entry.name: entry for entry in checkpoint.components[folder].entries() if entry.dtype in _DTYPES}
+        match = match_names(own, entries)
+        if match.missing:
+            raise RefineFastError(f"{checkpoint.root / folder} lacks the tensor {some(match.missing)} of the loaded model")
+        if match.extra:
+            raise RefineFastError(f"the loaded model lacks the tensor {some(match.extra)} of {checkpoint.root / folder}")
+        notes += match.notes
+        for name, partner in match.pairs.items():
+            target, entry = targets[own[name]], entries[partner]
+            if entry.shape != tuple(target.shape):
+                raise RefineFastError(
+                    f"tensor {own[name]!r} is {list(target.shape)} in the loaded model, but {list(entry.shape)} in {entry.file}"
+                )
+            pairs[own[name]] = entry
+    beyond = [name for name in targets if not name.startswith(tuple(parts))]
+    if beyond:
+        raise RefineFastError(f"{checkpoint.root} has no module for the tensor {some(beyond)} of the loaded model")
     return pairs
 
 
@@ -127,7 +129,8 @@ class _Chunk:
         if self.target.itemsize == 1 and not base:
             base = [self.target.float()]
         if base:
-            self.target.copy_(lerp_(base[0], tuned, self.weight))
+            stored = _DTYPES[self.sources[1].dtype] if len(self.sources) > 1 else self.target.dtype
+            self.target.copy_(lerp_(base[0], tuned, self.weight).to(stored))
         else:
             lerp_(self.target, tuned, self.weight)
 

@@ -90,7 +90,7 @@ def modules_of(root: Path) -> list[str]:
     if not path.is_file():
         return ["."]
     try:
-        return [str(Path(module["path"])) for module in parse_json(path.read_bytes())]
+        return [str(Path(module["path"])) for module in parse_json(path.read_bytes())] or ["."]
     except (ValueError, KeyError, TypeError) as error:
         raise RefineFastError(f"{path} is malformed: {error}") from error
 
