@@ -300,6 +300,16 @@ def test_compiles_without_a_break(case: str, reduction: str) -> None:
     assert max(error(found, gold).values()) < 1e-6  # the scale of the loss may be multiplied in elsewhere
 
 
+def test_compiles_with_settings_that_vary() -> None:
+    """A temperature on a schedule: from the second value on, torch.compile traces it as a symbol."""
+    torch.compiler.reset()
+    compiled = torch.compile(rf.info_nce, fullgraph=True, backend="aot_eager")
+    q, d = torch.randn(8, 16), torch.randn(8, 16)
+    for x in (0.1, 0.2, 0.3):
+        options = {"temperature": x, "margin": 10 * x, "widths": (8, 16), "width_weights": (x, 1.0)}
+        torch.testing.assert_close(compiled(q, d, **options), rf.info_nce(q, d, **options))
+
+
 def test_compiled_step_runs_the_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradients of the forward serve the compiled backward too."""
     runs = []

@@ -313,9 +313,9 @@ void Solver::number_pairs() {
 void Solver::score_pairs() {
   parallel_for((t_.rows + kPairs - 1) / kPairs, t_.threads, [&](int64_t task, int thread) {
     const int64_t begin = task * kPairs, n = std::min(kPairs, t_.rows - begin), width = t_.width;
-    float *d = scratch(thread), *s = d + kPairs * width;
-    const float* q = load(t_.q, begin, n, s + kPairs * kPairs);
-    for (int64_t k = 0; k < n; ++k) isa_.to_f32(at(t_.d, t_.positives[begin + k] * width), t_.dtype, width, d + k * width);
+    float *d = scratch(thread), *s = d + kPairs * width, *rows = s + kPairs * kPairs;
+    for (int64_t k = 0; k < n; ++k) std::copy_n(load(t_.d, t_.positives[begin + k], 1, rows), width, d + k * width);
+    const float* q = load(t_.q, begin, n, rows);
     char *packed_q = panels_ + thread * panel_bytes_, *packed_d = packed_q + bytes_a(mm_, kPairs, width);
     for (int64_t m = 0; m < prefixes_; ++m) {
       pack_a(mm_, q + slices_[m].begin, width, 1, n, slices_[m].width, packed_q);

@@ -23,8 +23,6 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
     _mm_prefetch(reinterpret_cast<const char*>(c + i * ldc + 16), _MM_HINT_T0);
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < kMr; ++i) _mm_prefetch(c + i * ldc, _MM_HINT_T0), _mm_prefetch(c + i * ldc + 16, _MM_HINT_T0);
-#pragma GCC unroll 12
   for (int i = 0; i < kMr; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
   for (int64_t p = 0; p < k; p += kKr, pa += kMr, pb += kNr) {
     const __m512bh b0 = (__m512bh)_mm512_loadu_si512(pb), b1 = (__m512bh)_mm512_loadu_si512(pb + 16);

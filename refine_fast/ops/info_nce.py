@@ -79,7 +79,7 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
         q, d = q.to(dtype), d.to(dtype)
         hard = None if hard is None else hard.to(dtype)
     if not isinstance(temperature, Tensor):
-        if not temperature > 0 or math.isinf(temperature):
+        if not 0 < temperature < math.inf:  # comparisons here and below: torch.compile traces no math.isinf of a float that varies
             raise ValueError(f"temperature is {temperature}; it must be a positive number")
         temperature = torch.full((), temperature, dtype=torch.float64, device=q.device)
     temperature = temperature.to(torch.float32 if _has_kernel(q) else q.dtype)
@@ -147,7 +147,7 @@ def _check_widths(widths: Sequence[int] | None, width_weights: Sequence[float] |
     if not widths or widths[0] < 1 or widths[-1] != q.shape[-1] or any(a >= b for a, b in itertools.pairwise(widths)):
         raise ValueError(f"widths is {widths}; it must ascend from at least 1 to the {q.shape[-1]} columns of q")
     weights = [1.0] * len(widths) if width_weights is None else [float(w) for w in width_weights]
-    if len(weights) != len(widths) or not all(math.isfinite(w) for w in weights):
+    if len(weights) != len(widths) or not all(-math.inf < w < math.inf for w in weights):
         raise ValueError(f"width_weights is {weights}; it must hold one finite number for each of the widths {widths}")
     return widths, weights
 
@@ -187,7 +187,7 @@ def _check(
     for name, value in (("d", d), ("hard", hard)):
         if value is not None and value.dtype != q.dtype:
             raise TypeError(f"{name} is {value.dtype} and q {q.dtype}; cast one of them, or use torch.autocast")
-    if margin is not None and math.isnan(margin):
+    if margin is not None and not margin <= math.inf:
         raise ValueError("margin is NaN; it must be a number")
 
 
