@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -321,6 +323,15 @@ def test_gradient_caching_changes_nothing_but_memory(tiny: Path) -> None:
     assert largest > 1e-5
     for name, grad in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], grad, rtol=1e-6, atol=float(1e-8 * largest))
+
+
+def test_training_declares_the_code_that_it_rests_on(whole: Path) -> None:
+    """Prompts and precision (embed) and the size of a mini-batch (memory) decide the weights: a change of theirs trains anew, and a killed
+    training does not go on with other ones."""
+    imported = re.findall(r"^from \.(\w+) import", inspect.getsource(train), re.MULTILINE)
+    assert {"embed", "memory"} <= set(imported)
+    declared = json.loads((whole / "manifest.json").read_text())["train"]["code"]
+    assert {f"refine_fast.pipeline.{name}" for name in imported} <= declared.keys()
 
 
 def test_a_memory_budget(copied: Path, capsys) -> None:

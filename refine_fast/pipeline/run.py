@@ -19,6 +19,7 @@ from . import (
     gather,
     held_out,
     llm_queries,
+    memory,
     queries,
     report,
     report_data,
@@ -85,7 +86,7 @@ def stages(job: Job) -> Iterator[Stage]:
     yield stage(
         "train", "tuned training.json", work.train_encoder, files=learnable | made("negatives.jsonl") | encoder | frozen,
         fields="epochs max_steps batch_size lr warmup temperature precision memory seed fusion" + " weight" * job.twin,
-        code=(train, twin),
+        code=(train, embed, memory, twin),
     )
     sets = made("chunks.jsonl dev.jsonl held_out.jsonl") | judged | ood
     if job.own_check:
