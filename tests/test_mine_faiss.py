@@ -54,6 +54,14 @@ def test_index_file(clustered: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.faiss"]
 
 
-def test_bad_lists(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_nothing_to_find_is_no_loss(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
+    queries, docs = clustered
+    assert approximate_band_topk(build_index(docs, lists=40), queries, docs, 7, probes=1, band=(2.0, 3.0)).recall == 1
+
+
+def test_errors(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
+    queries, docs = clustered
     with pytest.raises(RefineFastError, match="lists must be between 1 and the 5000 documents, not 0"):
-        build_index(clustered[1], lists=0)
+        build_index(docs, lists=0)
+    with pytest.raises(RefineFastError, match="index is a faiss IndexHNSWFlat; give one with inverted lists"):  # where faiss itself aborts
+        approximate_band_topk(faiss.IndexHNSWFlat(32, 8, faiss.METRIC_INNER_PRODUCT), queries, docs, 7, probes=1)

@@ -25,7 +25,7 @@ struct MatmulKernels {
 struct LerpKernels;
 // the product of rounded rows whose error is known; see core/screen_kernels.h
 struct ScreenKernels;
-// threshold-and-append over a tile of scores; see core/band_topk.h
+// threshold-and-append over a row of scores, float64 rescoring; see core/select_kernels.h
 struct SelectKernels;
 // exp, row sums and the weights of a row of scores; see core/loss_kernels.h
 struct LossKernels;

@@ -4,8 +4,9 @@
 
 namespace refine_fast {
 
-// A level keeps the operands in the format that its fastest exact-enough multiplier takes: 16-bit integers (isa/screen_i16.h), bf16 (amx.cc) or
-// float32 (isa/screen_f32.h). A panel of `width` rows takes round_up(d, kr) * width * element_bytes + width * scale_bytes bytes, 64-byte aligned.
+// A level keeps the operands in the format that its fastest exact-enough multiplier takes: 8- or 16-bit integers (isa/screen_int.h), bf16
+// (amx.cc) or float32 (isa/screen_f32.h). A panel of `width` rows takes round_up(d, kr) * width * element_bytes + width * scale_bytes bytes,
+// 64-byte aligned.
 struct ScreenKernels {
   int32_t mr, nr, kr;       // rows (queries) and columns (documents) of a tile, granularity of d
   int32_t element_bytes;    // of an operand

@@ -2,8 +2,8 @@
 //
 // The maths. A row x becomes the integers n = round(s x), and x' = n / s, with s = min(M / max |x|, L / |x|): M is the largest integer, and
 // L = 2^15.5 - sqrt(d)/2 - 1 makes |n| <= s |x| + sqrt(d)/2 < 2^15.5, so by Cauchy-Schwarz n . m fits 32 bits: the sum is exact (what wraps on
-// the way unwraps), and the score n . m / (s_x s_y) is off by the rounding of a conversion and two products. What rounding takes from a row is
-// |x - x'| = sqrt(d / 12) / s: of a unit row at d = 384 1.2e-4 in 16 bits and 7e-3 in 8, where bf16 takes 1.6e-3.
+// the way unwraps), and the score n . m / (s_x s_y) is off by the rounding of a conversion, of two products and of both 1 / s. What rounding takes
+// from a row is |x - x'| = sqrt(d / 12) / s: of a unit row at d = 384 1.2e-4 in 16 bits and 7e-3 in 8, where bf16 takes 1.6e-3.
 //
 // The choice. A multiply-add takes two 16-bit or four 8-bit products into each 32-bit lane, at one rate. MACs a cycle and core of Zen 5,
 // 256 / 512 bits: FMA 16 / 32, VPMADDWD + VPADDD 29 / 54, VDPBF16PS - / 58, VPDPBUSD - / 124 (an Intel core adds on the ports that it multiplies

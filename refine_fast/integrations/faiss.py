@@ -20,7 +20,7 @@ CHUNK = 64
 
 class Approximate(NamedTuple):
     """found: as of ``band_topk``; in_band counts the candidates. recall: the share of the exact ids that it holds, over the queries that
-    were also searched exactly."""
+    were also searched exactly; 1 where there are none to hold."""
 
     found: BandTopK
     recall: float
@@ -61,21 +61,22 @@ def approximate_band_topk(
     band: tuple[float, float] = (0.5, 0.7),
     skip: int = 5,
     exclude: Sequence[Sequence[int]] | None = None,
+    ceiling: Any = None,
+    order: str = "skip_then_band",
     sample: int = 64,
     seed: int = 0,
-    **rule: Any,
 ) -> Approximate:
     """``band_topk`` among the documents in the ``probes`` nearest inverted lists of each query, instead of all.
 
     The candidates of a query are what an IVF index of ``build_index(docs, lists=...)`` finds at or above the band's lower edge; the band,
     the skip and the order are then exact on them. ``recall`` is measured against the exact search of ``sample`` queries drawn with
-    ``seed``. Rows are taken as they are: unit vectors for a band of cosines. ``rule``: ceiling and order of ``band_topk``; select stays
-    "hardest".
+    ``seed``. Rows are taken as they are: unit vectors for a band of cosines. Arguments otherwise as ``band_topk``.
     """
     import faiss
 
+    if not isinstance(index, faiss.IndexIVF):
+        raise RefineFastError(f"index is a faiss {type(index).__name__}; give one with inverted lists, as of build_index(docs, lists=...)")
     rows, texts = np.ascontiguousarray(queries, dtype=np.float32), np.asarray(docs)
-    ceiling = rule.pop("ceiling", None)
     ceiling = None if ceiling is None else torch.as_tensor(ceiling, dtype=torch.float64)
     nearest = faiss.SearchParametersIVF()
     nearest.nprobe = probes
@@ -95,7 +96,7 @@ def approximate_band_topk(
                 skip=skip,
                 exclude=left_out,
                 ceiling=None if ceiling is None else ceiling[first + i : first + i + 1],
-                **rule,
+                order=order,
             )
             parts.append(found._replace(ids=torch.where(found.ids < 0, found.ids, torch.from_numpy(np.append(own, -1))[found.ids])))
     found = BandTopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -109,8 +110,9 @@ def approximate_band_topk(
         skip=skip,
         exclude=None if exclude is None else [exclude[i] for i in checked],
         ceiling=None if ceiling is None else ceiling[checked],
-        **rule,
+        order=order,
     )
     wanted = [set(ids.tolist()) - {-1} for ids in exact.ids]
     hit = sum(len(want & set(ids.tolist())) for want, ids in zip(wanted, found.ids[checked], strict=True))
-    return Approximate(found, hit / max(1, sum(map(len, wanted))))
+    total = sum(map(len, wanted))
+    return Approximate(found, hit / total if total else 1.0)

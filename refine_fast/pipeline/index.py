@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import RefineFastError
+from ..integrations.faiss import write_index
 from . import embed
 from .chunks import Chunk
 from .console import Console
@@ -22,15 +23,11 @@ def index(folder: Path, console: Console) -> None:
             raise RefineFastError(f"index: {folder} has no {name}; finish the run first with refine-fast run --out {folder}.")
 
     def build(to: Path) -> None:
-        import faiss
-
         chunks = read_records(folder / "chunks.jsonl", Chunk)
         with console.progress("embedding chunks") as progress:
             vectors = encode(load_encoder(folder / "model"), [chunk.passage for chunk in chunks], role="document", progress=progress)
-        table = faiss.IndexFlatIP(vectors.shape[1])
-        table.add(vectors)
         (to / "index").mkdir(exist_ok=True)
-        faiss.write_index(table, str(to / "index" / "vectors.faiss"))
+        write_index(vectors, to / "index" / "vectors.faiss")
         write_json(to / "index" / "ids.json", [chunk.id for chunk in chunks])
 
     files = {"model": folder / "model", "chunks.jsonl": folder / "chunks.jsonl"}
