@@ -5,7 +5,8 @@
 // virtual disk, 2 busy cores):
 //   - cold inputs, direct reads: 0.9 GB/s, against 0.13 through the cache with read-ahead and drop-behind; a merge takes 2.5 CPU seconds, not 5.6.
 //     Nothing that was cached is evicted, since nothing enters the cache.
-//   - inputs that are cached already are read from there, window by window (mincore).
+//   - inputs that are cached already are read from there, window by window: 0.4 s for a pair of 0.54 GB, 1.35 past the cache. mincore tells, to
+//     the owner; others try a read that does not wait (through the cache for want of an answer, their merge left all of both inputs in it).
 //   - outputs, direct writes: the warm merge takes 0.75 s, against 2.0 s through the cache with early write-back, the flush included.
 //   - the next window of each input is read, and the last buffer of each output written, by threads of their own: one thread keeps one request
 //     in flight, and the device wants more. More than one writer a file gains nothing.
