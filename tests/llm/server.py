@@ -38,6 +38,8 @@ class Options:
     """The text of every reply; empty: made from the passage."""
     empty: float = 0.0
     """Share of the replies without any text."""
+    usage: dict | None = None
+    """What every reply says that it took; None: the truth."""
     answers: str = ""
     """A JSON file: passage -> list of queries."""
     card: dict = dataclasses.field(default_factory=lambda: {"max_model_len": 4096})
@@ -134,7 +136,7 @@ class Server:
         reply = {
             "id": "c", "object": "chat.completion", "created": 0, "model": body["model"],
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
-            "usage": {"prompt_tokens": len(user) // 4, "completion_tokens": len(content) // 4, "total_tokens": 0},
+            "usage": options.usage or {"prompt_tokens": len(user) // 4, "completion_tokens": len(content) // 4, "total_tokens": 0},
         }  # fmt: skip
         if fault == "garbage":
             return await self.send(writer, 200, '{"id": "c", "choices": [{"mess')

@@ -113,6 +113,15 @@ def test_a_limit_stops_cleanly_and_a_repeated_command_spends_no_more(
     assert len({query.chunk_id[:-1] for query in queries}) >= min(7, len(queries))  # spread over the documents, ten chunks each
 
 
+@pytest.mark.parametrize("told", ["12", -12, None, [1]])
+def test_a_server_that_miscounts_tokens(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, told: Any) -> None:
+    """Its replies count at their estimate, or a limit would mean nothing."""
+    endpoint.set(usage={"prompt_tokens": told, "completion_tokens": told})
+    _, account = generate_queries(chunks[:5], endpoint.settings(), tmp_path / "replies.jsonl")
+    assert account.tokens_in == estimate(chunks[:5], endpoint.settings(), tmp_path / "none.jsonl").tokens_in
+    assert account.tokens_out > 5 * 10
+
+
 def test_the_estimate_holds(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
     store = tmp_path / "replies.jsonl"
     settings = endpoint.settings(price_in=1.0, price_out=2.0)

@@ -86,13 +86,13 @@ class HttpBackend:
                 raise TypeError
         except (AttributeError, IndexError, TypeError):
             raise Failure("broken", f"the server's answer is no chat completion: {self.redact(str(completion))[:200]}") from None
-        usage = completion.usage
-        return Reply(
-            self.redact(text),
-            finish,
-            getattr(usage, "prompt_tokens", None) or request.tokens_in,
-            getattr(usage, "completion_tokens", None) or count_tokens(text),
-        )
+
+        def used(name: str, estimate: int) -> int:
+            told = getattr(completion.usage, name, None)  # whatever the server wrote there
+            return told if isinstance(told, int) and told > 0 else estimate
+
+        tokens_in, tokens_out = used("prompt_tokens", request.tokens_in), used("completion_tokens", count_tokens(text))
+        return Reply(self.redact(text), finish, tokens_in, tokens_out)
 
     async def models(self) -> list[dict[str, Any]]:
         """What the endpoint says it serves."""
