@@ -6,14 +6,14 @@ import hashlib
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 from ..errors import RefineFastError
 from .documents import Document
-from .embed import passage_text
+from .embed import Progress, passage_text
 from .readers import markdown_headings
 
 if TYPE_CHECKING:
@@ -52,18 +52,21 @@ class Duplicates:
     near: int
 
 
-def chunk_documents(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> list[Chunk]:
+def chunk_documents(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, progress: Progress | None = None
+) -> list[Chunk]:
     """Chunks of at most ``max_tokens`` of the encoder's own tokens, special tokens and title included (a title takes at most half).
 
     Cut at the highest of heading, paragraph, line, sentence and word that keeps a chunk within the limit, neighbours merged while they fit.
     Leading and trailing blanks belong to no chunk, and a piece without a letter or digit makes none. A "passage" is one chunk, whole,
-    whatever its length.
+    whatever its length. ``progress`` counts characters.
     """
     count = _token_counter(tokenizer)
     room = max_tokens - tokenizer.num_special_tokens_to_add()
     if room < 16:
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least {16 + max_tokens - room}, 16 besides the special tokens")
     splitter = cache(lambda markdown, capacity: _splitter(tokenizer, markdown, capacity))
+    total, before = sum(len(document.text) for document in documents), 0
     chunks = []
     for document in documents:
         if document.markup == "passage":
@@ -73,11 +76,12 @@ def chunk_documents(documents: Iterable[Document], tokenizer: PreTrainedTokenize
         starts = [start for start, _ in headings]
         titles = [document.title, *(f"{document.title}: {heading}" if heading != document.title else heading for _, heading in headings)]
         capacity = max(room - max(map(count, titles)), room // 2)
-        pieces = [
-            (start, piece)
-            for begin, window in _windows(document.text)
-            for start, piece in _pieces(splitter(document.markup == "markdown", capacity), begin, window)
-        ]
+        pieces: list[tuple[int, str]] = []
+        for begin, window in _windows(document.text):
+            pieces += _pieces(splitter(document.markup == "markdown", capacity), begin, window)
+            if progress is not None:
+                progress(before + begin + len(window), total)
+        before += len(document.text)
         for number, (start, piece) in enumerate(pieces):
             id = document.id if len(pieces) == 1 else f"{document.id}#{number}"
             chunks.append(Chunk(id, piece, titles[bisect_right(starts, start)], document.source, start, start + len(piece)))
@@ -117,7 +121,9 @@ def _splitter(tokenizer: PreTrainedTokenizerBase, markdown: bool, capacity: int)
     return (MarkdownSplitter if markdown else TextSplitter).from_callback(_token_counter(tokenizer), capacity)
 
 
-def deduplicate(chunks: Iterable[Chunk], *, threshold: float = 0.8) -> tuple[list[Chunk], Duplicates]:
+def deduplicate(
+    chunks: Sequence[Chunk], *, threshold: float = 0.8, progress: Progress | None = None
+) -> tuple[list[Chunk], Duplicates]:
     """The chunks without those that repeat an earlier one, and how many were removed.
 
     exact: the same text after NFKC, case folding and blanks made one. near: ``len(A & B) / len(A | B) >= threshold`` over the sets of five
@@ -130,7 +136,9 @@ def deduplicate(chunks: Iterable[Chunk], *, threshold: float = 0.8) -> tuple[lis
     kept: list[Chunk] = []
     seen = set()
     exact = near = 0
-    for chunk in chunks:
+    for number, chunk in enumerate(chunks):
+        if progress is not None:
+            progress(number, len(chunks))
         digest = hashlib.blake2b(_normalize(chunk.text).encode(), digest_size=16).digest()
         if digest in seen:
             exact += 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import RefineFastError, RefineFastWarning
 from ..files import name_of, walk
+from .embed import Progress
 from .jsonl import read_jsonl, text_field
 from .python_docs import python_docs
 from .readers import SUFFIXES, Markup, Unreadable, read_file
@@ -33,7 +34,7 @@ class Document:
     markup: Markup = "text"
 
 
-def load_documents(path: Path | None) -> list[Document]:
+def load_documents(path: Path | None, progress: Progress | None = None) -> list[Document]:
     """The documents at ``path``, in a fixed order:
 
     - None: Python's own documentation (``python_docs``);
@@ -43,20 +44,20 @@ def load_documents(path: Path | None) -> list[Document]:
     - a folder that ``datasets.Dataset.save_to_disk`` wrote, with the fields of JSON lines.
 
     What cannot be read, is empty or binary is named in a RefineFastWarning and skipped. Raises RefineFastError where nothing is left, and
-    for a malformed row: file, line, field.
+    for a malformed row: file, line, field. ``progress`` counts files.
     """
     if path is None:
         return [Document(*entry) for entry in python_docs()]
     if not path.exists():
         raise RefineFastError(f"{path} does not exist; give a folder, a file or a dataset, or nothing for Python's own documentation.")
     if path.is_file():
-        documents = _jsonl(path, "text") if path.name.endswith((".jsonl", ".jsonl.gz")) else _files([(path, name_of(path.name))])
+        documents = _jsonl(path, "text") if path.name.endswith((".jsonl", ".jsonl.gz")) else _files([(path, name_of(path.name))], progress)
     elif corpus := next((file for suffix in (".jsonl", ".jsonl.gz") if (file := path / f"corpus{suffix}").is_file()), None):
         documents = _jsonl(corpus, "passage")
     elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         documents = _dataset(path)
     else:
-        documents = _files(walk(path, _closed))
+        documents = _files(list(walk(path, _closed)), progress)
     if not documents:
         raise RefineFastError(f"{path} holds no usable text; give a folder of {', '.join(SUFFIXES)} files, a JSONL file or a BEIR folder.")
     return documents
@@ -67,10 +68,12 @@ def _closed(error: OSError) -> None:
     warnings.warn(message, RefineFastWarning, stacklevel=2)
 
 
-def _files(paths: Iterable[tuple[Path, str]]) -> list[Document]:
+def _files(paths: Sequence[tuple[Path, str]], progress: Progress | None) -> list[Document]:
     documents = []
     other: Counter[str] = Counter()
-    for path, name in paths:
+    for number, (path, name) in enumerate(paths):
+        if progress is not None:
+            progress(number, len(paths))
         if path.suffix.lower() not in SUFFIXES:
             other[path.suffix.lower() or "no suffix"] += 1
             continue

@@ -45,7 +45,8 @@ ELSEWHERE = 500
 
 def cut_documents(job: Job) -> tuple[int, list[Chunk], Duplicates]:
     """The number of documents, their chunks, and what was removed as duplicates."""
-    documents = load_documents(job.config.docs)
+    with job.console.progress("reading documents") as progress:
+        documents = load_documents(job.config.docs, progress)
     chunks, duplicates = _cut(job, documents)
     if job.config.limit is not None:
         chunks = _whole_sources(chunks, job.config.limit, job.config.seed)
@@ -57,7 +58,10 @@ def cut_documents(job: Job) -> tuple[int, list[Chunk], Duplicates]:
 def _cut(job: Job, documents: Sequence[Document]) -> tuple[list[Chunk], Duplicates]:
     encoder = load_encoder(job.encoder)
     longest = min(job.config.chunk_tokens, encoder.max_seq_length or job.config.chunk_tokens)
-    return deduplicate(chunk_documents(documents, encoder.tokenizer, max_tokens=longest))
+    with job.console.progress("cutting documents, characters") as progress:
+        chunks = chunk_documents(documents, encoder.tokenizer, max_tokens=longest, progress=progress)
+    with job.console.progress("removing duplicates") as progress:
+        return deduplicate(chunks, progress=progress)
 
 
 def make_chunks(job: Job, to: Path) -> None:
