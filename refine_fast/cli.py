@@ -61,7 +61,7 @@ def perform(options: argparse.Namespace) -> int:
         console.error(str(error))
         return BAD_INPUT
     except KeyboardInterrupt:
-        console.error("stopped; the same command goes on from here.")
+        console.error(f"stopped; {options.stopped}.")
         return INTERRUPTED
     except OSError as error:
         console.error(f"{error.filename or 'a file'}: {error.strerror or error}; the same command goes on once that is mended.")
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
         sub.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
-        sub.set_defaults(work=work, command=name)
+        sub.set_defaults(work=work, command=name, stopped="the same command goes on from here")
         return sub
 
     run_flags(command("run", run, "everything: documents in, fused model and report out", "run docs/ --out run --ood beir/scifact"))
@@ -106,15 +106,18 @@ def parser() -> argparse.ArgumentParser:
     index_command.add_argument("folder", type=Path, metavar="RUN", help="the folder of a finished run")
 
     fuse_command = command("fuse", fuse, "interpolate two checkpoints", "fuse base/ tuned/ --out fused/ --weight 0.35")
+    fuse_command.set_defaults(stopped="nothing of the output is left")
     fuse_command.add_argument("base", metavar="BASE", help="a model folder, a name, or a .safetensors file")
-    fuse_command.add_argument("tuned", type=Path, metavar="TUNED", help="the same, fine-tuned")
+    fuse_command.add_argument("tuned", type=Path, metavar="TUNED", help="the folder or file fine-tuned from it, or that of a LoRA adapter")
     fuse_command.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="where the fused model goes")
     fuse_command.add_argument("--weight", type=float, default=0.35, metavar="W", help="share of TUNED (default 0.35)")
     fuse_command.add_argument(
         "--weights", action="append", default=[], metavar="GLOB=W", type=weight_of_glob,
         help="share of TUNED in the tensors whose name matches, such as '*.embeddings.*=0'; the first match wins; may be repeated",
     )
-    fuse_command.add_argument("--dtype", metavar="T", help="of the output's float tensors: F32, BF16, F16, F64 (default: BASE's)")
+    fuse_command.add_argument(
+        "--dtype", metavar="T", help="of the output's float tensors: F32, BF16, F16, F64, F8_E4M3 or F8_E5M2 (default: BASE's)"
+    )
     fuse_command.add_argument("--checksum", action="store_true", help="SHA-256 of every weight file, in the same pass")
     fuse_command.add_argument("--overwrite", action="store_true", help="replace what is at --out")
 

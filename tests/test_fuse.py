@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,6 +19,7 @@ import refine_fast as rf
 from refine_fast import reference
 from refine_fast.cli import main
 from refine_fast.errors import RefineFastError, RefineFastWarning
+from refine_fast.fuse import merge
 
 Tensors = dict[str, torch.Tensor]
 
@@ -83,7 +86,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.35, 0.5, 1.0])
+@pytest.mark.parametrize("weight", [0, 0.35, np.float32(0.5), 1.0])
 def test_single_file(pair: tuple[Path, Path], tmp_path: Path, weight: float) -> None:
     report = rf.fuse(*pair, tmp_path / "out.safetensors", weight)
     assert_equal(load_file(tmp_path / "out.safetensors"), expected(tensors(0), tensors(1), weight))
@@ -229,7 +232,7 @@ def test_progress_can_stop_it(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base.safetensors", "tuned.safetensors"]
 
 
-def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, name in enumerate(("base", "tuned")):
         save_folder(tmp_path / name, tensors(seed))
     command = ["fuse", str(tmp_path / "base"), str(tmp_path / "tuned"), "-o", str(tmp_path / "out"), "--weight", "0.6"]
@@ -242,6 +245,10 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert result["sha256"][str(written)] == hashlib.sha256(written.read_bytes()).hexdigest()
     assert main([*command]) == 2
     assert "exists: give another, or allow it to be replaced (overwrite=True, --overwrite)" in capsys.readouterr().err
+    monkeypatch.setattr(merge._Merge, "run", lambda _: signal.raise_signal(signal.SIGINT))
+    assert main([*command, "--overwrite"]) == 130
+    assert capsys.readouterr().err == "error: stopped; nothing of the output is left.\n"
+    assert sorted(os.listdir(tmp_path)) == ["base", "out", "tuned"]
     with pytest.raises(SystemExit):
         main([*command, "--weights", "layer.*"])
     assert "'layer.*' is no GLOB=W; give one such as '*.embeddings.*=0'" in capsys.readouterr().err

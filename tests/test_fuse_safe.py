@@ -270,15 +270,16 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         subprocess.run(["umount", disk], check=True)
 
 
-def test_an_input_that_shrinks(tmp_path: Path) -> None:
-    base, tuned = save_model(tmp_path / "base", 0, rows=4096), save_model(tmp_path / "tuned", 1, rows=4096)
+@pytest.mark.parametrize("name", ["tuned", os.fsdecode(b"sp ace, \xc3\xbc and no UTF-8: \xff")])
+def test_an_input_that_shrinks(tmp_path: Path, name: str) -> None:
+    base, tuned = save_model(tmp_path / "base", 0, rows=4096), save_model(tmp_path / name, 1, rows=4096)
 
     def cut(done: int, total: int) -> None:
         os.truncate(tuned / "2.safetensors", 100_000)
 
-    with pytest.raises(RefineFastError, match=r"reading .*2\.safetensors failed: the file became shorter"):
-        rf.fuse(base, tuned, tmp_path / "out", progress=cut)
-    assert sorted(os.listdir(tmp_path)) == ["base", "tuned"]
+    with pytest.raises(RefineFastError, match=rf"reading .*{name}/2\.safetensors failed: the file became shorter"):
+        rf.fuse(base, tuned, tmp_path / f"{name}.out", progress=cut)
+    assert sorted(os.listdir(tmp_path)) == sorted(["base", name])
 
 
 @pytest.mark.parametrize("who", ["its owner", "another"])

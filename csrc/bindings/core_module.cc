@@ -26,7 +26,9 @@ void raise_unless_ok(const rf::Status& status) {
   switch (status.code) {
     case rf::Code::ok: return;
     case rf::Code::invalid: throw py::value_error(status.message);
-    case rf::Code::io: PyErr_SetString(PyExc_OSError, status.message); break;
+    case rf::Code::io:  // with a path in it: any bytes, and cut off anywhere
+      PyErr_SetObject(PyExc_OSError, py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(status.message)).ptr());
+      break;
     case rf::Code::no_memory: PyErr_SetString(PyExc_MemoryError, status.message); break;
     case rf::Code::interrupted:
       if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);  // else what the signal handler raised

@@ -215,12 +215,12 @@ class _Merge:
             for path in paths:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context(path.open("r+b" if finished else "w+b", buffering=0))
-                _core.preallocate(file.fileno(), str(path), offsets[-1])
+                _core.preallocate(file.fileno(), os.fsencode(path), offsets[-1])
                 if not finished:
                     os.pwrite(file.fileno(), shard.header, 0)
                 outputs.append(file.fileno())
             names = sorted({e.file for p in shard.pieces for e in (p.base, p.tuned) if e is not None})
-            files = [(stack.enter_context(path.open("rb", buffering=0)).fileno(), str(path)) for path in names]
+            files = [(stack.enter_context(path.open("rb", buffering=0)).fileno(), os.fsencode(path)) for path in names]
             self._advance(offsets[finished] * len(paths))
 
             def on_block(file: int, offset: int, block: memoryview) -> None:
@@ -234,7 +234,7 @@ class _Merge:
             for first, last in _batches(shard.pieces, finished):
                 pieces = shard.pieces[first:last]
                 targets = [
-                    (fd, str(path), offsets[first], [p.weights[i if p.is_float else 0] for p in pieces])
+                    (fd, os.fsencode(path), offsets[first], [p.weights[i if p.is_float else 0] for p in pieces])
                     for i, (fd, path) in enumerate(zip(outputs, paths, strict=True))
                 ]
                 updates = [p.low_rank for p in pieces if p.low_rank is not None]

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from numbers import Real
 from pathlib import Path
 
 from ..errors import RefineFastError
@@ -66,16 +67,17 @@ class Weights:
     """The weight of each tensor: the first glob that matches its name, else the output's own."""
 
     def __init__(self, own: list[float], globs: Mapping[str, float] | None) -> None:
-        self._own, self._globs, self._used = tuple(own), dict(globs or {}), set[str]()
-        for value in (*own, *self._globs.values()):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        for value in (*own, *(globs or {}).values()):
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise RefineFastError(f"the weight {value!r} is no finite number; 0 gives base, 1 gives tuned")
+        self._own, self._used = tuple(map(float, own)), set[str]()
+        self._globs = {glob: float(weight) for glob, weight in (globs or {}).items()}
 
     def of(self, name: str) -> tuple[float, ...]:
         for glob, weight in self._globs.items():
             if fnmatchcase(name, glob):
                 self._used.add(glob)
-                return (float(weight),) * len(self._own)
+                return (weight,) * len(self._own)
         return self._own
 
     def check_all_used(self) -> None:

@@ -84,7 +84,8 @@ class Staging:
             try:
                 self.content.rename(self.final)
             except OSError:  # there is a folder with something in it
-                if not _core.exchange_paths(str(self.content), str(self.final)):  # a file system without exchange: two steps
+                if not _core.exchange_paths(os.fsencode(self.content), os.fsencode(self.final)):
+                    # a file system without exchange: two steps
                     self.final.rename(self._replaced)
                     self.content.rename(self.final)
         else:
