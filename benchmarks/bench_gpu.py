@@ -86,9 +86,7 @@ def peak_mb(run: Callable[[], object]) -> float:
 
 
 def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """As record.measure, by the GPU's clock, each sample of as many calls as last LEAST_SAMPLE. rounds 0: one call, not warmed up."""
-    if rounds == 0:
-        return {name: [seconds(run)] for name, run in contestants.items()}
+    """As record.measure, by the GPU's clock, each sample of as many calls as last LEAST_SAMPLE."""
     calls = {}
     for name, run in contestants.items():
         run()  # compiles
@@ -129,8 +127,7 @@ def bench_loss() -> None:
             contestants["torch.compile"] = train_step(torch.compile(cross_entropy, dynamic=False), q, d)
         about = {"op": "info_nce", "mode": "train", "dtype": "bf16", "shape": {"B": B, "N": B, "D": D}}
         product = {"torch.mm 8192": matrix_product(torch.bfloat16)}
-        once = (B, D) == HUGE
-        samples = take_turns(contestants, 0) | take_turns(product, ROUNDS) if once else take_turns(contestants | product, ROUNDS)
+        samples = take_turns(contestants | product, 1 if (B, D) == HUGE else ROUNDS)
         rate = 2 * 8_192**3 / statistics.median(samples.pop("torch.mm 8192"))
         found = rows(samples, **about, metric="seconds", peer="torch eager")
         save(found + fraction(found, 6 * B * B * D / rate))

@@ -4,7 +4,7 @@
 # One call ends within 570 s, whatever hangs. Where a call is cut off after 10 minutes, three calls do it all (durations expected on an H100 with
 # 16 cores; a build that is still there takes seconds):
 #     benchmarks/gpu.sh build test sanitize      7 min: 1 the build, 2 the tests, 4 two sanitizers
-#     benchmarks/gpu.sh build loss parts band    7 min: 3 the losses (1 of it B = 1,048,576), 1 each kernel alone, 2 band_topk
+#     benchmarks/gpu.sh build loss parts band    8 min: 4 the losses (half of it B = 1,048,576), 1 each kernel alone, 2 band_topk
 #     benchmarks/gpu.sh build fuse step          3 min
 # Each figure is in benchmarks/results/<device>.csv as soon as it is known, and a part that fails or runs out of time does not stop those behind
 # it. If OUT names a folder, the log and the figures are copied there after every part. Without a git checkout, REFINE_FAST_COMMIT names the commit.
@@ -13,23 +13,26 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
+export PATH=$PATH:/usr/local/cuda/bin  # nvcc and compute-sanitizer, where nothing else names them
 readonly TOTAL=570
 git rev-parse HEAD >/dev/null 2>&1 || export REFINE_FAST_COMMIT=${REFINE_FAST_COMMIT:-unknown}
 
-run_build() { "$python" -m pip install --quiet --no-build-isolation --no-deps --editable . -Ccmake.define.REFINE_FAST_CUDA=ON; }
+run_build() { "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable . -Ccmake.define.REFINE_FAST_CUDA=ON; }
 
 # What compiles for a GPU has passed where there is none; the time goes into Triton's compiler, so several processes where pytest has them.
 run_test() {
   local workers=
   if "$python" -c "import xdist" 2>/dev/null; then workers="--numprocesses 6"; fi
-  "$python" -m pytest --quiet --durations=10 $workers tests/gpu --ignore tests/gpu/test_compile.py
+  "$python" -m pytest --quiet --durations=10 --timeout=100 --timeout-method=thread $workers tests/gpu --ignore tests/gpu/test_compile.py
 }
 
-# Our CUDA kernels, and a loss of several ragged tiles. Allocations one by one, so that memcheck sees where each ends.
+# Our CUDA kernels, and a loss of several ragged tiles. Allocations one by one, so that memcheck sees where each ends. What the tests say is their
+# own: no errors of the CUDA calls with which libraries feel their way, no compilers that Triton starts.
 run_sanitize() {
   local status=0 tool
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --foreground 150 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      --report-api-errors no --target-processes application-only \
       "$python" -m pytest --quiet tests/gpu/test_lerp.py tests/gpu/test_info_nce.py tests/gpu/test_band_topk.py \
       -k "tail or fuse_into or (float64 and ragged) or (equals_the_sort and 131) or searched_again or streamed" || status=1
   done
@@ -57,6 +60,7 @@ part() {
 
 save() { if [ -n "${OUT:-}" ]; then cp "$log" benchmarks/results/*.csv "$OUT"; fi; }
 
+"$python" -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no GPU'); print(torch.cuda.get_device_name())" || exit 1
 [ $# -gt 0 ] || set -- build test sanitize loss parts band fuse step
 for name in "$@"; do
   if [ -z "${limit[$name]-}" ]; then echo "no part is called $name: build test sanitize loss parts band fuse step" >&2 && exit 2; fi

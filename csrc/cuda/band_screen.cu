@@ -16,7 +16,9 @@
 // all of it. 128 sums and two sets of fragments a thread take 254 registers, one block a processor: so the operands and the thresholds of the next
 // tile are copied while this one ends. The comparison of every score is 1.5% of a tile's time, a band that holds a tenth of all documents costs
 // some 10%. The sm_90a code of a step of 64: some 240 instructions a warp, 128 of them HMMA, 32 LDSM and 12 LDGSTS, no spill; 29 bytes a cycle from
-// L2 at mma.sync's rate. Predicted, not measured: 0.55 to 0.70 of cuBLAS's rate, so wgmma is left for when a measurement asks for it.
+// L2 at mma.sync's rate. Predicted, not measured: 0.55 to 0.70 of cuBLAS's rate, so wgmma is left for when a measurement asks for it. To be tried
+// first: a fourth stage, which sm_90 has room for (202 of 227 KB); then, if the tensor cores themselves are the limit, wgmma m64n256k16 on the same
+// stages, whose 128 bytes a row and places c ^ (r % 8) are its 128-byte swizzle.
 #include <cuda_runtime.h>
 
 #include "cuda/band_screen.h"

@@ -136,5 +136,5 @@ class _Chunk:
 
 
 def _chunks(flat: Tensor, sources: tuple[Entry, ...], weight: float) -> Iterator[_Chunk]:
-    step = (BUFFER_BYTES - 16) // sum(_DTYPES[source.dtype].itemsize for source in sources) // 16 * 16
+    step = BUFFER_BYTES // sum(_DTYPES[source.dtype].itemsize for source in sources) // 16 * 16
     return (_Chunk(flat[first : first + step], first, sources, weight) for first in range(0, flat.numel(), step))

@@ -34,10 +34,12 @@ cycle take: nothing overlaps those two. dd is bound by memory at D = 384 (224 us
     1,024   444   360   382          1,206 us        1,033 us    0.86, 0.73
 
 To be measured first (benchmarks/bench_gpu.py parts): tiles that overlap, 128 x 128 with two blocks a processor (its operands take a third
-more of L2), or a persistent kernel whose next tile is on the way during the epilogue.
+more of L2), or a persistent kernel whose next tile is on the way during the epilogue; and whether cuBLAS splits dq's sum over N as it must:
+its R x D result at D = 768 is 48 tiles for 132 processors. Where it does not, waves of 4,096 rows.
 
 float32 inputs: S in tf32x3, or tf32 where torch's own switch for cuBLAS says so; e in float32 and its products as torch is set.
-float16: S as given; e and its products in bf16, since e does not fit float16's exponent. symmetric: both directions in turn, 12 D FLOPs.
+float16: S as given; e and its products in bf16, since e does not fit float16's exponent. symmetric: both directions in turn, 12 D FLOPs,
+the first one's gradients held beside the workspace.
 No host synchronization and no atomics: equal inputs give equal bits, and a call can be captured in a CUDA graph.
 """
 
@@ -128,11 +130,11 @@ class Plan:
 
 def plan(B: int, N: int, D: int, *, element_bytes: int, copies: bool, workspace: int, tile: Tiling) -> Plan:
     """The block, in whole tiles, that the workspace holds: of a wave no more rows than keep the GPU busy, else all that fit. copies: d has
-    to be copied to bf16 (float16 inputs). The gradient of d takes its place after the last wave, in what the weights leave."""
+    to be copied to bf16 (float16 inputs). The gradient of d takes its place beside its sum after the last wave, where the weights were."""
     copy, gradient = 2 * D if copies else 0, (2 if element_bytes == 2 and not copies else 4) * D
     per_row = element_bytes * (N + tile.n + D) + 4 * D + 4 * triton.cdiv(N, tile.n)  # weights, scaled q, dq, row sums
     rows = (workspace - N * (4 * D + copy - gradient)) // per_row // tile.m * tile.m
-    if rows >= min(LEAST_WAVE, B):
+    if rows >= min(LEAST_WAVE, B) and workspace >= 4 * N * D:
         rows = min(rows, max(LEAST_WAVE, ENOUGH_WEIGHTS // N) // tile.m * tile.m)
         rows = triton.cdiv(triton.cdiv(B, triton.cdiv(B, rows)), tile.m) * tile.m  # equal waves
         return Plan(rows, N, waves=True)

@@ -14,6 +14,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What is allocated and not written is NaN, or the largest integer: what a kernel leaves out cannot pass for an earlier result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def interpreted_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton's interpreter keeps bf16 as its 16 bits and multiplies those as integers in ``tl.dot``; here it multiplies the values."""

@@ -22,6 +22,7 @@ from refine_fast._native import cuda_module
 from refine_fast.ops import band_topk as operator
 from refine_fast.ops import band_topk_cuda
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 SM_80, SM_86 = 163 << 10, 99 << 10  # bytes of shared memory, on which the tile depends
 
 

@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]
 
 from refine_fast.triton_kernels import info_nce  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 EVERYTHING = {"K": 2, "mask": True, "ids": True, "positives": True, "margin": -0.3}
 
 
@@ -178,8 +179,14 @@ def test_a_workspace_that_cannot_be_is_refused(text: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("B", "N", "D", "mb", "waves"),
-    [(65_536, 65_536, 768, 512, True), (1 << 20, 1 << 20, 768, 512, False), (65_536, 65_536, 768, 16, False), (512, 8_192, 384, 64, True)],
-    ids=["the target", "1 M needs blocks", "the least workspace", "a small batch is one wave"],
+    [
+        (65_536, 65_536, 768, 512, True),
+        (1 << 20, 1 << 20, 768, 512, False),
+        (65_536, 65_536, 768, 16, False),
+        (65_536, 65_536, 1_024, 240, False),
+        (512, 8_192, 384, 64, True),
+    ],
+    ids=["the target", "1 M needs blocks", "the least workspace", "no room for d's sum", "a small batch is one wave"],
 )
 @pytest.mark.parametrize("element_bytes", [2, 4])
 def test_plan_stays_inside_the_workspace(B: int, N: int, D: int, mb: int, waves: bool, element_bytes: int) -> None:
@@ -190,18 +197,17 @@ def test_plan_stays_inside_the_workspace(B: int, N: int, D: int, mb: int, waves:
 
 
 def planned(B: int, N: int, D: int, element_bytes: int, workspace: int) -> tuple[info_nce.Plan, int]:
-    """The plan and the bytes that it takes beyond the gradients, that of d coming after the last wave."""
+    """The plan and the bytes that it takes beyond the gradients. That of d comes after the last wave, beside its sum."""
     tile = info_nce.tiling((9, 0), element_bytes)
     found = info_nce.plan(B, N, D, element_bytes=element_bytes, copies=False, workspace=workspace, tile=tile)
     rows, cols = min(found.rows, B), triton.cdiv(min(found.cols, N), tile.n) * tile.n
     used = rows * cols * element_bytes + rows * D * (element_bytes + 4) + cols * D * 4 + 4 * rows * triton.cdiv(cols, tile.n)
-    return found, used - (N * D * element_bytes if found.waves else 0)
+    return found, max(used - N * D * element_bytes, 4 * N * D) if found.waves else used
 
 
 @pytest.mark.parametrize("D", [384, 768, 1024])
 def test_one_percent_of_eager_at_the_target(D: int) -> None:
     """Torch holds three bf16 B x N matrices at its peak: the log-softmax, its gradient and that of the logits."""
     B = 65_536
-    found, used = planned(B, B, D, 2, 240 << 20)
-    assert found.waves
+    _, used = planned(B, B, D, 2, 240 << 20)
     assert used < 3 * 2 * B * B / 100

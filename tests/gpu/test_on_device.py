@@ -44,10 +44,12 @@ def test_equals_float64(
 
 def test_no_host_synchronization_and_equal_bits() -> None:
     q, d = pair(2048, 4096, 768, torch.bfloat16)
-    first = step(q, d, symmetric=True, margin=0.1)
+    ids = torch.arange(4096, device="cuda") // 2
+    options = {"symmetric": True, "margin": 0.1, "doc_ids": ids, "positives": ids[:2048], "hard": d.detach()[:2048, None]}
+    first = step(q, d, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = step(q, d, symmetric=True, margin=0.1)
+        again = step(q, d, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -72,7 +74,8 @@ def test_captured_in_a_cuda_graph() -> None:
 
 @pytest.mark.parametrize("megabytes", [16, 128])
 def test_memory_stays_inside_the_workspace(megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peak beyond inputs and gradients: the workspace and the vectors of length B and N (here 20 float32 each)."""
+    """Peak beyond inputs and gradients: the workspace, the vectors of length B and N (here 20 float32 each), and what the allocator adds to
+    six large tensors."""
     monkeypatch.setenv("REFINE_FAST_WORKSPACE_MB", str(megabytes))
     q, d = pair(16_384, 16_384, 384, torch.bfloat16)
     step(q, d)  # cuBLAS takes its own workspace once
@@ -80,8 +83,8 @@ def test_memory_stays_inside_the_workspace(megabytes: int, monkeypatch: pytest.M
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     found = step(q, d)
-    gradients = 2 * sum(x.nbytes for x in found[1:])  # held by the operator, and scaled by the upstream gradient
-    assert torch.cuda.max_memory_allocated() - before - gradients <= (megabytes << 20) + 16_384 * 2 * 20 * 4
+    gradients = sum(x.nbytes for x in found[1:])  # scaled in place by the upstream gradient
+    assert torch.cuda.max_memory_allocated() - before - gradients <= (megabytes << 20) + 16_384 * 2 * 20 * 4 + (6 << 20)
 
 
 def clusters(rows: int, seed: int) -> torch.Tensor:
