@@ -138,8 +138,9 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(Pack p) {
     }
     for (int step = 16; step > 0; step /= 2) lost += __shfl_xor_sync(kWholeWarp, lost, step);
     if (lane_id() == 0 && r < rows) {
-      // the float sums of `lost` err by less than 2^-10, a normalized element by 2^-24 of itself
-      const double own = sqrt(static_cast<double>(lost)) * (1 + 0x1p-10) * unscale + (p.normalize ? 0x1p-23 * sizes[r] : 0.0);
+      // the float sums of `lost` err by less than 2^-10, and by 2^-126 where a square underflows; a normalized element errs by 2^-24 of itself
+      const double squares = static_cast<double>(lost) + static_cast<double>(p.d) * 0x1p-126;
+      const double own = sqrt(squares) * (1 + 0x1p-10) * unscale + (p.normalize ? 0x1p-23 * sizes[r] : 0.0);
       raise_to(&size, __double2float_ru(sizes[r]));
       raise_to(&residual, __double2float_ru(own));
       if (p.edges != nullptr) p.edges[first + r] = {0, __double2float_ru(own), __double2float_ru(sizes[r] + own), scale};

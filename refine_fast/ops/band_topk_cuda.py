@@ -85,9 +85,11 @@ def _block(count: int, width: int, budget: int, resident: bool) -> int:
 
 
 def _queries(band: Any, rows: int, budget: int) -> int:
-    """Queries at a time: equal shares that keep the workspace, which grows evenly from panel to panel, within the budget."""
-    one, two = band.bytes(PANEL), band.bytes(2 * PANEL)
-    most = max(1, (budget - one) // (two - one) + 1) * PANEL
+    """Queries at a time: equal shares that keep the workspace, which grows evenly, within the budget; whole panels of them unless k or skip
+    is huge."""
+    least, more = (PANEL, 2 * PANEL) if band.bytes(PANEL) <= budget else (1, PANEL)
+    most = least + (budget - band.bytes(least)) * (more - least) // (band.bytes(more) - band.bytes(least))
+    most = max(1, most // least * least)
     return max(1, -(-rows // max(1, -(-rows // most))))
 
 

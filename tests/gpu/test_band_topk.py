@@ -125,6 +125,15 @@ def test_k_beyond_2048() -> None:
     check(unit_rows(2, 16, 0), unit_rows(3000, 16, 1), 2100, band=(-1.0, 1.0), skip=7, select="random")
 
 
+@pytest.mark.parametrize("k", [100, 2_048, 1_000_000])
+def test_what_is_kept_fits_whatever_k(k: int) -> None:
+    """A hit takes 16 bytes a query and a candidate 4. Where a panel of queries has no room, a few are searched at a time."""
+    budget = 64 << 20 if k > 10_000 else workspace.LEAST
+    band = cuda_module().BandSearch(16, k, 5, 0.0, False, 0, False, False, 4_096)
+    step = band_topk_cuda._queries(band, 100_000, budget)
+    assert budget * 0.6 < band.bytes(step) <= budget
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_and_strides(dtype: torch.dtype) -> None:
     queries, docs = unit_rows(20, 65, 0, bits=8).to(dtype), unit_rows(700, 65, 1, bits=8).to(dtype)
@@ -135,11 +144,15 @@ def test_dtypes_and_strides(dtype: torch.dtype) -> None:
 
 
 def test_sizes_that_float16_does_not_hold() -> None:
-    """Rows of norm 2^-30 to 2^40, and one of 2^14 times its panel: scaled into float16's range, the rest is the margin's."""
+    """Rows of norm 2^-30 to 2^40, one of 2^14 times its panel, and one of 2^-100, whose squares are no float32 beside its panel: scaled
+    into float16's range, the rest is the margin's."""
     queries, docs = unit_rows(30, 64, 0), unit_rows(900, 64, 1)
     outlier = docs.clone()
     outlier[450] *= 2**14
     check(queries, outlier, 10, band=(0.1, 0.3))
+    small = queries.clone()
+    small[7] *= 2.0**-100
+    check(small, docs, 10, band=(-1.0, 1.0))
     for size in (2.0**40, 2.0**-30):
         check(queries * size, docs * size, 10, band=(0.1 * size**2, 0.3 * size**2))
     scale = 2.0 ** torch.arange(900).remainder(40).sub(20)[:, None]
