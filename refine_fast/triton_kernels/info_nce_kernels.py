@@ -15,6 +15,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 EPSILON = tl.constexpr(1e-12)  # of F.normalize
+TIE = tl.constexpr(2.0**-20)  # of |q| |d|: by so much the tile of a pair may be above the sum of its products, in tf32x3 too
 HEADROOM = tl.constexpr(60.0)  # a row's weights stay below 2^60: their sum times a document stays inside float32
 WINDOW = tl.constexpr(150.0)  # and above 2^-90: what is 2^-36 of the largest weight is lost to underflow, no more
 
@@ -117,15 +118,15 @@ def prepare_kernel(
     rate = LOG2E / tl.load(temperature).to(tl.float32)
     qv = tl.load(q + i * stride_q + k, mask=inside, other=0.0).to(tl.float32)
     dv = tl.load(d + tl.load(positives + i).to(tl.int64) * stride_d + k, mask=inside, other=0.0).to(tl.float32)
+    q_norm, d_norm = tl.sqrt(tl.sum(qv * qv, 0)), tl.sqrt(tl.sum(dv * dv, 0))
     scale, pos = rate, tl.sum(qv * dv, 0)
-    q_norm = tl.sqrt(tl.sum(qv * qv, 0))
-    hi = q_norm * tl.load(d_bound) * rate
+    reach, hi = q_norm * d_norm * rate, q_norm * tl.load(d_bound) * rate
     if NORMALIZE:
         scale = rate / tl.maximum(q_norm, EPSILON)
-        pos = pos / tl.maximum(tl.sqrt(tl.sum(dv * dv, 0)), EPSILON)
-        hi = rate
+        pos = pos / tl.maximum(d_norm, EPSILON)
+        reach, hi = rate, rate
     pos *= scale
-    top = pos + margin * rate
+    top = pos + margin * rate + TIE * reach  # a document that stands twice ties with itself: a margin of 0 keeps it
     if MARGIN:
         hi = tl.minimum(hi, top)
     lo = pos
@@ -244,7 +245,8 @@ def finish_rows_kernel(
     grad = tl.load(acc + i * D + k, mask=inside, other=0.0) * (normalizer * tl.load(fold_top)) - tl.load(share + i) * dv
     for j in range(K):
         p = tl.exp2(tl.load(hard_x + i * K + j) - base) * normalizer
-        hv = tl.load(hard + i * stride_hb + j * stride_hk + k, mask=inside, other=0.0).to(tl.float32)
+        read = tl.where(p != 0, D, 0)  # what is masked may hold anything
+        hv = tl.load(hard + i * stride_hb + j * stride_hk + k, mask=k < read, other=0.0).to(tl.float32)
         dh = qv * (p * rate)
         if NORMALIZE:
             h_unit = 1.0 / tl.maximum(tl.sqrt(tl.sum(hv * hv, 0)), EPSILON)

@@ -144,6 +144,33 @@ def test_equal_inputs_give_equal_bits(small_tiles: None, device: torch.device) -
     assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("q", "d", "hard", "temperature"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_margin_of_0_keeps_what_stands_twice(normalize: bool, dtype: torch.dtype, small_tiles: None, device: torch.device) -> None:
+    """A document that stands twice, as a hard negative too, ties with itself; a query does in the other direction. In float64 a margin of
+    1e-9 says so; nothing else lies that near."""
+    inputs = problem(40, 40, 100, device, K=1, dtype=dtype, normalize=normalize, temperature=1.0, symmetric=True)
+    q, d = inputs["q"], inputs["d"]
+    q[30:], d[10:20], inputs["hard"][:] = q[:10], d[:10], d[:, None]
+    wanted = reference.info_nce(
+        **{k: x.cpu().double() if isinstance(x, torch.Tensor) else x for k, x in inputs.items()} | {"margin": 1e-9}, reduction="none"
+    )
+    assert error(info_nce.losses(**inputs | {"margin": 0.0}).mean(0), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_is_masked_is_not_read(normalize: bool, small_tiles: None, device: torch.device) -> None:
+    """Padding may hold anything, NaN too."""
+    inputs = problem(19, 40, 24, device, K=2, mask=True, normalize=normalize)
+    first, again = (
+        info_nce.gradients(
+            torch.ones(19, device=device), **inputs | {"hard": inputs["hard"].masked_fill(~inputs["hard_mask"][..., None], padding)}
+        )[1]
+        for padding in (0.0, float("nan"))
+    )
+    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("q", "d", "hard", "temperature"))
+
+
 def test_strided_inputs(small_tiles: None, device: torch.device) -> None:
     """A slice of a larger matrix is read in place; a transposed one is copied."""
     inputs = problem(17, 40, 24, device, K=2)
