@@ -69,16 +69,16 @@ def calibrate_band(
     ``skip``. Both from ``sample`` queries that have a positive, drawn with ``seed``.
 
     Args: query_embeddings (B, D), doc_embeddings (N, D), positives: per query its rows of doc_embeddings.
-    Raises: ValueError if no query has a positive, or none has k other documents below hi.
+    Raises: ValueError if no query has a positive, too few have k other documents below hi, or a row holds NaN or Inf.
     """
     known = np.array([i for i, rows in enumerate(positives) if len(rows)])
     if not known.size:
         raise ValueError("no query has a positive, so there is nothing to calibrate the band on; give the band as two numbers")
     chosen = np.sort(np.random.default_rng(seed).permutation(known)[:sample])
-    queries = _unit(query_embeddings, chosen)
+    queries = _unit(query_embeddings, chosen, "queries")
     rows = [list(positives[i]) for i in chosen]
     repeated = np.repeat(np.arange(len(chosen)), [len(r) for r in rows])
-    similarity = (queries[repeated] * _unit(doc_embeddings, np.concatenate(rows))).sum(1)
+    similarity = (queries[repeated] * _unit(doc_embeddings, np.concatenate(rows), "docs")).sum(1)
     hi = float(similarity.quantile(0.25))
     hardest = band_topk(queries, doc_embeddings, k, band=(-1.0, hi), skip=skip, exclude=rows, normalize=True)
     found = hardest.scores[:, -1].nan_to_num(-1.0)
@@ -91,6 +91,9 @@ def calibrate_band(
     return lo, hi
 
 
-def _unit(source: Any, rows: np.ndarray) -> Tensor:
+def _unit(source: Any, rows: np.ndarray, name: str) -> Tensor:
     picked = torch.cat([torch.as_tensor(source[int(i) : int(i) + 1]) for i in rows]) if not isinstance(source, Tensor) else source[rows]
-    return torch.nn.functional.normalize(picked.float(), dim=1)
+    unit = torch.nn.functional.normalize(picked.float(), dim=1)
+    if (bad := rows[~unit.isfinite().all(1).numpy(force=True)]).size:
+        raise ValueError(f"row {bad[0]} of {name} holds NaN or Inf; leave such rows out")
+    return unit
