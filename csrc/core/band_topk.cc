@@ -99,6 +99,7 @@ BandSearch::BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const 
   for (Scratch& scratch : scratch_) {
     scratch.rows.resize(static_cast<size_t>(std::max(screen_.nr, screen_.mr) * spec.d));
     scratch.strip.resize(static_cast<size_t>(screen_.mr * plan_.strip));
+    scratch.doubts.reserve(static_cast<size_t>(plan_.pending));
   }
 }
 
