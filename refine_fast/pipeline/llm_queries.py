@@ -96,8 +96,9 @@ def summary(account: Mapping[str, Any]) -> str:
     """The account in a sentence."""
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(account["dropped"].items(), key=lambda item: -item[1]))
     cost = "" if account["cost"] is None else f", cost {account['cost']:,.4f}"
+    unjudged = f" ({account['unjudged']:,} without a verdict of the judge)" if account["unjudged"] else ""
     return (
-        f"{account['kept']:,} queries from {account['replied']:,} replies, {account['reused']:,} of them from before; "
+        f"{account['kept']:,} queries{unjudged} from {account['replied']:,} replies, {account['reused']:,} of them from before; "
         f"{account['calls']:,} calls, {account['tokens_in']:,} tokens in and {account['tokens_out']:,} out{cost}; "
         f"{account['replies_per_second']:.1f} replies a second; dropped: {dropped or 'none'}"
     )

@@ -141,6 +141,7 @@ def _written(account: Mapping[str, Any]) -> list[tuple[str, str]]:
     stopped = f"; stopped by {account['stopped']}" if account["stopped"] else ""
     failures = f" ({listed(account['failures'])})" if account["failures"] else ""
     rate = f"{account['replies_per_second']:.1f} a second in the last start; " if account["replied"] > account["reused"] else ""
+    unjudged = f", {account['unjudged']:,} of them without a verdict of the judge" if account["unjudged"] else ""
     cost = "no prices given" if account["cost"] is None else f"{account['cost']:,.4f}"
     return [
         ("model", _cell(", ".join(account["models"]))),
@@ -148,7 +149,7 @@ def _written(account: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("calls, cost", f"{account['calls']:,} calls, {cost}"),
         ("tokens", f"{account['tokens_in']:,} in, {account['tokens_out']:,} out"),
         ("replies", f"{rate}response format {account['structured_output'] or 'not asked for'}; read as {listed(account['parsed'])}"),
-        ("queries", f"{account['candidates']:,} in the replies, {account['kept']:,} kept"),
+        ("queries", f"{account['candidates']:,} in the replies, {account['kept']:,} kept{unjudged}"),
         ("dropped", listed(account["dropped"])),
     ]
 

@@ -54,6 +54,8 @@ class Account:
     candidates: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     kept: int = 0
+    unjudged: int = 0
+    """Of those kept: the judge was asked for and gave no verdict."""
     failures: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -268,7 +270,10 @@ async def _judged(
     for i, positions in own.items():
         record = next(replies.replies([request(i).key]), None)
         passed = parse_numbers(record["text"]) if record else None
+        if passed is None:
+            account.unjudged += len(positions)
+            continue
         for number, position in enumerate(positions, 1):
-            if passed is not None and number not in passed:
+            if number not in passed:
                 verdicts[position] = "judged unanswerable"
     return _keep(found, verdicts, account)
