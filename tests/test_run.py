@@ -293,6 +293,18 @@ def test_json_on_stdout(copied: Path, capsys) -> None:
     assert captured.err == ""
 
 
+def test_eval_names_its_models_whole(whole: Path, tiny: Path, tmp_path: Path, capsys) -> None:
+    """At 80 columns: two runs' models differ in the middle of their paths."""
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("q\td0\t1\n")
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"_id": f"d{i}", "text": f"river {i}"}) + "\n" for i in range(3)))
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "river 0"}))
+    models = [str(tiny), str(whole / "model")]
+    assert main(["eval", *models, "--data", str(tmp_path)]) == 0
+    cells = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert "".join(cells) == "BM25" + "".join(models)
+
+
 def test_a_batch_counts_every_document_once(tiny: Path) -> None:
     """Two queries share document 3, and 3 and 5 both answer the first: nothing that answers a query is its negative."""
     examples = [

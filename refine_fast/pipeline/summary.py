@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..fuse import fuse
 from .console import Console, facts_table
@@ -62,7 +62,7 @@ def _show_scores(job: Job) -> None:
 def show_evaluation(models: list[str], data: Path, split: str, console: Console) -> None:
     with console.progress("encoding") as progress:
         rows = evaluate_models(models, data, split, progress=progress)
-    table = Table("", *COLUMNS, "recall@3 against the first")
+    table = Table(Column(overflow="fold"), *COLUMNS, "recall@3 against the first")  # runs/a/model and runs/b/model differ in the middle
     for row in rows:
         change = row.get("gain", {}).get("recall@3")
         table.add_row(row["system"], *(f"{row[metric]:.3f}" for metric in COLUMNS), points(**change) if change else "")
