@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from ..errors import RefineFastError
 
@@ -21,12 +24,12 @@ as long as with 16."""
 PROCESS = 900 << 20
 """Python, torch, transformers and the data (650 MiB), and malloc's holes between tensors that pass."""
 
-HOLES = 1.35
+HOLES = 1.4
 """What mini-batches of one size after the other occupy over what the backward keeps, with glibc's malloc.
 
-Measured of planned, MiB, gradients cached, one thread. Sequences of the greatest length: MiniLM-L6 in fp32, 8 at a time, 1,448 of 1,635;
-32, 2,645 of 2,802; in bf16, 24, 1,894 of 2,019; 48, 2,671 of 2,748. BERT-base in fp32, 2, 2,786 of 2,959; 4, 3,095 of 3,348; in bf16, 8,
-3,657 of 3,751; 16, 4,499 of 4,723. MiniLM-L6 on SQuAD, batch 64, in bf16, 8, 1,360 of 1,533."""
+Measured of planned, MiB, gradients cached, one thread, 64 documents of 122 to 256 tokens, encoders of 6 layers and width 384 that read 256
+(MiniLM) or 512: MiniLM in fp32, 8 at a time, 1,377 of 1,656; MPNet, whose attention keeps its scores, 9, 1,825 of 1,930. With 1.3 MPNet
+took 2,075 of 1,951, BERT 1,885 of 1,960, ModernBERT 1,630 of 1,649 and in bf16 1,667 of 1,695."""
 
 
 def return_free_memory() -> None:
@@ -37,24 +40,24 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def training_bytes(model: SentenceTransformer, mini_batch: int, *, bf16: bool) -> int:
-    """The peak of a training that encodes ``mini_batch`` sequences of the greatest length at a time."""
-    parameters = sum(p.numel() for p in model.parameters())
-    # weights, gradients and Adam's two moments in float32; autocast's copies of the weights
-    return PROCESS + (16 + 2 * bf16) * parameters + int(HOLES * mini_batch * activation_bytes(model, bf16=bf16))
+def activation_bytes(model: SentenceTransformer, text: str, *, bf16: bool) -> int:
+    """What the backward keeps of ``text``, by torch's own account: of two of them less of one, which leaves the copies of weights out."""
 
+    def kept(sequences: int) -> int:
+        storages: dict[int, torch.UntypedStorage] = {}  # a tensor's neighbours share its storage; alive, no two have one address
 
-def activation_bytes(model: SentenceTransformer, *, bf16: bool) -> int:
-    """What the backward keeps of one sequence of the greatest length. By layer and token (Korthikanti et al. 2022, arXiv 2205.05198,
-    section 4.1, without dropout, and with attention that keeps no scores): the inputs of two layer norms, in float32; the inputs of the
-    four products, q, k, v and both sides of the feed-forward's activation, as wide as the products are: ``2 h * 4 + (6 h + 2 i) * width``
-    bytes for hidden size h and intermediate size i. Autocast narrows the input of q, k and v for each of them: another 2 h in bf16."""
-    transformer: Any = model[0]
-    config = transformer.auto_model.config
-    h = config.hidden_size
-    intermediate = getattr(config, "intermediate_size", None) or 4 * h
-    width = 2 if bf16 else 4
-    return int(model.max_seq_length * config.num_hidden_layers * (2 * h * 4 + ((6 + 2 * bf16) * h + 2 * intermediate) * width))
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        device = model.device
+        batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in model.preprocess([text] * sequences).items()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            model(batch)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    model.eval()  # as in training
+    return kept(2) - kept(1)
 
 
 class Fit(NamedTuple):
@@ -67,14 +70,18 @@ class Fit(NamedTuple):
     """Bytes."""
 
 
-def fit_training(config: RunConfig, model: SentenceTransformer, examples: int, *, bf16: bool) -> Fit:
-    """As many sequences at a time as stay under ``config.memory`` bytes, the whole batch where it does."""
+def fit_training(config: RunConfig, model: SentenceTransformer, texts: Iterable[str], examples: int, *, bf16: bool) -> Fit:
+    """As many sequences at a time as stay under ``config.memory`` bytes, the whole batch where it does, each as long as the longest of the
+    ``texts`` to train on."""
     sequences = min(config.batch_size, max(examples, 1)) * (2 + config.negatives)
+    # weights, gradients and Adam's two moments in float32; autocast's copies of the weights
+    fixed = PROCESS + (16 + 2 * bf16) * sum(p.numel() for p in model.parameters())
+    each = HOLES * activation_bytes(model, max(texts, key=len), bf16=bf16)
     fits = MINI_BATCH
     if config.memory is not None:
-        fits = int((config.memory - training_bytes(model, 0, bf16=bf16)) / (HOLES * activation_bytes(model, bf16=bf16)))
+        fits = int((config.memory - fixed) / each)
         if fits < 1:
-            least = f"{math.ceil(training_bytes(model, 1, bf16=bf16) / 2**30 * 10) / 10:.1f}GB"
+            least = f"{math.ceil((fixed + each) / 2**30 * 10) / 10:.1f}GB"
             raise RefineFastError(f"memory: {config.memory / 2**30:.1f} GB is too little for this encoder; give at least {least}.")
     at_once = min(fits, sequences)
-    return Fit(at_once, at_once < sequences, training_bytes(model, at_once, bf16=bf16))
+    return Fit(at_once, at_once < sequences, int(fixed + at_once * each))

@@ -198,12 +198,13 @@ def train_encoder(job: Job, to: Path) -> None:
     ]
     model = load_encoder(job.encoder)
     bf16 = has_fast_bf16(model.device) if job.bf16 is None else job.bf16
-    fit = fit_training(config, model, len(examples), bf16=bf16)
+    passages = [chunk.passage for chunk in chunks]
+    fit = fit_training(config, model, [*relevant, *passages], len(examples), bf16=bf16)
     how = f"{fit.at_once} sequences at a time, gradients cached" if fit.cached else f"all {fit.at_once} sequences of a batch at once"
     job.console.say(f"  {how}, in {'bf16' if bf16 else 'fp32'}: about {fit.peak / 2**30:.1f} GB of memory")
     with job.console.progress("training") as progress:
         history = train(
-            model, examples, [chunk.passage for chunk in chunks], to / "checkpoints",
+            model, examples, passages, to / "checkpoints",
             epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size, lr=config.lr, warmup=config.warmup,
             temperature=config.temperature, mini_batch=fit.at_once if fit.cached else None, bf16=bf16, seed=config.seed, progress=progress,
             twin=Twin(chosen_weight(job), *base_embeddings(job)) if job.twin else None,
