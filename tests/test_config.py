@@ -44,7 +44,8 @@ BAD_FLAGS = [
     ("--fusion", "both", "fusion: both is unknown; choose one of weights, embeddings."),
     ("--llm", "localhost", "llm: 'localhost' is no endpoint; give a URL such as http://localhost:8000/v1, or transformers."),
     ("--llm", "http://localhost:8000/v1", "llm_model: no model named; add --llm-model NAME."),
-    ("--llm-model", "small", "llm_model: no endpoint to ask it at; add --llm URL."),
+    ("--llm-model", "small", "llm_model: there is no model to ask; add --llm URL, or leave it out."),
+    ("--judge", "yes", "judge: there is no model to ask; add --llm URL, or leave it out."),
     ("--model", "", "model: '' is no text; give a name."),
     ("--queries", "nowhere.jsonl", "queries: nowhere.jsonl does not exist; give the path of an existing file or folder."),
     ("--queries", "", "queries: '' is empty; give a path."),
@@ -71,7 +72,7 @@ def test_bad_flag(tmp_path: Path, monkeypatch, capsys, flag: str, value: str, me
         ("skip: null", "skip: None is no whole number; give one of at least 0."),
         ("model: 7", "model: 7 is no text; give a name."),
         ("band: [0.5]", "band: 0.5 is no band; give two cosine similarities such as 0.5,0.7, or auto."),
-        ("llm_model: 7", "llm_model: no endpoint to ask it at; add --llm URL."),
+        ("llm_model: 7", "llm_model: there is no model to ask; add --llm URL, or leave it out."),
         ("docs: nowhere", "docs: {folder}/nowhere does not exist; give the path of an existing file or folder."),
     ],
 )

