@@ -405,6 +405,16 @@ def test_plan_writes_nothing(tmp_path: Path, tiny: Path, docs: Path, whole: Path
     assert 0.88 < plan["training_gb"] < 1
 
 
+def test_too_few_queries(tmp_path: Path, tiny: Path, docs: Path, capsys) -> None:
+    """plan refuses what run would refuse later."""
+    query = {"text": "which document answers this?", "doc_id": min(path.name for path in docs.iterdir())}
+    (tmp_path / "queries.jsonl").write_text(json.dumps(query))
+    flags = [str(docs), "--out", str(tmp_path / "run"), "--model", str(tiny), "--queries", str(tmp_path / "queries.jsonl"), "--quiet"]
+    for command in ("plan", "run"):
+        assert main([command, *flags]) == 2
+        assert "queries: 0 left to train on, too few to learn from; give more documents or --queries." in capsys.readouterr().err
+
+
 def test_doctor(tiny: Path, docs: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["doctor", "--model", str(tiny), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -16,7 +16,7 @@ from .llm_queries import estimate_rows, still_to_ask
 from .memory import fit_training
 from .retrieval_set import load_beir
 from .train import steps_of
-from .work import cut_documents, own_queries, split_queries
+from .work import cut_documents, own_queries, require_enough, split_queries
 
 SAMPLE = 64
 """Chunks that are encoded to time the encoder on this machine."""
@@ -51,6 +51,8 @@ def make_plan(config: RunConfig) -> Plan:
     job = Job(config, encoder_folder(config.model), Console(quiet=True))
     documents, chunks, duplicates = cut_documents(job)
     queries = split_queries(job, chunks, own_queries(job, chunks))  # as many as a model would be asked for
+    if config.llm is None:
+        require_enough(queries["train"])
     examples = len(queries["train"])
     batch = min(config.batch_size, max(examples, 1))
     steps = steps_of(examples, batch_size=batch, epochs=config.epochs, max_steps=config.max_steps) if examples else 0

@@ -119,6 +119,12 @@ def learnable(job: Job) -> tuple[list[Chunk], list[Query]]:
     return [chunk for chunk in chunks if chunk.id not in held and chunk.source not in sources], queries
 
 
+def require_enough(queries: Sequence[Query]) -> None:
+    """Of those to train on: a lone one has no other's document to tell its own from. Raises RefineFastError."""
+    if len(queries) < 2:
+        raise RefineFastError(f"queries: {len(queries)} left to train on, too few to learn from; give more documents or --queries.")
+
+
 def relevant_rows(chunks: Sequence[Chunk], queries: Sequence[Query]) -> dict[str, list[int]]:
     """Query text -> rows of the chunks that answer it."""
     row = {chunk.id: i for i, chunk in enumerate(chunks)}
@@ -130,8 +136,7 @@ def relevant_rows(chunks: Sequence[Chunk], queries: Sequence[Query]) -> dict[str
 
 def embed(job: Job, to: Path) -> None:
     chunks, queries = learnable(job)
-    if len(queries) < 2:
-        raise RefineFastError(f"queries: {len(queries)} training queries are too few to learn from; give more documents or --queries.")
+    require_enough(queries)
     model = load_encoder(job.encoder)
     (to / "embeddings").mkdir(exist_ok=True)
     with job.console.progress("embedding queries") as progress:
