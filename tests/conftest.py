@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,8 @@ import refine_fast as rf
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # tests/gpu then runs the Triton kernels on CPU tensors; read once, when triton is first imported
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored; the tests press it
 
 
 @pytest.fixture(params=rf.available_isas())
