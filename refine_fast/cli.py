@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n  refine-fast {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        )  # fmt: skip
         sub.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
         sub.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
         sub.set_defaults(work=work, command=name, stopped="the same command goes on from here")
@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     fuse_command.add_argument(
         "--weights", action="append", default=[], metavar="GLOB=W", type=weight_of_glob,
         help="share of TUNED in the tensors whose name matches, such as '*.embeddings.*=0'; the first match wins; may be repeated",
-    )
+    )  # fmt: skip
     fuse_command.add_argument(
         "--dtype", metavar="T", help="of the output's float tensors: F32, BF16, F16, F64, F8_E4M3 or F8_E5M2 (default: BASE's)"
     )
@@ -149,7 +149,7 @@ def run_flags(command: argparse.ArgumentParser) -> None:
         command.add_argument(
             f"--{field.name.replace('_', '-')}", action="append" if field.name == "ood" else "store", default=argparse.SUPPRESS,
             metavar=field.metadata["metavar"], help=(field.metadata["help"] + default).replace("%", "%%"),
-        )
+        )  # fmt: skip
 
 
 def shown(value: Any) -> str:

@@ -227,7 +227,7 @@ def test_fusion_of_embeddings(copied: Path, whole: Path, tiny: Path, docs: Path,
     report = json.loads((copied / "report.json").read_text())
     assert report["fusion"] == "embeddings"
     assert "normalize(0.35 * e_tuned + 0.65 * e_frozen)" in (copied / "report.md").read_text()
-    assert 'trust_remote_code=True' in (copied / "model" / "README.md").read_text()
+    assert "trust_remote_code=True" in (copied / "model" / "README.md").read_text()
     assert main(["index", str(copied)]) == 0
 
     assert go_on(copied, capsys) == {}
@@ -388,6 +388,7 @@ def test_index_finds_what_the_model_finds(copied: Path, capsys) -> None:
     chunks = [json.loads(line) for line in (copied / "chunks.jsonl").open()]
     assert ids == [chunk["id"] for chunk in chunks]
     from refine_fast.pipeline.embed import encode
+
     passage = f"{chunks[5]['title']} {chunks[5]['text']}"
     vector = encode(load_encoder(copied / "model"), [passage], role="document")
     assert index.search(vector, 1)[1][0, 0] == 5

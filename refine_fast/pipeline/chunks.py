@@ -121,9 +121,7 @@ def _splitter(tokenizer: PreTrainedTokenizerBase, markdown: bool, capacity: int)
     return (MarkdownSplitter if markdown else TextSplitter).from_callback(_token_counter(tokenizer), capacity)
 
 
-def deduplicate(
-    chunks: Sequence[Chunk], *, threshold: float = 0.8, progress: Progress | None = None
-) -> tuple[list[Chunk], Duplicates]:
+def deduplicate(chunks: Sequence[Chunk], *, threshold: float = 0.8, progress: Progress | None = None) -> tuple[list[Chunk], Duplicates]:
     """The chunks without those that repeat an earlier one, and how many were removed.
 
     exact: the same text after NFKC, case folding and blanks made one. near: ``len(A & B) / len(A | B) >= threshold`` over the sets of five

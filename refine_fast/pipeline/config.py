@@ -29,7 +29,7 @@ DEFAULT_ENCODER = "minilm"
 
 _FOR_A_MODEL = (
     "prompt", "max_calls", "max_tokens", "max_cost", "price_in", "price_out", "duplicates", "round_trip", "judge", "judge_prompt"
-)
+)  # fmt: skip
 """With llm_*, the fields that say nothing unless a language model writes the queries."""
 
 Parse = Callable[[Any], Any]

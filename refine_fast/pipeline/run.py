@@ -69,6 +69,7 @@ def stages(job: Job) -> Iterator[Stage]:
     judged = docs if job.judged else {}
     frozen = made("embeddings") if job.twin else {}
 
+    # fmt: off
     yield stage(
         "chunks", "chunks.jsonl chunks.json", work.make_chunks, files=docs | encoder,
         fields="chunk_tokens limit seed", code=(documents, chunks), **no_docs,
@@ -117,6 +118,7 @@ def stages(job: Job) -> Iterator[Stage]:
         files=scores | learnable | recipe | account | made("chunks.json sets.json embeddings"),
         fields="weight fusion", code=(report, report_data, gather),
     )
+    # fmt: on
 
 
 def run(config: RunConfig, console: Console, *, until: str = "report") -> Job:

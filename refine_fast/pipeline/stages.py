@@ -78,11 +78,15 @@ class RunFolder:
         record = self._manifest().get(stage.name)
         if record is None:
             return ["not done yet"]
-        return differences(record, self._key(stage)) + [
-            f"{name} {'is missing' if not (self.path / name).exists() else 'was changed by hand'}"
-            for name in stage.outputs
-            if self._digest(self.path / name) != record["outputs"].get(name)
-        ] + stage.unfinished()
+        return (
+            differences(record, self._key(stage))
+            + [
+                f"{name} {'is missing' if not (self.path / name).exists() else 'was changed by hand'}"
+                for name in stage.outputs
+                if self._digest(self.path / name) != record["outputs"].get(name)
+            ]
+            + stage.unfinished()
+        )
 
     def do(self, stage: Stage) -> float:
         """Does the stage, whatever the manifest says, and returns its seconds. Goes on where a killed run left it."""

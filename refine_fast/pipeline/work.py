@@ -89,7 +89,7 @@ def own_queries(job: Job, chunks: Sequence[Chunk]) -> list[Query]:
 
 
 def split_queries(job: Job, chunks: Sequence[Chunk], queries: list[Query]) -> dict[str, list[Query]]:
-    """"train", and "held_out" and "dev" where they are needed: queries by whole documents, none of them a judged test query."""
+    """Of "train", and "held_out" and "dev" where they are needed: queries by whole documents, none of them a judged test query."""
     config = job.config
     if job.judged:
         queries = without(queries, load_beir(job.judged).queries)
@@ -163,7 +163,7 @@ def mine(job: Job, to: Path) -> None:
             mined = mine_negatives(
                 q, d, list(relevant.values()), k=max(1, config.negatives), band=config.band, skip=config.skip,
                 select=config.select, seed=config.seed, progress=progress,
-            )
+            )  # fmt: skip
     except ValueError as reason:
         raise RefineFastError(f"mine: {reason}.") from None
     ids, scores, in_band = (np.asarray(column) for column in (mined.ids, mined.scores, mined.in_band))
@@ -213,7 +213,7 @@ def train_encoder(job: Job, to: Path) -> None:
             epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size, lr=config.lr, warmup=config.warmup,
             temperature=config.temperature, mini_batch=fit.at_once if fit.cached else None, bf16=bf16, seed=config.seed, progress=progress,
             twin=Twin(chosen_weight(job), *base_embeddings(job)) if job.twin else None,
-        )
+        )  # fmt: skip
     model.save_pretrained(str(to / "tuned"), create_model_card=False)
     write_json(to / "training.json", {**history, "examples": len(examples), "precision": "bf16" if bf16 else "fp32"})
 
@@ -229,7 +229,7 @@ def make_elsewhere(job: Job, to: Path) -> None:
 
 
 def retrieval_sets(job: Job) -> dict[str, RetrievalSet]:
-    """"in_domain"; "dev" where a weight is to be chosen; each out-of-domain set under its name."""
+    """ "in_domain"; "dev" where a weight is to be chosen; each out-of-domain set under its name."""
     chunks = read_records(job.path("chunks.jsonl"), Chunk)
     sets = {}
     if job.judged:
@@ -337,4 +337,3 @@ def recipe(job: Job, weight: float) -> dict[str, str]:
         "optimizer": f"AdamW, learning rate {config.lr:g}, {training['steps']} steps, warm-up {config.warmup:g}, seed {config.seed}",
         "fusion": f"weight {weight:g} of the fine-tuned {fused}" + (", chosen on held-out queries" if config.weight == "auto" else ""),
     }
-

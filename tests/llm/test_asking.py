@@ -279,9 +279,7 @@ def test_probe(endpoint: Endpoint, structured: str) -> None:
     ],
     ids=["in the list", "llama.cpp", "Ollama", "LM Studio", "nonsense", "nobody tells"],
 )
-def test_probe_finds_the_context_length(
-    endpoint: Endpoint, card: dict[str, Any], pages: dict[str, Any], context: int | None
-) -> None:
+def test_probe_finds_the_context_length(endpoint: Endpoint, card: dict[str, Any], pages: dict[str, Any], context: int | None) -> None:
     endpoint.set(card=card, pages=pages)
     assert probe(endpoint.settings())[0].context == context
 

@@ -44,9 +44,7 @@ _MARKER = re.compile(
     r"(?i:Q|Query|Question|Text)\s*\d*\s*[:.)]\s*|#+\s*)"
 )
 _KIND = re.compile(r"[\W\d_]*(question|keyword|claim|how[-_ ]?to)s?(?: quer(?:y|ies))?[\W\d_]*?:[*_]*\s*", re.IGNORECASE)
-_HEADING = re.compile(
-    r"[\W\d_]*(?:(?:kind|type)\W+)?(question|keyword|claim|how[-_ ]?to)s?(?: quer(?:y|ies))?[\W\d_]*", re.IGNORECASE
-)
+_HEADING = re.compile(r"[\W\d_]*(?:(?:kind|type)\W+)?(question|keyword|claim|how[-_ ]?to)s?(?: quer(?:y|ies))?[\W\d_]*", re.IGNORECASE)
 _PREAMBLE = re.compile(
     r"^(?:here(?:'s| is| are)|sure\b|certainly\b|absolutely\b|of course|okay\b|ok[,.!]|below (?:is|are)|the following|let me|note:|"
     r"i (?:have|can|will|hope)\b(?!'t)|(?:generated |search |sample )*(?:queries|questions)\W*$|"
