@@ -19,7 +19,7 @@
 namespace refine_fast {
 namespace {
 
-constexpr int64_t kPage = 4096, kWindow = int64_t{8} << 20;
+constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20, kWindow = 4 * kHugePage;
 constexpr const char* kShorter = "the file became shorter while it was read";
 
 int64_t round_down(int64_t x, int64_t step) { return x / step * step; }
@@ -31,16 +31,22 @@ Status failure(Code code, const char* doing, const std::string& name, const char
   return status;
 }
 
-// Whole pages of their own: malloc would keep freed ones, and a merge of ten parts would grow by a part's buffers.
+// A mapping of its own: malloc would keep freed pages, and a merge of ten parts would grow by a part's buffers. Huge pages from the first byte
+// on, where the system grants them: stream.h says why. One more page can be written in front of the first byte.
 struct Unmap {
+  void* map = nullptr;
   size_t bytes = 0;
-  void operator()(char* p) const { munmap(p, bytes); }
+  void operator()(char*) const { munmap(map, bytes); }
 };
 using Buffer = std::unique_ptr<char, Unmap>;
 Buffer page_aligned(int64_t bytes) {
-  const size_t size = static_cast<size_t>(std::max(bytes, kPage));
-  void* const p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  return Buffer(p == MAP_FAILED ? nullptr : static_cast<char*>(p), Unmap{size});
+  const size_t size = static_cast<size_t>(round_up(std::max(bytes, kPage), kPage) + kPage + kHugePage);
+  void* const map = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (map == MAP_FAILED) return {};
+  const auto begin = reinterpret_cast<uintptr_t>(map) + kPage;
+  char* const p = static_cast<char*>(map) + kPage + (-begin & (kHugePage - 1));
+  madvise(p, static_cast<size_t>(round_down(bytes, kHugePage)), MADV_HUGEPAGE);
+  return Buffer(p, Unmap{map, size});
 }
 
 struct ProcPath {
@@ -81,10 +87,10 @@ class Reader {
 
  private:
   struct Window {
-    Buffer data = page_aligned(kPage + kWindow);  // a page in front, for what an element left in the window before
+    Buffer data = page_aligned(kWindow);  // what an element left in the window before goes to the page in front
     int64_t begin = 0, end = 0;
     Status status;
-    char* bytes() const { return data.get() + kPage; }
+    char* bytes() const { return data.get(); }
   };
 
   Status fill(int file, int64_t offset, int64_t least) {
