@@ -71,6 +71,8 @@ def calibrate_band(
     Args: query_embeddings (B, D), doc_embeddings (N, D), positives: per query its rows of doc_embeddings.
     Raises: ValueError if no query has a positive, too few have k other documents below hi, or a row holds NaN or Inf.
     """
+    if k < 1:
+        raise ValueError(f"k is {k}; a band is fitted to at least 1 negative for each query")
     known = np.array([i for i, rows in enumerate(positives) if len(rows)])
     if not known.size:
         raise ValueError("no query has a positive, so there is nothing to calibrate the band on; give the band as two numbers")

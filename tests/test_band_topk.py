@@ -214,6 +214,15 @@ def test_any_rule(search: tuple[Tensor, Tensor, int, dict[str, Any]], level: str
         rf.force_isa(before)
 
 
+def test_seeds_of_64_bits_and_sets_of_ids() -> None:
+    queries, docs = unit_rows(9, 24, 0), unit_rows(300, 24, 1)
+    rule: dict[str, Any] = {"band": (-1.0, 1.0), "select": "random"}
+    ids = [[i, 7 * i, 299] for i in range(9)]
+    gold = check(queries, docs, 5, exclude=ids, seed=-2, **rule)
+    assert_same(rf.band_topk(queries, docs, 5, exclude=[set(row) for row in ids], seed=2**64 - 2, **rule), gold)
+    assert not torch.equal(rf.band_topk(queries, docs, 5, exclude=ids, seed=2**63, **rule).ids, gold.ids)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -226,6 +235,7 @@ def test_any_rule(search: tuple[Tensor, Tensor, int, dict[str, Any]], level: str
         ({"docs": torch.zeros(9, 8, dtype=torch.float64)}, TypeError, "docs are torch.float64"),
         ({"queries": np.zeros((4, 8))}, TypeError, "queries are float64"),
         ({"exclude": [[1]]}, ValueError, "one list for each of the 4 queries"),
+        ({"exclude": [[], {1.7}, [], []]}, TypeError, "exclude of query 1 holds .*1.7.*; give document ids, which are integers"),
         ({"exclude": [[], [1, 9], [], []]}, ValueError, "exclude of query 1 names document 9, but the ids are 0 to 8"),
         ({"ceiling": torch.zeros(3)}, ValueError, "one value for each of the 4 queries"),
         ({"ceiling": torch.tensor([0, 0, float("nan"), 0])}, ValueError, "ceiling of query 2 is NaN"),

@@ -57,6 +57,8 @@ def test_calibration_says_when_it_cannot(embeddings: tuple[Tensor, Tensor, list[
         calibrate_band(queries, docs, [[] for _ in positives])
     with pytest.raises(ValueError, match="only 0% of the queries have 500 documents below"):
         calibrate_band(queries, docs, positives, k=500)
+    with pytest.raises(ValueError, match="k is 0; a band is fitted to at least 1 negative for each query"):
+        calibrate_band(queries, docs, positives, k=0)
     broken = queries.clone()
     broken[17, 3] = torch.nan
     with pytest.raises(ValueError, match="row 17 of queries holds NaN or Inf"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,7 +60,7 @@ def band_topk(
         band: lo and hi, both inclusive, on the inner product: on the cosine if the rows are unit vectors or ``normalize`` is set. Rows of
             other lengths are taken as they are.
         skip: how many of the most similar documents to drop.
-        exclude: per query the ids that take no part (its positives), of any length each; they do not count as skipped.
+        exclude: per query the ids that take no part (its positives), a list, set or array of any length; they do not count as skipped.
         ceiling: (B,), a further upper bound per query, e.g. 0.95 times the similarity of its positive.
         select: "hardest" takes the k most similar; "random" takes k at random, the smallest ``reference.hash64(seed, query, document)``.
         seed: of "random".
@@ -78,7 +78,7 @@ def band_topk(
     Raises:
         ValueError: shapes that do not fit, k or skip below 0, lo above hi, an excluded id that is no document, NaN in ceiling, and NaN, Inf
             or a norm above 1e18 in a row, which is named.
-        TypeError: another dtype.
+        TypeError: another dtype; an excluded id that is no integer.
         torch.OutOfMemoryError: a GPU without room for the workspace.
     """
     rows, count = shape(queries, "queries")[0], shape(docs, "docs")[0]
@@ -90,6 +90,7 @@ def band_topk(
     if order not in ("skip_then_band", "band_then_skip"):
         raise ValueError(f'order must be "skip_then_band" or "band_then_skip", not {order!r}')
     skip = min(skip, count)  # room is taken for as many
+    seed = (seed + 2**63) % 2**64 - 2**63  # the op takes 64 bits, signed
     rule = Rule(k, lo, hi, skip, offsets, excluded, ceiling, select == "random", seed, order == "band_then_skip", normalize)
     device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
     together = isinstance(queries, Tensor) and isinstance(docs, Tensor) and queries.device == docs.device
@@ -160,7 +161,7 @@ def _ragged(exclude: Sequence[Any], rows: int, count: int) -> tuple[Tensor, Tens
     """Offsets (rows + 1,) and ids, ascending within each row."""
     if len(exclude) != rows:
         raise ValueError(f"exclude must have one list for each of the {rows} queries, not {len(exclude)}")
-    lists = [np.asarray(ids, dtype=np.int64).reshape(-1) for ids in exclude]
+    lists = [_ids(ids, row) for row, ids in enumerate(exclude)]
     lengths = np.array([len(ids) for ids in lists], dtype=np.int64)
     flat = np.concatenate(lists) if lists else np.empty(0, np.int64)
     row = np.repeat(np.arange(rows), lengths)
@@ -168,3 +169,11 @@ def _ragged(exclude: Sequence[Any], rows: int, count: int) -> tuple[Tensor, Tens
         raise ValueError(f"exclude of query {row[wrong[0]]} names document {flat[wrong[0]]}, but the ids are 0 to {count - 1}")
     flat = flat[np.lexsort((flat, row))]
     return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))), torch.from_numpy(flat)
+
+
+def _ids(ids: Any, row: int) -> np.ndarray:
+    """A list, tuple, set, array or tensor of ids."""
+    found = np.asarray([*ids] if isinstance(ids, Set) else ids).reshape(-1)
+    if found.size and found.dtype.kind not in "iu":
+        raise TypeError(f"exclude of query {row} holds {found[0]!r}; give document ids, which are integers")
+    return found.astype(np.int64)
