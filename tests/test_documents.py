@@ -55,7 +55,7 @@ def test_folder_of_every_format(tmp_path: Path, tokenizer) -> None:
     html = (
         "<html><head><title>The Alps</title><style>p{}</style></head><body><nav>Home</nav><!-- no --><h1>Peaks</h1>"
         "<p>Mont Blanc is\n 4,806 <b>metres</b>\thigh.</p>"
-        "<h2>Code</h2><pre>a\n  b</pre><table><tr><td>x</td><td>y</td></tr></table></body></html>"
+        "<h2>Code</h2><pre># a\n  b</pre></pre><table><tr><td>x</td><td>y</td></tr></table></body></html>"
     )
     (tmp_path / "alps.html").write_text(html)
     (tmp_path / "z.PDF").write_bytes(pdf("The glacier feeds the river."))
@@ -70,7 +70,7 @@ def test_folder_of_every_format(tmp_path: Path, tokenizer) -> None:
     assert by_id["sub/rivers.md"].text == MARKDOWN
     assert by_id["sub/rivers.md"].title == "Rivers"
     assert by_id["alps.html"].title == "The Alps"
-    assert by_id["alps.html"].text == "# Peaks\n\nMont Blanc is 4,806 metres high.\n\n## Code\n\na\n  b\n\nx y"
+    assert by_id["alps.html"].text == "# Peaks\n\nMont Blanc is 4,806 metres high.\n\n## Code\n\n```\n# a\n  b\n```\n\nx y"
     assert by_id["z.PDF"].text == "The glacier feeds the river."
 
     chunks = chunk_documents(documents, tokenizer, max_tokens=128)
@@ -79,6 +79,7 @@ def test_folder_of_every_format(tmp_path: Path, tokenizer) -> None:
         assert chunk.text == by_id[chunk.source].text[chunk.start : chunk.end]
         assert chunk.text == chunk.text.strip()
         assert len(tokenizer(chunk.passage)["input_ids"]) <= 128
+    assert {chunk.title for chunk in chunks if chunk.source == "alps.html"} <= {"The Alps", "The Alps: Peaks", "The Alps: Code"}
     for document in documents:  # nothing but blanks is left out
         ends = sorted((chunk.start, chunk.end) for chunk in chunks if chunk.source == document.id)
         edges = [0, *(edge for pair in ends for edge in pair), len(document.text)]

@@ -96,9 +96,11 @@ class _VisibleText(HTMLParser):
     """One pass without a tree: the time stays linear in pages that nest or repeat tags by the thousand."""
 
     _HIDDEN = ("nav", "noscript", "script", "style", "svg", "template")
-    _BLOCKS = ("article", "blockquote", "dd", "div", "dl", "dt", "li", "main", "ol", "p", "pre", "section", "table", "ul")
+    _BLOCKS = ("article", "blockquote", "dd", "div", "dl", "dt", "li", "main", "ol", "p", "section", "table", "ul")
     _BREAKS: ClassVar = {"br": "\n", "tr": "\n"} | dict.fromkeys(_BLOCKS, "\n\n")
-    _HEADINGS: ClassVar = {f"h{level}": f"\n\n{'#' * level} " for level in range(1, 7)}
+    # <pre> is fenced, or its comments would be headings: # in a shell, in Python
+    _STARTS: ClassVar = _BREAKS | {f"h{level}": f"\n\n{'#' * level} " for level in range(1, 7)} | {"pre": "\n\n```\n"}
+    _ENDS: ClassVar = _BREAKS | {f"h{level}": "\n\n" for level in range(1, 7)} | {"td": " ", "th": " ", "pre": "\n```\n\n"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,11 +111,11 @@ class _VisibleText(HTMLParser):
     def handle_starttag(self, tag: str, attrs: object) -> None:
         self._inside[tag] += 1
         if not self._hidden():
-            self.parts.append(self._HEADINGS.get(tag) or self._BREAKS.get(tag, ""))
+            self.parts.append(self._STARTS.get(tag, ""))
 
     def handle_endtag(self, tag: str) -> None:
-        if not self._hidden():
-            self.parts.append("\n\n" if tag in self._HEADINGS else " " if tag in ("td", "th") else self._BREAKS.get(tag, ""))
+        if not self._hidden() and (tag != "pre" or self._inside["pre"]):  # a stray end would open a fence
+            self.parts.append(self._ENDS.get(tag, ""))
         self._inside[tag] = max(0, self._inside[tag] - 1)
 
     def handle_data(self, data: str) -> None:

@@ -16,11 +16,14 @@ from . import (
     documents,
     embed,
     evaluate,
+    figures,
     gather,
     held_out,
     llm_queries,
     memory,
+    python_docs,
     queries,
+    readers,
     report,
     report_data,
     retrieval_set,
@@ -61,8 +64,9 @@ def stages(job: Job) -> Iterator[Stage]:
     encoder = {"encoder": job.encoder}
     docs = {} if config.docs is None else {"docs": config.docs}
     own = {} if config.queries is None else {"queries": config.queries}
-    python_docs = f"the documentation of Python {platform.python_version()}"
-    no_docs = {"docs": python_docs} if config.docs is None else {}
+    documentation = f"the documentation of Python {platform.python_version()}"
+    no_docs = {"docs": documentation} if config.docs is None else {}
+    reading = (documents, readers, python_docs)
     learnable = made("chunks.jsonl queries.jsonl dev.jsonl held_out.jsonl")
     choice = {"choose": "a weight"} if config.weight == "auto" else {}
     ood = {f"ood {folder.name}": folder for folder in config.ood or ()}
@@ -72,7 +76,7 @@ def stages(job: Job) -> Iterator[Stage]:
     # fmt: off
     yield stage(
         "chunks", "chunks.jsonl chunks.json", work.make_chunks, files=docs | encoder,
-        fields="chunk_tokens limit seed", code=(documents, chunks), **no_docs,
+        fields="chunk_tokens limit seed", code=(*reading, chunks), **no_docs,
     )
     asked = stage(
         "queries", "queries.jsonl dev.jsonl held_out.jsonl", work.make_queries, files=made("chunks.jsonl") | own | judged,
@@ -93,7 +97,7 @@ def stages(job: Job) -> Iterator[Stage]:
     if job.own_check:
         yield stage(
             "elsewhere", "elsewhere.jsonl elsewhere-queries.jsonl", work.make_elsewhere, files=encoder,
-            fields="chunk_tokens ood_passages seed", code=(documents, chunks, queries), docs=python_docs,
+            fields="chunk_tokens ood_passages seed", code=(*reading, chunks, queries), docs=documentation,
         )
         sets |= made("elsewhere.jsonl elsewhere-queries.jsonl")
     judges = (evaluate, retrieval_set, held_out, embed)
@@ -116,7 +120,7 @@ def stages(job: Job) -> Iterator[Stage]:
     yield stage(
         "report", "report.md report.json report.html figures", gather.make_report,
         files=scores | learnable | recipe | account | made("chunks.json sets.json embeddings"),
-        fields="weight fusion", code=(report, report_data, gather),
+        fields="weight fusion", code=(report, report_data, figures, gather),
     )
     # fmt: on
 
