@@ -581,7 +581,7 @@ Status Solver::check_rows(const char* name, const void* x, int64_t n, const uint
     const float* row = load(x, i, 1, scratch(thread));
     uint32_t not_finite = 0;  // in integers, which the compiler takes four at a time
     for (int64_t j = 0; j < t_.width; ++j) not_finite |= (std::bit_cast<uint32_t>(row[j]) & 0x7f800000u) == 0x7f800000u;
-    if (not_finite && i < found) found = i;
+    for (int64_t known = found; not_finite && i < known && !found.compare_exchange_weak(known, i);) continue;  // the first, whatever the threads
   });
   Status status;
   if (found == n) return status;
