@@ -144,6 +144,7 @@ def drop_in(width: int) -> None:
 
     contestants = {
         "sentence_transformers_faiss": lambda: run("theirs", theirs, use_faiss=True),
+        "sentence_transformers": lambda: run("theirs", theirs),
         "refine_fast": lambda: run("ours", mine_hard_negatives),
     }
     shape = {"B": 4096, "N": 200_000, "D": width, "negatives": 10}

@@ -351,6 +351,8 @@ def test_a_memory_budget(copied: Path, capsys) -> None:
     assert "error: memory: 0.5 GB is too little for this encoder; give at least 0.9GB." in capsys.readouterr().err
     assert main(["train", "--out", str(copied), "--memory", "919MB"]) == 0
     assert " sequences at a time, gradients cached, in fp32: about 0.9 GB of memory" in capsys.readouterr().err
+    assert main(["train", "--out", str(copied), "--memory", "2GB"]) == 0
+    assert "all 24 sequences of a batch at once, in fp32: about 0.9 GB of memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bf16", [False, True])

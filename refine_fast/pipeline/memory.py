@@ -31,6 +31,10 @@ Measured of planned, MiB, gradients cached, one thread, 64 documents of 122 to 2
 (MiniLM) or 512: MiniLM in fp32, 8 at a time, 1,377 of 1,656; MPNet, whose attention keeps its scores, 9, 1,825 of 1,930. With 1.3 MPNet
 took 2,075 of 1,951, BERT 1,885 of 1,960, ModernBERT 1,630 of 1,649 and in bf16 1,667 of 1,695."""
 
+WHOLE = 1.1
+"""The same where a whole batch is encoded at once: 6,267 of 7,130 MiB (MiniLM in fp32, 64 queries and 128 documents at a time;
+benchmarks/bench_memory.py)."""
+
 
 def return_free_memory() -> None:
     """Gives the free pages of malloc back to the system: steps of other lengths leave holes that nothing else fits into. Linux with glibc;
@@ -65,23 +69,28 @@ class Fit(NamedTuple):
 
     at_once: int
     cached: bool
-    """Whether those are fewer than a batch has, so that gradients are cached."""
+    """Whether a batch is more than that, so that gradients are cached."""
     peak: int
     """Bytes."""
 
 
-def fit_training(config: RunConfig, model: SentenceTransformer, texts: Iterable[str], examples: int, *, bf16: bool) -> Fit:
-    """As many sequences at a time as stay under ``config.memory`` bytes, the whole batch where it does, each as long as the longest of the
-    ``texts`` to train on."""
-    sequences = min(config.batch_size, max(examples, 1)) * (2 + config.negatives)
+def fit_training(
+    config: RunConfig, model: SentenceTransformer, queries: Iterable[str], passages: Iterable[str], examples: int, *, bf16: bool
+) -> Fit:
+    """The whole batch at once where it stays under ``config.memory`` bytes, else as many sequences at a time as do, each as long as the
+    longest to train on."""
+    batch = min(config.batch_size, max(examples, 1))
+    documents = batch * (1 + config.negatives)
     # weights, gradients and Adam's two moments in float32; autocast's copies of the weights
     fixed = PROCESS + (16 + 2 * bf16) * sum(p.numel() for p in model.parameters())
-    each = HOLES * activation_bytes(model, max(texts, key=len), bf16=bf16)
-    fits = MINI_BATCH
-    if config.memory is not None:
-        fits = int((config.memory - fixed) / each)
-        if fits < 1:
-            least = f"{math.ceil((fixed + each) / 2**30 * 10) / 10:.1f}GB"
-            raise RefineFastError(f"memory: {config.memory / 2**30:.1f} GB is too little for this encoder; give at least {least}.")
-    at_once = min(fits, sequences)
-    return Fit(at_once, at_once < sequences, int(fixed + at_once * each))
+    query, passage = (activation_bytes(model, max(texts, key=len, default=""), bf16=bf16) for texts in (queries, passages))
+    whole = fixed + WHOLE * (batch * query + documents * passage)
+    each = HOLES * max(query, passage)
+    fits = MINI_BATCH if config.memory is None else int((config.memory - fixed) / each)
+    if config.memory is not None and fits < 1:
+        least = f"{math.ceil((fixed + each) / 2**30 * 10) / 10:.1f}GB"
+        raise RefineFastError(f"memory: {config.memory / 2**30:.1f} GB is too little for this encoder; give at least {least}.")
+    if fits >= batch + documents or (config.memory is not None and config.memory >= whole):
+        return Fit(batch + documents, False, int(whole))
+    at_once = min(fits, documents)  # of either side: more would change nothing
+    return Fit(at_once, True, int(fixed + at_once * each))

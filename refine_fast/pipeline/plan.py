@@ -72,8 +72,8 @@ def make_plan(config: RunConfig) -> Plan:
     encode(model, [chunks[i].passage for i in drawn], role="document", bf16=bf16)
     seconds = (time.perf_counter() - start) / len(drawn)
     trained = steps * batch * (1 + config.negatives)  # queries are short: the passages decide
-    texts = [*(query.text for query in queries["train"]), *(chunk.passage for chunk in chunks)]
-    fit = fit_training(config, model, texts, examples, bf16=bf16)
+    texts = [query.text for query in queries["train"]], [chunk.passage for chunk in chunks]
+    fit = fit_training(config, model, *texts, examples, bf16=bf16)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return Plan(
         documents=documents,

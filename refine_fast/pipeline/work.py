@@ -204,7 +204,7 @@ def train_encoder(job: Job, to: Path) -> None:
     model = load_encoder(job.encoder)
     bf16 = has_fast_bf16(model.device) if job.bf16 is None else job.bf16
     passages = [chunk.passage for chunk in chunks]
-    fit = fit_training(config, model, [*relevant, *passages], len(examples), bf16=bf16)
+    fit = fit_training(config, model, relevant, passages, len(examples), bf16=bf16)
     how = f"{fit.at_once} sequences at a time, gradients cached" if fit.cached else f"all {fit.at_once} sequences of a batch at once"
     job.console.say(f"  {how}, in {'bf16' if bf16 else 'fp32'}: about {fit.peak / 2**30:.1f} GB of memory")
     with job.console.progress("training") as progress:
@@ -229,7 +229,7 @@ def make_elsewhere(job: Job, to: Path) -> None:
 
 
 def retrieval_sets(job: Job) -> dict[str, RetrievalSet]:
-    """ "in_domain"; "dev" where a weight is to be chosen; each out-of-domain set under its name."""
+    """What is judged on: "in_domain"; "dev" where a weight is to be chosen; each out-of-domain set under its name."""
     chunks = read_records(job.path("chunks.jsonl"), Chunk)
     sets = {}
     if job.judged:

@@ -130,7 +130,7 @@ def _repair(text: str) -> Any:
         text = text[: max(text.rfind("}"), text.rfind("]")) + 1]
     try:
         return json_repair.loads(text)
-    except RecursionError:
+    except (ValueError, RecursionError):  # nested too deeply, in its later versions and earlier ones
         return None
 
 
