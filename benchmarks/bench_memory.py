@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertModel
 
-from refine_fast.pipeline.encoder import encoder_folder
+from refine_fast.pipeline.encoder.load import encoder_folder
 
 DATA = Path(os.environ.get("REFINE_FAST_DATA", ""))
 # encoder -> batch size, budgets: from one that leaves room for few sequences to one where the whole batch fits

@@ -16,11 +16,15 @@ from pathlib import Path
 
 from datasets import Dataset
 from record import rows, save
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 
 from refine_fast.integrations.sentence_transformers import CachedFusedMultipleNegativesRankingLoss
-from refine_fast.pipeline.encoder import encoder_folder
-from refine_fast.pipeline.retrieval_set import load_beir
+from refine_fast.pipeline.corpus.beir import load_beir
+from refine_fast.pipeline.encoder.load import encoder_folder
 
 
 def train(batch: int, mini_batch: int, steps: int, precision: str) -> None:

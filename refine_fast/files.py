@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -56,3 +58,17 @@ def fsync_all(path: Path) -> None:
     """``fsync`` of a file, or of a folder and all that is in it."""
     for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
         fsync(item)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as JSON, all of the file or nothing."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in the file; None if the file is missing or incomplete."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None

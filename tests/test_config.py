@@ -146,7 +146,7 @@ def test_a_run_folder_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     ("command", "package"), [(["prompt"], "jinja2"), (["plan", "--out=run", "--llm=http://localhost/v1", "--llm-model=m"], "openai")]
 )
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys, command: list[str], package: str) -> None:
-    for name in [name for name in sys.modules if name.startswith("refine_fast.pipeline.llm.") or name == "refine_fast.pipeline.llm"]:
+    for name in [name for name in sys.modules if name.startswith("refine_fast.pipeline.queries.llm.") or name == "refine_fast.pipeline.queries.llm"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert main(command) == 2

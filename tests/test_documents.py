@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from refine_fast.errors import RefineFastError, RefineFastWarning
-from refine_fast.pipeline.chunks import Chunk, Duplicates, chunk_documents, deduplicate
-from refine_fast.pipeline.documents import Document, load_documents
-from refine_fast.pipeline.jsonl import read_records, write_records
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.corpus.chunking import chunk_documents
+from refine_fast.pipeline.corpus.dedup import Duplicates, deduplicate
+from refine_fast.pipeline.corpus.documents import Document, load_documents
+from refine_fast.pipeline.corpus.jsonl import read_records, write_records
 
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 

@@ -14,22 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refine_fast.errors import RefineFastError
-from refine_fast.pipeline.chunks import Chunk
-from refine_fast.pipeline.embed import encode
-from refine_fast.pipeline.evaluate import (
-    METRICS,
-    Scores,
-    choose_weight,
-    evaluate_models,
-    gain,
-    rank,
-    score,
-    score_bm25,
-    score_ranking,
-)
-from refine_fast.pipeline.held_out import held_out_set, split_by_document
-from refine_fast.pipeline.queries import Query
-from refine_fast.pipeline.retrieval_set import RetrievalSet, load_beir
+from refine_fast.pipeline.corpus.beir import RetrievalSet, load_beir
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.encoder.encode import encode
+from refine_fast.pipeline.evaluation.bm25 import score_bm25
+from refine_fast.pipeline.evaluation.evaluate import evaluate_models, rank, score
+from refine_fast.pipeline.evaluation.metrics import METRICS, Scores, score_ranking
+from refine_fast.pipeline.evaluation.significance import choose_weight, gain
+from refine_fast.pipeline.queries.query import Query
+from refine_fast.pipeline.queries.splits import held_out_set, split_by_document
 
 
 @pytest.fixture(scope="module")

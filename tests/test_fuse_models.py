@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
-from transformers import AutoModel, BertConfig, BertModel, ModernBertConfig, ModernBertModel, Qwen3Config, Qwen3Model
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 import refine_fast as rf
 from refine_fast import reference

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from refine_fast.errors import RefineFastError, RefineFastWarning
-from refine_fast.pipeline.chunks import Chunk
-from refine_fast.pipeline.queries import TURNS, Query, load_queries, synthesize_queries
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.query import Query
+from refine_fast.pipeline.queries.synthetic import TURNS, synthesize_queries
+from refine_fast.pipeline.queries.user import load_queries
 
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 
@@ -106,8 +108,8 @@ def test_beir_queries_that_the_test_asks_too_are_left_out(tmp_path: Path) -> Non
 
 
 def test_real_train_queries(beir: Path) -> None:
-    from refine_fast.pipeline.chunks import chunk_documents
-    from refine_fast.pipeline.documents import load_documents
+    from refine_fast.pipeline.corpus.chunking import chunk_documents
+    from refine_fast.pipeline.corpus.documents import load_documents
 
     folder = beir / "squad"
 

@@ -12,9 +12,18 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from refine_fast.pipeline.evaluate import METRICS, Scores, score_ranking
-from refine_fast.pipeline.report import facts, verdict, write_report
-from refine_fast.pipeline.report_data import Documents, Judged, Mining, Queries, ReportData, Training, Triple
+from refine_fast.pipeline.evaluation.metrics import METRICS, Scores, score_ranking
+from refine_fast.pipeline.reporting.data import (
+    Documents,
+    Judged,
+    Mining,
+    Queries,
+    ReportData,
+    Training,
+    Triple,
+)
+from refine_fast.pipeline.reporting.render import facts, write_report
+from refine_fast.pipeline.reporting.verdict import verdict
 
 WEIGHTS = (0.0, 0.2, 0.35, 1.0)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -17,19 +16,19 @@ import pytest
 import torch
 
 from refine_fast.cli import main
-from refine_fast.pipeline import stages, train
-from refine_fast.pipeline.config import RunConfig
+from refine_fast.pipeline import RunConfig, engine, run
 from refine_fast.pipeline.console import Console
-from refine_fast.pipeline.encoder import load_encoder
-from refine_fast.pipeline.job import Job
-from refine_fast.pipeline.memory import MINI_BATCH, activation_bytes
-from refine_fast.pipeline.run import run
-from refine_fast.pipeline.work import cut_documents
+from refine_fast.pipeline.context import RunContext
+from refine_fast.pipeline.encoder.load import load_encoder
+from refine_fast.pipeline.stages.chunk import cut_corpus
+from refine_fast.pipeline.training import batches, trainer
+from refine_fast.pipeline.training.loss import BatchLoss
+from refine_fast.pipeline.training.memory import MINI_BATCH, activation_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
 
 SMALL = {"batch_size": 8, "queries_per_chunk": 2, "chunk_tokens": 64, "curve": (0, 1), "band": (-0.9, 1), "precision": "fp32", "ood": ()}
-STAGES = ["chunks", "queries", "embed", "mine", "train", "score BM25", "score 0", "score 0.35", "score 1", "fuse", "report"]
+STAGES = ["chunk", "query", "embed", "mine", "train", "score BM25", "score 0.0", "score 0.35", "score 1.0", "fuse", "report"]
 ALL = [*STAGES, "score 0.5"]
 
 
@@ -46,14 +45,14 @@ def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Path, docs: Path) -> Path:
     """An uninterrupted run, to copy and to compare with."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run(RunConfig(out=out, docs=docs, model=str(tiny), **SMALL), Console(quiet=True))
+    run(RunConfig(out=out, docs=docs, model=str(tiny), **SMALL), console=Console(quiet=True))
     return out
 
 
 def test_forgetting_is_checked_unasked(tiny: Path, docs: Path, tmp_path: Path) -> None:
     """On Python's documentation, which is not what was trained on."""
     out = tmp_path / "run"
-    run(RunConfig(out=out, docs=docs, model=str(tiny), **{**SMALL, "ood": None, "ood_passages": 40, "max_steps": 1}), Console(quiet=True))
+    run(RunConfig(out=out, docs=docs, model=str(tiny), **{**SMALL, "ood": None, "ood_passages": 40, "max_steps": 1}), console=Console(quiet=True))
     [elsewhere] = json.loads((out / "report.json").read_text())["out_of_domain"]
     assert (elsewhere["name"], elsewhere["passages"]) == ("python-docs", 40)
     assert 30 <= elsewhere["queries"] <= 40
@@ -63,7 +62,7 @@ def test_forgetting_is_checked_unasked(tiny: Path, docs: Path, tmp_path: Path) -
 def test_no_chunk_is_longer_than_the_encoder_reads(tiny: Path, docs: Path, tmp_path: Path) -> None:
     encoder = load_encoder(tiny)
     config = RunConfig(out=tmp_path, docs=docs, model=str(tiny), chunk_tokens=encoder.max_seq_length * 2)
-    _, chunks, _ = cut_documents(Job(config, tiny, Console(quiet=True)))
+    _, chunks, _ = cut_corpus(RunContext(config, tiny, Console(quiet=True)))
     longest = max(len(encoder.tokenizer(chunk.passage)["input_ids"]) for chunk in chunks)
     assert encoder.max_seq_length / 2 < longest <= encoder.max_seq_length
 
@@ -135,7 +134,7 @@ def test_a_rerun_does_nothing(copied: Path, capsys) -> None:
     [
         (["--weight=0.5"], {"score 0.5": "not done yet", "fuse": "scores-0.35.json changed", "report": "scores-0.35.json changed"}),
         (["--skip=3"], {"mine": "config.skip 5 -> 3"}),
-        (["--held-out=0.3"], {"queries": "config.held_out 0.2 -> 0.3", "embed": "queries.jsonl changed"}),
+        (["--held-out=0.3"], {"query": "config.held_out 0.2 -> 0.3", "embed": "queries.jsonl changed"}),
     ],
 )
 def test_a_rerun_redoes_what_changed_and_says_why(copied: Path, capsys, flags: list[str], redone: dict[str, str]) -> None:
@@ -152,8 +151,8 @@ def test_a_document_that_changed(copied: Path, tiny: Path, docs: Path, tmp_path:
     page.write_text(page.read_text() + "\nIt ends with a line of its own, which nobody has read before.\n")
     assert main(["run", str(changed), "--config", str(copied / "config.yaml"), "--out", str(copied)]) == 0
     lines = capsys.readouterr().err
-    assert f"chunks: docs changed ({page.name})" in lines
-    assert "queries: chunks.jsonl changed" in lines
+    assert f"chunk: docs changed ({page.name})" in lines
+    assert "query: chunks.jsonl changed" in lines
 
 
 def _killed(config: RunConfig, at: str) -> None:
@@ -162,11 +161,11 @@ def _killed(config: RunConfig, at: str) -> None:
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
-    train.CHECKPOINT_SECONDS = 0.0
-    sync, work_of = stages.fsync_all, stages.RunFolder.do
+    trainer.CHECKPOINT_SECONDS = 0.0
+    sync, work_of = engine.fsync_all, engine.RunFolder.do
     current = ""
 
-    def do(self: stages.RunFolder, stage: stages.Stage) -> float:
+    def do(self: engine.RunFolder, stage: engine.Stage) -> float:
         nonlocal current
         current = stage.name
         return work_of(self, stage)
@@ -180,8 +179,8 @@ def _killed(config: RunConfig, at: str) -> None:
         if at == "train" and state.global_step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    stages.RunFolder.do, stages.fsync_all, TrainerCallback.on_step_begin = do, sync_or_die, die
-    run(config, Console(quiet=True))
+    engine.RunFolder.do, engine.fsync_all, TrainerCallback.on_step_begin = do, sync_or_die, die
+    run(config, console=Console(quiet=True))
 
 
 def test_kill_9_in_each_stage(tmp_path: Path, tiny: Path, docs: Path, whole: Path) -> None:
@@ -192,19 +191,19 @@ def test_kill_9_in_each_stage(tmp_path: Path, tiny: Path, docs: Path, whole: Pat
         kill_at(stage, config)
         done = outputs(config.out) if (config.out / "manifest.json").exists() else {}
         assert list(done) == STAGES[: STAGES.index(stage)]
-    run(config, Console(quiet=True))
+    run(config, console=Console(quiet=True))
     assert outputs(config.out) == outputs(whole)
 
 
 def kill_at(stage: str, config: RunConfig) -> None:
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["refine_fast.pipeline.run", "sentence_transformers", "datasets"])
+    processes.set_forkserver_preload(["refine_fast.pipeline.runner", "sentence_transformers", "datasets"])
     process = processes.Process(target=_killed, args=(config, stage))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     if stage == "train":
-        assert list((config.out / ".work").rglob("checkpoint-6/whole"))
+        assert list((config.out / ".work").rglob("checkpoint-6/complete"))
 
 
 def test_fusion_of_embeddings(copied: Path, whole: Path, tiny: Path, docs: Path, tmp_path: Path, capsys) -> None:
@@ -213,11 +212,11 @@ def test_fusion_of_embeddings(copied: Path, whole: Path, tiny: Path, docs: Path,
     killed = RunConfig(out=shutil.copytree(copied, tmp_path / "killed"), docs=docs, model=str(tiny), fusion="embeddings", **SMALL)
     why = go_on(copied, capsys, "--fusion=embeddings")
     assert 'config.fusion "weights" -> "embeddings"' in why["train"]
-    assert list(why) == ["train", "score 0.35", "score 1", "fuse", "report"]
+    assert list(why) == ["train", "score 0.35", "score 1.0", "fuse", "report"]
     assert outputs(copied)["train"]["tuned"] != outputs(whole)["train"]["tuned"]  # another loss
     for stage in ("train", "fuse"):
         kill_at(stage, killed)
-    run(killed, Console(quiet=True))
+    run(killed, console=Console(quiet=True))
     assert outputs(killed.out) == outputs(copied)
 
     texts = ["a river in France", "the boiling point of water"]
@@ -233,30 +232,30 @@ def test_fusion_of_embeddings(copied: Path, whole: Path, tiny: Path, docs: Path,
     assert go_on(copied, capsys) == {}
     assert "config.weight 0.35 -> 1.0" in go_on(copied, capsys, "--weight=1")["train"]  # it is in the loss
     assert main(["plan", "--out", str(tmp_path / "more"), str(docs), "--model", str(copied / "model")]) == 2
-    assert "holds two encoders (fusion embeddings); adapt its folder tuned or frozen." in capsys.readouterr().err
+    assert "holds two encoders (fusion embeddings); adapt its subfolder tuned or frozen instead." in capsys.readouterr().err
 
 
 def test_the_seed_decides(tmp_path: Path, tiny: Path, docs: Path, whole: Path) -> None:
     """The same seed again gives the same bytes (test_kill_9_in_each_stage); another one does not."""
-    run(RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **{**SMALL, "seed": 1}), Console(quiet=True), until="train")
+    run(RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **{**SMALL, "seed": 1}), console=Console(quiet=True), until="train")
     other = outputs(tmp_path / "run")
-    assert other["queries"] != outputs(whole)["queries"]
+    assert other["query"] != outputs(whole)["query"]
     assert other["train"] != outputs(whole)["train"]
 
 
 def test_two_runs_into_one_folder(copied: Path, capsys) -> None:
-    with stages.RunFolder(copied):
+    with engine.RunFolder(copied):
         assert main(["run", "--out", str(copied)]) == 3
-    assert f"process {os.getpid()} is working in this run folder; wait for it or give another --out." in capsys.readouterr().err
+    assert f"is in use by another process ({os.getpid()}); wait for it to finish or give another --out." in capsys.readouterr().err
 
 
 def test_ctrl_c(copied: Path, monkeypatch, capsys) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("refine_fast.pipeline.work.mine_negatives", lambda *a, **k: interrupt())
+    monkeypatch.setattr("refine_fast.pipeline.stages.mine.mine", lambda *a, **k: interrupt())
     assert main(["mine", "--out", str(copied), "--skip", "4"]) == 130
-    assert "stopped; the same command goes on from here." in capsys.readouterr().err
+    assert "stopped; run the same command to resume." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spoil", ["empty", "binary"])
@@ -308,11 +307,11 @@ def test_eval_names_its_models_whole(whole: Path, tiny: Path, tmp_path: Path, ca
 def test_a_batch_counts_every_document_once(tiny: Path) -> None:
     """Two queries share document 3, and 3 and 5 both answer the first: nothing that answers a query is its negative."""
     examples = [
-        train.Example("a", 3, (7,), frozenset({3, 5}), 0),
-        train.Example("b", 3, (5, 7), frozenset({3}), 1),
-        train.Example("c", 5, (), frozenset({5}), 2),
+        batches.Example("a", 3, (7,), frozenset({3, 5}), 0),
+        batches.Example("b", 3, (5, 7), frozenset({3}), 1),
+        batches.Example("c", 5, (), frozenset({5}), 2),
     ]
-    batch = train.Collator(load_encoder(tiny), examples, [f"document {i}" for i in range(9)])([{"row": i} for i in range(3)])
+    batch = batches.Collator(load_encoder(tiny), examples, [f"document {i}" for i in range(9)])([{"row": i} for i in range(3)])
     assert batch["label"].tolist() == [0, 0, 2]  # the columns are 3, 7, 5
     assert len(batch["document_input_ids"]) == 3
     groups = batch["document_group"].tolist()
@@ -322,28 +321,19 @@ def test_a_batch_counts_every_document_once(tiny: Path) -> None:
 def test_gradient_caching_changes_nothing_but_memory(tiny: Path) -> None:
     """Three sequences at a time give the gradients of the whole batch, in float64, where the order of the sums does not show."""
     pages = [topics[name][:300] for name in sorted(topics)[:8]]
-    examples = [train.Example(page[:60], i, ((i + 1) % 8,), frozenset({i}), i) for i, page in enumerate(pages)]
+    examples = [batches.Example(page[:60], i, ((i + 1) % 8,), frozenset({i}), i) for i, page in enumerate(pages)]
     gradients = []
     for mini_batch in (None, 3):
         model = load_encoder(tiny).double().eval()  # without dropout, whose draws would differ
-        batch = train.Collator(model, examples, pages)([{"row": i} for i in range(8)])
+        batch = batches.Collator(model, examples, pages)([{"row": i} for i in range(8)])
         sides = [{k.removeprefix(f"{side}_"): v for k, v in batch.items() if k.startswith(f"{side}_")} for side in ("query", "document")]
-        train.BatchLoss(model, 0.05, mini_batch)(sides, batch["label"]).backward()
+        BatchLoss(model, 0.05, mini_batch)(sides, batch["label"]).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     largest = max(grad.abs().max() for grad in gradients[0].values())
     assert largest > 1e-5
     for name, grad in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], grad, rtol=1e-6, atol=float(1e-8 * largest))
-
-
-def test_training_declares_the_code_that_it_rests_on(whole: Path) -> None:
-    """Prompts and precision (embed) and the size of a mini-batch (memory) decide the weights: a change of theirs trains anew, and a killed
-    training does not go on with other ones."""
-    imported = re.findall(r"^from \.(\w+) import", inspect.getsource(train), re.MULTILINE)
-    assert {"embed", "memory"} <= set(imported)
-    declared = json.loads((whole / "manifest.json").read_text())["train"]["code"]
-    assert {f"refine_fast.pipeline.{name}" for name in imported} <= declared.keys()
 
 
 def test_a_memory_budget(copied: Path, capsys) -> None:
@@ -389,7 +379,7 @@ def test_index_finds_what_the_model_finds(copied: Path, capsys) -> None:
     ids = json.loads((copied / "index" / "ids.json").read_text())
     chunks = [json.loads(line) for line in (copied / "chunks.jsonl").open()]
     assert ids == [chunk["id"] for chunk in chunks]
-    from refine_fast.pipeline.embed import encode
+    from refine_fast.pipeline.encoder.encode import encode
 
     passage = f"{chunks[5]['title']} {chunks[5]['text']}"
     vector = encode(load_encoder(copied / "model"), [passage], role="document")
@@ -423,6 +413,35 @@ def test_doctor(tiny: Path, docs: Path, capsys, monkeypatch: pytest.MonkeyPatch)
     found = json.loads(capsys.readouterr().out)
     assert found["encoder"] == {"works": True, "found": f"{tiny}: 32 dimensions, 96 tokens, prompts: query, document"}
     assert main(["doctor", "--model", str(docs), "--quiet"]) == 2
-    monkeypatch.setattr("refine_fast.pipeline.doctor._version", lambda package: None)
+    monkeypatch.setattr("refine_fast.pipeline.commands.doctor._version", lambda package: None)
     assert main(["doctor", "--model", str(tiny)]) == 0
     assert "pip install 'refine-fast[pdf]' for pypdf" in capsys.readouterr().out
+
+
+def test_a_stage_reads_no_setting_that_it_does_not_declare(
+    tmp_path: Path, tiny: Path, docs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a change of that setting would not be seen. Folders and files are declared as such."""
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    as_files = {"out", "docs", "model", "queries", "ood"}
+    read: set[str] = set()
+    undeclared: dict[str, set[str]] = {}
+    plain, do = RunConfig.__getattribute__, engine.RunFolder.do
+
+    def recorded(self: RunConfig, name: str) -> object:
+        read.add(name)
+        return plain(self, name)
+
+    def watched(self: engine.RunFolder, stage: engine.Stage) -> float:
+        read.clear()
+        seconds = do(self, stage)
+        choice = {"weight", "curve"} if "choose" in stage.facts or stage.name == "fuse" else set()
+        undeclared[stage.name] = (read & names) - as_files - choice - stage.settings.keys()
+        return seconds
+
+    monkeypatch.setattr(RunConfig, "__getattribute__", recorded)
+    monkeypatch.setattr(engine.RunFolder, "do", watched)
+    settings = {**SMALL, "ood": None, "ood_passages": 40, "max_steps": 1, "weight": "auto"}
+    config = RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **settings)
+    run(config, console=Console(quiet=True))
+    assert undeclared == dict.fromkeys(undeclared, set())

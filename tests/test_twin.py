@@ -12,8 +12,9 @@ from sentence_transformers import SentenceTransformer
 from torch.nn.functional import cross_entropy
 
 from refine_fast.integrations.sentence_transformers import TwinEncoder
-from refine_fast.pipeline import train
-from refine_fast.pipeline.encoder import load_encoder
+from refine_fast.pipeline.encoder.load import load_encoder
+from refine_fast.pipeline.training import batches
+from refine_fast.pipeline.training.loss import BatchLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,11 +100,11 @@ def test_the_loss_of_a_run(tiny: Path, mini_batch: int | None) -> None:
     """The frozen embeddings come with the batch; value and gradients are those of the plain formula in float64, through the tuned encoder
     alone, with gradient caching too."""
     frozen = [unit(load_encoder(tiny), texts, prompt_name=role) for role, texts in (("query", QUERIES), ("document", PAGES))]
-    examples = [train.Example(query, i, ((i + 1) % 8,), frozenset({i}), 7 - i) for i, query in enumerate(QUERIES)]
+    examples = [batches.Example(query, i, ((i + 1) % 8,), frozenset({i}), 7 - i) for i, query in enumerate(QUERIES)]
     model = tuned_from(tiny).double().eval()
-    batch = train.Collator(model, examples, PAGES, train.Twin(0.35, frozen[0][::-1], frozen[1]))([{"row": i} for i in range(8)])
+    batch = batches.Collator(model, examples, PAGES, batches.Twin(0.35, frozen[0][::-1], frozen[1]))([{"row": i} for i in range(8)])
     sides = [{k.removeprefix(f"{side}_"): v for k, v in batch.items() if k.startswith(f"{side}_")} for side in ("query", "document")]
-    loss = train.BatchLoss(model, 0.05, mini_batch, 0.35)(sides, batch["label"])
+    loss = BatchLoss(model, 0.05, mini_batch, 0.35)(sides, batch["label"])
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 

@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ..errors import RefineFastWarning
@@ -84,7 +91,9 @@ class Console:
         )
         with bar:
             task = bar.add_task(label, total=None, note="")
-            yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+            yield lambda done, total, note="": bar.update(
+                task, completed=done, total=total, note=note
+            )
 
     def result(self, value: dict[str, Any], *tables: Table) -> None:
         if self.json:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from refine_fast.pipeline.chunks import Chunk
-from refine_fast.pipeline.llm import LLMSettings
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.llm import LLMSettings
 
 
 class Endpoint:

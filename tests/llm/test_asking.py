@@ -17,9 +17,15 @@ import numpy as np
 import pytest
 
 from refine_fast.errors import RefineFastError
-from refine_fast.pipeline.chunks import Chunk
-from refine_fast.pipeline.llm import Progress, default_prompt, estimate, generate_queries, probe
-from refine_fast.pipeline.llm.policy import Throttle
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.llm import (
+    Progress,
+    default_prompt,
+    estimate,
+    generate_queries,
+    probe,
+)
+from refine_fast.pipeline.queries.llm.throttle import Throttle
 
 Endpoint = Any  # conftest's
 
@@ -27,7 +33,7 @@ Endpoint = Any  # conftest's
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hardly a wait between the tries of a request; how long they are is test_policy's."""
-    monkeypatch.setattr("refine_fast.pipeline.llm.ask.delay", lambda *_: 0.01)
+    monkeypatch.setattr("refine_fast.pipeline.queries.llm.dispatch.delay", lambda *_: 0.01)
 
 
 def records(store: Path) -> list[dict[str, Any]]:
@@ -171,7 +177,7 @@ def test_the_strictest_structured_output_that_the_server_takes(
 def test_an_endpoint_that_never_works(
     endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, calls: int | None, message: str
 ) -> None:
-    monkeypatch.setattr("refine_fast.pipeline.llm.generate.Throttle", lambda ceiling: Throttle(ceiling, pause=0.01))
+    monkeypatch.setattr("refine_fast.pipeline.queries.llm.generate.Throttle", lambda ceiling: Throttle(ceiling, pause=0.01))
     endpoint.set(status=status)
     with pytest.raises(RefineFastError, match=message):
         generate_queries(chunks[:5], endpoint.settings(), tmp_path / "replies.jsonl")

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from refine_fast.errors import RefineFastError
-from refine_fast.pipeline.llm.client import retry_after
-from refine_fast.pipeline.llm.policy import Budget, Limits, Throttle, delay
-from refine_fast.pipeline.llm.request import Failure
-from refine_fast.pipeline.llm.store import ReplyStore
+from refine_fast.pipeline.queries.llm.budget import Budget, Limits
+from refine_fast.pipeline.queries.llm.http_backend import retry_after
+from refine_fast.pipeline.queries.llm.reply_log import ReplyStore
+from refine_fast.pipeline.queries.llm.request import Failure
+from refine_fast.pipeline.queries.llm.throttle import Throttle, delay
 
 BUSY = Failure("busy", "HTTP 429")
 BROKEN = Failure("broken", "HTTP 500")

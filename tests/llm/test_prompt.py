@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from refine_fast.errors import RefineFastError
-from refine_fast.pipeline.chunks import Chunk
-from refine_fast.pipeline.llm import LLMSettings, default_prompt
-from refine_fast.pipeline.llm.generate import query_requests
-from refine_fast.pipeline.llm.prompt import KINDS, Template, wanted
-from refine_fast.pipeline.llm.sample import spread
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.llm import LLMSettings, default_prompt
+from refine_fast.pipeline.queries.llm.coverage import spread
+from refine_fast.pipeline.queries.llm.generate import query_requests
+from refine_fast.pipeline.queries.llm.prompt import KINDS, Template, wanted
 
 HERE = "http://localhost:8000/v1"
 GOOD = {"url": HERE, "models": ("m",)}

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from refine_fast.pipeline.chunks import Chunk
-from refine_fast.pipeline.llm import IN_PROCESS, LLMSettings, generate_queries, probe
-from refine_fast.pipeline.llm.local import LocalBackend
-from refine_fast.pipeline.llm.request import Request
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.llm import IN_PROCESS, LLMSettings, generate_queries, probe
+from refine_fast.pipeline.queries.llm.request import Request
+from refine_fast.pipeline.queries.llm.transformers_backend import LocalBackend
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refine_fast.pipeline.llm import filters
-from refine_fast.pipeline.llm.parse import parse_numbers, parse_queries
+from refine_fast.pipeline.queries.llm import filters
+from refine_fast.pipeline.queries.llm.reply_parser import parse_numbers, parse_queries
 
 PASSAGE = (
     "The Oder lighthouse was finished in 1908 by the harbour board of Stettin. Its lamp burnt rape oil until 1931, when an electric "

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from refine_fast.cli import main
-from refine_fast.pipeline.chunks import Chunk
-from refine_fast.pipeline.llm import generate_queries
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.llm import generate_queries
 
 Endpoint = Any  # conftest's
 
@@ -53,7 +53,7 @@ def test_plan_queries_and_what_is_left(endpoint: Endpoint, docs: Path, tmp_path:
     assert main(["plan", *common]) == 0
     assert result(capsys)["llm_calls"] == 0
     assert main(["queries", *common, "--max-calls", "50"]) == 0
-    assert "queries: up to date" in capsys.readouterr().err
+    assert "query: up to date" in capsys.readouterr().err
 
 
 def test_chunks_without_a_reply_are_asked_again_by_the_same_command(
@@ -69,10 +69,10 @@ def test_chunks_without_a_reply_are_asked_again_by_the_same_command(
     assert 0 < failed < 12
     endpoint.set(empty=0.0)
     assert main(command) == 0
-    assert f"queries: {failed} chunks without a reply" in capsys.readouterr().err
+    assert f"query: {failed} chunks without a reply" in capsys.readouterr().err
     assert json.loads((out / "llm.json").read_text())["failed"] == 0
     assert main(command) == 0
-    assert "queries: up to date" in capsys.readouterr().err
+    assert "query: up to date" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_what_is_kept(endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,110 @@
+"""The files of a run folder: their names, and how more than one stage reads each of them.
+
+Each function takes the run folder ``out``. A stage's key holds everything that the stage imports, so this module imports the types of the
+files only: a change of the configuration or of a metric does not invalidate chunking.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import read_json, write_json
+from .corpus.chunk import Chunk
+from .corpus.jsonl import read_records
+from .evaluation.scores import Scores
+from .queries.query import Query
+
+CHUNKS, CHUNK_FACTS = "chunks.jsonl", "chunks.json"
+"""Every Chunk; the number of documents, of chunks and of removed duplicates."""
+QUERIES, DEV, HELD_OUT = "queries.jsonl", "dev.jsonl", "held_out.jsonl"
+"""Queries to train on, to choose the weight on, and to evaluate on."""
+REPLIES, ACCOUNT = "replies.jsonl", "llm.json"
+"""Every paid reply of a language model, kept whatever option changes; calls, tokens, cost, drops."""
+EMBEDDINGS = "embeddings"
+"""Folder: ``queries.npy`` and ``chunks.npy`` under the base encoder."""
+NEGATIVES, MINING_FACTS = "negatives.jsonl", "mining.json"
+"""Mined negatives of each query; the band, and how many queries found nothing in it."""
+TUNED, TRAINING_FACTS = "tuned", "training.json"
+"""Folder of the fine-tuned encoder; steps, losses and precision of its training."""
+FORGETTING_CHUNKS, FORGETTING_QUERIES = "forgetting.jsonl", "forgetting-queries.jsonl"
+"""The built-in out-of-domain check: its chunks and its queries."""
+SETS = "sets.json"
+"""Retrieval set -> number of passages that a query is scored against."""
+MODEL, FUSION_FACTS = "model", "fusion.json"
+"""Folder of the product; the weight that it was fused at."""
+
+
+def training_view(out: Path) -> tuple[list[Chunk], list[Query]]:
+    """The chunks that training may see, without those of held-out documents, and its queries."""
+    chunks = read_records(out / CHUNKS, Chunk)
+    queries = read_records(out / QUERIES, Query)
+    source_of = {chunk.id: chunk.source for chunk in chunks}
+    held = {query.chunk_id for name in (DEV, HELD_OUT) for query in read_records(out / name, Query)}
+    asked = {source_of[query.chunk_id] for query in queries}
+    sources = {source_of[chunk] for chunk in held} - asked
+    seen = [c for c in chunks if c.id not in held and c.source not in sources]
+    return seen, queries
+
+
+def relevant_rows(chunks: Sequence[Chunk], queries: Sequence[Query]) -> dict[str, list[int]]:
+    """Query text -> rows of the chunks that answer it."""
+    row = {chunk.id: i for i, chunk in enumerate(chunks)}
+    relevant: dict[str, list[int]] = {}
+    for query in queries:
+        relevant.setdefault(query.text, []).append(row[query.chunk_id])
+    return relevant
+
+
+def base_embeddings(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors under the base encoder, memory-mapped: the distinct training queries (Q, d)
+    in the order of ``relevant_rows``, and the chunks of ``training_view`` (N, d); float32."""
+    folder = out / EMBEDDINGS
+    queries = np.load(folder / "queries.npy", mmap_mode="r")
+    return queries, np.load(folder / "chunks.npy", mmap_mode="r")
+
+
+def read_negatives(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Query text -> its mined negatives, {"chunk_id", "score"} each."""
+    with (out / NEGATIVES).open(encoding="utf-8") as file:
+        return {record["query"]: record["negatives"] for record in map(json.loads, file)}
+
+
+def score_file(weight: float | None) -> str:
+    """The file of the scores at a fusion weight; None: of BM25. Distinct weights differ in name."""
+    return "scores-bm25.json" if weight is None else f"scores-{float(weight)!r}.json"
+
+
+def write_scores(path: Path, sets: Mapping[str, Scores]) -> None:
+    """Writes every query's value of every metric, for each retrieval set."""
+    write_json(
+        path,
+        {
+            name: {metric: values.tolist() for metric, values in scores.per_query.items()}
+            for name, scores in sets.items()
+        },
+    )
+
+
+def read_scores(out: Path, weight: float | None) -> dict[str, Scores]:
+    """Retrieval set -> scores at a fusion weight; None: of BM25."""
+    sets = read_json(out / score_file(weight))
+    return {
+        name: Scores({metric: np.array(values) for metric, values in columns.items()})
+        for name, columns in sets.items()
+    }
+
+
+def all_scores(out: Path, weight: float) -> dict[str, dict[str, Scores]]:
+    """System -> retrieval set -> scores, for the systems that every account of a run shows."""
+    systems = {"BM25": None, "base": 0.0, "fine-tuned": 1.0, "fused": weight}
+    return {name: read_scores(out, at) for name, at in systems.items()}
+
+
+def fused_weight(out: Path) -> float:
+    """The weight of the product, given or chosen by the fuse stage."""
+    return float(read_json(out / FUSION_FACTS)["weight"])

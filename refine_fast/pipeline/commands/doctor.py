@@ -1,0 +1,148 @@
+"""What works on this machine: every line is tried, not looked up."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from ..._native import available_isas, cuda_module, isa
+from ...errors import RefineFastError
+from ..console import Console
+from ..encoder.encode import encode, has_fast_bf16
+from ..encoder.load import device, encoder_folder, load_encoder
+
+EXTRAS = {
+    "pipeline": (
+        "transformers",
+        "sentence-transformers",
+        "accelerate",
+        "datasets",
+        "faiss-cpu",
+        "rich",
+        "matplotlib",
+        "bm25s",
+    ),
+    "llm": ("openai", "jinja2", "json-repair", "py3langid", "scikit-learn"),
+    "pdf": ("pypdf",),
+    "gpu": ("triton",),
+}
+
+
+def show_health(model: str, llm: tuple[str, str | None, str] | None, console: Console) -> None:
+    """One row a check: what, ok or not, and what was found or is to be done; llm: an endpoint's URL, its models, the
+    environment variable of its key. Raises RefineFastError if the encoder does not work."""
+    rows = list(check(model))
+    if llm:
+        rows += _endpoint_rows(*llm)
+    table = Table("", "", "found")
+    for what, works, found in rows:
+        table.add_row(what, Text("ok", "green") if works else Text("no", "yellow"), found)
+    console.result({what: {"works": works, "found": found} for what, works, found in rows}, table)
+    if not {what: works for what, works, _ in rows}["encoder"]:
+        raise RefineFastError(f"doctor: the encoder {model} does not work here; see its row.")
+
+
+def check(model: str) -> Iterator[tuple[str, bool, str]]:
+    """(what, whether it works, what was found)."""
+    yield (
+        "python",
+        True,
+        f"{platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores",
+    )
+    yield "cpu kernels", True, f"{isa()} of {', '.join(available_isas())}"
+    yield "torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        name, memory = (
+            torch.cuda.get_device_name(),
+            torch.cuda.get_device_properties(0).total_memory,
+        )
+        yield (
+            "cuda",
+            True,
+            f"{name}, {memory / 2**30:.0f} GiB; CUDA kernels {'built' if cuda_module() else 'not built, Triton serves'}",
+        )
+    else:
+        yield "cuda", False, "no device: training runs on the CPU"
+    fast = has_fast_bf16(device())
+    yield (
+        "bf16",
+        fast,
+        "in hardware: training and encoding use it" if fast else "not in hardware: float32 is used",
+    )
+    for extra, packages in EXTRAS.items():
+        missing = [name for name in packages if not _version(name)]
+        found = (
+            f"pip install 'refine-fast[{extra}]' for {', '.join(missing)}"
+            if missing
+            else ", ".join(packages)
+        )
+        yield f"extra {extra}", not missing, found
+    yield "memory", True, _memory()
+    free = shutil.disk_usage(Path.cwd()).free
+    yield "disk", free > 2**30, f"{free / 2**30:.1f} GiB free in {Path.cwd()}"
+    yield "encoder", *_tried(lambda: _encoder(model))
+
+
+def _encoder(name: str) -> str:
+    model = load_encoder(encoder_folder(name))
+    vectors = encode(model, ["Where does the cat sleep?"], role="query")
+    prompts = ", ".join(key for key, prompt in model.prompts.items() if prompt) or "none"
+    return (
+        f"{name}: {vectors.shape[1]} dimensions, {model.max_seq_length} tokens, prompts: {prompts}"
+    )
+
+
+def _tried(work: Callable[[], str]) -> tuple[bool, str]:
+    try:
+        return True, work()
+    except (RefineFastError, ModuleNotFoundError) as error:
+        return False, str(error)
+
+
+def _memory() -> str:
+    try:
+        import psutil
+    except ImportError:
+        return "unknown without psutil"
+    memory = psutil.virtual_memory()
+    return f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _endpoint_rows(url: str, models: str | None, key_env: str) -> Iterator[tuple[str, bool, str]]:
+    """doctor's rows, one model each: (what, whether it works, what was found)."""
+    from ..queries.llm import LLMSettings, probe
+
+    settings = LLMSettings(url, tuple((models or "").split(",")), key_env=key_env)
+    for model, report in zip(settings.models, probe(settings), strict=True):
+        if report.problem:
+            yield f"llm {model}", False, report.problem
+            continue
+        served = {
+            True: "served",
+            False: "answers, though the endpoint does not list it",
+            None: "answers",
+        }[report.served]
+        modes = ", ".join(f"{mode} {answer}" for mode, answer in report.structured.items())
+        context = (
+            f"{report.context:,} tokens of context" if report.context else "context length not told"
+        )
+        yield (
+            f"llm {model}",
+            True,
+            f"{served}; {modes}; {context}; {report.tokens_per_second:.0f} tokens/s",
+        )

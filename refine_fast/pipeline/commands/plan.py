@@ -1,0 +1,161 @@
+"""``refine-fast plan``: what a run would do and take.
+
+The documents are read and cut, and a few passages are encoded to time the machine. Nothing is
+written, and no language model is called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..artifacts import REPLIES
+from ..config import RunConfig
+from ..console import Console, facts_table
+from ..context import RunContext
+from ..corpus.beir import load_beir
+from ..encoder.encode import encode, has_fast_bf16
+from ..encoder.load import encoder_folder, load_encoder
+from ..queries.splits import require_enough
+from ..stages.chunk import cut_corpus
+from ..stages.query import offline_queries, split_queries
+from ..training.memory import fit_training
+from ..training.trainer import steps_of
+
+SAMPLE = 64
+"""Chunks that are encoded to time the encoder on this machine."""
+
+TRAINING_OVER_ENCODING = 3.0
+"""Time of forward and backward over forward alone: the backward has twice the products."""
+
+CHECKPOINTS = 2 * 3
+"""Copies of the weights in two checkpoints, each with Adam's two moments."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, and its estimated cost on this machine."""
+
+    documents: int
+    chunks: int
+    duplicates_removed: int
+    training_queries: int
+    test_queries: int
+    steps: int
+    passages_encoded: int
+    """By all stages except training."""
+    precision: str
+    mini_batch: int
+    """Sequences that training encodes at a time."""
+    training_gb: float
+    """Peak memory of training, in GiB, as for --memory."""
+    training_minutes: float
+    encoding_minutes: float
+    disk_mb: float
+    llm: dict[str, float | None] | None
+    """Calls, tokens and cost that remain at the language model; None without one."""
+
+
+def plan(config: RunConfig) -> Plan:
+    """What ``run(config)`` would do.
+
+    Raises:
+        RefineFastError: if the input cannot be used.
+    """
+    context = RunContext(config, encoder_folder(config.model), Console(quiet=True))
+    documents, chunks, duplicates = cut_corpus(context)
+    # as many as a language model would be asked for
+    queries = split_queries(context, chunks, offline_queries(context, chunks))
+    if config.llm is None:
+        require_enough(queries["train"])
+    examples = len(queries["train"])
+    batch = min(config.batch_size, max(examples, 1))
+    steps = 0
+    if examples:
+        steps = steps_of(
+            examples, batch_size=batch, epochs=config.epochs, max_steps=config.max_steps
+        )
+
+    judged = load_beir(context.judged_corpus) if context.judged_corpus else None
+    test_queries = len(judged.queries) if judged else len(queries["held_out"])
+    scored = test_queries + (len(judged.docs) if judged else len(chunks))
+    for folder in config.ood or ():
+        data = load_beir(folder)
+        scored += min(len(data.docs), config.ood_passages) + len(data.queries)
+    encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in context.weights)
+    encoded = len(chunks) + examples + encoders * scored
+
+    model = load_encoder(context.encoder)
+    bf16 = has_fast_bf16(model.device) if context.bf16 is None else context.bf16
+    passages = [chunk.passage for chunk in chunks]
+    drawn = np.random.default_rng(config.seed).permutation(len(chunks))[:SAMPLE]
+    encode(model, [passages[drawn[0]]], role="document", bf16=bf16)  # the first call allocates
+    start = time.perf_counter()
+    encode(model, [passages[i] for i in drawn], role="document", bf16=bf16)
+    seconds = (time.perf_counter() - start) / len(drawn)
+    trained = steps * batch * (1 + config.negatives)  # queries are short: passages dominate
+    fit = fit_training(
+        model,
+        [query.text for query in queries["train"]],
+        passages,
+        examples,
+        batch_size=config.batch_size,
+        negatives=config.negatives,
+        memory=config.memory,
+        bf16=bf16,
+    )
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Plan(
+        documents=documents,
+        chunks=len(chunks),
+        duplicates_removed=duplicates.exact + duplicates.near,
+        training_queries=examples,
+        test_queries=test_queries,
+        steps=steps,
+        passages_encoded=encoded,
+        precision="bf16" if bf16 else "fp32",
+        mini_batch=fit.at_once,
+        training_gb=round(fit.peak / 2**30, 2),
+        training_minutes=round(trained * seconds * TRAINING_OVER_ENCODING / 60, 1),
+        encoding_minutes=round(encoded * seconds / 60, 1),
+        llm=None if config.llm is None else _remaining_calls(context, chunks),
+        # tuned and fused; with a twin, the tuned encoder twice and the frozen one
+        disk_mb=round((2 + context.twin + CHECKPOINTS) * weight_bytes / 1e6),
+    )
+
+
+def show_plan(config: RunConfig, console: Console) -> None:
+    """Prints the plan as a table, or as JSON."""
+    facts = asdict(plan(config))
+    remaining = facts.pop("llm")
+    table = facts_table(facts)
+    for row in _estimate_rows(remaining) if remaining else ():
+        table.add_row(*row)
+    llm_facts = {f"llm_{name}": value for name, value in (remaining or {}).items()}
+    console.result(facts | llm_facts, table)
+
+
+def _remaining_calls(context: RunContext, chunks: list[Any]) -> dict[str, float | None]:
+    """The calls, tokens and cost that remain, before a token is spent."""
+    from ..queries.llm import estimate
+
+    settings = context.config.llm_settings()
+    assert settings is not None
+    return asdict(estimate(chunks, settings, context.path(REPLIES)))
+
+
+def _estimate_rows(remaining: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The same as rows of the table."""
+    yield "calls to the model", f"{remaining['calls']:,}"
+    tokens_out = f"about {remaining['tokens_out']:,} out, at most {remaining['tokens_out_most']:,}"
+    yield "tokens", f"{remaining['tokens_in']:,} in, {tokens_out}"
+    if remaining["cost"] is None:
+        yield "cost", "unknown without --price-in and --price-out"
+    else:
+        yield "cost", f"about {remaining['cost']:,.4f}, at most {remaining['cost_most']:,.4f}"
+    if remaining["stops_after"] is not None:
+        yield "a limit stops it", f"after about {remaining['stops_after']:,} calls"

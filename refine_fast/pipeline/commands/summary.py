@@ -1,0 +1,137 @@
+"""What each command shows at its end: a table for people, or the same facts as JSON."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Column, Table
+
+from ...files import read_json
+from ...fuse import fuse
+from ..artifacts import (
+    CHUNK_FACTS,
+    DEV,
+    HELD_OUT,
+    MINING_FACTS,
+    QUERIES,
+    TRAINING_FACTS,
+    all_scores,
+    fused_weight,
+)
+from ..console import Console, facts_table
+from ..context import RunContext
+from ..corpus.jsonl import read_records
+from ..evaluation.evaluate import evaluate_models
+from ..evaluation.significance import Gain, gain
+from ..queries.query import Query
+from ..reporting.format import points
+
+COLUMNS = ("recall@1", "recall@3", "recall@10", "ndcg@10")
+
+
+def show_run(context: RunContext, command: str) -> None:
+    """After a whole run the before/after table, after a part of it the facts of its last stage."""
+    if command in ("run", "report"):
+        return _show_scores(context)
+    name = {"queries": CHUNK_FACTS, "mine": MINING_FACTS, "train": TRAINING_FACTS}[command]
+    facts = read_json(context.path(name))
+    if command == "queries":
+        for part in (QUERIES, DEV, HELD_OUT):
+            facts[part.partition(".")[0]] = len(read_records(context.path(part), Query))
+    shown = {name: value for name, value in facts.items() if name != "loss"}  # of every step
+    context.console.result({"out": str(context.config.out), **facts}, facts_table(shown))
+    context.console.say(f"{command}: in {context.config.out}")
+
+
+def _show_scores(context: RunContext) -> None:
+    weight = fused_weight(context.out)
+    systems = all_scores(context.out, weight)
+    value: dict[str, Any] = {
+        "model": str(context.model),
+        "report": str(context.path("report.html")),
+        "weight": weight,
+        "sets": {},
+    }
+    tables = []
+    for name, before in systems["base"].items():
+        if name == "dev":
+            continue
+        change = gain(before.per_query["recall@3"], systems["fused"][name].per_query["recall@3"])
+        value["sets"][name] = {
+            "systems": {system: scores[name].metrics for system, scores in systems.items()},
+            "gain": {"metric": "recall@3", **vars(change), "verdict": change.verdict},
+        }
+        title = (
+            "your documents"
+            if name == "in_domain"
+            else f"out of domain: {name.removeprefix('ood:')}"
+        )
+        caption = f"recall@3, base to fused: {points(change)}, {change.verdict}"
+        table = Table(
+            "",
+            *COLUMNS,
+            title=f"{title} ({len(before.per_query['recall@3'])} queries)",
+            caption=caption,
+        )
+        for system, scores in systems.items():
+            label = f"fused, weight {weight:g}" if system == "fused" else system
+            style = "bold" if system == "fused" else None
+            table.add_row(
+                label, *(f"{scores[name].metrics[metric]:.3f}" for metric in COLUMNS), style=style
+            )
+        tables.append(table)
+        if change.high < 0:
+            context.console.warn(
+                f"the fused model retrieves worse than the base on {title}; see report.html for the weights in between."
+            )
+    context.console.result(value, *tables)
+    context.console.say(f"the model is {context.model}, the report {context.path('report.html')}")
+
+
+def show_evaluation(models: list[str], data: Path, split: str, console: Console) -> None:
+    with console.progress("encoding") as progress:
+        rows = evaluate_models(models, data, split, progress=progress)
+    table = Table(
+        Column(overflow="fold"), *COLUMNS, "recall@3 against the first"
+    )  # runs/a/model and runs/b/model differ in the middle
+    for row in rows:
+        change = row.get("gain", {}).get("recall@3")
+        table.add_row(
+            row["system"],
+            *(f"{row[metric]:.3f}" for metric in COLUMNS),
+            points(Gain(**change)) if change else "",
+        )
+    console.result({"rows": rows}, table)
+
+
+def show_fusion(base: Path, tuned: Path, out: Path, console: Console, **how: Any) -> None:
+    start = time.perf_counter()
+    with console.progress("fusing, MB") as progress:
+
+        def advance(done: int, total: int) -> None:
+            progress(
+                done // 10**6,
+                total // 10**6,
+                f"{done / 1e9 / (time.perf_counter() - start):.2f} GB/s",
+            )
+
+        report = fuse(base, tuned, out, progress=advance, **how)
+    tensors = {  # JSON has no NaN
+        name: {
+            what: value if math.isfinite(value) else None for what, value in asdict(change).items()
+        }
+        for name, change in report.tensors.items()
+    }
+    console.result(
+        {
+            "weight": how["weight"],
+            **vars(report),
+            "tensors": tensors,
+            "not_finite": report.not_finite,
+        }
+    )
+    console.say(str(report))

@@ -1,0 +1,106 @@
+"""Context of a run, passed to every stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RefineFastError
+from ..files import read_json
+from ..integrations.sentence_transformers.twin import TwinEncoder
+from .artifacts import MODEL
+from .config import RunConfig
+from .console import Console
+from .corpus.beir import is_beir
+from .encoder.load import DEFAULT_ENCODER
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Configuration, encoder folder and console of one run.
+
+    Raises:
+        RefineFastError: if the encoder is itself a fused pair of encoders.
+    """
+
+    config: RunConfig
+    encoder: Path
+    """Local folder of the base encoder."""
+    console: Console
+
+    def __post_init__(self) -> None:
+        if (self.encoder / TwinEncoder.config_file_name).is_file():
+            raise RefineFastError(
+                f"model: {self.encoder} holds two encoders (fusion embeddings); "
+                "adapt its subfolder tuned or frozen instead."
+            )
+
+    @property
+    def out(self) -> Path:
+        """The run folder."""
+        return self.config.out
+
+    def path(self, name: str) -> Path:
+        """Path of a file in the run folder."""
+        return self.out / name
+
+    @property
+    def model(self) -> Path:
+        """Folder of the fused encoder, the product of the run."""
+        return self.path(MODEL)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return dict(read_json(self.path("report.json")))
+
+    @property
+    def bf16(self) -> bool | None:
+        """Whether to encode and train in bf16; None: where the hardware has it."""
+        return {"auto": None, "bf16": True, "fp32": False}[self.config.precision]
+
+    @property
+    def judged_corpus(self) -> Path | None:
+        """The documents' folder if it is a retrieval set with test queries of its own."""
+        docs = self.config.docs
+        return docs if docs is not None and is_beir(docs) else None
+
+    @property
+    def checks_forgetting(self) -> bool:
+        """Whether forgetting is checked on Python's documentation: no other set is given, and the
+        documentation is not what is trained on."""
+        return self.config.ood is None and self.config.docs is not None
+
+    @property
+    def twin(self) -> bool:
+        """Whether the frozen encoder is part of the loss and of the product."""
+        return self.config.fusion == "embeddings"
+
+    @property
+    def chooses_weight(self) -> bool:
+        """Whether the fusion weight is chosen on held-out queries."""
+        return self.config.weight == "auto"
+
+    @property
+    def weights(self) -> list[float]:
+        """The fusion weights to score, in ascending order."""
+        given = [] if self.chooses_weight else [float(self.config.weight)]
+        return sorted({*self.config.curve, *given})
+
+    @property
+    def base_name(self) -> str:
+        """The base encoder as a reader of the report knows it."""
+        if self.config.model == DEFAULT_ENCODER:
+            return "sentence-transformers/all-MiniLM-L6-v2"
+        folder = Path(self.config.model)
+        return folder.name if folder.is_absolute() else self.config.model
+
+    @property
+    def query_source(self) -> str:
+        """Where the training queries come from, in words."""
+        if self.config.queries is not None:
+            return f"from {self.config.queries.name}"
+        if self.config.llm is not None:
+            return f"written by {', '.join(self.config.llm_model)}"
+        return "made from the documents without an LLM"

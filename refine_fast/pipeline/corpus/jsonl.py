@@ -1,0 +1,86 @@
+"""JSON lines, plain or gzipped: reading with the line named in every error, writing so that a reader never sees half a file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...errors import RefineFastError
+from ...files import atomic
+
+Record = TypeVar("Record")
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line that is not blank. Raises RefineFastError that names file and line."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise RefineFastError(
+                        f"{path}:{number} holds a JSON {type(row).__name__}; each line must be an object {{...}}."
+                    )
+                yield number, row
+    except json.JSONDecodeError as error:
+        raise RefineFastError(
+            f"{path}:{number} is not JSON ({error}); write one JSON object a line."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise RefineFastError(
+            f"{path} is not UTF-8 after line {number} ({error.reason}); convert it with `iconv -t UTF-8`."
+        ) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise RefineFastError(
+            f"{path} cannot be read after line {number} ({error}); check that it exists and is complete."
+        ) from None
+
+
+def text_field(
+    row: dict[str, Any], names: tuple[str, ...], where: str, *, default: str | None = None
+) -> str:
+    """The first of the fields ``names`` that the row has, as a string; a number is taken as its digits. Raises RefineFastError."""
+    for name in names:
+        value = row.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise RefineFastError(
+                f'{where}: the field "{name}" is {value!r:.80}; it must be a string.'
+            )
+        # JSON may carry half a surrogate pair, which no tokenizer can encode.
+        return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if default is None:
+        raise RefineFastError(
+            f'{where} has no field "{names[0]}" but only {sorted(row)!r:.200}; add it.'
+        )
+    return default
+
+
+def read_records(path: Path, kind: type[Record]) -> list[Record]:
+    """The dataclass instances that ``write_records`` wrote."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    records = []
+    for number, row in read_jsonl(path):
+        if row.keys() != names:
+            raise RefineFastError(
+                f"{path}:{number} has the fields {sorted(row)}, not {sorted(names)}; delete it and run again."
+            )
+        records.append(kind(**row))
+    return records
+
+
+def write_records(path: Path, records: Iterable[Any]) -> None:
+    """One dataclass instance a line, under a temporary name until the file is whole and on disk."""
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")

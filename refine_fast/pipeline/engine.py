@@ -1,0 +1,206 @@
+"""A run folder whose stages are redone only when their input changed, and survive a kill.
+
+A stage is a function from files and settings to files. manifest.json keeps, for each finished
+stage, the SHA-256 of what it read and wrote, its settings, and the version of its code. A stage
+whose record still matches is skipped; any other is redone, and the difference is the reason given.
+What a stage writes passes through three states:
+
+    .work/<stage>/            being written; kept after a kill while the key matches, so that
+                              training finds its checkpoints
+    .work/<stage>/done.json   finished and fsynced, being moved: a redo log; after a kill here the
+                              moves are repeated and none of the work
+    <output>                  in place by rename, and in the manifest
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RefineFastError
+from ..files import fsync_all, name_of, read_json, walk, write_json
+from .code_version import CodeVersion, code_version
+
+
+class LockedError(RefineFastError):
+    """Another process is using the run folder. The command line exits with 3."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    ``work(folder)`` must write every output under ``folder``. What it reads must be declared:
+    ``files``, ``facts`` and ``settings``.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    """Files or folders, relative to the run folder."""
+    work: Callable[[Path], None]
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Label -> file or folder; a folder stands for its files."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Label -> text: inputs that are not files."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    module: str | None = None
+    """The module of ``work``, whose code and imports are part of the key."""
+    unfinished: Callable[[], list[str]] = list
+    """Reasons to redo the stage although its inputs are unchanged."""
+
+
+class RunFolder:
+    """The folder of one run, held by this process alone while the context lasts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._digests: dict[tuple[str, int, int], str] = {}
+
+    def __enter__(self) -> RunFolder:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            pid = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            raise LockedError(
+                f"{self.path} is in use by another process ({pid}); "
+                "wait for it to finish or give another --out."
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def reasons(self, stage: Stage) -> list[str]:
+        """Why the stage must be (re)done; empty when its outputs are up to date."""
+        record = self._manifest().get(stage.name)
+        if record is None:
+            return ["not done yet"]
+        return (
+            differences(record, self._key(stage))
+            + [
+                f"{name} {'was changed' if (self.path / name).exists() else 'is missing'}"
+                for name in stage.outputs
+                if self._digest(self.path / name) != record["outputs"].get(name)
+            ]
+            + stage.unfinished()
+        )
+
+    def do(self, stage: Stage) -> float:
+        """Does the stage, whatever the manifest says, and returns its seconds.
+
+        Resumes where a killed run stopped.
+        """
+        key = self._key(stage)
+        folder = self.path / ".work" / stage.name
+        if read_json(folder / "key.json") != key:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_json(folder / "key.json", key)
+        record = read_json(folder / "done.json")
+        if record is None:
+            start = time.monotonic()
+            stage.work(folder)
+            for name in stage.outputs:
+                fsync_all(folder / name)
+            outputs = {name: self._digest(folder / name) for name in stage.outputs}
+            record = {**key, "outputs": outputs, "seconds": round(time.monotonic() - start, 2)}
+            write_json(folder / "done.json", record)
+        self._publish(stage, folder, record)
+        return record["seconds"]
+
+    def _publish(self, stage: Stage, folder: Path, record: dict[str, Any]) -> None:
+        manifest = self._manifest()
+        if manifest.pop(stage.name, None) is not None:
+            write_json(self.path / "manifest.json", manifest)
+        for name in stage.outputs:
+            if (folder / name).exists():  # else a killed run has moved it already
+                target = self.path / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(folder / name, target)
+        write_json(self.path / "manifest.json", {**manifest, stage.name: record})
+        shutil.rmtree(folder)
+
+    def _manifest(self) -> dict[str, Any]:
+        return read_json(self.path / "manifest.json") or {}
+
+    def _key(self, stage: Stage) -> dict[str, Any]:
+        code = CodeVersion() if stage.module is None else code_version(stage.module)
+        return {
+            "files": {label: self._digests_under(path) for label, path in stage.files.items()},
+            "facts": dict(stage.facts),
+            # as it will be read back
+            "settings": json.loads(json.dumps(dict(stage.settings), default=str)),
+            "code": code.modules,
+            "packages": code.packages,
+        }
+
+    def _digests_under(self, path: Path) -> dict[str, str]:
+        """SHA-256 of a file, or of each file of a folder, by its relative name."""
+        if path.is_file():
+            return {name_of(path.name): self._sha256(path)}
+        return {name: self._sha256(file) for file, name in sorted(walk(path)) if file.is_file()}
+
+    def _digest(self, path: Path) -> str | None:
+        """One SHA-256 for a file or a folder; None where there is neither."""
+        if path.is_file():
+            return self._sha256(path)
+        if not path.is_dir():
+            return None
+        return hashlib.sha256(json.dumps(self._digests_under(path)).encode()).hexdigest()
+
+    def _sha256(self, path: Path) -> str:
+        stat = path.stat()
+        known = (str(path), stat.st_size, stat.st_mtime_ns)
+        if known not in self._digests:
+            try:
+                with path.open("rb") as file:
+                    self._digests[known] = hashlib.file_digest(file, "sha256").hexdigest()
+            except PermissionError:  # a document that is skipped
+                self._digests[known] = "unreadable"
+        return self._digests[known]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed between two keys of a stage, each in a few words."""
+    reasons = []
+    for label, digests in new["files"].items():
+        changed = _changed(old["files"].get(label, {}), digests)
+        if changed:
+            reasons.append(
+                f"{label} changed" + ("" if changed == [label] else f" ({_list(changed)})")
+            )
+    reasons += [f"{label} changed" for label in old["files"].keys() - new["files"].keys()]
+    for kind, prefix in (("facts", ""), ("settings", "config."), ("packages", "package ")):
+        before, after = old.get(kind, {}), new[kind]
+        for name in _changed(before, after):
+            values = (json.dumps(side.get(name)) for side in (before, after))
+            reasons.append(f"{prefix}{name} {' -> '.join(values)}")
+    if modules := _changed(old["code"], new["code"]):
+        reasons.append(f"the code of {_list(modules)} changed")
+    return reasons
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

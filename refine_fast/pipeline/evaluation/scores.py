@@ -1,0 +1,31 @@
+"""Per-query scores of one system on one retrieval set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The value of each metric for every query, in the order of the set."""
+
+    per_query: dict[str, np.ndarray]
+    """Metric -> (Q,) float64."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metric -> mean over the queries."""
+        return {name: float(values.mean()) for name, values in self.per_query.items()}
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Scores]) -> Scores:
+        """The queries of several sets as one set: each query counts the same."""
+        return cls(
+            {
+                name: np.concatenate([part.per_query[name] for part in parts])
+                for name in parts[0].per_query
+            }
+        )

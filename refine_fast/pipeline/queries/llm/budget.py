@@ -1,0 +1,72 @@
+"""Spending limits for calls to a language model."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+
+@dataclass
+class Limits:
+    calls: int | None = None
+    tokens: int | None = None
+    cost: float | None = None
+
+
+class Budget:
+    """Spending that never passes its limits: a call reserves the most that it can cost before it is made, and settles after."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        price_in: float,
+        price_out: float,
+        calls: int = 0,
+        tokens_in: int = 0,
+        tokens_out: int = 0,
+    ) -> None:
+        self.limits = limits
+        self._prices = price_in / 1e6, price_out / 1e6
+        self.calls, self.tokens_in, self.tokens_out = calls, tokens_in, tokens_out
+        self._held = [0, 0, 0]  # calls, tokens in, tokens out of the calls in flight
+        self._settled = asyncio.Condition()
+
+    @property
+    def cost(self) -> float:
+        return self.tokens_in * self._prices[0] + self.tokens_out * self._prices[1]
+
+    async def reserve(self, tokens_in: int, tokens_out: int) -> str | None:
+        """None when the call may be made, otherwise the limit that forbids it. Waits while calls in flight may yet leave room."""
+        async with self._settled:
+            while reason := self._exceeded(tokens_in, tokens_out):
+                if self._held[0] == 0:
+                    return reason
+                await self._settled.wait()
+            for i, amount in enumerate((1, tokens_in, tokens_out)):
+                self._held[i] += amount
+        return None
+
+    async def settle(self, reserved: tuple[int, int], used: tuple[int, int]) -> None:
+        """Puts what a call has used in the place of what it had reserved."""
+        async with self._settled:
+            for i, amount in enumerate((1, *reserved)):
+                self._held[i] -= amount
+            self.calls += 1
+            self.tokens_in += used[0]
+            self.tokens_out += used[1]
+            self._settled.notify_all()
+
+    def _exceeded(self, tokens_in: int, tokens_out: int) -> str | None:
+        calls = self.calls + self._held[0] + 1
+        tokens_in += self.tokens_in + self._held[1]
+        tokens_out += self.tokens_out + self._held[2]
+        if self.limits.calls is not None and calls > self.limits.calls:
+            return "max_calls"
+        if self.limits.tokens is not None and tokens_in + tokens_out > self.limits.tokens:
+            return "max_tokens"
+        if (
+            self.limits.cost is not None
+            and tokens_in * self._prices[0] + tokens_out * self._prices[1] > self.limits.cost
+        ):
+            return "max_cost"
+        return None

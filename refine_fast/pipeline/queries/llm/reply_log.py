@@ -1,0 +1,135 @@
+"""Every reply that was paid for, on the disk before it counts.
+
+One append-only JSONL file. A record is a reply or a failure, under the key of its request; the last record of a key holds. Records that
+arrive together share one write and one fsync (group commit), and :meth:`ReplyStore.append` returns after it: what was returned survives
+kill -9 and a power cut. A last line without its end was never returned; it is cut off when the file is opened again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ....errors import RefineFastError
+
+
+@dataclass
+class Spent:
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+class ReplyStore:
+    """Holds the keys and a position each in memory (about 150 bytes a reply), the texts on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spent = Spent()
+        self.failures: dict[str, str] = {}
+        self._positions: dict[str, int] = {}
+        self._queue: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
+        self._flusher: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> ReplyStore:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise RefineFastError(
+                f"{self.path}: another process is writing here; wait for it or give another --out."
+            ) from None
+        self._load()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _load(self) -> None:
+        self._file.seek(0)
+        position = 0
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):
+                self._file.truncate(position)
+                break
+            try:
+                self._enter(json.loads(line), position)
+            except (ValueError, KeyError, TypeError):
+                remedy = "delete that line, and its reply is asked for again"
+                raise RefineFastError(f"{self.path}: line {number} is damaged; {remedy}.") from None
+            position += len(line)
+        self._end = position
+
+    def _enter(self, record: dict[str, Any], position: int) -> None:
+        key = record["key"]
+        if "error" in record:
+            self.failures[key] = record["error"]
+        else:
+            self._positions[key] = position
+            self.failures.pop(key, None)
+        self.spent.calls += record["calls"]
+        self.spent.tokens_in += record.get("tokens_in", 0)
+        self.spent.tokens_out += record.get("tokens_out", 0)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def replies(self, keys: list[str]) -> Iterator[dict[str, Any]]:
+        """The records of these keys, one at a time; a key without a reply is left out."""
+        with open(self.path, "rb") as file:
+            for key in keys:
+                if key in self._positions:
+                    file.seek(self._positions[key])
+                    yield json.loads(file.readline())
+
+    async def append(self, record: dict[str, Any]) -> None:
+        """Returns when the record is durable."""
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append((record, durable))
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush())
+        await asyncio.shield(durable)
+
+    async def _flush(self) -> None:
+        while self._queue:
+            batch, self._queue = self._queue, []
+            lines = [
+                json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+                for record, _ in batch
+            ]
+            try:
+                await asyncio.to_thread(self._write, b"".join(lines))
+            except OSError as error:
+                failure = RefineFastError(
+                    f"{self.path}: cannot write a reply ({error.strerror}); free space and start again."
+                )
+                for _, durable in batch:
+                    if not durable.cancelled():
+                        durable.set_exception(failure)
+                continue
+            for (record, durable), line in zip(batch, lines, strict=True):
+                self._enter(record, self._end)
+                self._end += len(line)
+                if not durable.cancelled():
+                    durable.set_result(None)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    async def drain(self) -> None:
+        """Waits for what is being written."""
+        if self._flusher is not None:
+            await self._flusher

@@ -1,0 +1,290 @@
+"""From the text of a reply to the queries in it, however the model has put them.
+
+In this order: JSON that follows the schema; any JSON, read with strict=False; JSON after json-repair; numbered, bulleted or plain lines.
+Markdown fences, reasoning between <think> tags, a chat template's own marks and prose around the JSON are set aside first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import json_repair
+
+
+@dataclass(frozen=True)
+class Candidate:
+    text: str
+    kind: str | None
+    """What the reply calls it; None where it says nothing."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    candidates: list[Candidate]
+    how: str
+    """"schema", "json", "repaired", "lines" or "nothing"."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """What was left out on the way: "preamble", "refusal", "cut off" (the reply ended within it), "beside the list" (prose between or
+    under the marked lines: explanations, answers)."""
+
+
+_TEXT_KEYS = ("text", "query", "question", "content", "value")
+
+
+_KIND_KEYS = ("kind", "type", "category")
+
+
+_THINKING = re.compile(
+    r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)|\A.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE
+)
+
+
+_CHAT_MARK = re.compile(
+    r"<\|[^|>]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|\A\s*assistant\s*:", re.IGNORECASE
+)
+
+
+_FENCE = re.compile(r"```\w*")
+
+
+_OPENING = re.compile(r"[{\[](?=\s*[\"'{\[\]}]|\s*$)")
+
+
+_MARKER = re.compile(
+    r"^(?:[-*+•–—→➤►▶●○■▪·✓👉]\s+|[(\[]?\d{1,3}[.):\]](?!\d)\s*|\(?[a-h][.)]\s+|[A-H]\)\s+|[ivx]{1,4}[.)]\s+|"
+    r"(?i:Q|Query|Question|Text)\s*\d*\s*[:.)]\s*|#+\s*)"
+)
+
+
+_KIND = re.compile(
+    r"[\W\d_]*(question|keyword|claim|how[-_ ]?to)s?(?: quer(?:y|ies))?[\W\d_]*?:[*_]*\s*",
+    re.IGNORECASE,
+)
+
+
+_HEADING = re.compile(
+    r"[\W\d_]*(?:(?:kind|type)\W+)?(question|keyword|claim|how[-_ ]?to)s?(?: quer(?:y|ies))?[\W\d_]*",
+    re.IGNORECASE,
+)
+
+
+_PREAMBLE = re.compile(
+    r"^(?:here(?:'s| is| are)|sure\b|certainly\b|absolutely\b|of course|okay\b|ok[,.!]|below (?:is|are)|the following|let me|note:|"
+    r"i (?:have|can|will|hope)\b(?!'t)|(?:generated |search |sample )*(?:queries|questions)\W*$|"
+    r"(?:these|the|all|both)(?: \w+)? (?:queries|questions) (?:are|cover|ask|focus|should|can|were)\b|hier sind|voici|aquí|claro)|[:：]$",
+    re.IGNORECASE,
+)
+
+
+_REFUSAL = re.compile(
+    r"^(?:i'?m (?:sorry|unable)|i am (?:sorry|unable)|sorry\b|unfortunately\b|i (?:can'?t|can ?not|won'?t)\b|as an ai\b|"
+    r"no (?:suitable |relevant |further )?(?:queries|query|questions?) (?:can|could|is|are)\b|(?:there is )?not enough information\b)",
+    re.IGNORECASE,
+)
+
+
+_AFTERTHOUGHT = re.compile(
+    r"(?<=[?？])[\s\"'*]*(?:\(.*\)|[-–—]*\s*(?:answer|antwort|réponse|respuesta|A)\s*:.*)$",
+    re.DOTALL | re.I,
+)
+
+
+def no_query(text: str) -> str | None:
+    """ "preamble" or "refusal" where the text is one."""
+    return (
+        "preamble"
+        if _PREAMBLE.search(text)
+        else "refusal"
+        if _REFUSAL.match(text.replace("’", "'"))
+        else None
+    )
+
+
+def parse_queries(text: str, *, cut: bool = False) -> Parsed:
+    """``cut``: the reply ended at its length limit, so its last line may be half a query."""
+    text = _spoken(text)
+    for how, value in _readings(text):
+        candidates = _collect(value)
+        if candidates and text.endswith(candidates[-1].text):  # its quote was never closed
+            return Parsed(candidates[:-1], how, Counter({"cut off": 1}))
+        if candidates or how == "schema":  # under the schema, an empty list is an answer
+            return Parsed(candidates, how)
+    return _lines(text, cut)
+
+
+def parse_numbers(text: str) -> list[int] | None:
+    """The judge's reply: the numbers under "answerable"; None where there is no such list."""
+    for _, value in _readings(_spoken(text)):
+        numbers = value.get("answerable") if isinstance(value, dict) else value
+        if isinstance(numbers, list):
+            return [
+                int(n)
+                for n in numbers
+                if isinstance(n, int) or (isinstance(n, str) and n.strip().isdigit())
+            ]
+    return None
+
+
+def _spoken(text: str) -> str:
+    return _CHAT_MARK.sub(" ", _THINKING.sub("", text)).strip()
+
+
+def _readings(text: str) -> Iterator[tuple[str, Any]]:
+    """The reply as JSON, each way that yields something, the most faithful first."""
+    if (value := _load(text)) is not None:
+        yield "schema" if _follows_schema(value) else "json", value
+    bare = _FENCE.sub("\n", text)
+    if opening := _OPENING.search(bare):
+        yield "json", _sequence(bare)
+        yield "repaired", _repair(bare[opening.start() :])
+
+
+def _load(text: str) -> Any:
+    """A JSON object or list, also as a string within JSON."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return (
+        _load(value)
+        if isinstance(value, str)
+        else value
+        if isinstance(value, dict | list)
+        else None
+    )
+
+
+def _sequence(text: str) -> Any:
+    """The JSON values in the text, such as an object a line, the last one repaired where it is cut; the value itself where it is one."""
+    decoder = json.JSONDecoder(strict=False)
+    values: list[Any] = []
+    opening = _OPENING.search(text)
+    while opening:
+        try:
+            value, at = decoder.raw_decode(text, opening.start())
+        except (ValueError, RecursionError):
+            values += [_repair(text[opening.start() :])] if values else []
+            break
+        values.append(value)
+        opening = _OPENING.search(text, at)
+    return values if len(values) > 1 else values[0] if values else None
+
+
+def _repair(text: str) -> Any:
+    """Read by json-repair, prose behind the last bracket left out where as many are closed as are opened."""
+    if all(text.count(opening) <= text.count(closing) for opening, closing in ("{}", "[]")):
+        text = text[: max(text.rfind("}"), text.rfind("]")) + 1]
+    try:
+        return json_repair.loads(text)
+    except (
+        ValueError,
+        RecursionError,
+    ):  # nested too deeply, in its later versions and earlier ones
+        return None
+
+
+def _follows_schema(value: Any) -> bool:
+    def is_query(q: Any) -> bool:
+        return (
+            isinstance(q, dict)
+            and q.keys() == {"kind", "text"}
+            and all(isinstance(v, str) for v in q.values())
+        )
+
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"queries"}
+        and isinstance(value["queries"], list)
+        and all(map(is_query, value["queries"]))
+    )
+
+
+def _collect(value: Any, kind: str | None = None, depth: int = 0) -> list[Candidate]:
+    """Every text in the value: strings of a list, the text of an object, and lists under the name of their kind."""
+    if depth > 4:
+        return []
+    if isinstance(value, str):
+        return [Candidate(_AFTERTHOUGHT.sub("", value.strip()), kind)] if value.strip() else []
+    if isinstance(value, list):
+        return [candidate for item in value for candidate in _collect(item, kind, depth + 1)]
+    if not isinstance(value, dict):
+        return []
+    kind = next((value[key] for key in _KIND_KEYS if isinstance(value.get(key), str)), kind)
+    for key in _TEXT_KEYS:
+        if isinstance(value.get(key), str):
+            return _collect(value[key], kind, depth + 1)
+    return [
+        candidate
+        for key, item in value.items()
+        if key not in _KIND_KEYS
+        and (isinstance(item, list | dict) or re.fullmatch(r"(?:[a-zA-Z]+[ _]?)?\d+", key))
+        for candidate in _collect(
+            item, kind if key == "queries" else kind or _singular(key), depth + 1
+        )
+    ]
+
+
+def _singular(key: str) -> str | None:
+    """The kind that a list is named after: "questions" -> "question"; none for "1" or "result"."""
+    match = re.match(r"(question|keyword|claim|how[-_ ]?to)", key.lower())
+    return (
+        {"q": "question", "k": "keywords", "c": "claim", "h": "how-to"}[match[1][0]]
+        if match
+        else None
+    )
+
+
+def _lines(text: str, cut: bool) -> Parsed:
+    """Marked lines where there are any, otherwise every line. A heading such as "Keywords:" gives its kind to what follows. Of marked
+    lines the outermost count: an explanation is indented under its query. Rests of JSON are no lines."""
+    text = re.sub(r"(?<=\?)\s+(?=\(?\d{1,2}[.)]\s)", "\n", text)  # "1. ...? 2. ...?"
+    rows = [row for row in text.splitlines() if re.search(r"[^\s`{}\[\]\",=]", row)]
+    rows = [
+        row
+        for row in rows
+        if not re.match(r"\s*(?:[\"']?\w+[\"']?\s*:\s*[\[{\"]|[{\[](?!\d))", row)
+    ]
+    listed = [row for row in rows if _marked(row) and not _HEADING.fullmatch(row)]
+    outermost = min(map(_indent, listed), default=0)
+    dropped: Counter[str] = Counter()
+    candidates: list[Candidate] = []
+    kind = None
+    for row in rows:
+        if heading := _HEADING.fullmatch(row):
+            kind = _singular(heading[1])
+            continue
+        named = _KIND.match(row)
+        cleaned = _clean(row[named.end() :] if named else row)
+        if reason := no_query(cleaned):
+            dropped[reason] += 1
+        elif cleaned and listed and not (_marked(row) and _indent(row) == outermost):
+            dropped["beside the list"] += 1
+        elif cleaned:
+            candidates.append(Candidate(cleaned, _singular(named[1]) if named else kind))
+    if cut and candidates:
+        candidates.pop()
+        dropped["cut off"] += 1
+    return Parsed(candidates, "lines" if candidates else "nothing", dropped)
+
+
+def _marked(row: str) -> bool:
+    return (_MARKER.match(row.strip()) or _KIND.match(row)) is not None
+
+
+def _indent(row: str) -> int:
+    return len(row) - len(row.lstrip())
+
+
+def _clean(row: str) -> str:
+    row, previous = row.strip(), None
+    while row != previous:  # "1. **Q1: text**" has three layers
+        previous = row
+        row = _MARKER.sub("", row).strip()
+        row = re.sub(r"^(\*\*|__|\*|`)(.+?)\1$", r"\2", row).strip()
+        row = re.sub(r'^["\'“‘«](.+?)["\'”’»],?$', r"\1", row).strip()
+    return _AFTERTHOUGHT.sub("", row)

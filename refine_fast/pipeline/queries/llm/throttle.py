@@ -1,0 +1,131 @@
+"""How many calls at a time, when to wait, when to give up, what may be spent.
+
+Concurrency starts low, doubles with each window of calls that the server took (slow start), and after the first cut grows by an
+eighth. A few refusals are how one learns that the limit is near, and cost nothing: up to a tenth of a window is ignored, a quarter cuts
+the number of calls by a quarter. A refused call waits for its own Retry-After without a slot, so that a refusal now and then holds nobody
+up. When half of a window failed the circuit opens: everybody waits, at least as long as the longest Retry-After, then longer and longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from .request import Failure
+
+TRIES = 8
+"""Calls that may break before a request is given up until the next run. Where a seventh of all calls break at random, five tries leave
+one of 15,000 requests without a reply, eight one of five million; the waits between eight add up to a minute."""
+
+
+REFUSALS = 30
+"""Refusals are no fault of the request, but not even they go on for ever."""
+
+
+LONGEST_WAIT = 120.0
+"""A Retry-After beyond this many seconds is a quota, not a rate: the run stops and says so."""
+
+
+def delay(attempt: int, failure: Failure, first: float = 0.5) -> float:
+    """Seconds before the next try: what the server said, or 0.5, 1, 2, ... up to 30, with jitter to part what failed together."""
+    if failure.retry_after is not None:
+        return failure.retry_after + random.uniform(0, 0.1)
+    return min(30.0, first * 2**attempt) * random.uniform(0.5, 1.5)
+
+
+@dataclass
+class _Window:
+    """The calls since the last decision."""
+
+    seen: int = 0
+    refused: int = 0
+    failed: int = 0
+    retry_after: float = 0.0
+
+
+class Throttle:
+    """A semaphore whose size follows the server. ``pause``: seconds of the circuit breaker's first pause."""
+
+    def __init__(self, ceiling: int, *, pause: float = 1.0) -> None:
+        self.ceiling = ceiling
+        self.limit = float(min(4, ceiling))
+        self._slow_start = True
+        self._pause = pause
+        self._resume = 0.0
+        self._openings = 0
+        self._succeeded = False
+        self._busy = 0
+        self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+        self._window = _Window()
+
+    @contextlib.asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        while self._busy >= int(self.limit) or time.monotonic() < self._resume:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            await turn
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            self._wake()
+
+    def _wake(self) -> None:
+        if time.monotonic() < self._resume:
+            return
+        free = int(self.limit) - self._busy
+        while free > 0 and self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                free -= 1
+
+    def record(self, failure: Failure | None) -> None:
+        """Learns from a call that ended. Raises a fatal :class:`Failure` when the circuit has opened too often."""
+        window = self._window
+        if failure is None or failure.kind == "wrong":  # the server works
+            self._openings = 0
+            self._succeeded = True
+        elif failure.kind == "busy":
+            window.refused += 1
+            window.retry_after = max(window.retry_after, failure.retry_after or 0.0)
+        else:
+            window.failed += 1
+        window.seen += 1
+        if window.seen >= max(16, int(self.limit)):
+            self._window = _Window()
+            self._decide(window, failure)
+            self._wake()
+
+    def _decide(self, window: _Window, last: Failure | None) -> None:
+        if window.refused + window.failed >= window.seen / 2:
+            self._open(window.retry_after, last)
+        elif window.refused > window.seen / 4:
+            self._cut(0.75)
+        elif window.refused <= window.seen / 10:
+            self.limit = min(
+                self.ceiling,
+                self.limit * 2 if self._slow_start else self.limit + max(1.0, self.limit / 8),
+            )
+
+    def _cut(self, factor: float) -> None:
+        self.limit = max(1.0, self.limit * factor)
+        self._slow_start = False
+
+    def _open(self, retry_after: float, last: Failure | None) -> None:
+        self._openings += 1
+        # A server that never answered is most likely misnamed; one that did may be restarting: about eight minutes.
+        if self._openings > (12 if self._succeeded else 3):
+            raise Failure(
+                "fatal", f"half of the calls fail, and waiting did not help (last: {last})"
+            )
+        pause = max(retry_after, min(60.0, self._pause * 2 ** (self._openings - 1)))
+        self._resume = time.monotonic() + pause
+        self._cut(0.5)
+        asyncio.get_running_loop().call_later(pause + 0.01, self._wake)

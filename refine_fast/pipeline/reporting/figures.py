@@ -1,0 +1,220 @@
+"""The report's three figures. Colours from Okabe and Ito's palette, safe for every colour vision; lines named where they end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..evaluation.metrics import RECALL_AT
+from .data import Judged, ReportData
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+BLUE, VERMILION, GREY, INK = "#0072B2", "#D55E00", "#8A8A8A", "#222222"
+
+
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "lines.solid_capstyle": "round",
+    "savefig.dpi": 200,
+}
+
+
+PANELS_PER_ROW = 3
+
+
+def draw_figures(folder: Path, data: ReportData) -> dict[str, str]:
+    """Writes the .png files and returns file name -> caption."""
+    figures = {
+        "recall.png": (
+            _recall,
+            "Recall before (hollow) and after (full), with the change in points; the tick is BM25.",
+        ),
+        "weights.png": (
+            _weights,
+            "Change of recall@3 against the base model at each fusion weight, with 95% intervals: what is learned and what is forgotten."
+            + (" Thin lines: each out-of-domain set." if len(data.out_of_domain) > 1 else ""),
+        ),
+        "similarities.png": (
+            _similarities,
+            "Similarities under the base model, and the band that hard negatives come from.",
+        ),
+    }
+    with matplotlib.rc_context(STYLE):
+        for name, (draw, _) in figures.items():
+            draw(data).savefig(folder / name)
+    return {name: caption for name, (_, caption) in figures.items()}
+
+
+def _recall(data: ReportData) -> Figure:
+    """One row per k: from the base (hollow) to the fused model (full), BM25 as a tick, the change in points at the right."""
+    sets = [data.in_domain, *data.out_of_domain]
+    columns = min(len(sets), PANELS_PER_ROW)
+    rows = -(-len(sets) // columns)
+    figure = Figure(figsize=(1 + 3 * columns, 0.5 + 1.9 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    places = range(len(RECALL_AT))
+    beside = {"va": "center", "annotation_clip": False}
+    for panel, judged in zip(panels.flat, sets, strict=False):
+        systems = judged.bm25, judged.at_weight[0], judged.at_weight[data.weight]
+        bm25, base, fused = (
+            [scores.metrics[f"recall@{k}"] for k in RECALL_AT] for scores in systems
+        )
+        panel.hlines(places, base, fused, color=BLUE, lw=2)
+        panel.plot(bm25, places, "|", color=GREY, ms=9, mew=1.5, label="BM25")
+        panel.plot(base, places, "o", mfc="white", mec=INK, ms=6, label="base model")
+        panel.plot(
+            fused, places, "o", color=BLUE, ms=6, label=f"fused model, weight {data.weight:g}"
+        )
+        for place, before, after in zip(places, base, fused, strict=True):
+            panel.annotate(
+                f"{100 * (after - before):+.1f}",
+                (1.03, place),
+                xycoords=("axes fraction", "data"),
+                color=BLUE,
+                **beside,
+            )
+        panel.set_title(_title(data, judged))
+        panel.set_yticks(places, [f"recall@{k}" for k in RECALL_AT])
+        panel.set_ylim(len(RECALL_AT) - 0.5, -0.5)
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+        panel.grid(axis="y", color=GREY, alpha=0.25, lw=0.6)
+        panel.margins(x=0.06)
+    for panel in panels.flat[len(sets) :]:
+        panel.remove()
+    handles, names = panels.flat[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=3, frameon=False, handletextpad=0.3
+    )
+    return figure
+
+
+def _weights(data: ReportData) -> Figure:
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    panel = figure.subplots()
+    weights = sorted(data.in_domain.at_weight)
+    ends = []
+    curves = [(data.in_domain, "your documents", BLUE)]
+    if data.pooled is not None:
+        curves.append((data.pooled, "out of domain", VERMILION))
+    for judged, name, colour in curves:
+        gains = [judged.gain(weight, "recall@3") for weight in weights]
+        mean, low, high = (
+            100 * np.array([getattr(g, side) for g in gains]) for side in ("mean", "low", "high")
+        )
+        panel.fill_between(weights, low, high, color=colour, alpha=0.13, lw=0)
+        panel.plot(weights, mean, color=colour, lw=2, marker="o", ms=4, clip_on=False, zorder=3)
+        ends.append(
+            (
+                float(mean[-1]),
+                f"{name}\n(base {judged.at_weight[0].metrics['recall@3']:.3f})",
+                colour,
+            )
+        )
+    if len(data.out_of_domain) > 1:
+        for judged in data.out_of_domain:
+            panel.plot(
+                weights,
+                [100 * judged.gain(w, "recall@3").mean for w in weights],
+                color=VERMILION,
+                lw=0.8,
+                alpha=0.5,
+            )
+    panel.axhline(0, color=GREY, lw=0.8, zorder=0)
+    panel.axvline(data.weight, color=GREY, lw=0.8, ls=":", zorder=0)
+    panel.text(
+        data.weight + 0.01,
+        1,
+        f"this model: {data.weight:g}",
+        transform=panel.get_xaxis_transform(),
+        va="top",
+    )
+    panel.set_xlim(0, 1)
+    panel.set_xlabel("fusion weight: 0 = base model, 1 = fine-tuned model")
+    panel.set_ylabel("change of recall@3, points")
+    _label_ends(panel, 1, ends)
+    return figure
+
+
+def _similarities(data: ReportData) -> Figure:
+    mining = data.mining
+    figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+    panel = figure.subplots()
+    low, high = mining.band
+    both = np.concatenate([mining.random_scores, mining.answer_scores])
+    bins = np.linspace(min(both.min(), low), max(both.max(), high), 60)
+    panel.axvspan(low, high, color=GREY, alpha=0.18, lw=0)
+    tallest = 0.0
+    kinds = (
+        (mining.random_scores, INK, "query and\na random passage"),
+        (mining.answer_scores, BLUE, "query and\nits answer"),
+    )
+    for scores, colour, name in kinds:
+        density, _ = np.histogram(scores, bins, density=True)
+        panel.stairs(density, bins, color=colour, fill=True, alpha=0.25, lw=0)
+        panel.stairs(density, bins, color=colour, lw=1.4)
+        top = int(density.argmax())
+        tallest = max(tallest, density[top])
+        panel.annotate(
+            name,
+            (bins[top], density[top]),
+            xytext=(0, 3),
+            textcoords="offset points",
+            color=colour,
+            ha="center",
+            va="bottom",
+        )
+    panel.set_ylim(0, 1.45 * tallest)
+    panel.text(
+        (low + high) / 2, 1.43 * tallest, f"band\n{low:.2f} to {high:.2f}", ha="center", va="top"
+    )
+    panel.set_yticks([])
+    panel.spines["left"].set_visible(False)
+    panel.set_xlabel("cosine similarity under the base model")
+    share = mining.empty / mining.queries
+    panel.set_title(f"{share:.0%} of {mining.queries:,} queries have no passage in the band")
+    return figure
+
+
+def _title(data: ReportData, judged: Judged) -> str:
+    place = "your documents" if judged is data.in_domain else f"out of domain: {judged.name}"
+    return f"{place}\n{judged.queries:,} queries, {judged.passages:,} passages"
+
+
+def _label_ends(panel: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Names each line at its last point (y, name, colour), moved apart where two would overlap, inside the panel."""
+    low, high = panel.get_ylim()
+    gap = (high - low) * 0.075 * max(name.count("\n") + 1 for _, name, _ in ends)
+    ends = sorted(ends)
+    places = [y for y, _, _ in ends]
+    for i in range(1, len(ends)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    for i in reversed(range(len(ends))):
+        places[i] = min(places[i], high - gap * (len(ends) - 1 - i))
+    for place, (_, name, colour) in zip(places, ends, strict=True):
+        panel.annotate(
+            name,
+            (x, place),
+            xytext=(7, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+        )

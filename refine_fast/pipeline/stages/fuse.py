@@ -1,0 +1,68 @@
+"""fuse: the product, with its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...files import read_json, write_json
+from ...fuse import fuse
+from ..artifacts import (
+    FUSION_FACTS,
+    MINING_FACTS,
+    MODEL,
+    TRAINING_FACTS,
+    TUNED,
+    all_scores,
+    read_scores,
+)
+from ..encoder.twin import load_twin
+from ..evaluation.significance import choose_weight
+from ..reporting.model_card import model_card
+
+if TYPE_CHECKING:
+    from ..context import RunContext
+
+
+def run(context: RunContext, folder: Path) -> None:
+    """Chooses the weight if none is given, and writes the fused model with its card."""
+    if context.chooses_weight:
+        weight = choose_weight({w: read_scores(context.out, w)["dev"] for w in context.weights})
+    else:
+        weight = float(context.config.weight)
+    tuned, out = context.path(TUNED), folder / MODEL
+    if context.twin:
+        pair = load_twin(tuned, context.encoder, weight)
+        pair.save_pretrained(str(out), create_model_card=False)
+    else:
+        fuse(context.encoder, tuned, out, weight, overwrite=True)
+    card = model_card(
+        context.encoder,
+        context.base_name,
+        weight,
+        _recipe(context, weight),
+        all_scores(context.out, weight),
+        twin=context.twin,
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
+    write_json(folder / FUSION_FACTS, {"weight": weight})
+
+
+def _recipe(context: RunContext, weight: float) -> dict[str, str]:
+    """How the model was made, for its card."""
+    config = context.config
+    mining = read_json(context.path(MINING_FACTS))
+    training = read_json(context.path(TRAINING_FACTS))
+    low, high = mining["band"]
+    fused = "embeddings, in the loss too" if context.twin else "parameters"
+    chosen = ", chosen on held-out queries" if context.chooses_weight else ""
+    return {
+        "queries": f"{mining['queries']}, {context.query_source}",
+        "loss": f"InfoNCE, temperature {config.temperature:g}, in-batch negatives "
+        f"(batch {config.batch_size}), each document once",
+        "hard negatives": f"{config.negatives} per query: after the {config.skip} most similar, "
+        f"cosine in [{low:.2f}, {high:.2f}], {config.select}; none for {mining['empty']} queries",
+        "optimizer": f"AdamW, learning rate {config.lr:g}, {training['steps']} steps, "
+        f"warm-up {config.warmup:g}, seed {config.seed}",
+        "fusion": f"weight {weight:g} of the fine-tuned {fused}{chosen}",
+    }

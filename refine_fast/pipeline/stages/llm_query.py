@@ -1,0 +1,114 @@
+"""query, with ``--llm``: training queries that a language model writes, and their split."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ...errors import RefineFastWarning
+from ...files import read_json, write_json
+from ..artifacts import ACCOUNT, CHUNKS, REPLIES
+from ..corpus.chunk import Chunk
+from ..corpus.jsonl import read_records
+from ..encoder.encode import encode
+from ..encoder.load import load_encoder
+from ..queries.llm import Account, Progress, generate_queries
+from ..queries.query import Query
+from .query import write_split
+
+if TYPE_CHECKING:
+    from ..context import RunContext
+
+
+def run(context: RunContext, folder: Path) -> None:
+    """Writes the split queries, and the account of calls, tokens, cost and drops."""
+    chunks = read_records(context.path(CHUNKS), Chunk)
+    queries, account = _ask(context, chunks)
+    write_json(folder / ACCOUNT, account.to_dict())
+    write_split(context, folder, chunks, queries)
+
+
+def unanswered(context: RunContext) -> list[str]:
+    """Why the stage must run again although its inputs are unchanged: chunks without a reply."""
+    failed = (read_json(context.path(ACCOUNT)) or {}).get("failed", 0)
+    return [f"{failed} chunks without a reply"] if failed else []
+
+
+def _ask(context: RunContext, chunks: list[Chunk]) -> tuple[list[Query], Account]:
+    """Asks the model. The encoder is loaded only if a limit or a filter needs it."""
+    settings = context.config.llm_settings()
+    assert settings is not None
+    console = context.console
+
+    def embed(texts: list[str], role: Literal["query", "document"]) -> np.ndarray:
+        model = load_encoder(context.encoder)
+        with console.progress(f"embedding {len(texts):,} texts") as advance:
+            return encode(model, texts, role=role, bf16=context.bf16, progress=advance)
+
+    limited = any(
+        limit is not None for limit in (settings.max_calls, settings.max_tokens, settings.max_cost)
+    )
+    embeddings = None
+    if limited or settings.round_trip:
+        embeddings = embed([chunk.passage for chunk in chunks], "document")
+    latest: list[Progress] = []
+    with console.progress("asking the model") as advance:
+
+        def watch(state: Progress) -> None:
+            latest[:] = [state]
+            cost = f", cost {state.cost:.4f}" if settings.price_in or settings.price_out else ""
+            reused = f", {state.reused} reused" if state.reused else ""
+            note = f"{state.rate:.1f}/s{cost}, {state.failed} failed, {state.concurrency} at a time"
+            # Reused replies would make the remaining time look short.
+            done = state.done + state.failed - state.reused
+            advance(done, state.total - state.reused, note + reused)
+
+        try:
+            queries, account = generate_queries(
+                chunks,
+                settings,
+                context.path(REPLIES),
+                embeddings=embeddings,
+                encode=embed if settings.round_trip else None,
+                watch=watch,
+            )
+        except KeyboardInterrupt:
+            for state in latest:
+                console.say(
+                    f"  {state.done:,} of {state.total:,} replies are on disk "
+                    "and will not be requested again"
+                )
+            raise
+    console.say(f"  {_summary(account.to_dict())}")
+    if account.stopped:
+        console.say(
+            f"  stopped by {account.stopped} after {account.replied:,} of {account.chunks:,} "
+            "chunks; raise the limit to resume"
+        )
+    if account.failures:
+        reason, count = next(iter(account.failures.items()))
+        warnings.warn(
+            f"{account.failed} chunks got no reply (most often, {count} times: {reason}); "
+            "the next run asks for them again.",
+            RefineFastWarning,
+            stacklevel=2,
+        )
+    return queries, account
+
+
+def _summary(account: Mapping[str, Any]) -> str:
+    """The account in one sentence."""
+    drops = sorted(account["dropped"].items(), key=lambda item: -item[1])
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in drops)
+    cost = "" if account["cost"] is None else f", cost {account['cost']:,.4f}"
+    unjudged = f" ({account['unjudged']:,} not judged)" if account["unjudged"] else ""
+    return (
+        f"{account['kept']:,} queries{unjudged} from {account['replied']:,} replies, "
+        f"{account['reused']:,} of them reused; {account['calls']:,} calls, "
+        f"{account['tokens_in']:,} tokens in and {account['tokens_out']:,} out{cost}; "
+        f"{account['replies_per_second']:.1f} replies a second; dropped: {dropped or 'none'}"
+    )

@@ -1,0 +1,71 @@
+"""mine: hard negatives of each training query."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...errors import RefineFastError, RefineFastWarning
+from ...files import write_json
+from ...mine import mine
+from ..artifacts import MINING_FACTS, NEGATIVES, base_embeddings, relevant_rows, training_view
+
+if TYPE_CHECKING:
+    from ..context import RunContext
+
+
+def run(context: RunContext, folder: Path) -> None:
+    """Writes the mined negatives, and the band with the number of queries that found none.
+
+    Warns if the band is empty for most queries.
+    """
+    config = context.config
+    chunks, queries = training_view(context.out)
+    relevant = relevant_rows(chunks, queries)
+    q, d = base_embeddings(context.out)
+    try:
+        with context.console.progress("mining") as progress:
+            mined = mine(
+                q,
+                d,
+                list(relevant.values()),
+                k=max(1, config.negatives),
+                band=config.band,
+                skip=config.skip,
+                select=config.select,
+                seed=config.seed,
+                progress=progress,
+            )
+    except ValueError as reason:
+        raise RefineFastError(f"mine: {reason}.") from None
+    with (folder / NEGATIVES).open("w", encoding="utf-8") as file:
+        for text, ids, scores in zip(relevant, mined.ids, mined.scores, strict=True):
+            found = [
+                {"chunk_id": chunks[i].id, "score": round(float(score), 6)}
+                for i, score in zip(ids.tolist(), scores, strict=True)
+                if i >= 0
+            ]
+            record = {"query": text, "negatives": found[: config.negatives]}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    in_band = np.asarray(mined.in_band)
+    empty = int(np.sum(in_band == 0))
+    low, high = mined.band
+    facts = {
+        "band": [low, high],
+        "empty": empty,
+        "median_in_band": float(np.median(in_band)),
+        "queries": len(q),
+    }
+    write_json(folder / MINING_FACTS, facts)
+    if 2 * empty > len(q) and config.negatives:
+        warnings.warn(
+            f"the band [{low:g}, {high:g}] after the {config.skip} most similar is empty for "
+            f"{empty} of {len(q)} queries under this encoder, so they train on in-batch "
+            "negatives alone; --band auto fits the band to the encoder.",
+            RefineFastWarning,
+            stacklevel=2,
+        )

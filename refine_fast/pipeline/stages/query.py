@@ -1,0 +1,62 @@
+"""query: training queries from the user or from the documents alone, and their split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..artifacts import CHUNKS, DEV, HELD_OUT, QUERIES
+from ..corpus.beir import load_beir
+from ..corpus.chunk import Chunk
+from ..corpus.jsonl import read_records, write_records
+from ..queries.query import Query
+from ..queries.splits import split_by_document, without
+from ..queries.synthetic import synthesize_queries
+from ..queries.user import load_queries
+
+if TYPE_CHECKING:
+    from ..context import RunContext
+
+DEV_SHARE = 0.1
+"""Share of the queries, by whole documents, that choose the weight under ``--weight auto``."""
+
+
+def run(context: RunContext, folder: Path) -> None:
+    """Writes the queries to train on, to choose the weight on, and to evaluate on."""
+    chunks = read_records(context.path(CHUNKS), Chunk)
+    write_split(context, folder, chunks, offline_queries(context, chunks))
+
+
+def offline_queries(context: RunContext, chunks: Sequence[Chunk]) -> list[Query]:
+    """The user's queries, or those made from the chunks without a language model."""
+    config = context.config
+    if config.queries is not None:
+        return load_queries(config.queries, chunks)
+    return synthesize_queries(chunks, seed=config.seed, per_chunk=config.queries_per_chunk)
+
+
+def split_queries(
+    context: RunContext, chunks: Sequence[Chunk], queries: list[Query]
+) -> dict[str, list[Query]]:
+    """{"train": ..., "held_out": ..., "dev": ...}, the latter two where they are needed.
+
+    The split is by whole documents, and none of the queries is a judged test query.
+    """
+    shares = {}
+    if context.judged_corpus:
+        queries = without(queries, load_beir(context.judged_corpus).queries)
+    else:
+        shares["held_out"] = context.config.held_out
+    if context.chooses_weight:
+        shares["dev"] = DEV_SHARE
+    return split_by_document(queries, chunks, shares, seed=context.config.seed)
+
+
+def write_split(
+    context: RunContext, folder: Path, chunks: Sequence[Chunk], queries: list[Query]
+) -> None:
+    """Splits the queries and writes one file for each part."""
+    parts = split_queries(context, chunks, queries)
+    for part, name in (("train", QUERIES), ("dev", DEV), ("held_out", HELD_OUT)):
+        write_records(folder / name, parts.get(part, []))

@@ -1,0 +1,88 @@
+"""train: contrastive fine-tuning of the base encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...files import write_json
+from ..artifacts import (
+    TRAINING_FACTS,
+    TUNED,
+    base_embeddings,
+    read_negatives,
+    relevant_rows,
+    training_view,
+)
+from ..encoder.encode import has_fast_bf16
+from ..encoder.load import load_encoder
+from ..training.batches import Example, Twin
+from ..training.memory import fit_training
+from ..training.trainer import train
+
+if TYPE_CHECKING:
+    from ..context import RunContext
+
+
+def run(context: RunContext, folder: Path) -> None:
+    """Writes the fine-tuned encoder, and the steps and losses of its training."""
+    config = context.config
+    chunks, queries = training_view(context.out)
+    relevant = relevant_rows(chunks, queries)
+    row = {chunk.id: i for i, chunk in enumerate(chunks)}
+    negatives = {
+        text: tuple(row[negative["chunk_id"]] for negative in found)
+        for text, found in read_negatives(context.out).items()
+    }
+    examples = [
+        Example(text, positive, negatives[text], frozenset(positives), i)
+        for i, (text, positives) in enumerate(relevant.items())
+        for positive in positives
+    ]
+    passages = [chunk.passage for chunk in chunks]
+    model = load_encoder(context.encoder)
+    bf16 = has_fast_bf16(model.device) if context.bf16 is None else context.bf16
+    precision = "bf16" if bf16 else "fp32"
+    fit = fit_training(
+        model,
+        relevant,
+        passages,
+        len(examples),
+        batch_size=config.batch_size,
+        negatives=config.negatives,
+        memory=config.memory,
+        bf16=bf16,
+    )
+    how = (
+        f"{fit.at_once} sequences at a time, gradients cached"
+        if fit.cached
+        else f"all {fit.at_once} sequences of a batch at once"
+    )
+    context.console.say(f"  {how}, in {precision}: about {fit.peak / 2**30:.1f} GB of memory")
+    if (gpus := torch.cuda.device_count()) > 1:
+        context.console.say(f"  {gpus} GPUs are visible; training uses the first")
+    with context.console.progress("training") as progress:
+        history = train(
+            model,
+            examples,
+            passages,
+            folder / "checkpoints",
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            warmup=config.warmup,
+            temperature=config.temperature,
+            mini_batch=fit.at_once if fit.cached else None,
+            bf16=bf16,
+            seed=config.seed,
+            twin=Twin(float(config.weight), *base_embeddings(context.out))
+            if context.twin
+            else None,
+            progress=progress,
+        )
+    model.save_pretrained(str(folder / TUNED), create_model_card=False)
+    facts = {**history, "examples": len(examples), "precision": precision}
+    write_json(folder / TRAINING_FACTS, facts)

@@ -1,0 +1,78 @@
+"""The contrastive loss of a batch, with optional gradient caching."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from torch import Tensor, nn
+
+from ...integrations.sentence_transformers.twin import fuse_embeddings
+from ...nn import InfoNCELoss
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+class NonFiniteEmbeddingsError(ArithmeticError):
+    """The encoder returned NaN or infinity: training has diverged."""
+
+
+class BatchLoss(CachedLossMixin, nn.Module):
+    """InfoNCE over a batch of the collator.
+
+    With ``mini_batch``, gradient caching (Gao et al., arXiv 2101.06983): encode in mini-batches
+    without a graph, take the loss's gradient at the embeddings, encode again and push it through.
+    The activations of one mini-batch live at a time, and the loss still sees the whole batch. With
+    ``twin_weight``, the loss is that of the embeddings fused with the frozen ones in the batch.
+
+    The encoder runs without dropout: drawing its masks took 37% of a step on a CPU, and with it
+    attention cannot use the memory-efficient kernel.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float,
+        mini_batch: int | None = None,
+        twin_weight: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.mini_batch_size = mini_batch or 0
+        self.twin_weight = twin_weight
+        self.info_nce = InfoNCELoss(temperature=temperature, normalize=True)
+
+    def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        self.model.eval()  # the Trainer sets train() before every step
+        queries, documents = features
+        self.groups = documents.pop("group")
+        self.frozen = (
+            [side.pop("frozen") for side in features] if self.twin_weight is not None else []
+        )
+        if self.mini_batch_size:
+            return self.forward_cached(features, labels)
+        return self.calculate_loss(
+            [[self.model(side)["sentence_embedding"]] for side in (queries, documents)], labels
+        )
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        q, d = (torch.cat(parts) for parts in reps)
+        if self.twin_weight is not None:
+            q, d = (
+                fuse_embeddings(tuned, frozen, self.twin_weight)
+                for tuned, frozen in zip((q, d), self.frozen, strict=True)
+            )
+        try:
+            loss = self.info_nce(q, d, positives=labels, doc_ids=self.groups)
+        except ValueError:  # of the CPU kernel; elsewhere the loss is NaN
+            if q.isfinite().all() and d.isfinite().all():
+                raise
+            raise NonFiniteEmbeddingsError from None
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss

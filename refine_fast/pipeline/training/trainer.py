@@ -1,0 +1,192 @@
+"""Contrastive fine-tuning with sentence-transformers' Trainer, resumable after a kill."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import PrinterCallback, TrainerCallback
+
+from ...errors import RefineFastError
+from ...files import fsync_all
+from .batches import Collator, Example, Twin
+from .loss import BatchLoss, NonFiniteEmbeddingsError
+from .memory import return_free_memory
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+CHECKPOINT_SECONDS = 60.0
+"""Time between two checkpoints: the most that a kill costs, besides the step in progress."""
+
+CHECKPOINT_COMPLETE = "complete"
+"""An empty file that a checkpoint gets last, when everything else in it is on the disk."""
+
+
+def steps_of(examples: int, *, batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """Number of full batches: a small last batch would weigh its few negatives like a full one."""
+    steps = max(1, math.floor(examples * epochs / min(batch_size, examples)))
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def train(
+    model: SentenceTransformer,
+    examples: Sequence[Example],
+    documents: Sequence[str],
+    folder: Path,
+    *,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    batch_size: int = 64,
+    lr: float = 1e-4,
+    warmup: float = 0.1,
+    temperature: float = 0.02,
+    mini_batch: int | None = None,
+    bf16: bool = False,
+    seed: int = 0,
+    twin: Twin | None = None,
+    progress: Callable[..., None] | None = None,
+) -> dict[str, Any]:
+    """Fine-tunes ``model`` in place: AdamW, linear warm-up and decay, on one device.
+
+    Args:
+        model: the encoder.
+        examples: what to train on, at least two.
+        documents: the texts that the examples' rows name.
+        folder: where checkpoints go, for this training alone. Called again with it after a kill,
+            training resumes from the last complete checkpoint, and ends with the same weights as
+            an uninterrupted run.
+        epochs: passes over the examples.
+        max_steps: upper limit of the steps.
+        batch_size: queries in a batch.
+        lr: peak learning rate.
+        warmup: share of the steps over which the learning rate rises.
+        temperature: of the loss.
+        mini_batch: sequences encoded at a time, with gradient caching; None: the whole batch.
+        bf16: whether the forward pass runs under bf16 autocast.
+        seed: order of the examples.
+        twin: frozen embeddings that the loss fuses with the tuned ones.
+        progress: called with (step, steps, note=...).
+
+    Returns:
+        {"steps": number of steps, "loss": [[step, loss], ...]}.
+
+    Raises:
+        RefineFastError: if there are too few examples, or the loss becomes NaN or infinite.
+    """
+    from datasets import Dataset
+
+    if len(examples) < 2:
+        raise RefineFastError(
+            f"train: {len(examples)} queries are too few to learn from; "
+            "give more documents or --queries."
+        )
+    batch_size = min(batch_size, len(examples))
+    steps = steps_of(len(examples), batch_size=batch_size, epochs=epochs, max_steps=max_steps)
+    # The order of all epochs is fixed beforehand: to resume is to skip, whatever the epoch.
+    random = np.random.default_rng(seed)
+    passes = math.ceil(steps * batch_size / len(examples))
+    order = np.concatenate([random.permutation(len(examples)) for _ in range(passes)])
+
+    arguments = _OneDeviceArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        batch_sampler=_in_order,  # type: ignore[arg-type]
+        learning_rate=lr,
+        warmup_steps=math.ceil(warmup * steps),
+        bf16=bf16,
+        use_cpu=model.device.type == "cpu",
+        seed=seed,
+        save_strategy="no",  # the callback decides when
+        save_total_limit=2,  # the newest may be incomplete after a kill
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log a NaN loss as 0
+        disable_tqdm=True,
+        report_to=[],
+        dataloader_pin_memory=model.device.type == "cuda",
+    )
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"row": order[: steps * batch_size]}),
+        data_collator=Collator(model, examples, documents, twin),  # type: ignore[arg-type]
+        loss=BatchLoss(model, temperature, mini_batch, None if twin is None else twin.weight),
+        callbacks=[_Callback(steps, progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=_last_complete_checkpoint(folder))
+    except (NonFiniteEmbeddingsError, _NonFiniteLossError):
+        raise RefineFastError(
+            f"train: the loss became NaN or infinite at step {trainer.state.global_step}; "
+            f"use a lower --lr than {lr:g}, or --precision fp32."
+        ) from None
+    history = [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log]
+    return {"steps": steps, "loss": history}
+
+
+class _NonFiniteLossError(ArithmeticError):
+    """The loss of a step was NaN or infinite."""
+
+
+class _OneDeviceArguments(SentenceTransformerTrainingArguments):
+    """Uses one device, whatever is visible: on several GPUs the Trainer would multiply the batch
+    size that the steps, the order of the examples and the memory plan were made for."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
+
+
+class _Trainer(SentenceTransformerTrainer):
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Does nothing: the fused model gets a card of its own."""
+
+
+def _in_order(dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+    return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+
+
+def _last_complete_checkpoint(folder: Path) -> str | None:
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_COMPLETE}")]
+    if not complete:
+        return None
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1])))
+
+
+class _Callback(TrainerCallback):
+    """Watches the loss, reports progress and decides when to save."""
+
+    def __init__(self, steps: int, progress: Callable[..., None] | None) -> None:
+        self.steps = steps
+        self.progress = progress
+        self.saved = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        return_free_memory()
+        due = time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+        control.should_save = state.global_step < self.steps and due
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        """Runs before a checkpoint of the step is saved."""
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise _NonFiniteLossError
+        if self.progress is not None:
+            self.progress(state.global_step, self.steps, note=f"loss {logs['loss']:.3f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        fsync_all(checkpoint)
+        (checkpoint / CHECKPOINT_COMPLETE).touch()
+        self.saved = time.monotonic()

@@ -1,0 +1,226 @@
+"""The stage engine: what is redone, why, and what a kill at any moment leaves. The stages here are tiny; test_run.py kills real ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from refine_fast.errors import RefineFastError
+from refine_fast.files import atomic
+from refine_fast.pipeline import engine
+from refine_fast.pipeline.code_version import CodeVersion
+from refine_fast.pipeline.engine import LockedError, RunFolder, Stage
+
+
+def copy_upper(source: Path, **kwargs) -> Stage:
+    def work(to: Path) -> None:
+        (to / "upper.txt").write_text(source.read_text().upper())
+
+    return Stage("upper", ("upper.txt",), work, {"source.txt": source}, **kwargs)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source.txt"
+    path.write_text("one")
+    return path
+
+
+def test_a_finished_stage_needs_no_redoing(tmp_path: Path, source: Path) -> None:
+    with RunFolder(tmp_path / "run") as run:
+        assert run.reasons(copy_upper(source)) == ["not done yet"]
+        run.do(copy_upper(source))
+        assert (tmp_path / "run" / "upper.txt").read_text() == "ONE"
+        assert run.reasons(copy_upper(source)) == []
+    assert not (tmp_path / "run" / ".work" / "upper").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda run, source: source.write_text("two"), "source.txt changed"),
+        (lambda run, source: (run / "upper.txt").unlink(), "upper.txt is missing"),
+        (lambda run, source: (run / "upper.txt").write_text("!"), "upper.txt was changed"),
+    ],
+)
+def test_why_files(tmp_path: Path, source: Path, change, reason: str) -> None:
+    with RunFolder(tmp_path / "run") as run:
+        run.do(copy_upper(source))
+        change(tmp_path / "run", source)
+        assert run.reasons(copy_upper(source)) == [reason]
+
+
+def test_why_settings_and_facts(tmp_path: Path, source: Path) -> None:
+    with RunFolder(tmp_path / "run") as run:
+        old, new = {"docs": "Python 3.11"}, {"docs": "Python 3.12"}
+        run.do(copy_upper(source, settings={"skip": 5, "band": (0.5, 0.7)}, facts=old))
+        again = copy_upper(source, settings={"skip": 5, "band": [0.5, 0.7]}, facts=old)
+        assert run.reasons(again) == []
+        changed = copy_upper(source, settings={"skip": 3, "band": "auto"}, facts=new)
+        reasons = run.reasons(changed)
+    assert reasons == [
+        'docs "Python 3.11" -> "Python 3.12"',
+        'config.band [0.5, 0.7] -> "auto"',
+        "config.skip 5 -> 3",
+    ]
+
+
+def test_why_code_and_packages(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = copy_upper(source, module="the stage")
+    old = CodeVersion({"a": "1", "b": "1", "c": "1", "d": "1"}, {"numpy": "2.0", "torch": "2.13"})
+    new = CodeVersion({"a": "2", "b": "2", "c": "1", "e": "1"}, {"numpy": "2.1", "torch": "2.13"})
+    monkeypatch.setattr(engine, "code_version", {"the stage": old}.__getitem__)
+    with RunFolder(tmp_path / "run") as run:
+        run.do(stage)
+        assert run.reasons(stage) == []
+        monkeypatch.setattr(engine, "code_version", {"the stage": new}.__getitem__)
+        assert run.reasons(stage) == [
+            'package numpy "2.0" -> "2.1"',
+            "the code of a, b, d and 1 more changed",
+        ]
+
+
+def test_why_names_the_files_of_a_folder(tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for name in "abcdef":
+        (docs / f"{name}.md").write_text(name)
+    stage = Stage("count", ("n",), lambda to: (to / "n").touch(), {"docs": docs})
+    with RunFolder(tmp_path / "run") as run:
+        run.do(stage)
+        (docs / "b.md").write_text("changed")
+        assert run.reasons(stage) == ["docs changed (b.md)"]
+        for name in "acde":
+            (docs / f"{name}.md").unlink()
+        assert run.reasons(stage) == ["docs changed (a.md, b.md, c.md and 2 more)"]
+
+
+def test_why_names_files_that_are_linked_in_closed_or_of_another_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder's documents are read through links, and so must its changes be; a file that cannot be read is skipped, not the run."""
+    docs, elsewhere = tmp_path / "docs", tmp_path / "elsewhere"
+    docs.mkdir()
+    elsewhere.mkdir()
+    (docs / "linked").symlink_to(elsewhere)
+    for path in (docs / os.fsdecode(b"caf\xe9.md"), docs / "closed.md", elsewhere / "page.md"):
+        path.write_text("one")
+    stage = Stage("count", ("n",), lambda to: (to / "n").touch(), {"docs": docs})
+    with RunFolder(tmp_path / "run") as run:
+        run.do(stage)
+        assert run.reasons(stage) == []
+        (elsewhere / "page.md").write_text("two")
+        (docs / os.fsdecode(b"caf\xe9.md")).write_text("two")
+        (docs / "closed.md").write_text("two")
+        opened = Path.open
+
+        def closed(path: Path, *args, **kwargs):
+            if path.name == "closed.md":
+                raise PermissionError(13, "Permission denied")  # the tests may run as root
+            return opened(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", closed)
+        assert run.reasons(stage) == [r"docs changed (caf\xe9.md, closed.md, linked/page.md)"]
+
+
+def test_same_content_downstream_is_not_redone(tmp_path: Path, source: Path) -> None:
+    """Content decides, not time: an upstream stage that is redone to the same bytes leaves the stages after it alone."""
+
+    def count(to: Path) -> None:
+        (to / "count.txt").write_text(str(len((tmp_path / "run" / "upper.txt").read_text())))
+
+    counting = Stage("count", ("count.txt",), count, {"upper.txt": tmp_path / "run" / "upper.txt"})
+    with RunFolder(tmp_path / "run") as run:
+        run.do(copy_upper(source))
+        run.do(counting)
+        source.write_text("ONE")
+        assert run.reasons(copy_upper(source)) == ["source.txt changed"]
+        run.do(copy_upper(source))
+        assert run.reasons(counting) == []
+
+
+def test_a_failed_stage_leaves_the_old_output(tmp_path: Path, source: Path) -> None:
+    def fail(to: Path) -> None:
+        (to / "upper.txt").write_text("half")
+        raise RefineFastError("no")
+
+    with RunFolder(tmp_path / "run") as run:
+        run.do(copy_upper(source))
+        with pytest.raises(RefineFastError, match="no"):
+            run.do(Stage("upper", ("upper.txt",), fail, {"source.txt": source}))
+        assert (tmp_path / "run" / "upper.txt").read_text() == "ONE"
+
+
+def run_twins(run: Path, kill_at: int) -> int:
+    """Does a stage of two outputs in a child process that kills itself at its ``kill_at``-th fsync or rename (0: never): every moment at
+    which a write becomes durable or visible. Returns the number of moments passed, or -SIGKILL."""
+
+    def work(to: Path) -> None:
+        with (run / "log").open("a") as log:
+            log.write("worked ")
+        (to / "a.txt").write_text("a")
+        (to / "folder").mkdir(exist_ok=True)
+        (to / "folder" / "b.txt").write_text("b")
+
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    passed = 0
+
+    def counted(function):
+        def call(*args):
+            nonlocal passed
+            passed += 1
+            if passed == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        return call
+
+    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+    status = 99
+    try:
+        with RunFolder(run) as folder:
+            stage = Stage("twins", ("a.txt", "folder"), work)
+            if folder.reasons(stage):
+                folder.do(stage)
+            status = 99 if folder.reasons(stage) else passed
+    finally:
+        os._exit(status)
+
+
+def test_kill_at_every_write(tmp_path: Path) -> None:
+    """SIGKILL before each rename and fsync in turn; the rerun ends with whole outputs, and repeats no work that was finished."""
+    moments = run_twins(tmp_path / "whole", 0)
+    assert 8 <= moments < 99
+    for moment in range(1, moments + 1):
+        run = tmp_path / str(moment)
+        assert run_twins(run, moment) == -signal.SIGKILL
+        finished = (run / ".work" / "twins" / "done.json").exists() or (run / "manifest.json").exists()
+        assert run_twins(run, 0) not in (99, -signal.SIGKILL)
+        assert (run / "a.txt").read_text() + (run / "folder" / "b.txt").read_text() == "ab"
+        assert (run / "log").read_text().split().count("worked") <= (1 if finished else 2)
+        assert not list(run.rglob("*.tmp"))
+
+
+def test_the_second_run_stops_and_names_the_first(tmp_path: Path) -> None:
+    with RunFolder(tmp_path), pytest.raises(LockedError, match=rf"is in use by another process \({os.getpid()}\); wait for it to finish or"):
+        RunFolder(tmp_path).__enter__()
+    with RunFolder(tmp_path):
+        pass
+
+
+def test_atomic_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+
+    def write_half() -> None:
+        with atomic(tmp_path / "file") as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_half()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"

@@ -1,0 +1,82 @@
+"""Training when it goes wrong: a diverging loss, more than one GPU."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from refine_fast import reference
+from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.encoder.load import load_encoder
+from refine_fast.pipeline.training import loss, trainer
+from refine_fast.pipeline.training.batches import Collator, Example
+from refine_fast.pipeline.training.trainer import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PAGES = [topics[name][:200] for name in sorted(topics)[:16]]
+EXAMPLES = [Example(page[:60], i, (), frozenset({i}), i) for i, page in enumerate(PAGES)]
+
+
+class Unchecked(torch.nn.Module):
+    """A loss that does not look for NaN, like the GPU's."""
+
+    def __init__(self, temperature: float, **_: object) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, q: torch.Tensor, d: torch.Tensor, **columns: torch.Tensor) -> torch.Tensor:
+        return reference.info_nce(q, d, temperature=self.temperature, normalize=True, **columns)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_diverging_loss_stops_training(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """At the step where it happens, without a checkpoint of what it left."""
+    if not checked:
+        monkeypatch.setattr(loss, "InfoNCELoss", Unchecked)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    seen = []
+
+    def progress(step: int, steps: int, note: str) -> None:
+        seen.append((step, note))
+
+    with pytest.raises(RefineFastError, match=r"became NaN or infinite at step [1-3]; use a lower"):
+        train(
+            load_encoder(tiny), EXAMPLES, PAGES, tmp_path, max_steps=12, epochs=9, batch_size=4,
+            lr=1e30, warmup=0.0, progress=progress,
+        )  # fmt: skip
+    assert 1 <= len(seen) <= 3
+    assert all(math.isfinite(float(note.split()[1])) for _, note in seen)
+    for saved in tmp_path.glob("checkpoint-*/model.safetensors"):
+        assert saved.parent.name == "checkpoint-1"  # of a finite loss
+
+
+def test_several_gpus_change_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch, the order and the number of times that each example is seen."""
+    batches: list[list[int]] = []
+    collate = Collator.__call__
+
+    def recorded(self: Collator, rows: list[dict[str, int]]) -> dict[str, object]:
+        batches.append([row["row"] for row in rows])
+        return collate(self, rows)
+
+    monkeypatch.setattr(Collator, "__call__", recorded)
+    runs = []
+    for gpus in (1, 2):
+        monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self, n=gpus: n))
+        batches.clear()
+        history = train(
+            load_encoder(tiny), EXAMPLES, PAGES, tmp_path / str(gpus), batch_size=4, epochs=1
+        )
+        runs.append((history, [list(batch) for batch in batches]))
+    assert runs[0] == runs[1]
+    assert sorted(row for batch in runs[1][1] for row in batch) == list(range(16))
