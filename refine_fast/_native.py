@@ -11,7 +11,7 @@ import torch  # first: its libgomp must be the one that _core shares
 from . import _core
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""torch dtype -> refine_fast::Dtype (csrc/core/types.h)."""
+"""torch dtype -> refine_fast::Dtype (csrc/kernels/types.h)."""
 
 
 def isa() -> str:

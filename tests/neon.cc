@@ -7,7 +7,7 @@
 
 #include "core/band_topk.h"
 #include "core/cpu.h"
-#include "core/lerp_kernels.h"
+#include "kernels/lerp_kernels.h"
 #include "core/matmul.h"
 
 using namespace refine_fast;

@@ -1,6 +1,6 @@
 // Which ISA level runs: detected once (CPUID, the state that the OS saves (XCR0), permission for AMX), forced by REFINE_FAST_ISA or set_isa.
 #pragma once
-#include "core/kernels.h"
+#include "kernels/kernels.h"
 
 namespace refine_fast {
 

@@ -2,8 +2,8 @@
 // Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
 #include <immintrin.h>
 
-#include "core/kernels.h"
-#include "core/screen_kernels.h"
+#include "kernels/kernels.h"
+#include "kernels/screen_kernels.h"
 #include "isa/pack_avx512.h"
 #if defined(REFINE_FAST_EMULATE_AMX)
 #include "isa/amx_emulated.h"

@@ -1,4 +1,4 @@
-"""The contrastive loss without its B x N matrix (csrc/core/infonce.cc on CPUs, triton_kernels/info_nce.py on GPUs)."""
+"""The contrastive loss without its B x N matrix (csrc/core/info_nce.cc on CPUs, triton_kernels/info_nce.py on GPUs)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 // A level leaves a pointer null where the level below serves as well; cpu.cc fills the gaps, so a caller never sees a null.
 // Plain function pointers and PODs: a new level is one file, and a test can force any level that the CPU has.
 #pragma once
-#include "core/types.h"
+#include "kernels/types.h"
 
 namespace refine_fast {
 
@@ -23,11 +23,11 @@ struct MatmulKernels {
 
 // out = base + weight * (tuned - base); see core/lerp.h
 struct LerpKernels;
-// the product of rounded rows whose error is known; see core/screen_kernels.h
+// the product of rounded rows whose error is known; see kernels/screen_kernels.h
 struct ScreenKernels;
-// threshold-and-append over a row of scores, float64 rescoring; see core/select_kernels.h
+// threshold-and-append over a row of scores, float64 rescoring; see kernels/select_kernels.h
 struct SelectKernels;
-// exp, row sums and the weights of a row of scores; see core/loss_kernels.h
+// exp, row sums and the weights of a row of scores; see kernels/loss_kernels.h
 struct LossKernels;
 
 struct Kernels {
