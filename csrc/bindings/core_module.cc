@@ -156,6 +156,14 @@ void info_nce(uintptr_t q, uintptr_t d, uintptr_t hard, uintptr_t positives, uin
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
+  // A bad environment is the user's to mend, wherever a kernel meets it first: no traceback on the command line.
+  py::register_local_exception_translator([](std::exception_ptr raised) {
+    try {
+      if (raised) std::rethrow_exception(raised);
+    } catch (const rf::IsaSettingError& error) {
+      PyErr_SetString(py::module_::import("refine_fast.errors").attr("RefineFastError").ptr(), error.what());
+    }
+  });
   // --- ISA levels
   m.def("isa", [] { return rf::isa_name(rf::isa_current()); });
   m.def("force_isa", [](const std::string& name) { rf::isa_force(parse_isa(name)); });

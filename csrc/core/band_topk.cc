@@ -10,6 +10,7 @@
 #include "core/cpu.h"
 #include "core/numeric.h"
 #include "core/parallel.h"
+#include "core/tile_scope.h"
 
 namespace refine_fast {
 namespace {
@@ -260,8 +261,11 @@ void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratc
   const int64_t last_row = std::min<int64_t>(first_row + screen_.mr, rows_);
   const char* a = packed_queries_ + panel * plan_.panel_a;
   float* scores = scratch.strip.data();
-  for (int64_t j = 0; j < columns; j += screen_.nr)
-    screen_.tile(a, packed_documents_ + (start + j) / screen_.nr * plan_.panel_b, spec_.d, scores + j, plan_.strip);
+  {
+    const TileScope scope(screen_);
+    for (int64_t j = 0; j < columns; j += screen_.nr)
+      screen_.tile(a, packed_documents_ + (start + j) / screen_.nr * plan_.panel_b, spec_.d, scores + j, plan_.strip);
+  }
   for (int64_t row = first_row; row < last_row; ++row, scores += plan_.strip) {
     Query& query = state_[row];
     if (exclude_.offsets != nullptr) {

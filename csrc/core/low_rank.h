@@ -7,6 +7,7 @@
 #include "core/matmul.h"
 #include "core/memory.h"
 #include "core/numeric.h"
+#include "core/tile_scope.h"
 
 namespace refine_fast {
 
@@ -45,6 +46,7 @@ class LowRankRows {
   void compute(int64_t row) {
     row_ = row;
     k_.pack_a(f_.b + row * f_.rank, f_.rank, 1, std::min<int64_t>(k_.mr, f_.rows - row), f_.rank, b_.data());
+    const TileScope scope(k_);
     for (int64_t c = 0; c < stride_; c += k_.nr)
       k_.tile(b_.data(), a_.data() + c / k_.nr * panel_bytes(k_, k_.nr, f_.rank), f_.rank, rows_.floats() + c, stride_, false);
   }

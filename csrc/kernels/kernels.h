@@ -19,6 +19,9 @@ struct MatmulKernels {
   void (*tile)(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate);
   // pack_b of a bf16 matrix as it lies there; null where panels hold float32, which a caller converts to first
   void (*pack_b_bf16)(const uint16_t* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, void* panel);
+  // State of the calling thread that `tile` needs, from the first tile of a task to its last (core/tile_scope.h); null where it needs none.
+  void (*begin_tiles)() = nullptr;
+  void (*end_tiles)() = nullptr;
 };
 
 // out = base + weight * (tuned - base); see core/lerp.h
