@@ -11,11 +11,15 @@ import torch  # first: its libgomp must be the one that _core shares
 from . import _core
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""torch dtype -> refine_fast::Dtype (csrc/core/types.h)."""
+"""torch dtype -> refine_fast::Dtype (csrc/kernels/types.h)."""
 
 
 def isa() -> str:
-    """The CPU level in force: scalar, avx2, avx512, avx512_bf16, amx or neon. The environment variable REFINE_FAST_ISA sets it at start."""
+    """The CPU level in force: scalar, avx2, avx512, avx512_bf16, amx or neon. The environment variable REFINE_FAST_ISA sets it at start.
+
+    Raises:
+        RefineFastError: REFINE_FAST_ISA names a level that is unknown or that this machine lacks.
+    """
     return _core.isa()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._native import isa
 from .errors import RefineFastError
 from .pipeline.config import QUICK, RunConfig, load_config
 
@@ -64,6 +65,7 @@ def perform(options: argparse.Namespace) -> int:
 
     console = Console(quiet=options.quiet, json=options.json)
     try:
+        isa()  # a bad REFINE_FAST_ISA ends the command here, not hours later
         with console.warnings():
             options.work(options, console)
     except LockedError as error:

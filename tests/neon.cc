@@ -7,7 +7,7 @@
 
 #include "core/band_topk.h"
 #include "core/cpu.h"
-#include "core/lerp_kernels.h"
+#include "kernels/lerp_kernels.h"
 #include "core/matmul.h"
 
 using namespace refine_fast;
@@ -35,7 +35,7 @@ struct Found {
 static Found search(Isa isa, const std::vector<float>& queries, const std::vector<float>& docs, int64_t d, bool random) {
   isa_force(isa);
   const int64_t rows = static_cast<int64_t>(queries.size()) / d, count = static_cast<int64_t>(docs.size()) / d, k = 7;
-  const BandSpec spec{d, k, 3, 0.1, random, 5, Order::skip_then_band, true, 1};
+  const BandSpec spec{d, k, 3, 0.1, random, 5, Order::skip_then_band, true, 3};
   const std::vector<double> hi(rows, 0.6);
   BandSearch band(spec, 0, rows, hi.data(), {nullptr, nullptr});
   Found found{std::vector<int64_t>(rows * k), std::vector<int64_t>(rows), std::vector<float>(rows * k)};

@@ -69,23 +69,38 @@ def test_every_room_has_a_rank() -> None:
     assert rooms <= RANK.keys()
 
 
+# What the files of each folder may include. Only kernels/ is shared by the ISA levels and the algorithms.
+_STANDARD = r"[a-z_0-9]+"
+_POSIX = r"cpuid\.h|omp\.h|pthread\.h|sys/[a-z_]+\.h|unistd\.h|fcntl\.h|errno\.h|linux/[a-z_]+\.h"
 INCLUDES = {
-    "core": r"core/[a-z_0-9]+\.h|[a-z_0-9]+|cpuid\.h|omp\.h|sys/[a-z_]+\.h|unistd\.h|fcntl\.h|errno\.h|linux/[a-z_]+\.h",
-    "isa": r"immintrin\.h|arm_neon\.h|core/(types|(lerp_|loss_|screen_|select_)?kernels)\.h|isa/[a-z_0-9]+\.h|cstdint|cstddef",
-    "cuda": r"core/types\.h|cuda/[a-z_0-9]+\.h|[a-z_0-9]+|cuda[a-z_0-9]*\.h|mma\.h",
-    "cuda_emulated": r"cuda_runtime\.h|cuda_emulated/[a-z_0-9]+\.h|ucontext\.h|[a-z_0-9]+",
-    "bindings": r".*",
+    "csrc/kernels": r"kernels/[a-z_0-9]+\.h|cstdint",
+    "csrc/isa": r"immintrin\.h|arm_neon\.h|kernels/[a-z_0-9]+\.h|isa/[a-z_0-9]+\.h|cstdint|cstddef",
+    "csrc/core": rf"core/[a-z_0-9]+\.h|kernels/[a-z_0-9]+\.h|{_STANDARD}|{_POSIX}",
+    "csrc/cuda": rf"kernels/types\.h|core/numeric\.h|cuda/[a-z_0-9]+\.h|{_STANDARD}|cuda[a-z_0-9]*\.h|mma\.h",
+    "csrc/bindings": r".*",
+    "tests/cuda_emulation": rf"cuda_runtime\.h|machine\.h|ucontext\.h|{_STANDARD}",
 }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.*")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted(p for folder in INCLUDES for p in (ROOT / folder).rglob("*.*")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_includes(path: Path) -> None:
-    floor = path.relative_to(ROOT / "csrc").parts[0]
+    folder = "/".join(path.relative_to(ROOT).parts[:2])
     for include in re.findall(r'#include [<"]([^>"]+)[>"]', path.read_text()):
-        assert re.fullmatch(INCLUDES[floor], include), f"{path.name} must not include {include}"
+        assert re.fullmatch(INCLUDES[folder], include), f"{path.name} must not include {include}"
         assert "torch" not in include
-        assert floor == "bindings" or "pybind" not in include
+        assert folder == "csrc/bindings" or "pybind" not in include
         assert include != "omp.h" or path.name == "parallel.h"
+
+
+def test_every_folder_of_csrc_has_include_rules() -> None:
+    assert {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()} <= INCLUDES.keys()
+
+
+def test_no_source_file_is_over_500_lines() -> None:
+    lengths = {p: len(p.read_text().splitlines()) for folder in INCLUDES for p in (ROOT / folder).rglob("*.*")}
+    assert [f"{p.name}: {n}" for p, n in lengths.items() if n > 500] == []
 
 
 def test_isa_objects_export_one_table_each() -> None:

@@ -11,10 +11,11 @@
 
 #include "core/band_topk.h"
 #include "core/cpu.h"
-#include "core/infonce.h"
+#include "core/info_nce.h"
 #include "core/lerp.h"
 #include "core/matmul.h"
-#include "core/stream.h"
+#include "core/memory.h"
+#include "core/merge.h"
 
 namespace py = pybind11;
 namespace rf = refine_fast;
@@ -50,11 +51,10 @@ void matmul(uintptr_t a, int64_t a_row, int64_t a_k, uintptr_t b, int64_t b_col,
             uintptr_t out) {
   const rf::MatmulKernels& kernels = bf16 ? *rf::kernels().matmul_bf16 : *rf::kernels().matmul_f32;
   const int64_t size_a = rf::bytes_a(kernels, m, k);
-  std::vector<char> panels(size_a + rf::bytes_b(kernels, n, k) + 64);
-  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(panels.data()) + 63) & ~uintptr_t{63});
-  rf::pack_a(kernels, reinterpret_cast<const float*>(a), a_row, a_k, m, k, aligned);
-  rf::pack_b(kernels, reinterpret_cast<const float*>(b), b_col, b_k, n, k, aligned + size_a);
-  rf::matmul(kernels, aligned, aligned + size_a, m, n, k, reinterpret_cast<float*>(out), n, false);
+  const rf::Buffer<char> panels(size_a + rf::bytes_b(kernels, n, k));
+  rf::pack_a(kernels, reinterpret_cast<const float*>(a), a_row, a_k, m, k, panels.data());
+  rf::pack_b(kernels, reinterpret_cast<const float*>(b), b_col, b_k, n, k, panels + size_a);
+  rf::matmul(kernels, panels.data(), panels + size_a, m, n, k, reinterpret_cast<float*>(out), n, false);
 }
 
 // Whether no signal handler raised: Ctrl-C inside a long call. Does nothing outside the main thread.
@@ -72,7 +72,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// --- lerp and stream (fuse)
+// --- lerp and merge (fuse)
 
 void lerp_in_place(uintptr_t base, int base_type, uintptr_t tuned, int tuned_type, int64_t n, double weight) {
   py::gil_scoped_release release;
@@ -105,7 +105,7 @@ py::list stream_merge(const std::vector<FileTuple>& files, const std::vector<Pie
   rf::Status status;
   {
     py::gil_scoped_release release;
-    status = rf::stream(in, work, low_rank, out, overlap, [&](int file, int64_t offset, const void* data, int64_t bytes) {
+    status = rf::merge(in, work, low_rank, out, overlap, [&](int file, int64_t offset, const void* data, int64_t bytes) {
       py::gil_scoped_acquire acquire;
       try {
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -156,6 +156,14 @@ void info_nce(uintptr_t q, uintptr_t d, uintptr_t hard, uintptr_t positives, uin
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
+  // A bad environment is the user's to mend, wherever a kernel meets it first: no traceback on the command line.
+  py::register_local_exception_translator([](std::exception_ptr raised) {
+    try {
+      if (raised) std::rethrow_exception(raised);
+    } catch (const rf::IsaSettingError& error) {
+      PyErr_SetString(py::module_::import("refine_fast.errors").attr("RefineFastError").ptr(), error.what());
+    }
+  });
   // --- ISA levels
   m.def("isa", [] { return rf::isa_name(rf::isa_current()); });
   m.def("force_isa", [](const std::string& name) { rf::isa_force(parse_isa(name)); });
@@ -166,7 +174,7 @@ PYBIND11_MODULE(_core, m) {
     return names;
   });
   m.def("matmul", matmul, py::call_guard<py::gil_scoped_release>());
-  // --- lerp and stream (fuse)
+  // --- lerp and merge (fuse)
   m.def("lerp", lerp_in_place);
   m.def("stream", stream_merge);
   m.def("preallocate", [](int fd, const std::string& name, int64_t bytes) { raise_unless_ok(rf::preallocate({fd, name}, bytes)); });

@@ -8,7 +8,7 @@
 #include "cuda/band_topk.h"
 #include "cuda/lerp.h"
 #ifdef REFINE_FAST_EMULATE_CUDA
-#include "cuda_emulated/machine.h"
+#include "machine.h"
 #endif
 
 namespace py = pybind11;

@@ -6,10 +6,11 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
-#include <new>
 
 #include "core/cpu.h"
+#include "core/numeric.h"
 #include "core/parallel.h"
+#include "core/tile_scope.h"
 
 namespace refine_fast {
 namespace {
@@ -18,14 +19,6 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kSmallestNorm = 1e-12;  // torch.nn.functional.normalize's eps: a zero row stays zero
 constexpr size_t kAhead = 4;             // documents on their way from L3 while one is rescored
 constexpr int64_t kSlack = 16;           // SelectKernels::append writes up to a vector beyond
-
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-AlignedBuffer aligned(int64_t bytes) {
-  void* p = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(bytes, 1), 64)));
-  if (p == nullptr) throw std::bad_alloc();
-  return AlignedBuffer(static_cast<char*>(p));
-}
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
@@ -37,14 +30,6 @@ float down(double x) {
 float up(double x) { return -down(-x); }
 
 bool better(const Hit& a, const Hit& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
-
-// splitmix64's finalizer; refine_fast.reference.hash64 is the same
-uint64_t mix(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
-}
-constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
 
 Status bad_row(const char* what, int64_t row, bool finite) {
   Status status{Code::invalid};
@@ -93,8 +78,8 @@ BandSearch::BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const 
       pending_score_(static_cast<size_t>(rows * plan_.pending)),
       norms_(static_cast<size_t>(plan_.block)),
       residuals_(static_cast<size_t>(plan_.block)),
-      packed_queries_(aligned(round_up(rows, screen_.mr) / screen_.mr * plan_.panel_a)),
-      packed_documents_(aligned(plan_.block / screen_.nr * plan_.panel_b)),
+      packed_queries_(ceil_div(rows, screen_.mr) * plan_.panel_a),
+      packed_documents_(plan_.block / screen_.nr * plan_.panel_b),
       scratch_(static_cast<size_t>(std::max(spec.threads, 1))) {
   for (Scratch& scratch : scratch_) {
     scratch.rows.resize(static_cast<size_t>(std::max(screen_.nr, screen_.mr) * spec.d));
@@ -138,7 +123,7 @@ Status BandSearch::set_queries(const void* queries, Dtype dtype, int64_t row_str
     if (lane < screen_.mr - 1 && row < rows_ - 1) continue;
     const int64_t begin = row - lane;
     const Rows rows{reinterpret_cast<const char*>(queries_.data() + begin * d), Dtype::f32, d * 4};
-    pack(rows, lane + 1, screen_.pack_a, packed_queries_.get() + begin / screen_.mr * plan_.panel_a, scratch_[0], operands);
+    pack(rows, lane + 1, screen_.pack_a, packed_queries_ + begin / screen_.mr * plan_.panel_a, scratch_[0], operands);
     for (int64_t r = begin; r <= row; ++r) {
       const Operand& operand = operands[r - begin];
       if (!operand.usable()) return bad_row("queries", first_ + r, operand.finite);
@@ -146,7 +131,7 @@ Status BandSearch::set_queries(const void* queries, Dtype dtype, int64_t row_str
       query = {};
       query.reach = operand.size + operand.residual, query.residual = operand.residual, query.norm = operand.norm;
       query.worst = plan_.kept == 0 ? kInfinity : -kInfinity;
-      query.hash = mix(mix(spec_.seed + kGolden) + static_cast<uint64_t>(first_ + r) * kGolden);
+      query.hash = hash_query(spec_.seed, first_ + r);
       query.next_excluded = exclude_.offsets == nullptr ? 0 : exclude_.offsets[r];
     }
   }
@@ -159,13 +144,13 @@ Status BandSearch::pack_documents(Block& block) {
     int64_t bad;            // the first row that cannot be used, or -1
     bool finite;
   };
-  const int64_t count = (block.rows + screen_.nr - 1) / screen_.nr;
+  const int64_t count = ceil_div(block.rows, screen_.nr);
   std::vector<Panel> panels(static_cast<size_t>(count));
   parallel_for(count, spec_.threads, [&](int64_t index, int thread) {
     Operand operands[kLargestPanel];
     const int64_t begin = index * screen_.nr, rows = std::min<int64_t>(screen_.nr, block.rows - begin);
     const Rows source{block.docs.data + begin * block.docs.row_bytes, block.docs.dtype, block.docs.row_bytes};
-    pack(source, rows, screen_.pack_b, packed_documents_.get() + index * plan_.panel_b, scratch_[thread], operands);
+    pack(source, rows, screen_.pack_b, packed_documents_ + index * plan_.panel_b, scratch_[thread], operands);
     Panel& panel = panels[index] = {0, 0, -1, true};
     for (int64_t r = rows; r-- > 0;) {
       const Operand& operand = operands[r];
@@ -212,7 +197,7 @@ double BandSearch::exact(int64_t row, int64_t column, const Block& block, Scratc
   return spec_.normalize ? s / (state_[row].norm * norms_[column]) : s;
 }
 
-uint64_t BandSearch::hash(const Query& query, int64_t id) const { return mix(query.hash + static_cast<uint64_t>(id) * kGolden); }
+uint64_t BandSearch::hash(const Query& query, int64_t id) const { return hash_document(query.hash, id); }
 
 // A heap of the `limit` hits that come first, the last of them on top.
 template <class Before>
@@ -274,10 +259,13 @@ void BandSearch::flush(int64_t row, const Block& block, Scratch& scratch) {
 void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch) {
   const int64_t columns = std::min(plan_.strip, block.rows - start), first_row = panel * screen_.mr;
   const int64_t last_row = std::min<int64_t>(first_row + screen_.mr, rows_);
-  const char* a = packed_queries_.get() + panel * plan_.panel_a;
+  const char* a = packed_queries_ + panel * plan_.panel_a;
   float* scores = scratch.strip.data();
-  for (int64_t j = 0; j < columns; j += screen_.nr)
-    screen_.tile(a, packed_documents_.get() + (start + j) / screen_.nr * plan_.panel_b, spec_.d, scores + j, plan_.strip);
+  {
+    const TileScope scope(screen_);
+    for (int64_t j = 0; j < columns; j += screen_.nr)
+      screen_.tile(a, packed_documents_ + (start + j) / screen_.nr * plan_.panel_b, spec_.d, scores + j, plan_.strip);
+  }
   for (int64_t row = first_row; row < last_row; ++row, scores += plan_.strip) {
     Query& query = state_[row];
     if (exclude_.offsets != nullptr) {
@@ -294,16 +282,16 @@ void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratc
 
 Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id, Poll poll) {
   using Clock = std::chrono::steady_clock;
-  const int64_t row_bytes = row_stride * bytes_of(dtype), panels = (rows_ + screen_.mr - 1) / screen_.mr;
+  const int64_t row_bytes = row_stride * bytes_of(dtype), panels = ceil_div(rows_, screen_.mr);
   // a task: a range of panels of queries against the whole block, strip by strip; so many that one more or less on a thread is 3% of its work
-  const int64_t tasks = 32 * std::max(spec_.threads, 1), group = (panels + tasks - 1) / tasks;
+  const int64_t tasks = 32 * std::max(spec_.threads, 1), group = ceil_div(panels, tasks);
   const double d = static_cast<double>(spec_.d), rounding = (screen_.exact ? 4 : d + 16) * 0x1p-23;
   std::atomic<bool> stopped{false};
   Clock::time_point asked = Clock::now();
   for (int64_t begin = 0; begin < rows; begin += plan_.block) {
     Block block{{static_cast<const char*>(docs) + begin * row_bytes, dtype, row_bytes}, std::min(plan_.block, rows - begin), first_id + begin, 0, 0};
     if (Status status = pack_documents(block); !status) return status;
-    parallel_for((panels + group - 1) / group, spec_.threads, [&](int64_t task, int thread) {
+    parallel_for(ceil_div(panels, group), spec_.threads, [&](int64_t task, int thread) {
       Scratch& scratch = scratch_[thread];
       const int64_t first_panel = task * group, last_panel = std::min(panels, first_panel + group);
       const int64_t first_row = first_panel * screen_.mr, last_row = std::min(rows_, last_panel * screen_.mr);
@@ -339,11 +327,11 @@ void BandSearch::finish(int64_t* ids, float* scores, int64_t* in_band) {
     const int64_t skipped = spec_.order == Order::band_then_skip ? spec_.skip : spec_.skip - std::min(query.above, spec_.skip);
     in_band[row] = std::max<int64_t>(0, query.inside - skipped);
     const Hit* chosen = hits + std::min<int64_t>(skipped, query.kept);
-    int64_t found = std::min(k, hits_end - chosen);
+    int64_t found = std::min<int64_t>(k, hits_end - chosen);
     if (spec_.random) {
       drawn_end = std::remove_if(drawn, drawn_end, [&](const Hit& hit) { return chosen > hits && !better(chosen[-1], hit); });
       std::sort(drawn, drawn_end, [&](const Hit& a, const Hit& b) { return hash(query, a.id) < hash(query, b.id); });
-      chosen = drawn, found = std::min(k, drawn_end - drawn);
+      chosen = drawn, found = std::min<int64_t>(k, drawn_end - drawn);
       std::sort(drawn, drawn + found, better);
     }
     for (int64_t i = 0; i < k; ++i) {

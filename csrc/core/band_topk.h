@@ -4,7 +4,7 @@
 // rank, ties by lower id, and its comparisons with lo and hi decide everything, so the answer is the same at every ISA level, thread count
 // and block size.
 //
-// The screen. A tile product of rounded rows (core/screen_kernels.h) gives s~ with |s - s~| <= e. For the rounded operands x', y' and Y, R the
+// The screen. A tile product of rounded rows (kernels/screen_kernels.h) gives s~ with |s - s~| <= e. For the rounded operands x', y' and Y, R the
 // largest norm and the largest |y - y'| of a block of documents,
 //     e = |x - x'| Y  +  (|x| + |x - x'|) R  +  c 2^-23 (|x| + |x - x'|) (Y + R):
 // Cauchy-Schwarz on the rounding of each operand, plus the tile's own: c = 4 for integers, whose sum is exact, and twice the bound d 2^-24 of a
@@ -26,13 +26,12 @@
 // shorter. Memory beyond the outputs: 40 MiB.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
-#include "core/kernels.h"
-#include "core/screen_kernels.h"
-#include "core/select_kernels.h"
+#include "core/memory.h"
+#include "kernels/kernels.h"
+#include "kernels/screen_kernels.h"
+#include "kernels/select_kernels.h"
 
 namespace refine_fast {
 
@@ -58,11 +57,6 @@ struct Hit {
   double score;
   int64_t id;
 };
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using AlignedBuffer = std::unique_ptr<char, Free>;
 
 // One block of queries against a stream of documents. Memory is taken once, in proportion to the queries.
 class BandSearch {
@@ -153,7 +147,7 @@ class BandSearch {
   std::vector<float> pending_score_;
   std::vector<double> norms_;                     // (block)
   std::vector<float> residuals_;                  // (block) |y - y'|
-  AlignedBuffer packed_queries_, packed_documents_;
+  Buffer<char> packed_queries_, packed_documents_;
   std::vector<Scratch> scratch_;                  // per thread
 };
 

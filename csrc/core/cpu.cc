@@ -3,7 +3,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 
 #if defined(__x86_64__)
@@ -99,11 +98,11 @@ Isa from_environment() {
   const char* name = std::getenv("REFINE_FAST_ISA");
   if (name == nullptr || *name == '\0') return isa_best();
   const Isa* isa = isa_from_name(name);
-  if (isa == nullptr)
-    throw std::invalid_argument(std::string("REFINE_FAST_ISA=") + name +
-                                " names no ISA level; the levels are scalar, avx2, avx512, avx512_bf16, amx and neon");
-  if (!isa_available(*isa)) throw std::invalid_argument(std::string("REFINE_FAST_ISA=") + name + ": this machine does not have that level");
-  return *isa;
+  if (isa != nullptr && isa_available(*isa)) return *isa;
+  std::string names;
+  for (Isa level : kAll)
+    if (isa_available(level)) names += (names.empty() ? "" : ", ") + std::string(isa_name(level));
+  throw IsaSettingError(std::string("REFINE_FAST_ISA is '") + name + "'; this machine has the levels " + names + ": set one of them, or unset it");
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "core/lerp_kernels.h"
-#include "core/types.h"
+#include "kernels/lerp_kernels.h"
+#include "kernels/types.h"
 
 namespace refine_fast {
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/tile_scope.h"
+
 namespace refine_fast {
 namespace {
 
@@ -29,6 +31,7 @@ void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t 
   alignas(64) float edge[64 * 64];  // no level has a larger tile
   std::fill_n(edge, mr * nr, 0.0f);
   const int64_t depth = kernels.element_bytes == 4 ? kDepth : k;
+  const TileScope scope(kernels);
   const auto product = [&](const char* panel, float* out, int64_t stride, bool add) {
     int64_t p = 0;
     do {  // once at least: where k is 0, C is 0

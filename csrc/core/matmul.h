@@ -1,18 +1,19 @@
-// C (+)= A B over the tiles of one ISA level (core/kernels.h): what stands between a packed panel and a matrix of any size.
+// C (+)= A B over the tiles of one ISA level (kernels/kernels.h): what stands between a packed panel and a matrix of any size.
 #pragma once
-#include "core/kernels.h"
+#include "core/numeric.h"
+#include "kernels/kernels.h"
 
 namespace refine_fast {
 
-// a multiple of 64 bytes, so that panels that follow one another stay aligned
+// Bytes of one packed panel, of the packed panels of A and of B. Multiples of 64, so that panels that follow one another stay aligned.
 inline int64_t panel_bytes(const MatmulKernels& kernels, int64_t width, int64_t k) {
-  return ((k + kernels.kr - 1) / kernels.kr * kernels.kr * width * kernels.element_bytes + 63) & ~int64_t{63};
+  return round_up(round_up(k, kernels.kr) * width * kernels.element_bytes, 64);
 }
 inline int64_t bytes_a(const MatmulKernels& kernels, int64_t rows, int64_t k) {
-  return (rows + kernels.mr - 1) / kernels.mr * panel_bytes(kernels, kernels.mr, k);
+  return ceil_div(rows, kernels.mr) * panel_bytes(kernels, kernels.mr, k);
 }
 inline int64_t bytes_b(const MatmulKernels& kernels, int64_t cols, int64_t k) {
-  return (cols + kernels.nr - 1) / kernels.nr * panel_bytes(kernels, kernels.nr, k);
+  return ceil_div(cols, kernels.nr) * panel_bytes(kernels, kernels.nr, k);
 }
 
 // element (row, p) of A at src[row * row_stride + p * k_stride], (p, col) of B at src[col * col_stride + p * k_stride]: panel after panel

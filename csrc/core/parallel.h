@@ -1,25 +1,53 @@
-// The only file that includes OpenMP. torch ships libgomp under its plain name, so an extension built with -fopenmp shares torch's pool;
-// the caller still passes the number of threads (torch.get_num_threads()), so that nothing here is hidden.
+// Loops over threads, and the only file that includes OpenMP. torch ships libgomp under its plain name, so an extension built with -fopenmp shares
+// torch's pool; the caller still passes the number of threads (torch.get_num_threads()), so that nothing here is hidden. Without OpenMP (Apple's
+// clang) the threads are std::thread's.
 #pragma once
+#if defined(_OPENMP)
 #include <omp.h>
+#else
+#include <atomic>
+#include <system_error>
+#include <thread>
+#include <vector>
+#endif
 
+#include <algorithm>
 #include <cstdint>
 
 namespace refine_fast {
 
-// body(task, thread) for each task in [0, tasks), handed out one at a time. The result must not depend on which thread runs a task.
+// Whether this process was forked from one that had loaded this library. The OpenMP pool of the parent does not survive a fork: its threads are gone,
+// and libgomp would wait for them for ever.
+bool in_forked_child();
+
+// body(task, thread) for each task in [0, tasks), handed out one at a time; thread 0 is the caller's. The result must not depend on which thread runs
+// a task. A forked child runs every task on the calling thread.
 template <class Body>
 void parallel_for(int64_t tasks, int threads, const Body& body) {
-  if (threads <= 1 || tasks <= 1) {
+  if (threads <= 1 || tasks <= 1 || in_forked_child()) {
     for (int64_t t = 0; t < tasks; ++t) body(t, 0);
     return;
   }
+#if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < tasks; ++t) body(t, thread);
   }
+#else
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int thread) {
+    for (int64_t t; (t = next.fetch_add(1)) < tasks;) body(t, thread);
+  };
+  std::vector<std::thread> others;
+  try {
+    for (int thread = 1; thread < std::min<int64_t>(threads, tasks); ++thread) others.emplace_back(work, thread);
+  } catch (const std::system_error&) {  // no more threads to be had: those that started share the work
+  }
+  work(0);
+  for (std::thread& other : others) other.join();
+#endif
 }
 
 }  // namespace refine_fast

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/numeric.h"
+
 namespace refine_fast {
 
 constexpr int kPanel = 256;  // rows that share a scale, and documents that share a margin
@@ -33,15 +35,7 @@ struct Query {
   int32_t kept, drawn;
 };
 
-// splitmix64's finalizer; refine_fast.reference.hash64 is the same
-__device__ inline uint64_t mix(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
-}
-constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
-
-__device__ inline uint64_t hash(const Query& query, int64_t id) { return mix(query.hash + static_cast<uint64_t>(id) * kGolden); }
+__device__ inline uint64_t hash(const Query& query, int64_t id) { return hash_document(query.hash, id); }
 
 struct Exclude {
   const int64_t *offsets, *ids;

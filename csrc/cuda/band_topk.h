@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "core/types.h"
+#include "kernels/types.h"
 
 namespace refine_fast {
 

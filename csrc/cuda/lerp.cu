@@ -10,11 +10,13 @@
 
 #include <type_traits>
 
+#include "core/numeric.h"
 #include "cuda/launch.h"
 #include "cuda/lerp.h"
 
 namespace {
 
+using refine_fast::ceil_div;
 using refine_fast::Dtype;
 using refine_fast::launch;
 
@@ -72,9 +74,9 @@ cudaError_t lerp(void* base_address, const void* tuned_address, int64_t n, doubl
     const int64_t count = n - first < kMost ? n - first : kMost;
     const int64_t packed = aligned ? count / kPack * kPack : 0;
     const int64_t packs = packed / kPack, rest = count - packed;
-    REFINE_FAST_TRY(launch(lerp_kernel<Base, Tuned, Wide, kPack>, (packs + kThreads - 1) / kThreads, kThreads, 0, stream,
+    REFINE_FAST_TRY(launch(lerp_kernel<Base, Tuned, Wide, kPack>, ceil_div(packs, kThreads), kThreads, 0, stream,
                            base + first, tuned + first, packs, own));
-    REFINE_FAST_TRY(launch(lerp_kernel<Base, Tuned, Wide, 1>, (rest + kThreads - 1) / kThreads, kThreads, 0, stream,
+    REFINE_FAST_TRY(launch(lerp_kernel<Base, Tuned, Wide, 1>, ceil_div(rest, kThreads), kThreads, 0, stream,
                            base + first + packed, tuned + first + packed, rest, own));
   }
   return cudaSuccess;

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "core/types.h"
+#include "kernels/types.h"
 
 // In place: base, with n elements of base_type, becomes the interpolation. Returns a cudaError_t; runs on `stream` (a cudaStream_t).
 extern "C" int refine_fast_cuda_lerp(void* base, refine_fast::Dtype base_type, const void* tuned, refine_fast::Dtype tuned_type, int64_t n,

@@ -1,4 +1,4 @@
-// The PTX instructions of the kernels, one function each, and the block's dynamic shared memory. csrc/cuda_emulated/cuda/ptx.h is their meaning
+// The PTX instructions of the kernels, one function each, and the block's dynamic shared memory. tests/cuda_emulation/cuda/ptx.h is their meaning
 // in plain C++, which the tests run. sm_80 and newer: what is older traps, and the host does not launch there.
 #pragma once
 #include <cuda_runtime.h>

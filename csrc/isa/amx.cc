@@ -2,8 +2,8 @@
 // Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
 #include <immintrin.h>
 
-#include "core/kernels.h"
-#include "core/screen_kernels.h"
+#include "kernels/kernels.h"
+#include "kernels/screen_kernels.h"
 #include "isa/pack_avx512.h"
 #if defined(REFINE_FAST_EMULATE_AMX)
 #include "isa/amx_emulated.h"
@@ -42,11 +42,14 @@ void pack_a(const float* src, int64_t stride, int64_t k_stride, int64_t rows, in
     }
 }
 
-// The configuration is loaded in every call: another library of this thread (oneDNN) may have changed it since.
+// Once a task: another library of this thread (oneDNN) may have configured the tiles differently since the last one. Released at its end, or every
+// context switch of the thread would save 8 KiB of tiles.
+void begin_tiles() { _tile_loadconfig(&kConfig); }
+void end_tiles() { _tile_release(); }
+
 void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate) {
   const char *pa = static_cast<const char*>(a), *pb = static_cast<const char*>(b);
   const int64_t pitch = ldc * 4;
-  _tile_loadconfig(&kConfig);
   if (accumulate) {
     _tile_loadd(0, c, pitch);
     _tile_loadd(1, c + 16, pitch);
@@ -75,7 +78,7 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
 }
 
 const MatmulKernels matmul_bf16 = {kMr, kNr, kKr, 2, pack_a, pack_panel_bf16<kNr, kKr>, tile,
-                                   pack_panel_words<kNr, kKr>};
+                                   pack_panel_words<kNr, kKr>, begin_tiles, end_tiles};
 
 // --- screen: the same product; no other format has tiles and the digits that a narrow margin needs -------------------------------------
 
@@ -96,7 +99,8 @@ void screen_pack(const float* rows, int64_t stride, int64_t count, int64_t d, co
 
 void screen_tile(const void* a, const void* b, int64_t d, float* scores, int64_t ld) { tile(a, b, d, scores, ld, false); }
 
-const ScreenKernels screen = {kMr, kNr, kKr, 2, 0, false, screen_pack<pack_a>, screen_pack<pack_panel_bf16<kNr, kKr>>, screen_tile};
+const ScreenKernels screen = {kMr, kNr, kKr, 2, 0, false, screen_pack<pack_a>, screen_pack<pack_panel_bf16<kNr, kKr>>, screen_tile,
+                             begin_tiles, end_tiles};
 
 }  // namespace
 

@@ -1,5 +1,6 @@
 // The AMX tile intrinsics in plain C, so that amx.cc runs, and is tested, on any AVX-512 CPU (cmake -DREFINE_FAST_EMULATE_AMX=ON).
-// Semantics as in Intel's SDM, volume 2, for full tiles of 16 rows x 64 bytes (denormals, which the CPU flushes, are kept).
+// Semantics as in Intel's SDM, volume 2, for full tiles of 16 rows x 64 bytes (denormals, which the CPU flushes, are kept). Using tiles that are not
+// configured traps, as it does on the CPU.
 #pragma once
 #include <cstdint>
 
@@ -10,13 +11,24 @@ struct EmulatedTile {
   uint32_t word[16][16];
 };
 thread_local EmulatedTile emulated_tiles[8];
+thread_local bool emulated_configured = false;
+
+inline void emulated_configure(bool configured) {
+  emulated_configured = configured;
+  for (EmulatedTile& tile : emulated_tiles) tile = {};
+}
+
+inline EmulatedTile& emulated_tile(int i) {
+  if (!emulated_configured) __builtin_trap();
+  return emulated_tiles[i];
+}
 
 inline void emulated_loadd(int tile, const void* base, int64_t stride) {
-  for (int i = 0; i < 16; ++i) __builtin_memcpy(emulated_tiles[tile].word[i], static_cast<const char*>(base) + i * stride, 64);
+  for (int i = 0; i < 16; ++i) __builtin_memcpy(emulated_tile(tile).word[i], static_cast<const char*>(base) + i * stride, 64);
 }
 
 inline void emulated_stored(int tile, void* base, int64_t stride) {
-  for (int i = 0; i < 16; ++i) __builtin_memcpy(static_cast<char*>(base) + i * stride, emulated_tiles[tile].word[i], 64);
+  for (int i = 0; i < 16; ++i) __builtin_memcpy(static_cast<char*>(base) + i * stride, emulated_tile(tile).word[i], 64);
 }
 
 inline void emulated_dpbf16ps(int sum, int a, int b) {
@@ -25,14 +37,15 @@ inline void emulated_dpbf16ps(int sum, int a, int b) {
     __builtin_memcpy(&f, &bits, 4);
     return f;
   };
+  EmulatedTile &c = emulated_tile(sum), &x_tile = emulated_tile(a), &y_tile = emulated_tile(b);
   for (int i = 0; i < 16; ++i)
     for (int p = 0; p < 16; ++p)
       for (int j = 0; j < 16; ++j) {
-        const uint32_t x = emulated_tiles[a].word[i][p], y = emulated_tiles[b].word[p][j];
-        float s = as_float(emulated_tiles[sum].word[i][j]);
+        const uint32_t x = x_tile.word[i][p], y = y_tile.word[p][j];
+        float s = as_float(c.word[i][j]);
         s += as_float(x << 16) * as_float(y << 16);
         s += as_float(x & 0xffff0000u) * as_float(y & 0xffff0000u);
-        __builtin_memcpy(&emulated_tiles[sum].word[i][j], &s, 4);
+        __builtin_memcpy(&c.word[i][j], &s, 4);
       }
 }
 
@@ -43,9 +56,11 @@ inline void emulated_dpbf16ps(int sum, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
+#undef _tile_release
 #undef _tile_dpbf16ps
-#define _tile_loadconfig(config) static_cast<void>(config)
+#define _tile_loadconfig(config) (static_cast<void>(config), emulated_configure(true))
+#define _tile_release() emulated_configure(false)
 #define _tile_loadd(tile, base, stride) emulated_loadd(tile, base, stride)
 #define _tile_stored(tile, base, stride) emulated_stored(tile, base, stride)
-#define _tile_zero(tile) (emulated_tiles[tile] = {})
+#define _tile_zero(tile) (emulated_tile(tile) = {})
 #define _tile_dpbf16ps(sum, a, b) emulated_dpbf16ps(sum, a, b)

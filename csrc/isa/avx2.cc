@@ -4,9 +4,9 @@
 
 #include <cstddef>
 
-#include "core/kernels.h"
-#include "core/lerp_kernels.h"
-#include "core/select_kernels.h"
+#include "kernels/kernels.h"
+#include "kernels/lerp_kernels.h"
+#include "kernels/select_kernels.h"
 #include "isa/loss_simd.h"
 #include "isa/screen_int.h"
 

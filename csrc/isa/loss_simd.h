@@ -3,7 +3,7 @@
 #pragma once
 #include <cstddef>
 
-#include "core/loss_kernels.h"
+#include "kernels/loss_kernels.h"
 
 namespace refine_fast {
 namespace {

@@ -2,9 +2,9 @@
 // Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
 #include <cstddef>
 
-#include "core/kernels.h"
-#include "core/lerp_kernels.h"
-#include "core/select_kernels.h"
+#include "kernels/kernels.h"
+#include "kernels/lerp_kernels.h"
+#include "kernels/select_kernels.h"
 #include "isa/loss_simd.h"
 #include "isa/screen_f32.h"
 

@@ -1,7 +1,7 @@
 // The screen of band_topk as the level's float32 product: where nothing multiplies 16-bit operands faster. Nothing is rounded.
 #pragma once
-#include "core/kernels.h"
-#include "core/screen_kernels.h"
+#include "kernels/kernels.h"
+#include "kernels/screen_kernels.h"
 
 namespace refine_fast {
 namespace {

@@ -19,7 +19,7 @@
 // order of the sum is free and these need no shuffle. After the lines what each sum starts from (bytes only), and 1 / s of each row.
 // VPDPBUSD takes its first operand without a sign, so queries are stored as n + 128, and the sum of a document m starts from -128 sum(m).
 #pragma once
-#include "core/screen_kernels.h"
+#include "kernels/screen_kernels.h"
 
 namespace refine_fast {
 namespace {

@@ -119,7 +119,8 @@ class _Chunk:
         for source, part in zip(self.sources, self._parts(buffer), strict=True):
             data = part.view(torch.uint8)
             with source.file.open("rb", buffering=0) as file:
-                if os.preadv(file.fileno(), [data.numpy().data], source.offset + self.first * part.itemsize) != len(data):
+                file.seek(source.offset + self.first * part.itemsize)
+                if file.readinto(data.numpy().data) != len(data):
                     raise RefineFastError(f"{source.file} became shorter while it was read")
             end = int(data.storage_offset()) + len(data)
         return end

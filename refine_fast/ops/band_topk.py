@@ -51,6 +51,9 @@ def band_topk(
             qualified = [j for j in ranked[skip:] if band[0] <= s[i, j] <= min(band[1], ceiling[i])]
             ids[i], in_band[i] = qualified[:k], len(qualified)
 
+    After fork() the CPU kernel runs on one thread in the child. torch's own parallel operations hang there if the parent has used
+    them, unless the child calls ``torch.set_num_threads(1)`` first, as the workers of a DataLoader do.
+
     Args:
         queries: (B, D), float32, bfloat16 or float16: a torch tensor, a numpy array or memory map, or anything with a shape whose slices
             are one of these (``safe_open(...).get_slice(name)``). A tensor on a GPU is searched there.

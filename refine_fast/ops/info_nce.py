@@ -1,4 +1,4 @@
-"""The contrastive loss without its B x N matrix (csrc/core/infonce.cc on CPUs, triton_kernels/info_nce.py on GPUs)."""
+"""The contrastive loss without its B x N matrix (csrc/core/info_nce.cc on CPUs, triton_kernels/info_nce.py on GPUs)."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
 
     with gradients computed in the forward pass (6 B N D operations in all; 8 if symmetric) and, on a CPU, 32 MB of memory
     beyond the gradients in float32, whatever B.
+
+    After fork() the CPU kernel runs on one thread in the child. torch's own parallel operations hang there if the parent has used
+    them, unless the child calls ``torch.set_num_threads(1)`` first, as the workers of a DataLoader do.
 
     Args:
         q: (B, D) queries, float32, bfloat16 or float16. float64, and devices without a kernel, run `reference.info_nce`.

@@ -1,5 +1,5 @@
 """band_topk's CUDA kernels against the float64 sort of reference.py: on a GPU where there is one, else on CPU tensors over the emulation
-that ``-C cmake.define.REFINE_FAST_EMULATE_CUDA=ON`` builds (csrc/cuda_emulated). The same cases either way."""
+that ``-C cmake.define.REFINE_FAST_EMULATE_CUDA=ON`` builds (tests/cuda_emulation). The same cases either way."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def emulated_lerp(base: torch.Tensor, tuned: torch.Tensor, weight: float) -> None:
-    """The CUDA kernel over csrc/cuda_emulated, on CPU tensors."""
+    """The CUDA kernel over tests/cuda_emulation, on CPU tensors."""
     codes = _native.DTYPES
     _native.cuda_module().lerp(base.data_ptr(), codes[base.dtype], tuned.data_ptr(), codes[tuned.dtype], base.numel(), weight, 0)
 

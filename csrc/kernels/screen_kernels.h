@@ -18,6 +18,9 @@ struct ScreenKernels {
   void (*pack_b)(const float* rows, int64_t stride, int64_t count, int64_t d, const double* norms, void* panel, double* residuals);
   // the whole mr x nr tile of scores x' . y', row stride ld
   void (*tile)(const void* a, const void* b, int64_t d, float* scores, int64_t ld);
+  // as in MatmulKernels
+  void (*begin_tiles)() = nullptr;
+  void (*end_tiles)() = nullptr;
 };
 
 }  // namespace refine_fast

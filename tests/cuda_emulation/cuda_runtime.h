@@ -5,7 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cuda_emulated/machine.h"
+#include "machine.h"
 
 #define __global__
 #define __device__

@@ -2,7 +2,7 @@
 // A level leaves a pointer null where the level below serves as well; cpu.cc fills the gaps, so a caller never sees a null.
 // Plain function pointers and PODs: a new level is one file, and a test can force any level that the CPU has.
 #pragma once
-#include "core/types.h"
+#include "kernels/types.h"
 
 namespace refine_fast {
 
@@ -19,15 +19,18 @@ struct MatmulKernels {
   void (*tile)(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate);
   // pack_b of a bf16 matrix as it lies there; null where panels hold float32, which a caller converts to first
   void (*pack_b_bf16)(const uint16_t* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, void* panel);
+  // State of the calling thread that `tile` needs, from the first tile of a task to its last (core/tile_scope.h); null where it needs none.
+  void (*begin_tiles)() = nullptr;
+  void (*end_tiles)() = nullptr;
 };
 
 // out = base + weight * (tuned - base); see core/lerp.h
 struct LerpKernels;
-// the product of rounded rows whose error is known; see core/screen_kernels.h
+// the product of rounded rows whose error is known; see kernels/screen_kernels.h
 struct ScreenKernels;
-// threshold-and-append over a row of scores, float64 rescoring; see core/select_kernels.h
+// threshold-and-append over a row of scores, float64 rescoring; see kernels/select_kernels.h
 struct SelectKernels;
-// exp, row sums and the weights of a row of scores; see core/loss_kernels.h
+// exp, row sums and the weights of a row of scores; see kernels/loss_kernels.h
 struct LossKernels;
 
 struct Kernels {

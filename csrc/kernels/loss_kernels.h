@@ -1,7 +1,7 @@
 // The row kernels of info_nce, one table per ISA level. Scores s are inner products, scale = 1 / temperature. Lengths are multiples of 16
 // unless said otherwise, and every array is readable that far.
 #pragma once
-#include "core/kernels.h"
+#include "kernels/kernels.h"
 
 namespace refine_fast {
 

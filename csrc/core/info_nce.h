@@ -1,6 +1,6 @@
 // info_nce: cross_entropy(q d^T / temperature, positives) without its B x N matrix, and its gradients in the same sweep.
 #pragma once
-#include "core/types.h"
+#include "kernels/types.h"
 
 namespace refine_fast {
 

@@ -1,0 +1,55 @@
+// Buffers of the core: aligned for the kernels, uninitialized, released with their owner. Both throw std::bad_alloc.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <new>
+#include <utility>
+
+namespace refine_fast {
+
+// n elements on the heap, aligned to 64 bytes (a cache line, and the widest vector).
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n)
+      : data_(static_cast<T*>(::operator new(static_cast<size_t>(std::max<int64_t>(n, 1)) * sizeof(T), kAlignment))) {}
+  Buffer(int64_t n, T value) : Buffer(n) { std::fill_n(data_, n, value); }
+  ~Buffer() { ::operator delete(data_, kAlignment); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() const { return data_; }
+  T* operator+(int64_t i) const { return data_ + i; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  T* data_;
+};
+
+constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20;
+
+// Bytes in a mapping of their own, which the system takes back on release: malloc would keep freed pages, and a merge of ten parts would grow by a
+// part's buffers. The first byte lies on a huge page where the system grants them: direct I/O into small pages runs at a third of the rate
+// (core/file_reader.h). One more page lies in front of the first byte and may be written.
+class PageBuffer {
+ public:
+  PageBuffer() = default;
+  explicit PageBuffer(int64_t bytes);
+  ~PageBuffer();
+  PageBuffer(PageBuffer&& other) noexcept { *this = std::move(other); }
+  PageBuffer& operator=(PageBuffer&& other) noexcept {
+    std::swap(map_, other.map_), std::swap(map_bytes_, other.map_bytes_), std::swap(data_, other.data_);
+    return *this;
+  }
+
+  char* data() const { return data_; }
+  float* floats() const { return reinterpret_cast<float*>(data_); }
+
+ private:
+  void* map_ = nullptr;
+  size_t map_bytes_ = 0;
+  char* data_ = nullptr;
+};
+
+}  // namespace refine_fast
