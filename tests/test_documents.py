@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from retrieval_sets import SMALL, folder_of
 
 from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.chunk import Chunk
@@ -264,13 +265,14 @@ def test_dataset_on_disk(tmp_path: Path) -> None:
     assert [document.text for document in load_documents(tmp_path / "splits" / "train")] == ["One.", "Two."]
 
 
-def test_beir_passages_stay_whole(beir: Path, tokenizer) -> None:
-    documents = load_documents(beir / "covidqa")
+@pytest.mark.parametrize(("name", "count"), [(SMALL, 150), ("covidqa", 2607)])
+def test_beir_passages_stay_whole(name: str, count: int, tokenizer) -> None:
+    documents = load_documents(folder_of(name))
     chunks = chunk_documents(documents, tokenizer, max_tokens=64)
-    assert len(chunks) == 2607
+    assert len(chunks) == count
     assert [(chunk.id, chunk.text, chunk.start, chunk.end) for chunk in chunks] == [(d.id, d.text, 0, len(d.text)) for d in documents]
     kept, removed = deduplicate(chunks)
-    assert len(kept) + removed.exact + removed.near == 2607
+    assert len(kept) + removed.exact + removed.near == count
 
 
 def test_python_docs(tokenizer) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from retrieval_sets import SMALL, folder_of
 
 from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.corpus.beir import RetrievalSet, load_beir
@@ -34,9 +35,9 @@ def model(minilm: Path):
     return model
 
 
-@pytest.fixture(scope="module")
-def squad(beir: Path) -> RetrievalSet:
-    return load_beir(beir / "squad").sample(queries=20, docs=40, seed=1)
+@pytest.fixture(scope="module", params=[SMALL, "squad"])
+def data(request: pytest.FixtureRequest) -> RetrievalSet:
+    return load_beir(folder_of(request.param)).sample(queries=20, docs=40, seed=1)
 
 
 # ── metrics ──
@@ -59,11 +60,11 @@ def test_more_relevant_than_the_ranking_is_deep() -> None:
     assert scores == pytest.approx({"recall@1": 0.05, "recall@3": 0.15, "recall@5": 0.25, "recall@10": 0.5, "ndcg@10": 1, "mrr@10": 1})
 
 
-@pytest.mark.parametrize("name", ["covidqa", "dstc11_travel"])  # one relevant passage each; several
-def test_metrics_equal_sentence_transformers(model, beir: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [SMALL, "covidqa", "dstc11_travel"])  # one relevant passage or several; one each; several
+def test_metrics_equal_sentence_transformers(model, name: str) -> None:
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-    data = load_beir(beir / name).sample(queries=30, docs=150, seed=3)
+    data = load_beir(folder_of(name)).sample(queries=30, docs=150, seed=3)
     theirs = InformationRetrievalEvaluator(
         dict(zip(data.query_ids, data.queries, strict=True)),
         dict(zip(data.doc_ids, data.docs, strict=True)),
@@ -78,11 +79,11 @@ def test_metrics_equal_sentence_transformers(model, beir: Path, name: str) -> No
         assert ours[metric] == pytest.approx(expected[f"cosine_{metric}"], abs=1e-9), metric
 
 
-def test_score_encodes_ranks_and_counts(model, squad: RetrievalSet) -> None:
+def test_score_encodes_ranks_and_counts(model, data: RetrievalSet) -> None:
     calls: list[tuple[int, int]] = []
-    scores = score(model, squad, bf16=False, batch_size=4, progress=lambda *c: calls.append(c))
-    docs, queries = (encode(model, texts, role=role, bf16=False) for texts, role in ((squad.docs, "document"), (squad.queries, "query")))
-    assert scores.metrics == score_ranking(rank(queries, docs), squad.relevant).metrics
+    scores = score(model, data, bf16=False, batch_size=4, progress=lambda *c: calls.append(c))
+    docs, queries = (encode(model, texts, role=role, bf16=False) for texts, role in ((data.docs, "document"), (data.queries, "query")))
+    assert scores.metrics == score_ranking(rank(queries, docs), data.relevant).metrics
     assert scores.metrics["recall@10"] > 0.8
     assert calls == [(40, 60), (60, 60)]
 
@@ -97,10 +98,10 @@ def test_rank_is_exact_with_ties_by_lower_row(seed: int, n: int, d: int) -> None
         assert row.tolist() == expected + [-1] * (10 - len(expected))
 
 
-def test_bm25_reproduces_the_published_recall(beir: Path) -> None:
-    """The figures in the data's README come from another run of BM25 over the same sets."""
-    for name, recall in {"squad": 0.911, "pubmedqa": 0.980}.items():
-        assert score_bm25(load_beir(beir / name)).metrics["recall@3"] == pytest.approx(recall, abs=0.005)
+@pytest.mark.parametrize(("name", "recall"), [("squad", 0.911), ("pubmedqa", 0.980)])
+def test_bm25_reproduces_the_published_recall(name: str, recall: float) -> None:
+    """The figures come from another run of BM25 over the same sets."""
+    assert score_bm25(load_beir(folder_of(name))).metrics["recall@3"] == pytest.approx(recall, abs=0.005)
 
 
 def test_bm25_finds_nothing_without_a_shared_term() -> None:
@@ -163,8 +164,9 @@ def test_choose_weight_on_a_single_query() -> None:
     assert choose_weight({w: Scores({"ndcg@10": np.array([mean])}) for w, mean in {0.0: 0.5, 0.35: 1.0, 1.0: 0.6}.items()}) == 0.35
 
 
-def test_evaluate_models(minilm: Path, beir: Path, tmp_path: Path) -> None:
-    data = load_beir(beir / "dstc11_travel").sample(queries=10, docs=30, seed=0)
+@pytest.mark.parametrize("name", [SMALL, "dstc11_travel"])
+def test_evaluate_models(minilm: Path, name: str, tmp_path: Path) -> None:
+    data = load_beir(folder_of(name)).sample(queries=10, docs=30, seed=0)
     (tmp_path / "qrels").mkdir()
     for stem, ids, texts in (("corpus", data.doc_ids, data.docs), ("queries", data.query_ids, data.queries)):
         (tmp_path / f"{stem}.jsonl").write_text("\n".join(json.dumps({"_id": i, "text": t}) for i, t in zip(ids, texts, strict=True)))
@@ -181,9 +183,9 @@ def test_evaluate_models(minilm: Path, beir: Path, tmp_path: Path) -> None:
 # ── encoding ──
 
 
-def test_encode(model, squad: RetrievalSet, tmp_path: Path) -> None:
+def test_encode(model, data: RetrievalSet, tmp_path: Path) -> None:
     """Order, unit length, bf16, the memmap and the progress; 19 texts one by one are two blocks, the second ragged."""
-    texts = squad.docs[:19]
+    texts = data.docs[:19]
     expected = model.encode(texts, normalize_embeddings=True)
     exact = encode(model, texts, role="document", batch_size=1, bf16=False)
     assert exact.dtype == np.float32
@@ -281,7 +283,7 @@ def test_sample_keeps_every_answer(squad: RetrievalSet) -> None:
     for key, text, rows in zip(small.query_ids, small.queries, small.relevant, strict=True):
         whole = squad.query_ids.index(key)
         assert text == squad.queries[whole]
-        assert {small.docs[row] for row in rows} == {squad.docs[row] for row in squad.relevant[whole]}
+        assert {small.docs[row] for row in rows} == {squad.docs[row] for row in data.relevant[whole]}
 
 
 def pieces(sources: int) -> tuple[list[Chunk], list[Query]]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from retrieval_sets import SMALL, folder_of
 
 from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.chunk import Chunk
@@ -107,15 +108,17 @@ def test_beir_queries_that_the_test_asks_too_are_left_out(tmp_path: Path) -> Non
     assert [query.chunk_id for query in load_queries(tmp_path, CHUNKS)] == ["rivers#0", "glaciers"]
 
 
-def test_real_train_queries(beir: Path) -> None:
+@pytest.mark.parametrize(("name", "count"), [(SMALL, 149), ("squad", 2611)])
+def test_real_train_queries(name: str, count: int) -> None:
+    """All of train, less what dev or test ask too: 1 of 150, and 3 of 2,614."""
     from refine_fast.pipeline.corpus.chunking import chunk_documents
     from refine_fast.pipeline.corpus.documents import load_documents
 
-    folder = beir / "squad"
+    folder = folder_of(name)
 
     class Words:  # a BEIR passage is never cut, so the tokenizer only has to exist
         def num_special_tokens_to_add(self) -> int:
             return 2
 
     queries = load_queries(folder, chunk_documents(load_documents(folder), Words(), max_tokens=256))
-    assert len(queries) == 2611  # of 2,614: three are asked in dev or test too
+    assert len(queries) == count

@@ -1,11 +1,10 @@
 """What is kept of replies as models write them."""
 
-import gzip
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from retrieval_sets import SMALL, folder_of, pairs, texts
 
 from refine_fast.pipeline.queries.llm import filters
 from refine_fast.pipeline.queries.llm.reply_parser import parse_numbers, parse_queries
@@ -204,15 +203,12 @@ def test_round_trip_keeps_what_the_encoder_finds() -> None:
     assert filters.found_by_retriever(documents[source], documents, source, 1).all()
 
 
-@pytest.mark.parametrize(("name", "most"), [("squad", 0.001), ("covidqa", 0.002)])
-def test_human_questions_pass(beir: Path, name: str, most: float) -> None:
-    """Every check at its worst: on questions by people, each with the passage it was written for, so every drop is a mistake."""
-    folder = beir / name
-    with gzip.open(folder / "corpus.jsonl.gz", "rt") as file:
-        corpus = {row["_id"]: row["text"] for row in map(json.loads, file)}
-    with gzip.open(folder / "queries.jsonl.gz", "rt") as file:
-        queries = {row["_id"]: row["text"] for row in map(json.loads, file)}
-    pairs = [line.split("\t")[:2] for line in (folder / "qrels" / "train.tsv").read_text().splitlines()[1:]]
-    reasons = [(filters.check(queries[query], corpus[passage], "question"), queries[query]) for query, passage in pairs]
+@pytest.mark.parametrize(("name", "most"), [(SMALL, 0), ("squad", 0.001), ("covidqa", 0.002)])
+def test_good_questions_pass(name: str, most: float) -> None:
+    """Every check at its worst: on good questions, each with the passage it was written for, so every drop is a mistake."""
+    folder = folder_of(name)
+    corpus, queries = texts(folder, "corpus"), texts(folder, "queries")
+    asked = pairs(folder, "train")
+    reasons = [(filters.check(queries[query], corpus[passage], "question"), queries[query]) for query, passage in asked]
     dropped = [(reason, query) for reason, query in reasons if reason]
-    assert len(dropped) <= most * len(pairs), dropped
+    assert len(dropped) <= most * len(asked), dropped

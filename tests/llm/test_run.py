@@ -1,6 +1,5 @@
 """``refine-fast`` with ``--llm``: the command line, a run folder, HTTP."""
 
-import gzip
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from retrieval_sets import SMALL, folder_of, pairs, texts
 
 from refine_fast.cli import main
 from refine_fast.pipeline.corpus.chunk import Chunk
@@ -139,21 +139,19 @@ def test_options_that_are_refused(docs: Path, tmp_path: Path, flags: list[str], 
 
 def asked_by_people(folder: Path) -> dict[str, list[str]]:
     """Passage -> the questions of a BEIR folder's train split."""
-    with gzip.open(folder / "queries.jsonl.gz", "rt") as file:
-        questions = {row["_id"]: " ".join(row["text"].split()) for row in map(json.loads, file)}
+    questions = texts(folder, "queries")
     asked: dict[str, list[str]] = {}
-    for line in (folder / "qrels" / "train.tsv").read_text().splitlines()[1:]:
-        question, passage, _ = line.split("\t")
-        asked.setdefault(passage, []).append(questions[question])
+    for question, passage in pairs(folder, "train"):
+        asked.setdefault(passage, []).append(" ".join(questions[question].split()))
     return asked
 
 
-@pytest.mark.parametrize("name", ["squad", "covidqa"])
-def test_what_people_asked_comes_through_http(endpoint: Endpoint, tmp_path: Path, beir: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [SMALL, "squad", "covidqa"])
+def test_what_people_asked_comes_through_http(endpoint: Endpoint, tmp_path: Path, name: str) -> None:
     """The endpoint answers each chunk with the train questions on it: what arrives are those, less what was dropped with a reason."""
-    asked = asked_by_people(beir / name)
-    with gzip.open(beir / name / "corpus.jsonl.gz", "rt") as file:
-        corpus = {row["_id"]: row["text"].strip() for row in map(json.loads, file)}
+    folder = folder_of(name)
+    asked = asked_by_people(folder)
+    corpus = {passage: text.strip() for passage, text in texts(folder, "corpus").items()}
     answers = tmp_path / "answers.json"
     answers.write_text(json.dumps({corpus[passage]: texts for passage, texts in asked.items()}))
     endpoint.set(answers=str(answers))
@@ -169,18 +167,18 @@ def test_what_people_asked_comes_through_http(endpoint: Endpoint, tmp_path: Path
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_same_queries_make_the_same_model_over_http_and_from_a_file(
-    endpoint: Endpoint, tmp_path: Path, beir: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+    endpoint: Endpoint, tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole pipeline, twice: with people's questions on 60 passages as --queries, and with an endpoint that answers with them."""
-    asked = asked_by_people(beir / "squad")
-    with gzip.open(beir / "squad" / "corpus.jsonl.gz", "rt") as file:
-        corpus = [row for row in map(json.loads, file) if row["_id"] in asked][:60]
+    folder = folder_of(SMALL)
+    asked = asked_by_people(folder)
+    corpus = list(texts(folder, "corpus").items())[:60]
     docs, questions, answers = (tmp_path / name for name in ("docs", "questions.jsonl", "answers.json"))
     docs.mkdir()
-    (docs / "corpus.jsonl").write_text("".join(json.dumps({"_id": row["_id"], "text": row["text"]}) + "\n" for row in corpus))
+    (docs / "corpus.jsonl").write_text("".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in corpus))
     small = ["--model", str(tiny), "--precision", "fp32", "--batch-size", "8", "--curve", "0,1", "--ood", "none", "--band=-0.9,1"]
     common = [str(docs), *small, "--json"]
-    rows = [json.dumps({"text": text, "doc_id": row["_id"]}) + "\n" for row in corpus for text in asked[row["_id"]]]
+    rows = [json.dumps({"text": text, "doc_id": key}) + "\n" for key, _ in corpus for text in asked[key]]
     questions.write_text("".join(rows))
     assert main(["run", *common, "--out", str(tmp_path / "file"), "--queries", str(questions)]) == 0
     from_file = result(capsys)
