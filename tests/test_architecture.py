@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# A module may import those of a lower rank only.
-RANKS = [
+# A module may import those of a lower layer only.
+LAYERS = [
     {"errors", "files", "_core", "_cuda", "reference", "workspace"},
     {"_native"},
     {"triton_kernels"},
@@ -22,18 +22,41 @@ RANKS = [
     {"nn", "mine", "fuse"},
     {"integrations"},
     {"pipeline"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
-HEAVY = ["triton", "transformers", "faiss", "sentence_transformers", "datasets", "openai", "matplotlib", "rich"]
+# The rooms of pipeline/, likewise.
+PIPELINE_LAYERS = [
+    {"progress"},
+    {"corpus"},
+    {"encoder"},
+    {"queries"},
+    {"training", "evaluation"},
+    {"reporting"},
+    {"artifacts", "config_values", "console", "code_version"},
+    {"config", "engine"},
+    {"context"},
+    {"stages"},
+    {"runner"},
+    {"commands"},
+]
+HEAVY = [
+    "triton", "transformers", "faiss", "sentence_transformers", "datasets", "openai", "matplotlib",
+    "rich", "pydantic",
+]  # fmt: skip
+MODULES = sorted((ROOT / "refine_fast").rglob("*.py"))
 
 
-def room(path: Path) -> str:
-    return path.relative_to(ROOT / "refine_fast").parts[0].removesuffix(".py")
+def layer_of(layers: list[set[str]]) -> dict[str, int]:
+    return {name: number for number, names in enumerate(layers) for name in names}
+
+
+def room(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> set[tuple[str, ...]]:
-    """The names that a file imports, wherever in the file: ("refine_fast", "ops", "lerp", "lerp_")."""
+    """The names that a file imports, wherever in it: ("refine_fast", "ops", "lerp", "lerp_")."""
     package = ("refine_fast", *path.relative_to(ROOT / "refine_fast").parts[:-1])
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -49,24 +72,51 @@ def imports(path: Path) -> set[tuple[str, ...]]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "refine_fast").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_one_way(path: Path) -> None:
-    own = room(path)
-    if own == "__init__":
-        return
-    for other in {name[1] for name in imports(path) if name[0] == "refine_fast" and len(name) > 1} & RANK.keys():
-        assert other == own or RANK[other] < RANK[own], f"{path.name} ({own}) must not import {other}"
+@pytest.mark.parametrize("layers", [LAYERS, PIPELINE_LAYERS], ids=["refine_fast", "pipeline"])
+def test_imports_run_one_way(layers: list[set[str]]) -> None:
+    """Also under TYPE_CHECKING: a type that only a higher layer has is in the wrong layer."""
+    prefix = ("refine_fast",) if layers is LAYERS else ("refine_fast", "pipeline")
+    folder, layer = ROOT.joinpath(*prefix), layer_of(layers)
+    wrong = []
+    for path in folder.rglob("*.py"):
+        own = room(path, folder)
+        if own == "__init__":
+            continue
+        depth = len(prefix)
+        rooms = {
+            name[depth] for name in imports(path) if name[:depth] == prefix and len(name) > depth
+        }
+        wrong += [
+            f"{path.relative_to(ROOT)} must not import {other}"
+            for other in rooms & layer.keys()
+            if other != own and layer[other] >= layer[own]
+        ]
+    assert wrong == []
 
 
 def test_no_two_files_import_one_another() -> None:
-    files = {path.relative_to(ROOT).with_suffix("").parts: path for path in (ROOT / "refine_fast").rglob("*.py")}
-    taken = {file: {name[:n] for name in imports(path) for n in range(2, 5)} & files.keys() for file, path in files.items()}
+    files = {path.relative_to(ROOT).with_suffix("").parts: path for path in MODULES}
+    taken = {
+        file: {name[:n] for name in imports(path) for n in range(2, 6)} & files.keys() - {file}
+        for file, path in files.items()
+    }
     TopologicalSorter(taken).prepare()  # CycleError names the circle
 
 
-def test_every_room_has_a_rank() -> None:
-    rooms = {room(p) for p in (ROOT / "refine_fast").rglob("*.py")} - {"__init__"}
-    assert rooms <= RANK.keys()
+@pytest.mark.parametrize("layers", [LAYERS, PIPELINE_LAYERS], ids=["refine_fast", "pipeline"])
+def test_every_room_has_a_layer(layers: list[set[str]]) -> None:
+    folder = ROOT / "refine_fast" if layers is LAYERS else ROOT / "refine_fast" / "pipeline"
+    assert {room(p, folder) for p in folder.rglob("*.py")} - {"__init__"} <= layer_of(layers).keys()
+
+
+def test_no_file_is_over_500_lines() -> None:
+    folders = ("refine_fast", "csrc", "tests", "benchmarks")
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in SOURCES]
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in files}
+    assert {name: lines for name, lines in lengths.items() if lines > 500} == {}
+
+
+SOURCES = {".py", ".pyi", ".cc", ".h", ".cu", ".sh"}
 
 
 # What the files of each folder may include. Only kernels/ is shared by the ISA levels and the algorithms.
@@ -83,7 +133,9 @@ INCLUDES = {
 
 
 @pytest.mark.parametrize(
-    "path", sorted(p for folder in INCLUDES for p in (ROOT / folder).rglob("*.*")), ids=lambda p: str(p.relative_to(ROOT))
+    "path",
+    sorted(p for folder in INCLUDES for p in (ROOT / folder).rglob("*.*")),
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_includes(path: Path) -> None:
     folder = "/".join(path.relative_to(ROOT).parts[:2])
@@ -98,22 +150,26 @@ def test_every_folder_of_csrc_has_include_rules() -> None:
     assert {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()} <= INCLUDES.keys()
 
 
-def test_no_source_file_is_over_500_lines() -> None:
-    lengths = {p: len(p.read_text().splitlines()) for folder in INCLUDES for p in (ROOT / folder).rglob("*.*")}
-    assert [f"{p.name}: {n}" for p, n in lengths.items() if n > 500] == []
-
-
 def test_isa_objects_export_one_table_each() -> None:
     """A weak symbol compiled with AVX-512 can be merged into baseline code and crash an older CPU."""
     objects = sorted((ROOT / "build").rglob("refine_fast_isa.dir/csrc/isa/*.o"))
     if not objects:
         pytest.skip("no build tree here (a wheel install); .ci/run installs editable and checks it")
     for path in objects:
-        table = subprocess.run(["nm", "--defined-only", "--extern-only", path], check=True, capture_output=True, text=True).stdout
+        table = subprocess.run(
+            ["nm", "--defined-only", "--extern-only", path],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
         symbols = [line.split()[1:] for line in table.splitlines()]
         level = path.name.removesuffix(".cc.o")
-        assert [kind for kind, _ in symbols if kind in "WVu"] == [], f"{path.name} has weak symbols: {symbols}"
-        assert [name for _, name in symbols] == [f"_ZN11refine_fast{len(level) + 8}{level}_kernelsE"], f"{path.name} exports {symbols}"
+        assert [kind for kind, _ in symbols if kind in "WVu"] == [], (
+            f"{path.name} has weak symbols: {symbols}"
+        )
+        assert [name for _, name in symbols] == [
+            f"_ZN11refine_fast{len(level) + 8}{level}_kernelsE"
+        ], f"{path.name} exports {symbols}"
 
 
 def test_stub_names_the_extension() -> None:
@@ -127,5 +183,7 @@ def test_stub_names_the_extension() -> None:
 def test_import_is_light() -> None:
     """No heavy package comes along, and what we add to torch's own import stays small."""
     script = f"import sys, refine_fast; print([m for m in {HEAVY!r} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
     assert out.strip() == "[]"
