@@ -1,10 +1,12 @@
-"""The README's Python blocks, each run as it stands, in a folder with a real model as ``base`` and a changed copy of it as ``tuned``."""
+"""The README's Python blocks, each run as it stands, in a folder with a real model as ``base``, a changed
+copy of it as ``tuned``, and a few documents in ``docs``."""
 
 from __future__ import annotations
 
 import re
 import shutil
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -12,17 +14,31 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = [block for block in re.findall(r"```python\n(.+?)```", README, re.S) if "# before" not in block]
+BLOCKS = [
+    block for block in re.findall(r"```python\n(.+?)```", README, re.S) if "# before" not in block
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[re.sub(r"\W+", "-", block.strip().splitlines()[-1])[:40] for block in BLOCKS])
-def test_block_runs(block: str, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "block",
+    BLOCKS,
+    ids=[re.sub(r"\W+", "-", block.strip().splitlines()[-1])[:40] for block in BLOCKS],
+)
+def test_block_runs(
+    block: str, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     shutil.copytree(minilm, tmp_path / "base")
     shutil.copytree(minilm, tmp_path / "tuned")
     weights = load_file(minilm / "model.safetensors")
-    changed = {name: w + 0.01 * torch.randn_like(w) if w.is_floating_point() else w for name, w in weights.items()}
+    changed = {
+        name: w + 0.01 * torch.randn_like(w) if w.is_floating_point() else w
+        for name, w in weights.items()
+    }
     save_file(changed, tmp_path / "tuned" / "model.safetensors")
+    (tmp_path / "docs").mkdir()
+    for name in sorted(topics)[:20]:
+        (tmp_path / "docs" / f"{name}.md").write_text(topics[name][:600], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
