@@ -1,4 +1,5 @@
-// The NEON level against the scalar one, as a program for an Arm CPU or for qemu: .ci/run cross-compiles and runs it. Prints what differs.
+// Compares the NEON level with the scalar one, as a program for an Arm CPU or for qemu, which .ci/run cross-compiles
+// and runs. Prints what differs.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -57,7 +58,7 @@ int main() {
     expect(neon.select->dot(x.data(), y.data(), n) == scalar.select->dot(x.data(), y.data(), n), "select dot", n);
 
     std::vector<float> base = x, tuned = y, a(n), b(n);
-    base[0] = tuned[0] = -INFINITY, base[n / 2] = -0.0f, tuned[n / 2] = 0.0f;  // equal, and not to be touched
+    base[0] = tuned[0] = -INFINITY, base[n / 2] = -0.0f, tuned[n / 2] = 0.0f;  // equal, so they must not change
     const std::vector<double> wide_base(base.begin(), base.end()), wide_tuned(tuned.begin(), tuned.end());
     std::vector<double> wide_a(n), wide_b(n);
     for (float weight : {0.35f, 0.65f}) {
@@ -66,7 +67,7 @@ int main() {
       neon.lerp->f64(wide_base.data(), wide_tuned.data(), n, weight, wide_b.data());
       expect(same_bits(a, b) && same_bits(wide_a, wide_b), "lerp", n);
     }
-    Change exact, summed;  // the sums of the level in float32
+    Change exact, summed;  // the level sums in float32
     scalar.lerp->change(x.data(), y.data(), n, &exact), neon.lerp->change(x.data(), y.data(), n, &summed);
     expect(std::abs(summed.change_squared - exact.change_squared) <= 1e-4 * exact.change_squared &&
                std::abs(summed.base_squared - exact.base_squared) <= 1e-4 * exact.base_squared, "change", n);
@@ -74,7 +75,7 @@ int main() {
     scalar.lerp->change(x.data(), tuned.data(), n, &exact), neon.lerp->change(x.data(), tuned.data(), n, &summed);
     expect(exact.not_finite == summed.not_finite && exact.not_finite == (n > 1 ? 2 : 1), "not finite", n);
 
-    for (bool bf16 : {false, true}) {  // a row of ones, so that a product is a sum
+    for (bool bf16 : {false, true}) {  // B is a column of ones, so the product is a sum
       const std::vector<float> ones(n, 1.0f);
       double exact = 0, size = 0;
       for (float value : x) {

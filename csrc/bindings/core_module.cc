@@ -1,5 +1,5 @@
-// refine_fast._core: the CPU core for Python. Tensors arrive as integers (addresses, sizes), the GIL is released around the work, and a
-// Status becomes an exception. No torch header: one build serves every torch version.
+// refine_fast._core: the CPU core for Python. Tensors arrive as integers (addresses, sizes), the GIL is released during
+// the work, and a Status becomes an exception. No torch header, so that one build serves every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,17 +22,17 @@ namespace rf = refine_fast;
 
 namespace {
 
-// ValueError, OSError, MemoryError or KeyboardInterrupt, with the core's sentence
+// Raises ValueError, OSError, MemoryError or KeyboardInterrupt with the core's message.
 void raise_unless_ok(const rf::Status& status) {
   switch (status.code) {
     case rf::Code::ok: return;
     case rf::Code::invalid: throw py::value_error(status.message);
-    case rf::Code::io:  // with a path in it: any bytes, and cut off anywhere
+    case rf::Code::io:  // contains a path: arbitrary bytes, possibly truncated
       PyErr_SetObject(PyExc_OSError, py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(status.message)).ptr());
       break;
     case rf::Code::no_memory: PyErr_SetString(PyExc_MemoryError, status.message); break;
     case rf::Code::interrupted:
-      if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);  // else what the signal handler raised
+      if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);  // keeps what the signal handler raised
       break;
   }
   throw py::error_already_set();
@@ -45,8 +45,8 @@ rf::Isa parse_isa(const std::string& name) {
   return *isa;
 }
 
-// out (m, n) = a (m, k) b (k, n), float32, any strides (in elements), on one thread: the product under info_nce and band_topk by itself,
-// for its tests and its benchmark
+// out (m, n) = a (m, k) b (k, n), float32, any strides (in elements), on one thread: the product inside info_nce and
+// band_topk, for tests and benchmarks
 void matmul(uintptr_t a, int64_t a_row, int64_t a_k, uintptr_t b, int64_t b_col, int64_t b_k, int64_t m, int64_t n, int64_t k, bool bf16,
             uintptr_t out) {
   const rf::MatmulKernels& kernels = bf16 ? *rf::kernels().matmul_bf16 : *rf::kernels().matmul_f32;
@@ -57,14 +57,15 @@ void matmul(uintptr_t a, int64_t a_row, int64_t a_k, uintptr_t b, int64_t b_col,
   rf::matmul(kernels, panels.data(), panels + size_a, m, n, k, reinterpret_cast<float*>(out), n, false);
 }
 
-// Whether no signal handler raised: Ctrl-C inside a long call. Does nothing outside the main thread.
+// Whether no signal handler raised (Ctrl-C during a long call). Always true outside the main thread.
 bool no_signal(void*) {
   py::gil_scoped_acquire gil;
   return PyErr_CheckSignals() == 0;
 }
 
 rf::BandSpec band_spec(int64_t d, int64_t k, int64_t skip, double lo, bool random, uint64_t seed, bool band_first, bool normalize, int threads) {
-  return {d, k, skip, lo, random, seed, band_first ? rf::Order::band_then_skip : rf::Order::skip_then_band, normalize, threads};
+  const auto order = band_first ? rf::Order::band_then_skip : rf::Order::skip_then_band;
+  return {d, k, skip, lo, random, seed, order, normalize, threads};
 }
 
 template <class T>
@@ -86,7 +87,8 @@ using PieceTuple = std::tuple<int64_t, int, int, int, int, int64_t, int, int64_t
 using FactorTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
 using OutputTuple = std::tuple<int, std::string, int64_t, std::vector<double>>;
 
-// -> per output, per piece: (sum of squares of the change, of the base, values that are not finite, bytes that differ)
+// Returns, for each output and piece: (sum of squares of the change, of the base, values that are not finite, bytes
+// that differ)
 py::list stream_merge(const std::vector<FileTuple>& files, const std::vector<PieceTuple>& pieces, const std::vector<FactorTuple>& factors,
                       const std::vector<OutputTuple>& outputs, bool overlap, const py::function& on_block) {
   std::vector<rf::File> in;
@@ -156,7 +158,7 @@ void info_nce(uintptr_t q, uintptr_t d, uintptr_t hard, uintptr_t positives, uin
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  // A bad environment is the user's to mend, wherever a kernel meets it first: no traceback on the command line.
+  // RefineFastError, whichever kernel runs first: the command line prints it without a traceback.
   py::register_local_exception_translator([](std::exception_ptr raised) {
     try {
       if (raised) std::rethrow_exception(raised);

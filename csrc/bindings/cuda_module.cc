@@ -1,5 +1,6 @@
-// refine_fast._cuda: the CUDA kernels for Python. Addresses and streams arrive as integers, a CUDA error becomes an exception with its text.
-// The runtime is linked statically and looks for a driver only when a kernel is launched: the module imports anywhere.
+// refine_fast._cuda: the CUDA kernels for Python. Addresses and streams arrive as integers; a CUDA error becomes an
+// exception with its text. The runtime is linked statically and looks for a driver only when a kernel is launched, so
+// the module imports on any machine.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -25,7 +26,7 @@ void raise_unless_ok(int status) {
   if (status != 0) throw std::runtime_error(std::string("CUDA error: ") + refine_fast_cuda_error(status));
 }
 
-// The sentences of csrc/core/band_topk.cc.
+// Raises with the same sentences as csrc/core/band_topk.cc.
 void raise_if_bad(uint64_t row, const char* what) {
   if (row == rf::kNoBadRow) return;
   const char* problem = row % 2 == 0 ? "holds NaN or Inf; leave such rows out" : "has a norm above 1e18; scale the rows, or pass normalize=True";
@@ -77,7 +78,8 @@ PYBIND11_MODULE(_cuda, m) {
         raise_unless_ok(refine_fast_cuda_band_finish(&band, pointer<int64_t>(ids), pointer<float>(scores), pointer<int64_t>(in_band)));
       }, no_gil);
 #ifdef REFINE_FAST_EMULATE_CUDA
-  m.def("emulate", [](int processors, int shared_bytes, int64_t order) {  // order: the seed of a shuffle, negative for none
+  // order: the seed of a shuffle, negative for no shuffle
+  m.def("emulate", [](int processors, int shared_bytes, int64_t order) {
     emulated::device.processors = processors, emulated::device.shared_bytes = shared_bytes, emulated::device.shuffled = order >= 0;
     emulated::device.order.seed(static_cast<unsigned>(order));
   });

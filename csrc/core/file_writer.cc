@@ -43,8 +43,8 @@ class DirectSink : public PlainSink {
   ~DirectSink() override { close_direct(); }
   DirectSink(const DirectSink&) = delete;
 
-  // Whole pages directly, what is left over by a plain write. Some file systems open files for direct writes and then refuse them with EINVAL: those
-  // get plain writes from then on.
+  // Whole pages directly, what is left over by a plain write. Some file systems open files for direct writes and then
+  // refuse them with EINVAL: those get plain writes from then on.
   Status write(int64_t begin, int64_t bytes, const char* data) override {
     int64_t done = 0;
     while (direct_ >= 0 && done % kPage == 0 && bytes - done >= kPage) {

@@ -25,7 +25,7 @@ int64_t InfoNCESolver::rows_of_strip(const InfoNCE& t, int64_t pitch, int64_t ha
 InfoNCESolver::InfoNCESolver(const InfoNCE& t)
     : t_(t),
       isa_(kernels()),
-      mm_(t.dtype == Dtype::bf16 ? *isa_.matmul_bf16 : *isa_.matmul_f32),  // f16 has more digits than bf16 and is computed as float32
+      mm_(t.dtype == Dtype::bf16 ? *isa_.matmul_bf16 : *isa_.matmul_f32),  // f16 has too many digits for bf16
       loss_(*isa_.loss),
       gradients_(t.coefficients != nullptr),
       margin_(t.margin < kInfinity),
@@ -34,7 +34,7 @@ InfoNCESolver::InfoNCESolver(const InfoNCE& t)
       directions_(t.symmetric ? 2 : 1),
       prefixes_(t.prefix_count),
       blocks_(ceil_div(t.columns, kBlock)),
-      pitch_(round_up(t.columns, 64) + 16),  // not a power of two, so that neighbouring rows lie in different cache sets
+      pitch_(round_up(t.columns, 64) + 16),  // not a power of two: neighbouring rows get different cache sets
       hard_pitch_(round_up(t.hards, 16)),
       strip_rows_(rows_of_strip(t, pitch_, hard_pitch_, mm_)),
       direct_(t.dtype == Dtype::f32 || (t.dtype == Dtype::bf16 && mm_.pack_b_bf16 != nullptr)),
@@ -77,8 +77,8 @@ const float* InfoNCESolver::load(const void* src, int64_t begin, int64_t n, floa
   return scratch;
 }
 
-// Document ids as 0, 1, ... in the order of their values, so that the kernels compare 32 bits. Without doc_ids each column is a document of its own:
-// the same comparison then excludes the positive.
+// Document ids as 0, 1, ... in the order of their values, so that the kernels compare 32 bits. Without doc_ids each
+// column is a document of its own: the same comparison then excludes the positive.
 void InfoNCESolver::index_documents() {
   std::vector<int64_t> order(t_.columns);
   std::iota(order.begin(), order.end(), int64_t{0});
@@ -132,8 +132,8 @@ Status InfoNCESolver::run() {
   return stopped(0) ? Status{Code::interrupted} : check_losses();
 }
 
-// An error unless the n rows of x (those in the mask) are finite. The losses alone would not tell: a NaN in a column of weight 0 reaches only the
-// gradients.
+// An error unless the n rows of x (those in the mask) are finite. The losses alone would not tell: a NaN in a column of
+// weight 0 reaches only the gradients.
 Status InfoNCESolver::check_rows(const char* name, const void* x, int64_t n, const uint8_t* mask) const {
   std::atomic<int64_t> found{n};
   parallel_for(n, t_.threads, [&](int64_t i, int thread) {
@@ -141,7 +141,8 @@ Status InfoNCESolver::check_rows(const char* name, const void* x, int64_t n, con
     const float* row = load(x, i, 1, scratch(thread));
     uint32_t not_finite = 0;  // integer tests, which the compiler vectorizes
     for (int64_t j = 0; j < t_.width; ++j) not_finite |= (std::bit_cast<uint32_t>(row[j]) & 0x7f800000u) == 0x7f800000u;
-    for (int64_t known = found; not_finite && i < known && !found.compare_exchange_weak(known, i);) continue;  // the first row, whatever the threads
+    // the first row, whatever the threads
+    for (int64_t known = found; not_finite && i < known && !found.compare_exchange_weak(known, i);) continue;
   });
   Status status;
   if (found == n) return status;

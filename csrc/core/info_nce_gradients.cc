@@ -13,7 +13,8 @@ void InfoNCESolver::make_weights(const Strip& s, const Block& b, int64_t m, int6
   const int64_t i = s.begin + r, own = t_.positives[i];
   const Row& state = row(m, r);
   const float* from = scores(m, r) + b.begin;
-  for (int64_t j = 0; j < b.columns; j += 16) __builtin_prefetch(from + kPrefetchRows * pitch_ + j);  // a run too short for the hardware prefetcher
+  // a run too short for the hardware prefetcher
+  for (int64_t j = 0; j < b.columns; j += 16) __builtin_prefetch(from + kPrefetchRows * pitch_ + j);
   loss_.weights({from, ids_ + b.begin, round_up(b.columns, 16), ids_[own], state.ceiling}, scale_, state.top, state.factor, weights);
   if (own >= b.begin && own < b.begin + b.columns) weights[own - b.begin] = state.positive;
   if (t_.symmetric) add_column_weights(i, r, b, m, weights, thread);

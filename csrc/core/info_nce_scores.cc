@@ -17,7 +17,8 @@ void InfoNCESolver::inverse_norms(const float* x, int64_t stride, float* out) co
   }
 }
 
-// Packs the block's documents as the right operand of S (k along the width) or, transposed, of dQ (k along the columns).
+// Packs the block's documents as the right operand of S (k along the width) or, transposed, of dQ (k along the
+// columns).
 void InfoNCESolver::pack_documents(const Block& b, const Slice& slice, bool transposed, char* out, float* scratch) const {
   const int64_t cols = transposed ? slice.width : b.columns, k = transposed ? b.columns : slice.width;
   const void* src = at(t_.d, b.begin * t_.width + slice.begin);

@@ -34,8 +34,9 @@ void InfoNCESolver::index_pairs() {
   for (int64_t m = 0; m < prefixes_; ++m) pairs_.emplace_back(first_slot_.back());
 }
 
-// The score of each pair, from which the margin's ceiling follows and where the running maximum starts. It is taken from the same product as the
-// strips' scores: a query that occurs twice must tie with itself to the bit, or rounding would decide whether a margin of 0 drops it.
+// The score of each pair, from which the margin's ceiling follows and where the running maximum starts. It is taken
+// from the same product as the strips' scores: a query that occurs twice must tie with itself to the bit, or rounding
+// would decide whether a margin of 0 drops it.
 void InfoNCESolver::score_pairs() {
   parallel_for(ceil_div(t_.rows, kPairs), t_.threads, [&](int64_t task, int thread) {
     const int64_t begin = task * kPairs, n = std::min(kPairs, t_.rows - begin), width = t_.width;

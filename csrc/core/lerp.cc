@@ -9,10 +9,11 @@
 namespace refine_fast {
 namespace {
 
-// Elements between two trips to memory: three float64 arrays of it fill half of an L1.
+// Elements of a block: three float64 arrays of that size fill half of an L1 cache.
 constexpr int64_t kBlock = 1024;
 
-// --- fp8 by conversion: 256 values one way, torch's rounding the other (2.13: e4m3 saturates at 448, e5m2 overflows to infinity) ----------
+// --- fp8 ----------------------------------------------------------------------------------------
+// A table of 256 values to read, torch's rounding to write (2.13: e4m3 saturates at 448, e5m2 overflows to infinity).
 
 template <int kExponentBits>
 struct Fp8 {
@@ -33,9 +34,11 @@ struct Fp8 {
   }
 
   static uint8_t encode(float f) {
-    constexpr uint32_t kOverflow = kHasInfinity ? 143u << 23 : 1086u << 20;  // 65536 (what rounds up to it becomes infinity by the carry), 448
+    // 65536 (values that round up to it become infinity through the carry) or 448
+    constexpr uint32_t kOverflow = kHasInfinity ? 143u << 23 : 1086u << 20;
     constexpr uint32_t kSmallestNormal = static_cast<uint32_t>(128 - kBias) << 23;
-    constexpr uint32_t kDenormal = static_cast<uint32_t>(128 - kBias + kShift) << 23;  // adding it rounds to a multiple of the least denormal
+    // adding it rounds to a multiple of the smallest denormal
+    constexpr uint32_t kDenormal = static_cast<uint32_t>(128 - kBias + kShift) << 23;
     uint32_t b;
     std::memcpy(&b, &f, 4);
     const uint32_t sign = (b >> 24) & 0x80u;
@@ -63,7 +66,8 @@ struct Fp8 {
   }
 };
 
-// --- any storage <-> a block of float32 or float64; memory is reached through memcpy, since a header of odd length misaligns what follows --
+// --- any storage type <-> a block of float32 or float64 -----------------------------------------
+// Memory is reached through memcpy: a header of odd length misaligns the data after it.
 
 void to_f32(Storage type, const void* src, int64_t n, float* dst) {
   if (type == Storage::f8_e4m3) return Fp8<4>::to_f32(static_cast<const uint8_t*>(src), n, dst);

@@ -1,9 +1,11 @@
-// The streaming merge behind fuse: out = base + weight * (tuned - base), tensor by tensor. Outputs are written front to back, one piece (a tensor, or
-// bytes to copy) after the other, while the inputs pass in windows of 8 MiB. Nothing the size of a tensor is ever held: only two windows for each
-// input (core/file_reader.h), two buffers for each output (core/file_writer.h), and A of one LoRA update, packed (core/low_rank.h).
+// The streaming merge behind fuse: out = base + weight * (tuned - base), tensor by tensor. Outputs are written front to
+// back, one piece (a tensor, or bytes to copy) after the other, while the inputs pass in windows of 8 MiB. Nothing the
+// size of a tensor is ever held: only two windows for each input (core/file_reader.h), two buffers for each output
+// (core/file_writer.h), and A of one LoRA update, packed (core/low_rank.h).
 //
-// Roofline: the disk. One thread keeps one request in flight, and the device wants more, so the next window of each input is read, and the last
-// buffer of each output written, by threads of their own. More than one writer for a file gains nothing.
+// Roofline: the disk. One thread keeps one request in flight, and the device wants more, so the next window of each
+// input is read, and the last buffer of each output written, by threads of their own. More than one writer for a file
+// gains nothing.
 #pragma once
 #include <cstdint>
 #include <vector>

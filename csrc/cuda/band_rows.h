@@ -28,7 +28,8 @@ struct Rows {
   }
 };
 
-// SelectKernels::dot's order: lane l sums the i = l (mod 32), then lanes are folded by 8, 16, 4, 2 and 1. Every lane gets the sum.
+// SelectKernels::dot's order: lane l sums the i = l (mod 32), then lanes are folded by 8, 16, 4, 2 and 1. Every lane
+// gets the sum.
 __device__ inline double fold(double sum) {
   for (int step : {8, 16, 4, 2, 1}) sum += __shfl_xor_sync(kWholeWarp, sum, step);
   return sum;

@@ -1,7 +1,9 @@
-// One block of threads for each query: float64 scores of its candidates, counts, the k + skip best, and the next thresholds.
+// One block of threads for each query: float64 scores of its candidates, counts, the k + skip best, and the next
+// thresholds.
 //
-// Roofline: memory. A candidate's document is d elements from anywhere in the block of documents, read by one warp for 2 d operations.
-// The accumulator: a float64 sum in the fixed order of SelectKernels::dot, so that scores agree with the CPU's to the last bit.
+// Roofline: memory. A candidate's document is d elements from anywhere in the block of documents, read by one warp for
+// 2 d operations. The accumulator: a float64 sum in the fixed order of SelectKernels::dot, so that scores agree with
+// the CPU's to the last bit.
 #include "cuda/band_settle.h"
 
 #include <cmath>
@@ -107,7 +109,8 @@ __global__ void __launch_bounds__(kSettleThreads) finish_kernel(Finish p) {
   const Hit* chosen = hits + dropped;
   int64_t found = min(p.k, static_cast<int64_t>(query.kept - dropped));
   if (p.rule.random) {
-    // Those that are dropped leave `drawn`: each of the rest moves forward by the number of them before it, the first of them first.
+    // The dropped hits leave `drawn`: each of the others moves forward by the number of dropped ones before it, the
+    // first of them first.
     const SmallerHash smaller_hash = {query};
     int gone_in_all = 0;
     for (int j = 0; j < dropped; ++j) gone_in_all += query.drawn < p.lists.drawn_room || hash(query, hits[j].id) <= query.last_hash;

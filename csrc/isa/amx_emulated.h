@@ -1,6 +1,6 @@
-// The AMX tile intrinsics in plain C, so that amx.cc runs, and is tested, on any AVX-512 CPU (cmake -DREFINE_FAST_EMULATE_AMX=ON).
-// Semantics as in Intel's SDM, volume 2, for full tiles of 16 rows x 64 bytes (denormals, which the CPU flushes, are kept). Using tiles that are not
-// configured traps, as it does on the CPU.
+// The AMX tile intrinsics in plain C, so that amx.cc runs in tests on any AVX-512 CPU (cmake
+// -DREFINE_FAST_EMULATE_AMX=ON). Semantics as in Intel's SDM, volume 2, for full tiles of 16 rows x 64 bytes
+// (denormals, which the CPU flushes, are kept). Using tiles that are not configured traps, as it does on the CPU.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// AVX2 + FMA + F16C: 16 ymm registers, 2 FMA of 8 floats a cycle.
-// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+// AVX2, FMA and F16C: 16 ymm registers, 2 FMA of 8 floats a cycle. Includes only intrinsics and POD headers, and
+// everything is static: a weak symbol compiled here could be merged into baseline code.
 #include <immintrin.h>
 
 #include <cstddef>
@@ -13,13 +13,14 @@
 namespace refine_fast {
 namespace {
 
-// --- conversions ---------------------------------------------------------------------------------------------------------------------
+// --- conversions ---------------------------------------------------------------------------------
 
 __m256 widen(__m128i half, Dtype dtype) {
   return dtype == Dtype::f16 ? _mm256_cvtph_ps(half) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// bf16 in the upper half of each word, the lower half 0. In integers: VCVTNEPS2BF16 would flush denormals. NaN stays a quiet NaN.
+// bf16 in the upper half of each word, 0 in the lower half. In integer arithmetic, since VCVTNEPS2BF16 would flush
+// denormals. NaN stays a quiet NaN.
 __m256i round_to_bf16(__m256 f) {
   const __m256i x = _mm256_castps_si256(f), odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -49,7 +50,7 @@ void from_f32(const float* src, Dtype dtype, int64_t n, void* dst) {
   scalar_kernels.from_f32(src + i, dtype, n - i, half + i);
 }
 
-// --- matmul: 6 x 16 floats in 12 of the 16 registers; panels k-major ------------------------------------------------------------------
+// --- matmul: 6 x 16 floats in 12 of the 16 registers; panels k-major -----------------------------
 
 constexpr int kMr = 6, kNr = 16;
 
@@ -59,7 +60,7 @@ void pack(const float* src, int64_t stride, int64_t k_stride, int64_t rows, int6
   if (stride == 1 && rows == kWidth) {
     for (int64_t p = 0; p < k; ++p) __builtin_memcpy(out + p * kWidth, src + p * k_stride, kWidth * sizeof(float));
   } else {
-    // eight of k at a time, so that a row that runs along k is read by cache lines
+    // eight of k at a time: a row along k is read by cache lines
     for (int64_t p0 = 0; p0 < k; p0 += 8)
       for (int64_t r = 0; r < kWidth; ++r)
         for (int64_t p = p0; p < k && p < p0 + 8; ++p) out[p * kWidth + r] = r < rows ? src[r * stride + p * k_stride] : 0.0f;
@@ -93,10 +94,10 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
   }
 }
 
-const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile, nullptr};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile, nullptr};
+const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile};
 
-// --- select: most scores lie below the band, so 32 of them are dismissed by four comparisons and one branch ---------------------------
+// --- select: most scores lie below the band, so four comparisons and one branch dismiss 32 of them ---
 
 int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
   const __m256 floor = _mm256_set1_ps(t->floor);
@@ -147,7 +148,8 @@ double dot(const float* x, const float* y, int64_t d) {
 }
 
 const SelectKernels select_kernels = {append, dot};
-// --- loss ------------------------------------------------------------------------------------------------------------------------------
+
+// --- loss ----------------------------------------------------------------------------------------
 
 struct Floats {
   using Float = __m256;
@@ -181,7 +183,7 @@ struct Floats {
   }
 };
 
-// --- screen: 8 pairs of 16-bit integers ------------------------------------------------------------------------------------------------
+// --- screen: 8 pairs of 16-bit integers ----------------------------------------------------------
 
 struct Words : Floats {
   using Word = __m256i;
@@ -215,7 +217,7 @@ struct Words : Floats {
   }
 };
 
-// --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------------------------------------------
+// --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------
 
 __m256 lerp_step(__m256 a, __m256 b, __m256 w, bool from_base) {
   const __m256 r = _mm256_fmadd_ps(w, _mm256_sub_ps(b, a), from_base ? a : b);

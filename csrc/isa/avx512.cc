@@ -1,5 +1,5 @@
-// AVX-512 (F, BW, DQ, VL): 32 zmm registers, 2 FMA of 16 floats a cycle.
-// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+// AVX-512 (F, BW, DQ, VL): 32 zmm registers, 2 FMA of 16 floats a cycle. Includes only intrinsics and POD headers, and
+// everything is static: a weak symbol compiled here could be merged into baseline code.
 #include <immintrin.h>
 
 #include <cstddef>
@@ -16,7 +16,7 @@
 namespace refine_fast {
 namespace {
 
-// --- matmul: the tile of isa/tile_avx512.h over floats --------------------------------------------------------------------------------
+// --- matmul: the tile of isa/tile_avx512.h over floats -------------------------------------------
 
 struct FloatWords {
   using Word = float;
@@ -26,10 +26,10 @@ struct FloatWords {
 };
 constexpr auto tile = tile_avx512<FloatWords, 1>;
 
-const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, false>, pack_panel_f32<kNr, false>, tile, nullptr};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, true>, pack_panel_f32<kNr, true>, tile, nullptr};
+const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, false>, pack_panel_f32<kNr, false>, tile};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, true>, pack_panel_f32<kNr, true>, tile};
 
-// --- select: most scores lie below the band, so 64 of them are dismissed by four comparisons and one branch ---------------------------
+// --- select: most scores lie below the band, so four comparisons and one branch dismiss 64 of them ---
 
 int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
   const __m512 floor = _mm512_set1_ps(t->floor), sure = _mm512_set1_ps(t->sure), keep = _mm512_set1_ps(t->keep), ceil = _mm512_set1_ps(t->ceil);
@@ -51,7 +51,7 @@ int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t 
       const __mmask16 kept = _mm512_mask_cmp_ps_mask(hit[v], s[v], keep, _CMP_GE_OQ);
       const __mmask16 chosen = unsure | _mm512_mask_cmp_ps_mask(kept, s[v], ceil, _CMP_LE_OQ);
       between += __builtin_popcount(hit[v] & ~unsure & ~kept);
-      // compressed in a register: vpcompressps to memory is microcoded on Zen
+      // compressed in a register, since vpcompressps to memory is microcoded on Zen
       _mm512_storeu_ps(score + appended, _mm512_maskz_compress_ps(chosen, s[v]));
       _mm512_storeu_si512(index + appended,
                           _mm512_maskz_compress_epi32(chosen, _mm512_add_epi32(iota, _mm512_set1_epi32(first + static_cast<int32_t>(j) + 16 * v))));
@@ -85,7 +85,7 @@ double dot(const float* x, const float* y, int64_t d) {
 
 const SelectKernels select_kernels = {append, dot};
 
-// --- lerp: bound by the loads; the ragged tail is one masked step --------------------------------------------------------------------
+// --- lerp: bound by the loads; the ragged tail is one masked step --------------------------------
 
 void lerp_f32(const float* base, const float* tuned, int64_t n, float weight, float* out) {
   const bool from_base = __builtin_fabsf(weight) < 0.5f;

@@ -1,5 +1,6 @@
-// AVX-512 with VDPBF16PS and VPDPBUSD: two bf16, or four 8-bit integer, products into each of 16 sums.
-// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+// AVX-512 with VDPBF16PS and VPDPBUSD: two bf16 products, or four 8-bit integer products, into each of 16 sums.
+// Includes only intrinsics and POD headers, and everything is static: a weak symbol compiled here could be merged into
+// baseline code.
 #include <immintrin.h>
 
 #include "kernels/kernels.h"
@@ -11,7 +12,7 @@
 namespace refine_fast {
 namespace {
 
-// --- matmul: the tile of isa/tile_avx512.h over pairs of bf16 --------------------------------------------------------------------------
+// --- matmul: the tile of isa/tile_avx512.h over pairs of bf16 ------------------------------------
 
 constexpr int kKr = 2;
 
@@ -35,7 +36,7 @@ struct Bytes : Words {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
   }
   // x H / 8 for the signed 64 elements x and the Hadamard matrix H of 64
-  static void turn(__m512 x[4]) {
+  static void rotate(__m512 x[4]) {
     constexpr uint64_t kSigns = 0x9E3779B97F4A7C15u;
     for (int i = 0; i < 4; ++i) {
       __m512 y = _mm512_mul_ps(x[i], _mm512_set1_ps(0.125f));

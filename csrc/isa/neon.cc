@@ -1,5 +1,5 @@
-// NEON (Armv8-A): 32 registers of 4 floats.
-// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+// NEON (Armv8-A): 32 registers of 4 floats. Includes only intrinsics and POD headers, and everything is static: a weak
+// symbol compiled here could be merged into baseline code.
 #include <arm_neon.h>
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 namespace refine_fast {
 namespace {
 
-// --- matmul: 8 x 12 floats in 24 accumulators; panels k-major --------------------------------------------------------------------------
+// --- matmul: 8 x 12 floats in 24 accumulators; panels k-major ------------------------------------
 
 constexpr int kMr = 8, kNr = 12;
 
@@ -52,10 +52,10 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
     for (int j = 0; j < 3; ++j) vst1q_f32(c + 4 * j, accumulate ? vaddq_f32(vld1q_f32(c + 4 * j), sum[i][j]) : sum[i][j]);
 }
 
-constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile, nullptr};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile, nullptr};
+constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile};
 
-// --- select: most scores lie below the band, so 16 of them are dismissed by four comparisons and one branch ---------------------------
+// --- select: most scores lie below the band, so four comparisons and one branch dismiss 16 of them ---
 
 int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
   const float32x4_t floor = vdupq_n_f32(t->floor);
@@ -100,7 +100,7 @@ double dot(const float* x, const float* y, int64_t d) {
 
 const SelectKernels select_kernels = {append, dot};
 
-// --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------------------------------------------
+// --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------
 
 float32x4_t lerp_step(float32x4_t a, float32x4_t b, float32x4_t w, bool from_base) {
   return vbslq_f32(vceqq_f32(a, b), a, vfmaq_f32(from_base ? a : b, w, vsubq_f32(b, a)));
@@ -151,7 +151,8 @@ void lerp_change(const float* base, const float* out, int64_t n, Change* change)
 }
 
 const LerpKernels lerp = {lerp_f32, lerp_f64, lerp_change};
-// --- loss ------------------------------------------------------------------------------------------------------------------------------
+
+// --- loss ----------------------------------------------------------------------------------------
 
 struct Floats {
   using Float = float32x4_t;

@@ -1,5 +1,6 @@
-// Packing for the AVX-512 levels: 32-bit words (a float, or two neighbouring bf16) of up to 16 rows, interleaved row by row.
-// A source whose rows run along k is transposed 16 x 16 in registers; one whose rows lie side by side is copied.
+// Packing for the AVX-512 levels: 32-bit words (a float, or two neighbouring bf16) of up to 16 rows, interleaved row by
+// row. A source with rows along k is transposed 16 x 16 in registers, at 64 shuffles for 256 words; one with rows side
+// by side is copied.
 #pragma once
 #include <immintrin.h>
 
@@ -55,7 +56,7 @@ inline void pack_words_f32(const float* src, int64_t stride, int64_t k_stride, i
   }
 }
 
-// A panel of float32 words, k-major: width <= 32 rows a step. kRound: rounded to bf16 first (nearest even), kept as float32.
+// A panel of float32 words, k-major, up to 32 rows a step. kRound: rounded to bf16 (nearest even) but kept as float32.
 template <int kWidth, bool kRound>
 inline void pack_panel_f32(const float* src, int64_t stride, int64_t k_stride, int64_t rows, int64_t k, void* panel) {
   float* out = static_cast<float*>(panel);
@@ -124,7 +125,7 @@ inline __m512i load_halves(const uint16_t* src, int64_t stride, int64_t n) {
   return _mm512_load_si512(buffer);
 }
 
-// pack_panel_bf16 of what is bf16 already: rows that run along k hold the panel's words as they are
+// pack_panel_bf16 for a bf16 source: rows along k already hold the panel's words
 template <int kWidth, int kGranularity>
 inline void pack_panel_words(const uint16_t* src, int64_t stride, int64_t k_stride, int64_t rows, int64_t k, void* panel) {
   int32_t* out = static_cast<int32_t*>(panel);

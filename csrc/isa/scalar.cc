@@ -1,5 +1,5 @@
-// Plain C++: the level that every machine has, and the simplest statement of what each kernel computes.
-// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+// Plain C++: the level that every machine has. Each kernel is stated in its simplest form. Includes only intrinsics and
+// POD headers, and everything is static: a weak symbol compiled here could be merged into baseline code.
 #include <cstddef>
 
 #include "kernels/kernels.h"
@@ -11,7 +11,7 @@
 namespace refine_fast {
 namespace {
 
-// --- conversions ---------------------------------------------------------------------------------------------------------------------
+// --- conversions ---------------------------------------------------------------------------------
 
 float bits_to_float(uint32_t bits) {
   float f;
@@ -71,7 +71,7 @@ void from_f32(const float* src, Dtype dtype, int64_t n, void* dst) {
   }
 }
 
-// --- matmul: panels are k-major, one element of each of the 4 rows (columns) after the other ------------------------------------------
+// --- matmul: panels are k-major, one element of each of the 4 rows (columns) after the other -----
 
 constexpr int kMr = 4, kNr = 4;
 
@@ -95,10 +95,10 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
     for (int j = 0; j < kNr; ++j) c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sum[i][j];
 }
 
-constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<false>, pack<false>, tile, nullptr};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<true>, pack<true>, tile, nullptr};
+constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<false>, pack<false>, tile};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<true>, pack<true>, tile};
 
-// --- select --------------------------------------------------------------------------------------------------------------------------
+// --- select --------------------------------------------------------------------------------------
 
 int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
   int64_t appended = 0;
@@ -126,7 +126,8 @@ double dot(const float* x, const float* y, int64_t d) {
 }
 
 const SelectKernels select_kernels = {append, dot};
-// --- loss ------------------------------------------------------------------------------------------------------------------------------
+
+// --- loss ----------------------------------------------------------------------------------------
 
 struct Floats {
   using Float = float;
@@ -148,7 +149,7 @@ struct Floats {
   static float largest(float x) { return x; }
 };
 
-// --- lerp: libm's fma rounds once, with or without the instruction -------------------------------------------------------------------
+// --- lerp: libm's fma rounds once, with or without the instruction -------------------------------
 
 void lerp_f32(const float* base, const float* tuned, int64_t n, float weight, float* out) {
   const bool from_base = __builtin_fabsf(weight) < 0.5f;

@@ -1,4 +1,5 @@
-// Vectors of 16 for the kernels that are written once over every level's vectors (isa/loss_simd.h, isa/screen_int.h).
+// Vectors of 16 floats or words for the kernels that are written once for all levels (isa/loss_simd.h,
+// isa/screen_int.h).
 #pragma once
 #include <immintrin.h>
 
@@ -33,8 +34,8 @@ struct Floats {
 // 16 words of two 16-bit integers
 struct Words : Floats {
   using Word = __m512i;
-  static constexpr int packed = 2, largest_integer = 32766;  // below 32767: the scale is rounded to float
-  using Sum = __v16si;  // and not __m512i: gcc 12 keeps a copy of each sum in either type
+  static constexpr int packed = 2, largest_integer = 32766;  // below 32767, since the scale is rounded to float
+  using Sum = __v16si;  // not __m512i: gcc 12 would keep a copy of each sum in both types
   static __m512i zero() { return _mm512_setzero_si512(); }
   static __m512i broadcast(int32_t pair) { return _mm512_set1_epi32(pair); }
   static __m512i load_words(const int32_t* p) { return _mm512_loadu_si512(p); }

@@ -1,4 +1,4 @@
-// What csrc/cuda uses of the CUDA runtime and its device functions, over the emulated machine.
+// The part of the CUDA runtime and of its device functions that csrc/cuda uses, on the emulated machine.
 #pragma once
 #include <cfenv>
 #include <climits>
@@ -18,7 +18,7 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// --- host ----------------------------------------------------------------------------------------------------------------------------
+// --- host ----------------------------------------------------------------------------------------
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2 };
@@ -52,7 +52,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   gridDim = config->gridDim, blockDim = config->blockDim;
-  if (blockDim.x == 0 || blockDim.x % emulated::kWarp != 0 || blockDim.x > emulated::kMostThreads || gridDim.x == 0 ||
+  if (blockDim.x == 0 || blockDim.x % emulated::kWarp != 0 || blockDim.x > emulated::kMaxThreads || gridDim.x == 0 ||
       blockDim.y * blockDim.z * gridDim.y * gridDim.z != 1 || config->dynamicSmemBytes > static_cast<size_t>(emulated::device.shared_bytes))
     return cudaErrorInvalidValue;
   const bool done = emulated::machine.run(
@@ -61,7 +61,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return done ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
-// --- threads together ----------------------------------------------------------------------------------------------------------------
+// --- threads together ----------------------------------------------------------------------------
 
 inline void __syncthreads() { emulated::machine.barrier(); }
 
@@ -93,10 +93,10 @@ T atomicMin(T* at, U x) {
   return std::exchange(*at, std::min(*at, static_cast<T>(x)));
 }
 
-// --- arithmetic ------------------------------------------------------------------------------------------------------------------------
+// --- arithmetic ----------------------------------------------------------------------------------
 
 namespace emulated {
-// volatile: the operation stays between the changes of mode, which the compiler knows nothing of
+// volatile keeps the operation between the changes of mode, of which the compiler does not know
 template <int kMode, class T, class Compute>
 float rounded(T x, T y, Compute compute) {
   volatile T first = x, second = y;
