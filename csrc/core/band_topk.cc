@@ -16,9 +16,9 @@ namespace refine_fast {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kSmallestNorm = 1e-12;  // eps of torch.nn.functional.normalize: a zero row stays zero
-constexpr size_t kPrefetchDocuments = 4;             // prefetch distance while rescoring
-constexpr int64_t kSlack = 16;           // SelectKernels::append writes up to a vector beyond
+constexpr double kSmallestNorm = 1e-12;   // eps of torch.nn.functional.normalize: a zero row stays zero
+constexpr size_t kPrefetchDocuments = 4;  // prefetch distance while rescoring
+constexpr int64_t kSlack = 16;            // SelectKernels::append writes up to a vector beyond
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
@@ -34,7 +34,8 @@ bool better(const Hit& a, const Hit& b) { return a.score > b.score || (a.score =
 Status bad_row(const char* what, int64_t row, bool finite) {
   Status status{Code::invalid};
   std::snprintf(status.message, sizeof(status.message), "row %lld of %s %s", static_cast<long long>(row), what,
-                finite ? "has a norm above 1e18; scale the rows, or pass normalize=True" : "holds NaN or Inf; leave such rows out");
+                finite ? "has a norm above 1e18; scale the rows, or pass normalize=True"
+                       : "holds NaN or Inf; leave such rows out");
   return status;
 }
 
@@ -48,8 +49,8 @@ BandSearch::Plan::Plan(const BandSpec& spec, const ScreenKernels& screen) {
   kept = spec.random ? spec.skip : spec.k + spec.skip;
   drawn = spec.random ? spec.k + spec.skip : 0;
   pending = strip + kSlack + std::max<int64_t>(256, kept / 4);
-  bytes_per_query = spec.d * 4 + panel_a / screen.mr + (kept + drawn) * static_cast<int64_t>(sizeof(Hit)) + pending * 8 +
-                    static_cast<int64_t>(sizeof(Query));
+  bytes_per_query = spec.d * 4 + panel_a / screen.mr + (kept + drawn) * static_cast<int64_t>(sizeof(Hit)) +
+                    pending * 8 + static_cast<int64_t>(sizeof(Query));
   const int64_t scratch = (std::max(screen.nr, screen.mr) * spec.d + screen.mr * strip) * 4 + pending * sizeof(Doubt);
   bytes_fixed = block / screen.nr * panel_b + block * 12 + scratch * spec.threads;
 }
@@ -90,7 +91,8 @@ BandSearch::BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const 
 
 // Packs `count` rows into one panel of the screen and reports on each. float32 rows are read in place, others are
 // converted in scratch.
-void BandSearch::pack(const Rows& rows, int64_t count, PackPanel pack, char* panel, Scratch& scratch, Operand* operands) const {
+void BandSearch::pack(const Rows& rows, int64_t count, PackPanel pack, char* panel, Scratch& scratch,
+                      Operand* operands) const {
   const int64_t d = spec_.d;
   const bool copied = rows.dtype != Dtype::f32 || spec_.normalize;
   const int64_t stride = copied ? d : rows.row_bytes / 4;
@@ -276,8 +278,9 @@ void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratc
     }
     if (query.pending + columns + kSlack > plan_.pending) flush(row, block, scratch);
     const int64_t at = row * plan_.pending + query.pending;
-    query.pending += static_cast<int32_t>(kernels_.select->append(scores, columns, &query.thresholds, static_cast<int32_t>(start),
-                                                                  &pending_column_[at], &pending_score_[at], &query.inside));
+    query.pending +=
+        static_cast<int32_t>(kernels_.select->append(scores, columns, &query.thresholds, static_cast<int32_t>(start),
+                                                     &pending_column_[at], &pending_score_[at], &query.inside));
   }
 }
 
@@ -327,12 +330,14 @@ void BandSearch::finish(int64_t* ids, float* scores, int64_t* in_band) {
     Hit *const hits = hits_.data() + row * plan_.kept, *const hits_end = hits + query.kept;
     Hit *const drawn = drawn_.data() + row * plan_.drawn, *drawn_end = drawn + query.drawn;
     std::sort(hits, hits_end, better);
-    const int64_t skipped = spec_.order == Order::band_then_skip ? spec_.skip : spec_.skip - std::min(query.above, spec_.skip);
+    const int64_t skipped =
+        spec_.order == Order::band_then_skip ? spec_.skip : spec_.skip - std::min(query.above, spec_.skip);
     in_band[row] = std::max<int64_t>(0, query.inside - skipped);
     const Hit* chosen = hits + std::min<int64_t>(skipped, query.kept);
     int64_t found = std::min<int64_t>(k, hits_end - chosen);
     if (spec_.random) {
-      drawn_end = std::remove_if(drawn, drawn_end, [&](const Hit& hit) { return chosen > hits && !better(chosen[-1], hit); });
+      drawn_end =
+          std::remove_if(drawn, drawn_end, [&](const Hit& hit) { return chosen > hits && !better(chosen[-1], hit); });
       std::sort(drawn, drawn_end, [&](const Hit& a, const Hit& b) { return hash(query, a.id) < hash(query, b.id); });
       chosen = drawn, found = std::min<int64_t>(k, drawn_end - drawn);
       std::sort(drawn, drawn + found, better);

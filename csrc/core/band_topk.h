@@ -49,7 +49,7 @@ enum class Order : int32_t { skip_then_band = 0, band_then_skip = 1 };
 struct BandSpec {
   int64_t d, k, skip;
   double lo;
-  bool random;     // take the k smallest hash64(seed, query, document) instead of the k most similar
+  bool random;  // take the k smallest hash64(seed, query, document) instead of the k most similar
   uint64_t seed;
   Order order;
   bool normalize;
@@ -131,8 +131,8 @@ class BandSearch {
     bool finite;
     bool usable() const { return finite && size <= kLargestNorm; }
   };
-  static constexpr int kLargestPanel = 64;        // rows; no level has a larger tile
-  static constexpr double kLargestNorm = 1e18;    // beyond it, a product of two rows could overflow float32
+  static constexpr int kLargestPanel = 64;      // rows; no level has a larger tile
+  static constexpr double kLargestNorm = 1e18;  // beyond it, a product of two rows could overflow float32
   using PackPanel = decltype(ScreenKernels::pack_a);
 
   void pack(const Rows& rows, int64_t count, PackPanel pack, char* panel, Scratch& scratch, Operand* operands) const;
@@ -153,15 +153,15 @@ class BandSearch {
   const int64_t first_, rows_;
   const double* const hi_;
   const Ragged exclude_;
-  std::vector<float> queries_;                    // (rows, d)
-  std::vector<Query> state_;                      // (rows)
-  std::vector<Hit> hits_, drawn_;                 // (rows, kept) heaps by score, (rows, drawn) by hash
-  std::vector<int32_t> pending_column_;           // (rows, pending)
+  std::vector<float> queries_;           // (rows, d)
+  std::vector<Query> state_;             // (rows)
+  std::vector<Hit> hits_, drawn_;        // (rows, kept) heaps by score, (rows, drawn) by hash
+  std::vector<int32_t> pending_column_;  // (rows, pending)
   std::vector<float> pending_score_;
-  std::vector<double> norms_;                     // (block)
-  std::vector<float> residuals_;                  // (block) |y - y'|
+  std::vector<double> norms_;     // (block)
+  std::vector<float> residuals_;  // (block) |y - y'|
   Buffer<char> packed_queries_, packed_documents_;
-  std::vector<Scratch> scratch_;                  // per thread
+  std::vector<Scratch> scratch_;  // per thread
 };
 
 }  // namespace refine_fast

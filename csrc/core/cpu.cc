@@ -107,7 +107,8 @@ Isa from_environment() {
   std::string names;
   for (Isa level : kAll)
     if (isa_available(level)) names += (names.empty() ? "" : ", ") + std::string(isa_name(level));
-  throw IsaSettingError(std::string("REFINE_FAST_ISA is '") + name + "'; this machine has the levels " + names + ": set one of them, or unset it");
+  throw IsaSettingError(std::string("REFINE_FAST_ISA is '") + name + "'; this machine has the levels " + names +
+                        ": set one of them, or unset it");
 }
 
 }  // namespace

@@ -19,7 +19,8 @@ namespace refine_fast {
 int64_t InfoNCESolver::rows_of_strip(const InfoNCE& t, int64_t pitch, int64_t hard_pitch, const MatmulKernels& mm) {
   const int64_t packed = mm.element_bytes, width = t.width * (4 + packed + (t.coefficients ? packed : 0));
   const int64_t row_bytes = 4 * t.prefix_count * (pitch + 2 * hard_pitch) + width + kBlock * (4 + 2 * packed);
-  return std::min(std::clamp(kStripBytes / row_bytes, int64_t{mm.mr}, kMaxRows) / mm.mr * mm.mr, round_up(t.rows, mm.mr));
+  return std::min(std::clamp(kStripBytes / row_bytes, int64_t{mm.mr}, kMaxRows) / mm.mr * mm.mr,
+                  round_up(t.rows, mm.mr));
 }
 
 InfoNCESolver::InfoNCESolver(const InfoNCE& t)
@@ -68,7 +69,8 @@ InfoNCESolver::InfoNCESolver(const InfoNCE& t)
     slice.packed_rows += bytes_b(mm_, slice.width, strip_rows_);
   }
   // The row kernels read beyond the last column; -inf is never a negative.
-  for (int64_t r = 0; r < prefixes_ * strip_rows_; ++r) std::fill(strip_ + r * pitch_ + t.columns, strip_ + (r + 1) * pitch_, -kInfinity);
+  for (int64_t r = 0; r < prefixes_ * strip_rows_; ++r)
+    std::fill(strip_ + r * pitch_ + t.columns, strip_ + (r + 1) * pitch_, -kInfinity);
 }
 
 const float* InfoNCESolver::load(const void* src, int64_t begin, int64_t n, float* scratch) const {
@@ -82,7 +84,8 @@ const float* InfoNCESolver::load(const void* src, int64_t begin, int64_t n, floa
 void InfoNCESolver::index_documents() {
   std::vector<int64_t> order(t_.columns);
   std::iota(order.begin(), order.end(), int64_t{0});
-  if (t_.doc_ids) std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return t_.doc_ids[i] < t_.doc_ids[j]; });
+  if (t_.doc_ids)
+    std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return t_.doc_ids[i] < t_.doc_ids[j]; });
   int32_t id = -1;
   for (int64_t j = 0; j < t_.columns; ++j)
     ids_[order[j]] = j > 0 && t_.doc_ids && t_.doc_ids[order[j]] == t_.doc_ids[order[j - 1]] ? id : ++id;
@@ -106,7 +109,8 @@ Status InfoNCESolver::run() {
   if (t_.normalize) find_norms();
   index_documents();
   std::vector<Strip> strips;
-  for (int64_t begin = 0; begin < t_.rows; begin += strip_rows_) strips.push_back({begin, std::min(strip_rows_, t_.rows - begin)});
+  for (int64_t begin = 0; begin < t_.rows; begin += strip_rows_)
+    strips.push_back({begin, std::min(strip_rows_, t_.rows - begin)});
   if (t_.symmetric) {
     index_pairs();
     score_pairs();
@@ -147,7 +151,8 @@ Status InfoNCESolver::check_rows(const char* name, const void* x, int64_t n, con
   Status status;
   if (found == n) return status;
   status.code = Code::invalid;
-  std::snprintf(status.message, sizeof status.message, "info_nce: row %lld of %s holds NaN or infinity", static_cast<long long>(found), name);
+  std::snprintf(status.message, sizeof status.message, "info_nce: row %lld of %s holds NaN or infinity",
+                static_cast<long long>(found), name);
   return status;
 }
 
@@ -156,7 +161,8 @@ Status InfoNCESolver::check_losses() const {
   for (int64_t n = 0; n < prefixes_ * directions_ * t_.rows && status; ++n)
     if (!std::isfinite(t_.loss[n])) {
       status.code = Code::invalid;
-      std::snprintf(status.message, sizeof status.message, "info_nce: the loss of row %lld is not finite: a product of q and d or hard overflows float32",
+      std::snprintf(status.message, sizeof status.message,
+                    "info_nce: the loss of row %lld is not finite: a product of q and d or hard overflows float32",
                     static_cast<long long>(n % t_.rows));
     }
   return status;
@@ -168,7 +174,8 @@ Status info_nce(const InfoNCE& task) {
   } catch (const std::bad_alloc&) {
     Status status;
     status.code = Code::no_memory;
-    std::snprintf(status.message, sizeof status.message, "info_nce: no memory for the working buffers of %lld columns of width %lld",
+    std::snprintf(status.message, sizeof status.message,
+                  "info_nce: no memory for the working buffers of %lld columns of width %lld",
                   static_cast<long long>(task.columns), static_cast<long long>(task.width));
     return status;
   }

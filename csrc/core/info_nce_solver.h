@@ -77,15 +77,16 @@ class InfoNCESolver {
   struct Slice {
     int64_t begin, width, packed_q, packed_rows;
   };
-  struct Row {              // of a strip, under one prefix
-    float top, ceiling;     // the largest score, and the largest that a negative may have
+  struct Row {               // of a strip, under one prefix
+    float top, ceiling;      // the largest score, and the largest that a negative may have
     float factor, positive;  // G = factor exp((s - top) / tau); G of the positive
-    float moment;           // sum_j G_ij s_ij
+    float moment;            // sum_j G_ij s_ij
   };
   // The other direction under one prefix, by slot: the pair's score, the margin's ceiling, the maximum and the sum over
   // its negatives, by how much rounding made the sum too large, coefficient / (2 tau sum)
   struct Pairs {
-    explicit Pairs(int64_t slots) : positive(slots), ceiling(slots), top(slots), sum(slots), excess(slots), weight(slots) {}
+    explicit Pairs(int64_t slots)
+        : positive(slots), ceiling(slots), top(slots), sum(slots), excess(slots), weight(slots) {}
     std::vector<float> positive, ceiling, top, sum, excess, weight;
   };
 
@@ -101,7 +102,9 @@ class InfoNCESolver {
   float norm_d(int64_t m, int64_t j) const { return t_.normalize ? norm_d_[m * t_.columns + j] : 1.0f; }
   float* scratch(int thread) const { return scratch_ + thread * scratch_floats_; }
   float* slot_scratch(int thread) const { return slot_scratch_.get() + thread * 2 * max_slots_; }
-  const void* at(const void* src, int64_t element) const { return static_cast<const char*>(src) + element * element_bytes_; }
+  const void* at(const void* src, int64_t element) const {
+    return static_cast<const char*>(src) + element * element_bytes_;
+  }
   // rows begin .. begin + n as float32: the source itself, or `scratch`
   const float* load(const void* src, int64_t begin, int64_t n, float* scratch) const;
   // whether hard negative k of query i takes part

@@ -17,15 +17,17 @@ constexpr int64_t kBlock = 1024;
 
 template <int kExponentBits>
 struct Fp8 {
-  static constexpr int kMantissaBits = 7 - kExponentBits, kBias = (1 << (kExponentBits - 1)) - 1, kShift = 23 - kMantissaBits;
+  static constexpr int kMantissaBits = 7 - kExponentBits, kBias = (1 << (kExponentBits - 1)) - 1,
+                       kShift = 23 - kMantissaBits;
   static constexpr bool kHasInfinity = kExponentBits == 5;  // e4m3 ("fn") ends at 448 and has NaN only
 
   static std::array<float, 256> decode_table() {
     std::array<float, 256> table;
     for (int i = 0; i < 256; ++i) {
       const int exponent = (i & 0x7f) >> kMantissaBits, mantissa = i & ((1 << kMantissaBits) - 1);
-      float f = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), 1 - kBias - kMantissaBits)
-                              : std::ldexp(static_cast<float>((1 << kMantissaBits) + mantissa), exponent - kBias - kMantissaBits);
+      float f = exponent == 0
+                    ? std::ldexp(static_cast<float>(mantissa), 1 - kBias - kMantissaBits)
+                    : std::ldexp(static_cast<float>((1 << kMantissaBits) + mantissa), exponent - kBias - kMantissaBits);
       if (kHasInfinity && exponent == 31) f = mantissa ? NAN : INFINITY;
       if (!kHasInfinity && (i & 0x7f) == 0x7f) f = NAN;
       table[static_cast<size_t>(i)] = (i & 0x80) ? -f : f;
@@ -95,8 +97,8 @@ void to_f64(Storage type, const void* src, int64_t n, double* dst) {
   for (int64_t i = 0; i < n; ++i) dst[i] = block[i];
 }
 
-void block_in_f32(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out, int64_t n, double weight,
-                  Change* change) {
+void block_in_f32(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type,
+                  void* out, int64_t n, double weight, Change* change) {
   alignas(64) float a[kBlock], b[kBlock], o[kBlock];
   to_f32(base_type, base, n, a);
   to_f32(tuned_type, tuned, n, b);
@@ -107,7 +109,8 @@ void block_in_f32(Storage base_type, const void* base, Storage tuned_type, const
   kernels().lerp->change(a, o, n, change);
 }
 
-void block_in_f64(const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out, int64_t n, double weight, Change* change) {
+void block_in_f64(const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out, int64_t n,
+                  double weight, Change* change) {
   alignas(64) double a[kBlock], b[kBlock], o[kBlock];
   to_f64(Storage::f64, base, n, a);
   to_f64(tuned_type, tuned, n, b);
@@ -133,11 +136,12 @@ void block_in_f64(const void* base, Storage tuned_type, const void* tuned, Stora
 
 void storage_to_f32(Storage type, const void* src, int64_t n, float* dst) {
   const char* s = static_cast<const char*>(src);
-  for (int64_t i = 0; i < n; i += kBlock) to_f32(type, s + i * storage_bytes(type), n - i < kBlock ? n - i : kBlock, dst + i);
+  for (int64_t i = 0; i < n; i += kBlock)
+    to_f32(type, s + i * storage_bytes(type), n - i < kBlock ? n - i : kBlock, dst + i);
 }
 
-void lerp(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out, int64_t n, double weight,
-          Change* change) {
+void lerp(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out,
+          int64_t n, double weight, Change* change) {
   const char *a = static_cast<const char*>(base), *b = static_cast<const char*>(tuned);
   char* o = static_cast<char*>(out);
   for (int64_t left = n; left > 0;) {

@@ -17,8 +17,8 @@ constexpr int64_t storage_bytes(Storage s) {
 
 // Pointers need no alignment, and out may be base. Arithmetic is in float64 if base is f64, else in float32, with one
 // rounding to nearest even into out's type. `change` may be null.
-void lerp(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out, int64_t n, double weight,
-          Change* change);
+void lerp(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out,
+          int64_t n, double weight, Change* change);
 
 // Converts n elements of src to float32 in dst, which is aligned.
 void storage_to_f32(Storage type, const void* src, int64_t n, float* dst);

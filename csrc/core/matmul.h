@@ -19,11 +19,13 @@ inline int64_t bytes_b(const MatmulKernels& kernels, int64_t cols, int64_t k) {
 
 // Pack a matrix panel after panel. Element (row, p) of A is src[row * row_stride + p * k_stride], (p, col) of B src[col
 // * col_stride + p * k_stride].
-void pack_a(const MatmulKernels& kernels, const float* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, char* out);
-void pack_b(const MatmulKernels& kernels, const float* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, char* out);
+void pack_a(const MatmulKernels& kernels, const float* src, int64_t row_stride, int64_t k_stride, int64_t rows,
+            int64_t k, char* out);
+void pack_b(const MatmulKernels& kernels, const float* src, int64_t col_stride, int64_t k_stride, int64_t cols,
+            int64_t k, char* out);
 
 // C[rows x cols] (+)= A B of packed operands. Nothing else of C is touched.
-void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t rows, int64_t cols, int64_t k, float* c, int64_t ldc,
-            bool accumulate);
+void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t rows, int64_t cols, int64_t k, float* c,
+            int64_t ldc, bool accumulate);
 
 }  // namespace refine_fast

@@ -33,7 +33,8 @@ struct Output {
 };
 
 // `overlap`: reads and writes run beside the arithmetic, in threads of their own; else one after the other.
-Status merge(const std::vector<File>& files, const std::vector<Piece>& pieces, const std::vector<LowRankFactors>& factors,
-             std::vector<Output>& outputs, bool overlap, const OnBlock& on_block);
+Status merge(const std::vector<File>& files, const std::vector<Piece>& pieces,
+             const std::vector<LowRankFactors>& factors, std::vector<Output>& outputs, bool overlap,
+             const OnBlock& on_block);
 
 }  // namespace refine_fast

@@ -22,7 +22,9 @@ struct Lists {
 };
 
 struct MoreSimilar {
-  __device__ bool operator()(const Hit& a, const Hit& b) const { return a.score > b.score || (a.score == b.score && a.id < b.id); }
+  __device__ bool operator()(const Hit& a, const Hit& b) const {
+    return a.score > b.score || (a.score == b.score && a.id < b.id);
+  }
 };
 struct SmallerHash {
   const Query& query;
@@ -48,7 +50,8 @@ __device__ void sort(Hit* list, int count, Before before) {
     }
     __syncthreads();
     for (int step = half / 2; step > 0; step /= 2) {
-      for (int t = threadIdx.x; t < pairs; t += blockDim.x) exchange(t / step * step * 2 + t % step, t / step * step * 2 + t % step + step);
+      for (int t = threadIdx.x; t < pairs; t += blockDim.x)
+        exchange(t / step * step * 2 + t % step, t / step * step * 2 + t % step + step);
       __syncthreads();
     }
   }
@@ -60,8 +63,10 @@ __device__ int rank(const Hit* list, int count, const Hit& hit, Before before) {
   int low = 0;
   while (low < count) {
     const int middle = (low + count) / 2;
-    if (before(list[middle], hit)) low = middle + 1;
-    else count = middle;
+    if (before(list[middle], hit))
+      low = middle + 1;
+    else
+      count = middle;
   }
   return low;
 }

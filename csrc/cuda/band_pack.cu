@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(Pack p) {
       float x[kInFlight];
       load_ahead(p.rows.row<T>(first + r), j, p.d, x);
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u) sum = fma(static_cast<double>(x[u]), static_cast<double>(x[u]), sum), most = fmaxf(most, fabsf(x[u]));
+      for (int u = 0; u < kInFlight; ++u)
+        sum = fma(static_cast<double>(x[u]), static_cast<double>(x[u]), sum), most = fmaxf(most, fabsf(x[u]));
     }
     sum = fold(sum);
     const double norm = p.normalize ? fmax(sqrt(sum), kSmallestNorm) : 1.0, own = sqrt(sum) / norm * (1 + 0x1p-20);
@@ -49,8 +50,10 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(Pack p) {
     if (lane_id() == 0) {
       raise_to(&largest, static_cast<float>(most / norm));
       const auto row = static_cast<unsigned long long>(p.first_id + first + r);
-      if (!isfinite(sum)) atomicMin(p.bad_row, 2 * row);
-      else if (own > kLargestNorm) atomicMin(p.bad_row, 2 * row + 1);
+      if (!isfinite(sum))
+        atomicMin(p.bad_row, 2 * row);
+      else if (own > kLargestNorm)
+        atomicMin(p.bad_row, 2 * row + 1);
       norms[r] = p.norms[first + r] = norm;
       sizes[r] = own;
     }
@@ -84,7 +87,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(Pack p) {
       const double own = sqrt(squares) * (1 + 0x1p-10) * unscale + (p.normalize ? 0x1p-23 * sizes[r] : 0.0);
       raise_to(&size, __double2float_ru(sizes[r]));
       raise_to(&residual, __double2float_ru(own));
-      if (p.edges != nullptr) p.edges[first + r] = {0, __double2float_ru(own), __double2float_ru(sizes[r] + own), scale};
+      if (p.edges != nullptr)
+        p.edges[first + r] = {0, __double2float_ru(own), __double2float_ru(sizes[r] + own), scale};
     }
   }
   __syncthreads();

@@ -24,7 +24,9 @@ struct Rows {
     return static_cast<const T*>(data) + i * stride;
   }
   __device__ float at(int64_t i, int64_t j) const {
-    return dtype == Dtype::f32 ? row<float>(i)[j] : dtype == Dtype::f16 ? to_float(row<__half>(i)[j]) : to_float(row<__nv_bfloat16>(i)[j]);
+    return dtype == Dtype::f32   ? row<float>(i)[j]
+           : dtype == Dtype::f16 ? to_float(row<__half>(i)[j])
+                                 : to_float(row<__nv_bfloat16>(i)[j]);
   }
 };
 

@@ -41,14 +41,14 @@ namespace {
 constexpr int kTileM = 128, kScreenThreads = 256;
 // Of a tile in shared memory: 8 chunks of 16 bytes, chunk c of row r at place c ^ (r % 8).
 constexpr int kRowBytes = kTileK * 2;
-constexpr int kRasterHeight = 16;      // tiles of queries that share their pass over the documents and stay in L2
+constexpr int kRasterHeight = 16;  // tiles of queries that share their pass over the documents and stay in L2
 
 template <int kTileN, int kStages>
 struct ScreenShared {
-  static constexpr int kDocs = kTileM * kRowBytes;             // offset of a stage's documents, behind its queries
+  static constexpr int kDocs = kTileM * kRowBytes;  // offset of a stage's documents, behind its queries
   static constexpr int kStage = kDocs + kTileN * kRowBytes;
-  static constexpr int kSlots = kStages + 1;                   // tiles whose edges are being copied or in use
-  static constexpr int kSlot = (kTileM + 1) * sizeof(Edge);    // an edge for each query, and the panel
+  static constexpr int kSlots = kStages + 1;                 // tiles whose edges are being copied or in use
+  static constexpr int kSlot = (kTileM + 1) * sizeof(Edge);  // an edge for each query, and the panel
   static constexpr int kBytes = kStages * kStage + kSlots * kSlot;
 };
 
@@ -99,7 +99,8 @@ __global__ void __launch_bounds__(kScreenThreads, 1) screen_kernel(Screen p) {
       for (int i = 0; i < kTileM / 32; ++i) copy_async(a + i * 32 * kRowBytes, a_from[i] + next_step * kTileK);
 #pragma unroll
       for (int i = 0; i < kTileN / 32; ++i)
-        copy_async(a + Shared::kDocs + i * 32 * kRowBytes, b_from + static_cast<int64_t>(i) * 32 * p.width + next_step * kTileK);
+        copy_async(a + Shared::kDocs + i * 32 * kRowBytes,
+                   b_from + static_cast<int64_t>(i) * 32 * p.width + next_step * kTileK);
       if (++next_step == steps) next_step = 0, ++next_tile;
     }
     copy_async_commit();
@@ -122,7 +123,8 @@ __global__ void __launch_bounds__(kScreenThreads, 1) screen_kernel(Screen p) {
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j) multiply_add(sums[i][j], a[set][i], b[set][j / 2][j % 2 * 2], b[set][j / 2][j % 2 * 2 + 1]);
+      for (int j = 0; j < kTilesN; ++j)
+        multiply_add(sums[i][j], a[set][i], b[set][j / 2][j % 2 * 2], b[set][j / 2][j % 2 * 2 + 1]);
   };
 
 #pragma unroll
@@ -172,15 +174,18 @@ __global__ void __launch_bounds__(kScreenThreads, 1) screen_kernel(Screen p) {
 
       const int query = query_of(m * kTileM + tile_row);
       const Query& state = p.states[query];
-      const float sure = __fmul_ru(__fadd_ru(p.low, e), scale), keep = fmaxf(sure, __fmul_rd(__fsub_rd(state.best, e), scale));
+      const float sure = __fmul_ru(__fadd_ru(p.low, e), scale),
+                  keep = fmaxf(sure, __fmul_rd(__fsub_rd(state.best, e), scale));
       const float ceil = __fmul_ru(__fadd_ru(state.top, e), scale);
       uint32_t counted = 0, appended = 0;
 #pragma unroll
       for (int i = 0; i < 2 * kTilesN; ++i) {
         const float s = score(i);
         if (s >= floor && column_of(i) < p.end) {
-          if (s >= sure && s < keep) counted |= 1u << i;
-          else if (s <= ceil) appended |= 1u << i;
+          if (s >= sure && s < keep)
+            counted |= 1u << i;
+          else if (s <= ceil)
+            appended |= 1u << i;
         }
       }
       if (state.excluded < p.first_id + first_column + kTileN) {
@@ -200,7 +205,8 @@ __global__ void __launch_bounds__(kScreenThreads, 1) screen_kernel(Screen p) {
       if (appended != 0) {
         int at = atomicAdd(p.found + query, __popc(appended));
         for (; appended != 0 && at < p.capacity; appended &= appended - 1)
-          p.candidates[static_cast<int64_t>(query) * p.capacity + at++] = column_of(__ffs(static_cast<int>(appended)) - 1);
+          p.candidates[static_cast<int64_t>(query) * p.capacity + at++] =
+              column_of(__ffs(static_cast<int>(appended)) - 1);
       }
     }
     // The four lanes of a row add up; each writes two of the eight rows.
@@ -208,7 +214,8 @@ __global__ void __launch_bounds__(kScreenThreads, 1) screen_kernel(Screen p) {
     for (int half = 0; half < 2; ++half) {
       tally[half] += __shfl_xor_sync(kWholeWarp, tally[half], 1);
       tally[half] += __shfl_xor_sync(kWholeWarp, tally[half], 2);
-      const int count = tally[half] >> (lane % 4 * 8) & 0xff, tile_row = warp_m * 64 + (half * 4 + lane % 4) * 8 + lane / 4;
+      const int count = tally[half] >> (lane % 4 * 8) & 0xff,
+                tile_row = warp_m * 64 + (half * 4 + lane % 4) * 8 + lane / 4;
       if (count != 0) atomicAdd(p.counted + query_of(m * kTileM + tile_row), count);
     }
 #pragma unroll
@@ -232,7 +239,8 @@ cudaError_t launch_screen(const Screen& screen, void* stream) {
   REFINE_FAST_TRY(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   using Large = ScreenShared<256, 3>;
   using Small = ScreenShared<128, 2>;
-  if (shared >= Large::kBytes) return launch(screen_kernel<256, 3>, processors, kScreenThreads, Large::kBytes, stream, screen);
+  if (shared >= Large::kBytes)
+    return launch(screen_kernel<256, 3>, processors, kScreenThreads, Large::kBytes, stream, screen);
   return launch(screen_kernel<128, 2>, processors, kScreenThreads, Small::kBytes, stream, screen);
 }
 

@@ -19,10 +19,10 @@ struct Screen {
   const Query* states;
   Exclude exclude;
   bool random;
-  float low, sum;         // lo rounded up; (d + 16) 2^-22
-  int32_t* found;         // (rows): how many candidates each query has; may exceed `capacity`
-  int32_t* counted;       // (rows): documents that are certainly in the band and certainly not chosen
-  int32_t* candidates;    // (rows, capacity): documents of the block
+  float low, sum;       // lo rounded up; (d + 16) 2^-22
+  int32_t* found;       // (rows): how many candidates each query has; may exceed `capacity`
+  int32_t* counted;     // (rows): documents that are certainly in the band and certainly not chosen
+  int32_t* candidates;  // (rows, capacity): documents of the block
   int32_t capacity;
 };
 

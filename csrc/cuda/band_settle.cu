@@ -24,12 +24,15 @@ __device__ void pass_excluded(Query& query, const Exclude& exclude, int64_t row,
 
 __device__ void set_thresholds(Query& query, const Rule& rule, const Lists& lists, int64_t row) {
   const bool full = query.kept == lists.kept;
-  const double worst = !full ? -kInfinity : lists.kept == 0 ? kInfinity : lists.hits[row * lists.kept + lists.kept - 1].score;
+  const double worst = !full             ? -kInfinity
+                       : lists.kept == 0 ? kInfinity
+                                         : lists.hits[row * lists.kept + lists.kept - 1].score;
   query.best = __double2float_rd(fmin(worst, query.hi));
   query.top = rule.band_first || query.above >= rule.skip ? __double2float_ru(query.hi) : static_cast<float>(kInfinity);
   query.last_hash = query.drawn < lists.drawn_room ? ~uint64_t{0}
-                    : lists.drawn_room == 0       ? 0
-                                                  : hash(query, lists.drawn[row * lists.drawn_room + lists.drawn_room - 1].id);
+                    : lists.drawn_room == 0
+                        ? 0
+                        : hash(query, lists.drawn[row * lists.drawn_room + lists.drawn_room - 1].id);
 }
 
 __global__ void begin_kernel(Begin p) {
@@ -73,19 +76,22 @@ __global__ void __launch_bounds__(kSettleThreads) settle_kernel(Settle p) {
       sum = fold(sum);
       const double score = p.rule.normalize ? sum / (query.norm * p.doc_norms[doc]) : sum;
       if (lane_id() == 0) {
-        if (score > query.hi) atomicAdd(&above, 1);
-        else if (score >= p.rule.lo) fresh[atomicAdd(&fresh_count, 1)] = {score, p.first_id + doc};
+        if (score > query.hi)
+          atomicAdd(&above, 1);
+        else if (score >= p.rule.lo)
+          fresh[atomicAdd(&fresh_count, 1)] = {score, p.first_id + doc};
       }
     }
     __syncthreads();
     query.above += above, query.inside += fresh_count;
     const int count = fresh_count;
     sort(fresh, count, MoreSimilar{});
-    query.kept = merge(p.lists.hits + static_cast<int64_t>(row) * p.lists.kept, query.kept, p.lists.kept, fresh, count, MoreSimilar{});
+    query.kept = merge(p.lists.hits + static_cast<int64_t>(row) * p.lists.kept, query.kept, p.lists.kept, fresh, count,
+                       MoreSimilar{});
     if (p.rule.random) {
       sort(fresh, count, smaller_hash);
-      query.drawn = merge(p.lists.drawn + static_cast<int64_t>(row) * p.lists.drawn_room, query.drawn, p.lists.drawn_room, fresh, count,
-                          smaller_hash);
+      query.drawn = merge(p.lists.drawn + static_cast<int64_t>(row) * p.lists.drawn_room, query.drawn,
+                          p.lists.drawn_room, fresh, count, smaller_hash);
     }
     __syncthreads();
   }
@@ -113,7 +119,8 @@ __global__ void __launch_bounds__(kSettleThreads) finish_kernel(Finish p) {
     // first of them first.
     const SmallerHash smaller_hash = {query};
     int gone_in_all = 0;
-    for (int j = 0; j < dropped; ++j) gone_in_all += query.drawn < p.lists.drawn_room || hash(query, hits[j].id) <= query.last_hash;
+    for (int j = 0; j < dropped; ++j)
+      gone_in_all += query.drawn < p.lists.drawn_room || hash(query, hits[j].id) <= query.last_hash;
     for (int start = 0; start < query.drawn; start += kSettleThreads) {
       const int from = start + static_cast<int>(threadIdx.x);
       Hit hit = {};

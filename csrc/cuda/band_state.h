@@ -27,12 +27,12 @@ struct alignas(16) Panel {
 
 // The state of a query.
 struct Query {
-  double hi, norm;         // norm: the divisor of its scores
-  int64_t above, inside;   // documents above the band, in the band
-  int64_t excluded_at;     // index in ids of the first excluded document not yet passed, and that document
+  double hi, norm;        // norm: the divisor of its scores
+  int64_t above, inside;  // documents above the band, in the band
+  int64_t excluded_at;    // index in ids of the first excluded document not yet passed, and that document
   int64_t excluded;
   uint64_t hash, last_hash;  // of (seed, query); the largest that is drawn, all ones until `drawn` is full
-  float best, top;  // a certain score below `best` is only counted; one above `top` is dropped
+  float best, top;           // a certain score below `best` is only counted; one above `top` is dropped
   int32_t kept, drawn;
 };
 
@@ -46,8 +46,10 @@ struct Exclude {
 __device__ inline int64_t lower_bound(const int64_t* ids, int64_t begin, int64_t end, int64_t id) {
   while (begin < end) {
     const int64_t middle = begin + (end - begin) / 2;
-    if (ids[middle] < id) begin = middle + 1;
-    else end = middle;
+    if (ids[middle] < id)
+      begin = middle + 1;
+    else
+      end = middle;
   }
   return begin;
 }

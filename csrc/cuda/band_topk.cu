@@ -55,10 +55,12 @@ struct Workspace {
   int64_t bytes = 0;
 
   explicit Workspace(const CudaBand& band) {
-    const int64_t kept = band.random ? band.skip : band.k + band.skip, drawn_room = band.random ? band.k + band.skip : 0;
+    const int64_t kept = band.random ? band.skip : band.k + band.skip,
+                  drawn_room = band.random ? band.k + band.skip : 0;
     lists.kept = static_cast<int32_t>(kept), lists.drawn_room = static_cast<int32_t>(drawn_room);
     capacity = round_up(std::max<int64_t>(kMinCapacity, 2 * std::max(kept, drawn_room)), kPanel);
-    const int64_t width = round_up(band.d, kTileK), rows = round_up(band.rows, kPanel), docs_room = round_up(band.block, kPanel);
+    const int64_t width = round_up(band.d, kTileK), rows = round_up(band.rows, kPanel),
+                  docs_room = round_up(band.block, kPanel);
     int64_t levels = 1;
     for (int64_t range = docs_room; range > capacity; range = round_up(range / 2, kPanel)) ++levels;
     char* next = static_cast<char*>(band.workspace);
@@ -80,14 +82,16 @@ Rule rule_of(const CudaBand& band) {
 }
 
 cudaError_t read_report(const Workspace& work, void* stream, Workspace::Report* report) {
-  REFINE_FAST_TRY(cudaMemcpyAsync(report, work.report, sizeof(*report), cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)));
+  REFINE_FAST_TRY(
+      cudaMemcpyAsync(report, work.report, sizeof(*report), cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)));
   return cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
 }
 
 // Searches documents begin .. end of the block for some of the queries; those that get too many candidates search it
 // again in halves. overflowed: how many those were at the first attempt.
-cudaError_t search(const CudaBand& band, const Workspace& work, const Rows& docs, int64_t first_id, int64_t begin, int64_t end,
-                   const int32_t* active, int64_t active_count, int level, unsigned long long* bad_row, int32_t* overflowed) {
+cudaError_t search(const CudaBand& band, const Workspace& work, const Rows& docs, int64_t first_id, int64_t begin,
+                   int64_t end, const int32_t* active, int64_t active_count, int level, unsigned long long* bad_row,
+                   int32_t* overflowed) {
   int32_t* const list = work.overflowed + level * band.rows;
   const Rule rule = rule_of(band);
   const Exclude exclude = {band.offsets, band.ids};
@@ -105,9 +109,12 @@ cudaError_t search(const CudaBand& band, const Workspace& work, const Rows& docs
 
   Settle settle = {};
   settle.rule = rule, settle.lists = work.lists, settle.exclude = exclude;
-  settle.queries = {band.queries, band.queries_stride, band.queries_dtype}, settle.docs = docs, settle.doc_norms = work.doc_norms;
-  settle.first_id = first_id, settle.end = static_cast<int32_t>(end), settle.active = active, settle.states = work.states;
-  settle.found = work.found, settle.counted = work.counted, settle.candidates = work.candidates, settle.capacity = screen.capacity;
+  settle.queries = {band.queries, band.queries_stride, band.queries_dtype}, settle.docs = docs,
+  settle.doc_norms = work.doc_norms;
+  settle.first_id = first_id, settle.end = static_cast<int32_t>(end), settle.active = active,
+  settle.states = work.states;
+  settle.found = work.found, settle.counted = work.counted, settle.candidates = work.candidates,
+  settle.capacity = screen.capacity;
   settle.overflowed = list, settle.overflowed_count = &work.report->overflowed;
   REFINE_FAST_TRY(cudaMemsetAsync(settle.overflowed_count, 0, sizeof(int32_t), static_cast<cudaStream_t>(band.stream)));
   REFINE_FAST_TRY(launch_settle(settle, active_count, band.stream));
@@ -118,7 +125,8 @@ cudaError_t search(const CudaBand& band, const Workspace& work, const Rows& docs
   if (report.overflowed == 0 || report.bad_row != kNoBadRow) return cudaSuccess;
   const int64_t middle = begin + round_up((end - begin) / 2, kPanel);
   int32_t again = 0;
-  REFINE_FAST_TRY(search(band, work, docs, first_id, begin, middle, list, report.overflowed, level + 1, bad_row, &again));
+  REFINE_FAST_TRY(
+      search(band, work, docs, first_id, begin, middle, list, report.overflowed, level + 1, bad_row, &again));
   return search(band, work, docs, first_id, middle, end, list, report.overflowed, level + 1, bad_row, &again);
 }
 
@@ -129,7 +137,8 @@ using namespace refine_fast;
 
 extern "C" int64_t refine_fast_cuda_band_bytes(const CudaBand* band) { return Workspace(*band).bytes; }
 
-extern "C" int refine_fast_cuda_band_set_queries(CudaBand* band, const void* queries, Dtype dtype, int64_t row_stride, uint64_t* bad_row) {
+extern "C" int refine_fast_cuda_band_set_queries(CudaBand* band, const void* queries, Dtype dtype, int64_t row_stride,
+                                                 uint64_t* bad_row) {
   const Workspace work(*band);
   band->queries = queries, band->queries_dtype = dtype, band->queries_stride = row_stride;
   band->piece = work.capacity;
@@ -152,14 +161,15 @@ extern "C" int refine_fast_cuda_band_set_queries(CudaBand* band, const void* que
   return cudaSuccess;
 }
 
-extern "C" int refine_fast_cuda_band_push(CudaBand* band, const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id,
-                                          uint64_t* bad_row) {
+extern "C" int refine_fast_cuda_band_push(CudaBand* band, const void* docs, Dtype dtype, int64_t row_stride,
+                                          int64_t rows, int64_t first_id, uint64_t* bad_row) {
   const Workspace work(*band);
   const Rows source = {docs, row_stride, dtype};
   Pack pack = {};
   pack.rows = source, pack.count = rows, pack.d = band->d, pack.first_id = first_id;
   pack.width = static_cast<int32_t>(round_up(band->d, kTileK)), pack.normalize = band->normalize != 0;
-  pack.packed = work.docs, pack.norms = work.doc_norms, pack.panels = work.doc_panels, pack.bad_row = &work.report->bad_row;
+  pack.packed = work.docs, pack.norms = work.doc_norms, pack.panels = work.doc_panels,
+  pack.bad_row = &work.report->bad_row;
   REFINE_FAST_TRY(launch_pack(pack, band->stream));
   unsigned long long bad = kNoBadRow;
   for (int64_t begin = 0; begin < rows && bad == kNoBadRow;) {
@@ -167,8 +177,10 @@ extern "C" int refine_fast_cuda_band_push(CudaBand* band, const void* docs, Dtyp
     int32_t overflowed = 0;
     REFINE_FAST_TRY(search(*band, work, source, first_id, begin, end, nullptr, band->rows, 0, &bad, &overflowed));
     begin = end;
-    if (overflowed > band->rows / 16) band->piece = std::max(work.capacity, round_up(band->piece / 2, kPanel));
-    else band->piece = std::min(2 * band->piece, round_up(band->block, kPanel));
+    if (overflowed > band->rows / 16)
+      band->piece = std::max(work.capacity, round_up(band->piece / 2, kPanel));
+    else
+      band->piece = std::min(2 * band->piece, round_up(band->block, kPanel));
   }
   *bad_row = bad;
   return cudaSuccess;

@@ -39,10 +39,11 @@ extern "C" int64_t refine_fast_cuda_band_bytes(const refine_fast::CudaBand* band
 
 // These functions return a cudaError_t and wait for the stream, except finish.
 // (rows, d), row_stride in elements. They are read again until finish.
-extern "C" int refine_fast_cuda_band_set_queries(refine_fast::CudaBand* band, const void* queries, refine_fast::Dtype dtype, int64_t row_stride,
-                                                 uint64_t* bad_row);
+extern "C" int refine_fast_cuda_band_set_queries(refine_fast::CudaBand* band, const void* queries,
+                                                 refine_fast::Dtype dtype, int64_t row_stride, uint64_t* bad_row);
 // Documents first_id .. first_id + rows; ids ascend from call to call.
-extern "C" int refine_fast_cuda_band_push(refine_fast::CudaBand* band, const void* docs, refine_fast::Dtype dtype, int64_t row_stride, int64_t rows,
-                                          int64_t first_id, uint64_t* bad_row);
+extern "C" int refine_fast_cuda_band_push(refine_fast::CudaBand* band, const void* docs, refine_fast::Dtype dtype,
+                                          int64_t row_stride, int64_t rows, int64_t first_id, uint64_t* bad_row);
 // Writes ids and scores, (rows, k), most similar first, -1 and NaN beyond the last; in_band (rows). All in GPU memory.
-extern "C" int refine_fast_cuda_band_finish(const refine_fast::CudaBand* band, int64_t* ids, float* scores, int64_t* in_band);
+extern "C" int refine_fast_cuda_band_finish(const refine_fast::CudaBand* band, int64_t* ids, float* scores,
+                                            int64_t* in_band);

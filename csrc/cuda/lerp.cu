@@ -23,16 +23,22 @@ using refine_fast::launch;
 
 template <typename Wide, typename T>
 __device__ Wide load_as(T x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return static_cast<Wide>(__bfloat162float(x));
-  else if constexpr (std::is_same_v<T, __half>) return static_cast<Wide>(__half2float(x));
-  else return static_cast<Wide>(x);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return static_cast<Wide>(__bfloat162float(x));
+  else if constexpr (std::is_same_v<T, __half>)
+    return static_cast<Wide>(__half2float(x));
+  else
+    return static_cast<Wide>(x);
 }
 
 template <typename T, typename Wide>
 __device__ T round_to(Wide x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
-  else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
-  else return x;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
+  else
+    return x;
 }
 
 // Intrinsics, so that no compiler flag contracts or splits the operations.
@@ -58,7 +64,8 @@ __global__ void lerp_kernel(Base* __restrict__ base, const Tuned* __restrict__ t
   auto a = reinterpret_cast<Pack<Base, kCount>*>(base)[i];
   const auto b = reinterpret_cast<const Pack<Tuned, kCount>*>(tuned)[i];
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) a.at[j] = round_to<Base>(interpolate(load_as<Wide>(a.at[j]), load_as<Wide>(b.at[j]), weight));
+  for (int j = 0; j < kCount; ++j)
+    a.at[j] = round_to<Base>(interpolate(load_as<Wide>(a.at[j]), load_as<Wide>(b.at[j]), weight));
   reinterpret_cast<Pack<Base, kCount>*>(base)[i] = a;
 }
 
@@ -95,8 +102,8 @@ void with_type(Dtype type, Visit visit) {
 
 }  // namespace
 
-extern "C" int refine_fast_cuda_lerp(void* base, Dtype base_type, const void* tuned, Dtype tuned_type, int64_t n, double weight,
-                                     void* stream) {
+extern "C" int refine_fast_cuda_lerp(void* base, Dtype base_type, const void* tuned, Dtype tuned_type, int64_t n,
+                                     double weight, void* stream) {
   cudaError_t status = cudaErrorInvalidValue;
   with_type(base_type, [&](auto a) {
     with_type(tuned_type, [&](auto b) { status = lerp<decltype(a), decltype(b)>(base, tuned, n, weight, stream); });
@@ -104,4 +111,6 @@ extern "C" int refine_fast_cuda_lerp(void* base, Dtype base_type, const void* tu
   return status;
 }
 
-extern "C" const char* refine_fast_cuda_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+extern "C" const char* refine_fast_cuda_error(int status) {
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
+}

@@ -25,7 +25,8 @@ __device__ inline uint32_t shared_address(const void* p) { return static_cast<ui
 
 // Copies 16 bytes from global to shared memory asynchronously, until copy_async_wait waits for its group.
 __device__ inline void copy_async(void* shared, const void* global) {
-  REFINE_FAST_SM_80(asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory"));
+  REFINE_FAST_SM_80(asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                                 ::"r"(shared_address(shared)), "l"(global) : "memory"));
 }
 __device__ inline void copy_async_commit() { REFINE_FAST_SM_80(asm volatile("cp.async.commit_group;" ::: "memory")); }
 // Waits until at most kPending of this thread's groups are in flight.

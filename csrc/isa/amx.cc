@@ -5,9 +5,9 @@
 // baseline code.
 #include <immintrin.h>
 
+#include "isa/pack_avx512.h"
 #include "kernels/kernels.h"
 #include "kernels/screen_kernels.h"
-#include "isa/pack_avx512.h"
 #if defined(REFINE_FAST_EMULATE_AMX)
 #include "isa/amx_emulated.h"
 #endif
@@ -37,7 +37,8 @@ void pack_a(const float* src, int64_t stride, int64_t k_stride, int64_t rows, in
       __m512i words[16];
       if (k_stride == 1) {
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) words[i] = r + i < rows ? row_words(s + i * stride, k - p) : _mm512_setzero_si512();
+        for (int i = 0; i < 16; ++i)
+          words[i] = r + i < rows ? row_words(s + i * stride, k - p) : _mm512_setzero_si512();
       } else {
         pack_words_bf16(s, stride, k_stride, rows - r, k - p, 16, 16, 16, reinterpret_cast<int32_t*>(words));
         transpose16(words);
@@ -98,7 +99,8 @@ const MatmulKernels matmul_bf16 = {
 // --- screen: the same product. Other tile formats have too few digits for a narrow margin. -------
 
 template <auto kPack>
-void screen_pack(const float* rows, int64_t stride, int64_t count, int64_t d, const double*, void* panel, double* residuals) {
+void screen_pack(const float* rows, int64_t stride, int64_t count, int64_t d, const double*, void* panel,
+                 double* residuals) {
   for (int64_t r = 0; r < count; ++r) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t p = 0; p < d; p += 16) {
@@ -113,7 +115,9 @@ void screen_pack(const float* rows, int64_t stride, int64_t count, int64_t d, co
   kPack(rows, stride, 1, count, d, panel);
 }
 
-void screen_tile(const void* a, const void* b, int64_t d, float* scores, int64_t ld) { tile(a, b, d, scores, ld, false); }
+void screen_tile(const void* a, const void* b, int64_t d, float* scores, int64_t ld) {
+  tile(a, b, d, scores, ld, false);
+}
 
 const ScreenKernels screen = {
     .mr = kMr,

@@ -24,7 +24,8 @@ inline EmulatedTile& emulated_tile(int i) {
 }
 
 inline void emulated_loadd(int tile, const void* base, int64_t stride) {
-  for (int i = 0; i < 16; ++i) __builtin_memcpy(emulated_tile(tile).word[i], static_cast<const char*>(base) + i * stride, 64);
+  for (int i = 0; i < 16; ++i)
+    __builtin_memcpy(emulated_tile(tile).word[i], static_cast<const char*>(base) + i * stride, 64);
 }
 
 inline void emulated_stored(int tile, void* base, int64_t stride) {

@@ -3,11 +3,11 @@
 // baseline code.
 #include <immintrin.h>
 
-#include "kernels/kernels.h"
 #include "isa/pack_avx512.h"
 #include "isa/screen_int.h"
 #include "isa/simd_avx512.h"
 #include "isa/tile_avx512.h"
+#include "kernels/kernels.h"
 
 namespace refine_fast {
 namespace {
@@ -24,15 +24,16 @@ struct PairWords {
 };
 constexpr auto tile = tile_avx512<PairWords, kKr>;
 
-const MatmulKernels matmul_bf16 = {kMr, kNr, kKr, 2, pack_panel_bf16<kMr, kKr>, pack_panel_bf16<kNr, kKr>, tile,
-                                   pack_panel_words<kNr, kKr>};
+const MatmulKernels matmul_bf16 = {
+    kMr, kNr, kKr, 2, pack_panel_bf16<kMr, kKr>, pack_panel_bf16<kNr, kKr>, tile, pack_panel_words<kNr, kKr>};
 
 // 16 words of four 8-bit integers
 struct Bytes : Words {
   static constexpr int packed = 4, largest_integer = 127;
   static __m512i join(const __m512i n[4]) {
     const __m512i low = _mm512_mask_blend_epi8(0x2222222222222222, n[0], _mm512_slli_epi32(n[1], 8));
-    const __m512i high = _mm512_mask_blend_epi8(0x8888888888888888, _mm512_slli_epi32(n[2], 16), _mm512_slli_epi32(n[3], 24));
+    const __m512i high =
+        _mm512_mask_blend_epi8(0x8888888888888888, _mm512_slli_epi32(n[2], 16), _mm512_slli_epi32(n[3], 24));
     return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
   }
   // x H / 8 for the signed 64 elements x and the Hadamard matrix H of 64

@@ -77,8 +77,8 @@ inline typename V::Float negative(const float* s, int64_t j, const int32_t* ids,
 // The accumulator: a column's sum grows by one query at a time, a chain as long as the batch. Kahan's summation keeps
 // its digits.
 template <class V>
-void column_sums(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings, float* top, float* sum,
-                 float* excess) {
+void column_sums(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings,
+                 float* top, float* sum, float* excess) {
   const auto rate = V::set(scale), zero = V::set(0.0f), one = V::set(1.0f);
   for (int64_t j = 0; j < n; j += V::width) {
     const auto old = V::load(top + j), total = V::load(sum + j), over = V::load(excess + j);
@@ -93,8 +93,8 @@ void column_sums(const float* s, int64_t n, float scale, const int32_t* ids, int
 }
 
 template <class V>
-double column_weights(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings, const float* top,
-                      const float* weight, const float* positive, float* out) {
+double column_weights(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings,
+                      const float* top, const float* weight, const float* positive, float* out) {
   const auto rate = V::set(scale);
   double moment = 0;
   for (int64_t begin = 0; begin < n; begin += 64 * V::width) {

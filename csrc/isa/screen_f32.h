@@ -8,7 +8,8 @@ namespace refine_fast {
 namespace {
 
 template <auto kPack>
-void screen_pack_f32(const float* rows, int64_t stride, int64_t count, int64_t d, const double*, void* panel, double* residuals) {
+void screen_pack_f32(const float* rows, int64_t stride, int64_t count, int64_t d, const double*, void* panel,
+                     double* residuals) {
   for (int64_t r = 0; r < count; ++r) residuals[r] = 0;
   kPack(rows, stride, 1, count, d, panel);
 }

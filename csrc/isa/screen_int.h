@@ -79,7 +79,8 @@ typename V::Word round_int(typename V::Float y, typename V::Float scale, typenam
 }
 
 template <class V, int kWidth, bool kQueries>
-void pack_int(const float* rows, int64_t stride, int64_t count, int64_t d, const double* norms, void* panel, double* residuals) {
+void pack_int(const float* rows, int64_t stride, int64_t count, int64_t d, const double* norms, void* panel,
+              double* residuals) {
   constexpr int W = V::width, E = V::packed;
   const int64_t lines = lines_int<V>(d);
   int32_t *const words = static_cast<int32_t*>(panel), *const start = words + lines * kWidth;
@@ -127,12 +128,14 @@ template <class V, int kMr>
 void tile_int(const void* a, const void* b, int64_t d, float* scores, int64_t ld) {
   constexpr int W = V::width;
   const int64_t lines = lines_int<V>(d);
-  const int32_t *pa = static_cast<const int32_t*>(a), *pb = static_cast<const int32_t*>(b), *const start = pb + lines * 2 * W;
+  const int32_t *pa = static_cast<const int32_t*>(a),
+                *pb = static_cast<const int32_t*>(b), *const start = pb + lines * 2 * W;
   typename V::Sum sum[kMr][2];
 #pragma GCC unroll 12
   for (int i = 0; i < kMr; ++i) {
     sum[i][0] = sum[i][1] = typename V::Sum{};
-    if constexpr (kBytes<V>) sum[i][0] = (typename V::Sum)V::load_words(start), sum[i][1] = (typename V::Sum)V::load_words(start + W);
+    if constexpr (kBytes<V>)
+      sum[i][0] = (typename V::Sum)V::load_words(start), sum[i][1] = (typename V::Sum)V::load_words(start + W);
   }
   for (int64_t line = 0; line < lines; ++line, pa += kMr, pb += 2 * W) {
     const auto y0 = V::load_words(pb), y1 = V::load_words(pb + W);

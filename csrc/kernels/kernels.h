@@ -22,7 +22,8 @@ struct MatmulKernels {
   // Writes the whole mr x nr tile, row stride ldc; k as given to the packers.
   void (*tile)(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate);
   // pack_b from bf16 in memory; null if panels hold float32: the caller converts first.
-  void (*pack_b_bf16)(const uint16_t* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, void* panel) = nullptr;
+  void (*pack_b_bf16)(const uint16_t* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k,
+                      void* panel) = nullptr;
   // State of the calling thread that `tile` needs, from the first tile of a task to its last (core/tile_scope.h); null
   // where it needs none.
   void (*begin_tiles)() = nullptr;

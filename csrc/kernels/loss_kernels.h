@@ -25,12 +25,13 @@ struct LossKernels {
   // The other direction, one query at a time: for column j the running maximum top[j] and the sum[j] of exp(scale (s -
   // top[j])) over its negatives, which are the queries with ids[j] != id and s <= ceilings[j] (without ceilings: all);
   // excess[j] is by how much rounding made sum[j] too large
-  void (*column_sums)(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings, float* top, float* sum,
-                      float* excess);
+  void (*column_sums)(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings,
+                      float* top, float* sum, float* excess);
   // out[j] = weight[j] exp(scale (s[j] - top[j])) for the same negatives; returns the sum of out[j] scale (s[j] -
   // positive[j])
-  double (*column_weights)(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings, const float* top,
-                           const float* weight, const float* positive, float* out);
+  double (*column_weights)(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id,
+                           const float* ceilings, const float* top, const float* weight, const float* positive,
+                           float* out);
   // any n
   float (*dot)(const float* x, const float* y, int64_t n);
   void (*axpy)(float a, const float* x, float* y, int64_t n);  // y += a x

@@ -8,7 +8,7 @@ struct __half {
 
 inline float __half2float(__half h) {
   const int exponent = h.bits >> 10 & 31, fraction = h.bits & 1023;
-  const float size = exponent == 31 ? (fraction == 0 ? HUGE_VALF : __int_as_float(0x7fc00000))
+  const float size = exponent == 31  ? (fraction == 0 ? HUGE_VALF : __int_as_float(0x7fc00000))
                      : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
                                      : __int_as_float((exponent + 112) << 23 | fraction << 13);
   return h.bits >> 15 ? -size : size;

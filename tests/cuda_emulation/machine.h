@@ -42,7 +42,8 @@ using Place = void* [5];
 class Machine {
  public:
   // Runs body for every thread of every block; returns false and sets `failure` if it breaks a rule.
-  bool run(unsigned blocks, unsigned threads, size_t shared_bytes, std::function<void()> body, std::function<void(int block, int thread)> at) {
+  bool run(unsigned blocks, unsigned threads, size_t shared_bytes, std::function<void()> body,
+           std::function<void(int block, int thread)> at) {
     body_ = std::move(body), at_ = std::move(at), failed_ = false;
     while (threads_.size() < threads) threads_.push_back(std::make_unique<Thread>());
     warps_.resize(threads / kWarp);
@@ -60,13 +61,15 @@ class Machine {
   // Checks an address that an instruction is given.
   void check_shared(const void* p, size_t bytes) {
     const auto* at = static_cast<const unsigned char*>(p);
-    if (at < shared() || at + bytes > shared() + shared_.size() - 128) fail("an address outside of dynamic shared memory");
+    if (at < shared() || at + bytes > shared() + shared_.size() - 128)
+      fail("an address outside of dynamic shared memory");
     if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("a misaligned address in shared memory");
   }
 
   void barrier() {
     ++progress_;
-    if (++waiting_ == static_cast<int>(order_.size())) waiting_ = 0, ++generation_;
+    if (++waiting_ == static_cast<int>(order_.size()))
+      waiting_ = 0, ++generation_;
     else
       for (const uint64_t mine = generation_; generation_ == mine;) yield();
     asm volatile("" ::: "memory");
@@ -78,7 +81,8 @@ class Machine {
     if (warp.arrived > 0 && warp.compute != compute) fail("lanes of one warp are at different warp-wide operations");
     ++progress_;
     warp.compute = compute, warp.in[current_ % kWarp] = in, warp.out[current_ % kWarp] = out;
-    if (++warp.arrived == kWarp) warp.arrived = 0, compute(warp.in, warp.out), ++warp.generation;
+    if (++warp.arrived == kWarp)
+      warp.arrived = 0, compute(warp.in, warp.out), ++warp.generation;
     else
       for (const uint64_t mine = warp.generation; warp.generation == mine;) yield();
     asm volatile("" ::: "memory");
@@ -99,7 +103,8 @@ class Machine {
   }
   void copy_async_wait(size_t pending) {
     for (Thread& self = *threads_[current_]; self.groups.size() > pending; self.groups.pop_front())
-      for (; self.groups.front() > 0; --self.groups.front(), self.copies.pop_front()) std::memcpy(self.copies.front().to, self.copies.front().from, 16);
+      for (; self.groups.front() > 0; --self.groups.front(), self.copies.pop_front())
+        std::memcpy(self.copies.front().to, self.copies.front().from, 16);
   }
 
   [[noreturn]] void fail(const char* what) {
@@ -139,8 +144,10 @@ class Machine {
   [[gnu::noinline]] void run_block(unsigned threads) {
     order_ = order_of(threads);
     std::fill(warps_.begin(), warps_.end(), Warp{});
-    waiting_ = 0, held_ = -1, running_ = static_cast<int>(threads), turn_ = order_.size() - 1, last_progress_ = progress_++;
-    for (unsigned i = 0; i < threads; ++i) threads_[i]->done = false, threads_[i]->copies.clear(), threads_[i]->groups.clear(), threads_[i]->last_group = 0;
+    waiting_ = 0, held_ = -1, running_ = static_cast<int>(threads), turn_ = order_.size() - 1,
+    last_progress_ = progress_++;
+    for (unsigned i = 0; i < threads; ++i)
+      threads_[i]->done = false, threads_[i]->copies.clear(), threads_[i]->groups.clear(), threads_[i]->last_group = 0;
     if (__builtin_setjmp(main_) == 0) resume_next();
     if (failed_)  // threads stopped in the middle of the kernel never resume
       for (auto& thread : threads_) thread->started = false;
@@ -157,8 +164,10 @@ class Machine {
       if (++turn_ == order_.size()) {
         const bool stuck = std::exchange(last_progress_, progress_) == progress_;
         if (stuck && held_ < 0) fail("threads wait for others that do not come");
-        if (stuck || !device.shuffled) held_ = -1;
-        else if (held_ < 0) held_ = static_cast<int>(device.order() % warps_.size());
+        if (stuck || !device.shuffled)
+          held_ = -1;
+        else if (held_ < 0)
+          held_ = static_cast<int>(device.order() % warps_.size());
         turn_ = 0;
       }
       current_ = order_[turn_];
@@ -170,7 +179,8 @@ class Machine {
     getcontext(&next.start);
     next.start.uc_stack.ss_sp = next.stack.get(), next.start.uc_stack.ss_size = kStackBytes;
     const auto self = reinterpret_cast<uintptr_t>(this);
-    makecontext(&next.start, reinterpret_cast<void (*)()>(&Machine::live), 2, static_cast<unsigned>(self >> 32), static_cast<unsigned>(self));
+    makecontext(&next.start, reinterpret_cast<void (*)()>(&Machine::live), 2, static_cast<unsigned>(self >> 32),
+                static_cast<unsigned>(self));
     setcontext(&next.start);
     __builtin_unreachable();
   }

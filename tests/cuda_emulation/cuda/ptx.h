@@ -23,7 +23,8 @@ inline void load_matrices(uint32_t (&out)[4], const void* row) {
   emulated::machine.together(row, out, [](const void* const* rows, void* const* outs) {
     for (int lane = 0; lane < emulated::kWarp; ++lane)
       for (int matrix = 0; matrix < 4; ++matrix)
-        std::memcpy(static_cast<uint32_t*>(outs[lane]) + matrix, static_cast<const uint32_t*>(rows[matrix * 8 + lane / 4]) + lane % 4, 4);
+        std::memcpy(static_cast<uint32_t*>(outs[lane]) + matrix,
+                    static_cast<const uint32_t*>(rows[matrix * 8 + lane / 4]) + lane % 4, 4);
   });
 }
 
@@ -53,7 +54,8 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
       for (int i = 0; i < 8; ++i)
         a_bits[group + (i == 0 || i == 1 || i == 4 || i == 5 ? 0 : 8)][2 * t + i % 2 + (i >= 4 ? 8 : 0)] =
             static_cast<uint16_t>(in.a[i / 2] >> i % 2 * 16);
-      for (int i = 0; i < 4; ++i) b_bits[2 * t + i % 2 + (i >= 2 ? 8 : 0)][group] = static_cast<uint16_t>(in.b[i / 2] >> i % 2 * 16);
+      for (int i = 0; i < 4; ++i)
+        b_bits[2 * t + i % 2 + (i >= 2 ? 8 : 0)][group] = static_cast<uint16_t>(in.b[i / 2] >> i % 2 * 16);
       for (int i = 0; i < 4; ++i) c[group + (i >= 2 ? 8 : 0)][2 * t + i % 2] = static_cast<double>(in.c[i]);
     }
     for (int i = 0; i < 256; ++i) a[i / 16][i % 16] = value_of_half(a_bits[i / 16][i % 16]);
@@ -61,7 +63,8 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
     for (int row = 0; row < 16; ++row)
       for (int k = 0; k < 16; ++k)
         for (int column = 0; column < 8; ++column)  // 53 bits to 24
-          c[row][column] = std::bit_cast<double>(std::bit_cast<uint64_t>(c[row][column] + a[row][k] * b[k][column]) & ~uint64_t{0x1fffffff});
+          c[row][column] = std::bit_cast<double>(std::bit_cast<uint64_t>(c[row][column] + a[row][k] * b[k][column]) &
+                                                 ~uint64_t{0x1fffffff});
     for (int lane = 0; lane < emulated::kWarp; ++lane) {
       const In& in = *static_cast<const In*>(ins[lane]);
       const int group = lane / 4, t = lane % 4;
