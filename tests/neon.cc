@@ -1,4 +1,5 @@
-// The NEON level against the scalar one, as a program for an Arm CPU or for qemu: .ci/run cross-compiles and runs it. Prints what differs.
+// Compares the NEON level with the scalar one, as a program for an Arm CPU or for qemu, which .ci/run cross-compiles
+// and runs. Prints what differs.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -7,8 +8,8 @@
 
 #include "core/band_topk.h"
 #include "core/cpu.h"
-#include "kernels/lerp_kernels.h"
 #include "core/matmul.h"
+#include "kernels/lerp_kernels.h"
 
 using namespace refine_fast;
 
@@ -32,14 +33,17 @@ struct Found {
   std::vector<float> scores;
 };
 
-static Found search(Isa isa, const std::vector<float>& queries, const std::vector<float>& docs, int64_t d, bool random) {
+static Found search(Isa isa, const std::vector<float>& queries, const std::vector<float>& docs, int64_t d,
+                    bool random) {
   isa_force(isa);
   const int64_t rows = static_cast<int64_t>(queries.size()) / d, count = static_cast<int64_t>(docs.size()) / d, k = 7;
   const BandSpec spec{d, k, 3, 0.1, random, 5, Order::skip_then_band, true, 3};
   const std::vector<double> hi(rows, 0.6);
   BandSearch band(spec, 0, rows, hi.data(), {nullptr, nullptr});
   Found found{std::vector<int64_t>(rows * k), std::vector<int64_t>(rows), std::vector<float>(rows * k)};
-  expect(bool(band.set_queries(queries.data(), Dtype::f32, d)) && bool(band.push(docs.data(), Dtype::f32, d, count, 0, {})), "search", d);
+  expect(bool(band.set_queries(queries.data(), Dtype::f32, d)) &&
+             bool(band.push(docs.data(), Dtype::f32, d, count, 0, {})),
+         "search", d);
   band.finish(found.ids.data(), found.scores.data(), found.in_band.data());
   return found;
 }
@@ -57,24 +61,26 @@ int main() {
     expect(neon.select->dot(x.data(), y.data(), n) == scalar.select->dot(x.data(), y.data(), n), "select dot", n);
 
     std::vector<float> base = x, tuned = y, a(n), b(n);
-    base[0] = tuned[0] = -INFINITY, base[n / 2] = -0.0f, tuned[n / 2] = 0.0f;  // equal, and not to be touched
+    base[0] = tuned[0] = -INFINITY, base[n / 2] = -0.0f, tuned[n / 2] = 0.0f;  // equal, so they must not change
     const std::vector<double> wide_base(base.begin(), base.end()), wide_tuned(tuned.begin(), tuned.end());
     std::vector<double> wide_a(n), wide_b(n);
     for (float weight : {0.35f, 0.65f}) {
-      scalar.lerp->f32(base.data(), tuned.data(), n, weight, a.data()), neon.lerp->f32(base.data(), tuned.data(), n, weight, b.data());
+      scalar.lerp->f32(base.data(), tuned.data(), n, weight, a.data()),
+          neon.lerp->f32(base.data(), tuned.data(), n, weight, b.data());
       scalar.lerp->f64(wide_base.data(), wide_tuned.data(), n, weight, wide_a.data());
       neon.lerp->f64(wide_base.data(), wide_tuned.data(), n, weight, wide_b.data());
       expect(same_bits(a, b) && same_bits(wide_a, wide_b), "lerp", n);
     }
-    Change exact, summed;  // the sums of the level in float32
+    Change exact, summed;  // the level sums in float32
     scalar.lerp->change(x.data(), y.data(), n, &exact), neon.lerp->change(x.data(), y.data(), n, &summed);
     expect(std::abs(summed.change_squared - exact.change_squared) <= 1e-4 * exact.change_squared &&
-               std::abs(summed.base_squared - exact.base_squared) <= 1e-4 * exact.base_squared, "change", n);
+               std::abs(summed.base_squared - exact.base_squared) <= 1e-4 * exact.base_squared,
+           "change", n);
     tuned[n - 1] = NAN;
     scalar.lerp->change(x.data(), tuned.data(), n, &exact), neon.lerp->change(x.data(), tuned.data(), n, &summed);
     expect(exact.not_finite == summed.not_finite && exact.not_finite == (n > 1 ? 2 : 1), "not finite", n);
 
-    for (bool bf16 : {false, true}) {  // a row of ones, so that a product is a sum
+    for (bool bf16 : {false, true}) {  // B is a column of ones, so the product is a sum
       const std::vector<float> ones(n, 1.0f);
       double exact = 0, size = 0;
       for (float value : x) {
@@ -88,7 +94,8 @@ int main() {
       const MatmulKernels& kernels = bf16 ? *neon.matmul_bf16 : *neon.matmul_f32;
       std::vector<char> panels(bytes_a(kernels, 1, n) + bytes_b(kernels, 1, n));
       float product = 0;
-      pack_a(kernels, x.data(), n, 1, 1, n, panels.data()), pack_b(kernels, ones.data(), n, 1, 1, n, panels.data() + bytes_a(kernels, 1, n));
+      pack_a(kernels, x.data(), n, 1, 1, n, panels.data()),
+          pack_b(kernels, ones.data(), n, 1, 1, n, panels.data() + bytes_a(kernels, 1, n));
       matmul(kernels, panels.data(), panels.data() + bytes_a(kernels, 1, n), 1, 1, n, &product, 1, false);
       expect(std::abs(product - exact) <= static_cast<double>(n + 1) * 0x1p-24 * size, "matmul", n);
     }

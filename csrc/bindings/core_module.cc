@@ -1,5 +1,5 @@
-// refine_fast._core: the CPU core for Python. Tensors arrive as integers (addresses, sizes), the GIL is released around the work, and a
-// Status becomes an exception. No torch header: one build serves every torch version.
+// refine_fast._core: the CPU core for Python. Tensors arrive as integers (addresses, sizes), the GIL is released during
+// the work, and a Status becomes an exception. No torch header, so that one build serves every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,17 +22,18 @@ namespace rf = refine_fast;
 
 namespace {
 
-// ValueError, OSError, MemoryError or KeyboardInterrupt, with the core's sentence
+// Raises ValueError, OSError, MemoryError or KeyboardInterrupt with the core's message.
 void raise_unless_ok(const rf::Status& status) {
   switch (status.code) {
     case rf::Code::ok: return;
     case rf::Code::invalid: throw py::value_error(status.message);
-    case rf::Code::io:  // with a path in it: any bytes, and cut off anywhere
-      PyErr_SetObject(PyExc_OSError, py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(status.message)).ptr());
+    case rf::Code::io:  // contains a path: arbitrary bytes, possibly truncated
+      PyErr_SetObject(PyExc_OSError,
+                      py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(status.message)).ptr());
       break;
     case rf::Code::no_memory: PyErr_SetString(PyExc_MemoryError, status.message); break;
     case rf::Code::interrupted:
-      if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);  // else what the signal handler raised
+      if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);  // keeps what the signal handler raised
       break;
   }
   throw py::error_already_set();
@@ -40,15 +41,17 @@ void raise_unless_ok(const rf::Status& status) {
 
 rf::Isa parse_isa(const std::string& name) {
   const rf::Isa* isa = rf::isa_from_name(name.c_str());
-  if (isa == nullptr) throw py::value_error("unknown ISA level " + name + "; the levels are scalar, avx2, avx512, avx512_bf16, amx and neon");
+  if (isa == nullptr)
+    throw py::value_error("unknown ISA level " + name +
+                          "; the levels are scalar, avx2, avx512, avx512_bf16, amx and neon");
   if (!rf::isa_available(*isa)) throw py::value_error("this machine does not have the ISA level " + name);
   return *isa;
 }
 
-// out (m, n) = a (m, k) b (k, n), float32, any strides (in elements), on one thread: the product under info_nce and band_topk by itself,
-// for its tests and its benchmark
-void matmul(uintptr_t a, int64_t a_row, int64_t a_k, uintptr_t b, int64_t b_col, int64_t b_k, int64_t m, int64_t n, int64_t k, bool bf16,
-            uintptr_t out) {
+// out (m, n) = a (m, k) b (k, n), float32, any strides (in elements), on one thread: the product inside info_nce and
+// band_topk, for tests and benchmarks
+void matmul(uintptr_t a, int64_t a_row, int64_t a_k, uintptr_t b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
+            int64_t k, bool bf16, uintptr_t out) {
   const rf::MatmulKernels& kernels = bf16 ? *rf::kernels().matmul_bf16 : *rf::kernels().matmul_f32;
   const int64_t size_a = rf::bytes_a(kernels, m, k);
   const rf::Buffer<char> panels(size_a + rf::bytes_b(kernels, n, k));
@@ -57,14 +60,16 @@ void matmul(uintptr_t a, int64_t a_row, int64_t a_k, uintptr_t b, int64_t b_col,
   rf::matmul(kernels, panels.data(), panels + size_a, m, n, k, reinterpret_cast<float*>(out), n, false);
 }
 
-// Whether no signal handler raised: Ctrl-C inside a long call. Does nothing outside the main thread.
+// Whether no signal handler raised (Ctrl-C during a long call). Always true outside the main thread.
 bool no_signal(void*) {
   py::gil_scoped_acquire gil;
   return PyErr_CheckSignals() == 0;
 }
 
-rf::BandSpec band_spec(int64_t d, int64_t k, int64_t skip, double lo, bool random, uint64_t seed, bool band_first, bool normalize, int threads) {
-  return {d, k, skip, lo, random, seed, band_first ? rf::Order::band_then_skip : rf::Order::skip_then_band, normalize, threads};
+rf::BandSpec band_spec(int64_t d, int64_t k, int64_t skip, double lo, bool random, uint64_t seed, bool band_first,
+                       bool normalize, int threads) {
+  const auto order = band_first ? rf::Order::band_then_skip : rf::Order::skip_then_band;
+  return {d, k, skip, lo, random, seed, order, normalize, threads};
 }
 
 template <class T>
@@ -78,7 +83,8 @@ void lerp_in_place(uintptr_t base, int base_type, uintptr_t tuned, int tuned_typ
   py::gil_scoped_release release;
   const auto type = static_cast<rf::Storage>(base_type);
   auto* out = reinterpret_cast<void*>(base);
-  rf::lerp(type, out, static_cast<rf::Storage>(tuned_type), reinterpret_cast<const void*>(tuned), type, out, n, weight, nullptr);
+  rf::lerp(type, out, static_cast<rf::Storage>(tuned_type), reinterpret_cast<const void*>(tuned), type, out, n, weight,
+           nullptr);
 }
 
 using FileTuple = std::tuple<int, std::string>;
@@ -86,15 +92,18 @@ using PieceTuple = std::tuple<int64_t, int, int, int, int, int64_t, int, int64_t
 using FactorTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
 using OutputTuple = std::tuple<int, std::string, int64_t, std::vector<double>>;
 
-// -> per output, per piece: (sum of squares of the change, of the base, values that are not finite, bytes that differ)
-py::list stream_merge(const std::vector<FileTuple>& files, const std::vector<PieceTuple>& pieces, const std::vector<FactorTuple>& factors,
-                      const std::vector<OutputTuple>& outputs, bool overlap, const py::function& on_block) {
+// Returns, for each output and piece: (sum of squares of the change, of the base, values that are not finite, bytes
+// that differ)
+py::list stream_merge(const std::vector<FileTuple>& files, const std::vector<PieceTuple>& pieces,
+                      const std::vector<FactorTuple>& factors, const std::vector<OutputTuple>& outputs, bool overlap,
+                      const py::function& on_block) {
   std::vector<rf::File> in;
   for (const auto& [fd, name] : files) in.push_back({fd, name});
   std::vector<rf::Piece> work;
-  for (const auto& [count, base_type, tuned_type, out_type, base_file, base_offset, tuned_file, tuned_offset, low_rank] : pieces)
-    work.push_back({count, static_cast<rf::Storage>(base_type), static_cast<rf::Storage>(tuned_type), static_cast<rf::Storage>(out_type), base_file,
-                    tuned_file, base_offset, tuned_offset, low_rank});
+  for (const auto& [count, base_type, tuned_type, out_type, base_file, base_offset, tuned_file, tuned_offset,
+                    low_rank] : pieces)
+    work.push_back({count, static_cast<rf::Storage>(base_type), static_cast<rf::Storage>(tuned_type),
+                    static_cast<rf::Storage>(out_type), base_file, tuned_file, base_offset, tuned_offset, low_rank});
   std::vector<rf::LowRankFactors> low_rank;
   for (const auto& [a, b, rank, rows, cols] : factors)
     low_rank.push_back({reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), rank, rows, cols});
@@ -105,24 +114,26 @@ py::list stream_merge(const std::vector<FileTuple>& files, const std::vector<Pie
   rf::Status status;
   {
     py::gil_scoped_release release;
-    status = rf::merge(in, work, low_rank, out, overlap, [&](int file, int64_t offset, const void* data, int64_t bytes) {
-      py::gil_scoped_acquire acquire;
-      try {
-        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-        on_block(file, offset, py::memoryview::from_memory(data, bytes));
-        return true;
-      } catch (...) {
-        raised = std::current_exception();
-        return false;
-      }
-    });
+    status =
+        rf::merge(in, work, low_rank, out, overlap, [&](int file, int64_t offset, const void* data, int64_t bytes) {
+          py::gil_scoped_acquire acquire;
+          try {
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+            on_block(file, offset, py::memoryview::from_memory(data, bytes));
+            return true;
+          } catch (...) {
+            raised = std::current_exception();
+            return false;
+          }
+        });
   }
   if (raised) std::rethrow_exception(raised);
   raise_unless_ok(status);
   py::list changes;
   for (const rf::Output& o : out) {
     py::list of_output;
-    for (const rf::Change& c : o.changes) of_output.append(py::make_tuple(c.change_squared, c.base_squared, c.not_finite, c.differing));
+    for (const rf::Change& c : o.changes)
+      of_output.append(py::make_tuple(c.change_squared, c.base_squared, c.not_finite, c.differing));
     changes.append(of_output);
   }
   return changes;
@@ -130,16 +141,19 @@ py::list stream_merge(const std::vector<FileTuple>& files, const std::vector<Pie
 
 // --- info_nce
 
-void info_nce(uintptr_t q, uintptr_t d, uintptr_t hard, uintptr_t positives, uintptr_t doc_ids, uintptr_t hard_mask, uintptr_t coefficients,
-              int64_t rows, int64_t columns, int64_t width, int64_t hards, const std::vector<int64_t>& prefixes,
-              const std::vector<float>& prefix_weights, int dtype, float temperature, float margin, bool symmetric, bool normalize, int threads,
-              uintptr_t loss, uintptr_t grad_q, uintptr_t grad_d, uintptr_t grad_hard, uintptr_t grad_temperature) {
+void info_nce(uintptr_t q, uintptr_t d, uintptr_t hard, uintptr_t positives, uintptr_t doc_ids, uintptr_t hard_mask,
+              uintptr_t coefficients, int64_t rows, int64_t columns, int64_t width, int64_t hards,
+              const std::vector<int64_t>& prefixes, const std::vector<float>& prefix_weights, int dtype,
+              float temperature, float margin, bool symmetric, bool normalize, int threads, uintptr_t loss,
+              uintptr_t grad_q, uintptr_t grad_d, uintptr_t grad_hard, uintptr_t grad_temperature) {
   rf::InfoNCE task = {};
   task.q = pointer<void>(q), task.d = pointer<void>(d), task.hard = pointer<void>(hard);
-  task.positives = pointer<int64_t>(positives), task.doc_ids = pointer<int64_t>(doc_ids), task.hard_mask = pointer<uint8_t>(hard_mask);
+  task.positives = pointer<int64_t>(positives), task.doc_ids = pointer<int64_t>(doc_ids),
+  task.hard_mask = pointer<uint8_t>(hard_mask);
   task.coefficients = pointer<float>(coefficients);
   task.prefixes = prefixes.data(), task.prefix_weights = prefix_weights.data();
-  task.rows = rows, task.columns = columns, task.width = width, task.hards = hards, task.prefix_count = static_cast<int64_t>(prefixes.size());
+  task.rows = rows, task.columns = columns, task.width = width, task.hards = hards,
+  task.prefix_count = static_cast<int64_t>(prefixes.size());
   task.dtype = static_cast<rf::Dtype>(dtype), task.temperature = temperature, task.margin = margin;
   task.symmetric = symmetric, task.normalize = normalize, task.threads = threads;
   task.loss = pointer<float>(loss), task.grad_q = pointer<float>(grad_q), task.grad_d = pointer<float>(grad_d);
@@ -156,7 +170,7 @@ void info_nce(uintptr_t q, uintptr_t d, uintptr_t hard, uintptr_t positives, uin
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  // A bad environment is the user's to mend, wherever a kernel meets it first: no traceback on the command line.
+  // RefineFastError, whichever kernel runs first: the command line prints it without a traceback.
   py::register_local_exception_translator([](std::exception_ptr raised) {
     try {
       if (raised) std::rethrow_exception(raised);
@@ -169,7 +183,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("force_isa", [](const std::string& name) { rf::isa_force(parse_isa(name)); });
   m.def("available_isas", [] {
     py::list names;
-    for (rf::Isa isa : {rf::Isa::scalar, rf::Isa::avx2, rf::Isa::avx512, rf::Isa::avx512_bf16, rf::Isa::amx, rf::Isa::neon})
+    for (rf::Isa isa :
+         {rf::Isa::scalar, rf::Isa::avx2, rf::Isa::avx512, rf::Isa::avx512_bf16, rf::Isa::amx, rf::Isa::neon})
       if (rf::isa_available(isa)) names.append(rf::isa_name(isa));
     return names;
   });
@@ -177,17 +192,21 @@ PYBIND11_MODULE(_core, m) {
   // --- lerp and merge (fuse)
   m.def("lerp", lerp_in_place);
   m.def("stream", stream_merge);
-  m.def("preallocate", [](int fd, const std::string& name, int64_t bytes) { raise_unless_ok(rf::preallocate({fd, name}, bytes)); });
-  m.def("exchange_paths", [](const std::string& a, const std::string& b) { return rf::exchange_paths(a.c_str(), b.c_str()); });
+  m.def("preallocate",
+        [](int fd, const std::string& name, int64_t bytes) { raise_unless_ok(rf::preallocate({fd, name}, bytes)); });
+  m.def("exchange_paths",
+        [](const std::string& a, const std::string& b) { return rf::exchange_paths(a.c_str(), b.c_str()); });
   // --- band_topk
   py::class_<rf::BandSpec>(m, "BandSpec")
-      .def(py::init(&band_spec), py::arg("d"), py::arg("k"), py::arg("skip"), py::arg("lo"), py::arg("random"), py::arg("seed"),
-           py::arg("band_first"), py::arg("normalize"), py::arg("threads"));
+      .def(py::init(&band_spec), py::arg("d"), py::arg("k"), py::arg("skip"), py::arg("lo"), py::arg("random"),
+           py::arg("seed"), py::arg("band_first"), py::arg("normalize"), py::arg("threads"));
   py::class_<rf::BandSearch>(m, "BandSearch")
       .def_static("queries_within", &rf::BandSearch::queries_within)
-      .def(py::init([](const rf::BandSpec& spec, int64_t first, int64_t rows, uintptr_t hi, uintptr_t offsets, uintptr_t ids) {
-        return new rf::BandSearch(spec, first, rows, pointer<const double>(hi), {pointer<const int64_t>(offsets), pointer<const int64_t>(ids)});
-      }))
+      .def(py::init(
+          [](const rf::BandSpec& spec, int64_t first, int64_t rows, uintptr_t hi, uintptr_t offsets, uintptr_t ids) {
+            return new rf::BandSearch(spec, first, rows, pointer<const double>(hi),
+                                      {pointer<const int64_t>(offsets), pointer<const int64_t>(ids)});
+          }))
       .def("set_queries",
            [](rf::BandSearch& self, uintptr_t queries, int dtype, int64_t row_stride) {
              rf::Status status;
@@ -202,7 +221,8 @@ PYBIND11_MODULE(_core, m) {
              rf::Status status;
              {
                py::gil_scoped_release release;
-               status = self.push(pointer<const void>(docs), static_cast<rf::Dtype>(dtype), row_stride, rows, first_id, {no_signal, nullptr});
+               status = self.push(pointer<const void>(docs), static_cast<rf::Dtype>(dtype), row_stride, rows, first_id,
+                                  {no_signal, nullptr});
              }
              raise_unless_ok(status);
            })

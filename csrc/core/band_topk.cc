@@ -16,13 +16,13 @@ namespace refine_fast {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kSmallestNorm = 1e-12;  // torch.nn.functional.normalize's eps: a zero row stays zero
-constexpr size_t kAhead = 4;             // documents on their way from L3 while one is rescored
-constexpr int64_t kSlack = 16;           // SelectKernels::append writes up to a vector beyond
+constexpr double kSmallestNorm = 1e-12;   // eps of torch.nn.functional.normalize: a zero row stays zero
+constexpr size_t kPrefetchDocuments = 4;  // prefetch distance while rescoring
+constexpr int64_t kSlack = 16;            // SelectKernels::append writes up to a vector beyond
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// the largest float <= x, the smallest float >= x
+// the largest float <= x, and the smallest >= x
 float down(double x) {
   const float f = static_cast<float>(x);
   return static_cast<double>(f) > x ? std::nextafter(f, -std::numeric_limits<float>::infinity()) : f;
@@ -34,7 +34,8 @@ bool better(const Hit& a, const Hit& b) { return a.score > b.score || (a.score =
 Status bad_row(const char* what, int64_t row, bool finite) {
   Status status{Code::invalid};
   std::snprintf(status.message, sizeof(status.message), "row %lld of %s %s", static_cast<long long>(row), what,
-                finite ? "has a norm above 1e18; scale the rows, or pass normalize=True" : "holds NaN or Inf; leave such rows out");
+                finite ? "has a norm above 1e18; scale the rows, or pass normalize=True"
+                       : "holds NaN or Inf; leave such rows out");
   return status;
 }
 
@@ -48,8 +49,8 @@ BandSearch::Plan::Plan(const BandSpec& spec, const ScreenKernels& screen) {
   kept = spec.random ? spec.skip : spec.k + spec.skip;
   drawn = spec.random ? spec.k + spec.skip : 0;
   pending = strip + kSlack + std::max<int64_t>(256, kept / 4);
-  bytes_per_query = spec.d * 4 + panel_a / screen.mr + (kept + drawn) * static_cast<int64_t>(sizeof(Hit)) + pending * 8 +
-                    static_cast<int64_t>(sizeof(Query));
+  bytes_per_query = spec.d * 4 + panel_a / screen.mr + (kept + drawn) * static_cast<int64_t>(sizeof(Hit)) +
+                    pending * 8 + static_cast<int64_t>(sizeof(Query));
   const int64_t scratch = (std::max(screen.nr, screen.mr) * spec.d + screen.mr * strip) * 4 + pending * sizeof(Doubt);
   bytes_fixed = block / screen.nr * panel_b + block * 12 + scratch * spec.threads;
 }
@@ -88,8 +89,10 @@ BandSearch::BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const 
   }
 }
 
-// Packs `count` rows into one panel of the screen and says what became of each: float32 rows are read where they lie, others in scratch.
-void BandSearch::pack(const Rows& rows, int64_t count, PackPanel pack, char* panel, Scratch& scratch, Operand* operands) const {
+// Packs `count` rows into one panel of the screen and reports on each. float32 rows are read in place, others are
+// converted in scratch.
+void BandSearch::pack(const Rows& rows, int64_t count, PackPanel pack, char* panel, Scratch& scratch,
+                      Operand* operands) const {
   const int64_t d = spec_.d;
   const bool copied = rows.dtype != Dtype::f32 || spec_.normalize;
   const int64_t stride = copied ? d : rows.row_bytes / 4;
@@ -109,7 +112,7 @@ void BandSearch::pack(const Rows& rows, int64_t count, PackPanel pack, char* pan
     }
   }
   pack(copied ? copy : reinterpret_cast<const float*>(rows.data), stride, count, d, size, panel, residual);
-  // for the kernel's float32 sum of squares; with normalize, for the rounding of x / norm to float32
+  // `sum` covers the kernel's float32 sum of squares, `scaled` the rounding of x / norm to float32
   const double sum = 1 + static_cast<double>(d + 16) * 0x1p-23, scaled = spec_.normalize ? 0x1p-23 : 0.0;
   for (int64_t r = 0; r < count; ++r) operands[r].residual = std::sqrt(residual[r]) * sum + scaled * operands[r].size;
 }
@@ -199,7 +202,7 @@ double BandSearch::exact(int64_t row, int64_t column, const Block& block, Scratc
 
 uint64_t BandSearch::hash(const Query& query, int64_t id) const { return hash_document(query.hash, id); }
 
-// A heap of the `limit` hits that come first, the last of them on top.
+// Adds a hit to a heap of the `limit` first hits, whose top is the last of them.
 template <class Before>
 void BandSearch::offer(Hit* heap, int32_t& size, int64_t limit, Hit hit, Before before) {
   if (size == limit) {
@@ -212,7 +215,7 @@ void BandSearch::offer(Hit* heap, int32_t& size, int64_t limit, Hit hit, Before 
   std::push_heap(heap, heap + size, before);
 }
 
-// Settles what is pending for a query: counts it, rescores what may be chosen, keeps the best.
+// Settles the pending documents of a query: counts them, rescores those that may be chosen, keeps the best.
 void BandSearch::flush(int64_t row, const Block& block, Scratch& scratch) {
   Query& query = state_[row];
   const int32_t* column = pending_column_.data() + row * plan_.pending;
@@ -236,7 +239,7 @@ void BandSearch::flush(int64_t row, const Block& block, Scratch& scratch) {
   }
   query.pending = 0;
   for (size_t i = 0; i < doubts.size(); ++i) {
-    if (i + kAhead < doubts.size()) prefetch(doubts[i + kAhead].column, block);
+    if (i + kPrefetchDocuments < doubts.size()) prefetch(doubts[i + kPrefetchDocuments].column, block);
     const Doubt& doubt = doubts[i];
     Hit hit{doubt.most, block.first_id + doubt.column};
     const bool similar = doubt.most >= query.worst;
@@ -255,7 +258,7 @@ void BandSearch::flush(int64_t row, const Block& block, Scratch& scratch) {
   set_thresholds(query, hi, block);
 }
 
-// A panel of queries against the strip of documents that starts at `start`.
+// Scores a panel of queries against the strip of documents at `start`, and appends to the pending lists.
 void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch) {
   const int64_t columns = std::min(plan_.strip, block.rows - start), first_row = panel * screen_.mr;
   const int64_t last_row = std::min<int64_t>(first_row + screen_.mr, rows_);
@@ -275,21 +278,24 @@ void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratc
     }
     if (query.pending + columns + kSlack > plan_.pending) flush(row, block, scratch);
     const int64_t at = row * plan_.pending + query.pending;
-    query.pending += static_cast<int32_t>(kernels_.select->append(scores, columns, &query.thresholds, static_cast<int32_t>(start),
-                                                                  &pending_column_[at], &pending_score_[at], &query.inside));
+    query.pending +=
+        static_cast<int32_t>(kernels_.select->append(scores, columns, &query.thresholds, static_cast<int32_t>(start),
+                                                     &pending_column_[at], &pending_score_[at], &query.inside));
   }
 }
 
 Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id, Poll poll) {
   using Clock = std::chrono::steady_clock;
   const int64_t row_bytes = row_stride * bytes_of(dtype), panels = ceil_div(rows_, screen_.mr);
-  // a task: a range of panels of queries against the whole block, strip by strip; so many that one more or less on a thread is 3% of its work
+  // a task: a range of panels of queries against the whole block, strip by strip; one task more or less is 3% of a
+  // thread's work
   const int64_t tasks = 32 * std::max(spec_.threads, 1), group = ceil_div(panels, tasks);
   const double d = static_cast<double>(spec_.d), rounding = (screen_.exact ? 4 : d + 16) * 0x1p-23;
   std::atomic<bool> stopped{false};
   Clock::time_point asked = Clock::now();
   for (int64_t begin = 0; begin < rows; begin += plan_.block) {
-    Block block{{static_cast<const char*>(docs) + begin * row_bytes, dtype, row_bytes}, std::min(plan_.block, rows - begin), first_id + begin, 0, 0};
+    const Rows source{static_cast<const char*>(docs) + begin * row_bytes, dtype, row_bytes};
+    Block block{source, std::min(plan_.block, rows - begin), first_id + begin, 0, 0};
     if (Status status = pack_documents(block); !status) return status;
     parallel_for(ceil_div(panels, group), spec_.threads, [&](int64_t task, int thread) {
       Scratch& scratch = scratch_[thread];
@@ -298,7 +304,7 @@ Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64
       for (int64_t row = first_row; row < last_row; ++row) {
         Query& query = state_[row];
         const double x = query.reach, y = block.size + block.residual;
-        // 1e-36: denormals that a bf16 product flushes to zero
+        // 1e-36: for denormals that a bf16 product flushes to zero
         query.margin = query.residual * block.size + rounding * x * y + 1e-36 * d * (1 + x) * (1 + y);
         set_thresholds(query, hi_[row], block);
       }
@@ -324,12 +330,14 @@ void BandSearch::finish(int64_t* ids, float* scores, int64_t* in_band) {
     Hit *const hits = hits_.data() + row * plan_.kept, *const hits_end = hits + query.kept;
     Hit *const drawn = drawn_.data() + row * plan_.drawn, *drawn_end = drawn + query.drawn;
     std::sort(hits, hits_end, better);
-    const int64_t skipped = spec_.order == Order::band_then_skip ? spec_.skip : spec_.skip - std::min(query.above, spec_.skip);
+    const int64_t skipped =
+        spec_.order == Order::band_then_skip ? spec_.skip : spec_.skip - std::min(query.above, spec_.skip);
     in_band[row] = std::max<int64_t>(0, query.inside - skipped);
     const Hit* chosen = hits + std::min<int64_t>(skipped, query.kept);
     int64_t found = std::min<int64_t>(k, hits_end - chosen);
     if (spec_.random) {
-      drawn_end = std::remove_if(drawn, drawn_end, [&](const Hit& hit) { return chosen > hits && !better(chosen[-1], hit); });
+      drawn_end =
+          std::remove_if(drawn, drawn_end, [&](const Hit& hit) { return chosen > hits && !better(chosen[-1], hit); });
       std::sort(drawn, drawn_end, [&](const Hit& a, const Hit& b) { return hash(query, a.id) < hash(query, b.id); });
       chosen = drawn, found = std::min<int64_t>(k, drawn_end - drawn);
       std::sort(drawn, drawn + found, better);

@@ -1,29 +1,38 @@
-// Exact band search without the B x N similarity matrix: per query drop the `skip` most similar documents, keep lo <= s <= hi, take k.
+// Exact band search without the B x N similarity matrix: for each query drop the `skip` most similar documents, keep lo
+// <= s <= hi, take k.
 //
-// The maths. s = q . d (divided by the two norms with `normalize`), defined as the float64 sum in the fixed order of SelectKernels::dot. Its
-// rank, ties by lower id, and its comparisons with lo and hi decide everything, so the answer is the same at every ISA level, thread count
-// and block size.
+// The maths. s = q . d (divided by the two norms with `normalize`), defined as the float64 sum in the fixed order of
+// SelectKernels::dot. Its rank, ties by lower id, and its comparisons with lo and hi decide everything, so the answer
+// is the same for every ISA level, thread count and block size.
 //
-// The screen. A tile product of rounded rows (kernels/screen_kernels.h) gives s~ with |s - s~| <= e. For the rounded operands x', y' and Y, R the
-// largest norm and the largest |y - y'| of a block of documents,
+// The screen. A tile product of rounded rows (kernels/screen_kernels.h) gives s~ with |s - s~| <= e. For the rounded
+// operands x', y', and Y, R the largest norm and the largest |y - y'| of a block of documents,
 //     e = |x - x'| Y  +  (|x| + |x - x'|) R  +  c 2^-23 (|x| + |x - x'|) (Y + R):
-// Cauchy-Schwarz on the rounding of each operand, plus the tile's own: c = 4 for integers, whose sum is exact, and twice the bound d 2^-24 of a
-// float32 sum for the others. At d = 384 about .014 for 8-bit integers, 2.5e-4 for 16-bit ones, 3e-3 for bf16 (AMX), 5e-5 for float32 (no SIMD,
-// NEON). s~ then settles most documents (BandThresholds): below the band they are dropped, inside it and beyond the current k-th best they are
-// counted. What remains is appended to the query's pending list, where its own |y - y'| narrows e, and what is in doubt even then is rescored in
-// float64 before its block leaves the cache.
+// Cauchy-Schwarz on the rounding of each operand, plus the rounding of the tile itself. c = 4 for integers, whose sum
+// is exact; for the others c 2^-23 is twice the bound d 2^-24 of a float32 sum. e at d = 384:
+//     8-bit integers   16-bit integers   bf16 (AMX)   float32 (no SIMD, NEON)
+//          .014            2.5e-4           3e-3              5e-5
+// s~ then settles most documents (BandThresholds): below the band they are dropped, inside it but worse than the
+// current k-th best they are counted. The others are appended to the query's pending list. There the document's own |y
+// - y'| narrows e, and what is still in doubt gets its float64 score before its block leaves the cache.
 //
-// What is kept. k + skip hits a query: how many lie above the band (a count that saturates at skip) decides at the end how many of them to drop.
-// A pending list that fills up is flushed on the spot, so a band that holds everything costs time and no memory. select = random keeps the
-// smallest hashes instead, which need no order of arrival, and the `skip` most similar beside them.
+// What is kept: k + skip hits for each query. The number of documents above the band (a count that saturates at skip)
+// decides at the end how many of them to drop. A pending list that fills up is flushed at once, so a band that holds
+// everything costs time but no memory. select = random keeps the smallest hashes instead, which do not depend on the
+// order of arrival, and beside them the `skip` most similar.
 //
-// Roofline. 2 B N d flops against N d elements read once per block of queries: the product binds for B beyond a few dozen. Documents are packed
-// once per block of queries (into a buffer that stays in L3), a strip of them stays in L2, a panel of queries and its scores in L1.
-// Measured on Zen 5, one thread, B = 4,096, N = 200,000, k = 100, CPU seconds at d = 384 / 768 (faiss's OpenBLAS multiplies with AVX-512):
-// faiss's top 100 5.92 / 11.9; here avx2 3.62 / 7.46, avx512 1.93 / 4.12, avx512_bf16 1.26 / 2.53. The product at the multipliers' own rate
-// (isa/screen_int.h) would take 2.97, 1.57 and .67 at d = 384. A profile of avx512_bf16: tile 54%, rescoring 16%, flush 14%, append 9%, packing 1%.
-// Rescoring waits for its rows, which come from L3: neither float64 copies of the queries, nor a longer prefetch, nor blocks that fit L2 made it
-// shorter. Memory beyond the outputs: 40 MiB.
+// Roofline. 2 B N d operations against N d elements, read once for each block of queries: the product is the limit for
+// B beyond a few dozen. Documents are packed once for each block of queries, into a buffer that stays in L3; a strip of
+// them stays in L2, a panel of queries and its scores in L1. Measured on Zen 5, one thread, B = 4,096, N = 200,000, k =
+// 100, CPU seconds (faiss's OpenBLAS multiplies with AVX-512; "product" is the time at the multipliers' own rate,
+// isa/screen_int.h):
+//     d      faiss top 100   avx2   avx512   avx512_bf16
+//     384        5.92        3.62    1.93       1.26
+//       product              2.97    1.57        .67
+//     768       11.9         7.46    4.12       2.53
+// Profile of avx512_bf16: tile 54%, rescoring 16%, flush 14%, append 9%, packing 1%. Rescoring waits for its rows,
+// which come from L3; float64 copies of the queries, a longer prefetch, and blocks that fit L2 did not make it faster.
+// Memory beyond the outputs: 40 MiB.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -40,14 +49,14 @@ enum class Order : int32_t { skip_then_band = 0, band_then_skip = 1 };
 struct BandSpec {
   int64_t d, k, skip;
   double lo;
-  bool random;     // the k smallest hash64(seed, query, document) instead of the k most similar
+  bool random;  // take the k smallest hash64(seed, query, document) instead of the k most similar
   uint64_t seed;
   Order order;
   bool normalize;
   int threads;
 };
 
-// A ragged list per query: row i is ids[offsets[i]] .. ids[offsets[i + 1]], ascending.
+// One list of ids for each query: row i is ids[offsets[i]] .. ids[offsets[i + 1]], ascending.
 struct Ragged {
   const int64_t* offsets;
   const int64_t* ids;
@@ -58,39 +67,43 @@ struct Hit {
   int64_t id;
 };
 
-// One block of queries against a stream of documents. Memory is taken once, in proportion to the queries.
+// One block of queries against a stream of documents. All memory is allocated once, in proportion to the queries.
 class BandSearch {
  public:
-  // How many queries one search may hold within `bytes` (at least one): whole panels of them unless k or skip is huge.
+  // How many queries one search can hold within `bytes` (at least one): whole panels of them unless k or skip is huge.
   static int64_t queries_within(const BandSpec& spec, int64_t bytes);
 
-  // Queries first .. first + rows of the whole set; hi (rows) is the upper edge of the band of each. hi and exclude must outlive the search.
+  // Queries first .. first + rows of the whole set; hi (rows) is the upper edge of each query's band. hi and exclude
+  // must outlive the search.
   BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const double* hi, Ragged exclude);
-  // (rows, d), row_stride in elements; copied.
+  // Copies the queries, (rows, d), row_stride in elements.
   Status set_queries(const void* queries, Dtype dtype, int64_t row_stride);
-  // Documents first_id .. first_id + rows, ascending from call to call; row_stride in elements.
+  // Searches documents first_id .. first_id + rows; ids ascend from call to call. row_stride in elements.
   Status push(const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id, Poll poll);
-  // ids, scores (rows, k): most similar first, -1 and NaN where there are too few; in_band (rows).
+  // Writes ids and scores, (rows, k), most similar first, -1 and NaN beyond the last; in_band (rows).
   void finish(int64_t* ids, float* scores, int64_t* in_band);
 
  private:
-  // Sizes that follow from the shape and the kernels.
+  // Sizes, from the shape and the kernels.
   struct Plan {
     Plan(const BandSpec& spec, const ScreenKernels& screen);
-    int64_t panel_a, panel_b;      // bytes of a packed panel of queries, of documents
-    int64_t strip;                 // documents in L2 at a time; a panel of queries against them gives a strip of scores in L1
-    int64_t block;                 // documents packed at a time
-    int64_t kept, drawn, pending;  // entries per query: most similar hits, random hits, positions that await their float64 score
+    int64_t panel_a, panel_b;  // bytes of a packed panel of queries, of documents
+    int64_t strip;             // documents in L2 at a time; a panel of queries times a strip gives scores that fit L1
+    int64_t block;             // documents packed at a time
+    int64_t kept, drawn;       // entries of a query: most similar hits, random hits
+    int64_t pending;           // entries of a query: documents that wait for their float64 score
     int64_t bytes_per_query, bytes_fixed;
   };
   struct Query {
     double residual, reach;  // upper bounds of |x - x'| of the screen's operand, and of |x| + |x - x'|
-    double norm;             // what a score is divided by with normalize
-    double margin;           // |s - s~| for a document of the current block that the screen does not round
-    double margin_of(double document) const { return margin + reach * document; }  // for one that it rounds by |y - y'| <= document
-    double worst;           // the least score that is kept, -inf until `kept` are
-    int64_t above, inside;  // documents above the band (saturates), in the band
-    int64_t next_excluded;  // the first excluded id that does not lie behind
+    double norm;             // the divisor of its scores with normalize
+    // bound of |s - s~| for a document of the current block that the screen does not round, and that it rounds by |y -
+    // y'| <= residual
+    double margin;
+    double margin_of(double residual) const { return margin + reach * residual; }
+    double worst;           // the smallest score that is kept, -inf until there are `kept`
+    int64_t above, inside;  // documents above the band (saturates) and in the band
+    int64_t next_excluded;  // index of the first excluded id not yet passed
     uint64_t hash;          // of (seed, query)
     int32_t kept, drawn, pending;
     BandThresholds thresholds;
@@ -103,10 +116,10 @@ class BandSearch {
   struct Block {
     Rows docs;
     int64_t rows, first_id;
-    double size, residual;  // the largest of its documents
+    double size, residual;  // maxima over its documents
   };
   struct Doubt {
-    double most;  // an upper bound of its score, +inf where it may lie outside the band
+    double most;  // an upper bound of its score, +inf if it may lie outside the band
     int32_t column;
   };
   struct Scratch {
@@ -118,8 +131,8 @@ class BandSearch {
     bool finite;
     bool usable() const { return finite && size <= kLargestNorm; }
   };
-  static constexpr int kLargestPanel = 64;        // rows: no level has a larger tile
-  static constexpr double kLargestNorm = 1e18;    // beyond it a product of two rows could overflow float32
+  static constexpr int kLargestPanel = 64;      // rows; no level has a larger tile
+  static constexpr double kLargestNorm = 1e18;  // beyond it, a product of two rows could overflow float32
   using PackPanel = decltype(ScreenKernels::pack_a);
 
   void pack(const Rows& rows, int64_t count, PackPanel pack, char* panel, Scratch& scratch, Operand* operands) const;
@@ -140,15 +153,15 @@ class BandSearch {
   const int64_t first_, rows_;
   const double* const hi_;
   const Ragged exclude_;
-  std::vector<float> queries_;                    // (rows, d)
-  std::vector<Query> state_;                      // (rows)
-  std::vector<Hit> hits_, drawn_;                 // (rows, kept) heaps by score, (rows, drawn) by hash
-  std::vector<int32_t> pending_column_;           // (rows, pending)
+  std::vector<float> queries_;           // (rows, d)
+  std::vector<Query> state_;             // (rows)
+  std::vector<Hit> hits_, drawn_;        // (rows, kept) heaps by score, (rows, drawn) by hash
+  std::vector<int32_t> pending_column_;  // (rows, pending)
   std::vector<float> pending_score_;
-  std::vector<double> norms_;                     // (block)
-  std::vector<float> residuals_;                  // (block) |y - y'|
+  std::vector<double> norms_;     // (block)
+  std::vector<float> residuals_;  // (block) |y - y'|
   Buffer<char> packed_queries_, packed_documents_;
-  std::vector<Scratch> scratch_;                  // per thread
+  std::vector<Scratch> scratch_;  // per thread
 };
 
 }  // namespace refine_fast

@@ -31,7 +31,8 @@ Registers cpuid(unsigned leaf, unsigned sub) {
 
 bool bit(unsigned word, int i) { return (word >> i) & 1u; }
 
-// Registers that the OS saves on a context switch. CPUID without this crashes on some virtual machines.
+// The registers that the system saves on a context switch. On some virtual machines CPUID alone reports levels that
+// crash.
 uint64_t xcr0() {
   if (!bit(cpuid(1, 0).c, 27)) return 0;  // OSXSAVE
   uint32_t lo, hi;
@@ -39,7 +40,7 @@ uint64_t xcr0() {
   return (static_cast<uint64_t>(hi) << 32) | lo;
 }
 
-// Linux gives tile state on request, once per process.
+// Linux grants the tile state on request, once for the process.
 bool request_amx() {
   constexpr int kArchReqXcompPerm = 0x1023, kXfeatureTiledata = 18;
   return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureTiledata) == 0;
@@ -56,14 +57,18 @@ struct Levels {
     const Registers l1 = cpuid(1, 0), l7 = cpuid(7, 0), l71 = cpuid(7, 1);
     const uint64_t state = xcr0();
     const bool ymm = (state & 0x6) == 0x6, zmm = ymm && (state & 0xe0) == 0xe0, tiles = (state & 0x60000) == 0x60000;
-    available[1] = ymm && bit(l1.c, 12) && bit(l1.c, 29) && bit(l7.b, 5);                                         // FMA, F16C, AVX2
-    available[2] = available[1] && zmm && bit(l7.b, 16) && bit(l7.b, 17) && bit(l7.b, 30) && bit(l7.b, 31);       // F, DQ, BW, VL
-    available[3] = available[2] && bit(l7.c, 11) && bit(l71.a, 5);                                                // VNNI, BF16
+    // FMA, F16C, AVX2
+    available[1] = ymm && bit(l1.c, 12) && bit(l1.c, 29) && bit(l7.b, 5);
+    // F, DQ, BW, VL
+    available[2] = available[1] && zmm && bit(l7.b, 16) && bit(l7.b, 17) && bit(l7.b, 30) && bit(l7.b, 31);
+    // VNNI, BF16
+    available[3] = available[2] && bit(l7.c, 11) && bit(l71.a, 5);
 #if defined(REFINE_FAST_EMULATE_AMX)
     (void)tiles, (void)request_amx;
     available[4] = available[3];
 #else
-    available[4] = available[3] && tiles && bit(l7.d, 22) && bit(l7.d, 24) && request_amx();                      // AMX_BF16, AMX_TILE
+    // AMX_BF16, AMX_TILE
+    available[4] = available[3] && tiles && bit(l7.d, 22) && bit(l7.d, 24) && request_amx();
 #endif
     own[1] = &avx2_kernels, own[2] = &avx512_kernels, own[3] = &avx512_bf16_kernels, own[4] = &amx_kernels;
 #elif defined(__aarch64__)
@@ -102,7 +107,8 @@ Isa from_environment() {
   std::string names;
   for (Isa level : kAll)
     if (isa_available(level)) names += (names.empty() ? "" : ", ") + std::string(isa_name(level));
-  throw IsaSettingError(std::string("REFINE_FAST_ISA is '") + name + "'; this machine has the levels " + names + ": set one of them, or unset it");
+  throw IsaSettingError(std::string("REFINE_FAST_ISA is '") + name + "'; this machine has the levels " + names +
+                        ": set one of them, or unset it");
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Which ISA level runs: detected once (CPUID, the state that the OS saves (XCR0), permission for AMX), forced by REFINE_FAST_ISA or set_isa.
+// Which ISA level runs. The levels of the machine are detected once: CPUID, the state that the system saves (XCR0),
+// permission for AMX. The best one runs unless REFINE_FAST_ISA or isa_force names another.
 #pragma once
 #include <stdexcept>
 
@@ -14,13 +15,13 @@ struct IsaSettingError : std::runtime_error {
 const char* isa_name(Isa isa);
 // null for an unknown name
 const Isa* isa_from_name(const char* name);
-// a level that was compiled in, that the CPU has and that the OS lets us use
+// whether the level was compiled in, the CPU has it and the system permits it
 bool isa_available(Isa isa);
 Isa isa_best();
-// the level in force; throws IsaSettingError if REFINE_FAST_ISA names an unknown or unavailable level
+// The level in use; throws IsaSettingError if REFINE_FAST_ISA names an unknown or unavailable level
 Isa isa_current();
 void isa_force(Isa isa);
-// the complete table of the level in force: no null pointer
+// the complete table of the level in use, without null pointers
 const Kernels& kernels();
 
 }  // namespace refine_fast

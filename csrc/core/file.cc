@@ -29,7 +29,8 @@ int reopen_direct(int fd, int mode) {
 }
 
 Status preallocate(const File& file, int64_t bytes) {
-  if (bytes == 0 || fallocate(file.fd, FALLOC_FL_KEEP_SIZE, 0, bytes) == 0 || errno == EOPNOTSUPP || errno == ENOSYS) return {};
+  if (bytes == 0 || fallocate(file.fd, FALLOC_FL_KEEP_SIZE, 0, bytes) == 0 || errno == EOPNOTSUPP || errno == ENOSYS)
+    return {};
   return io_failure("reserving disk space for", file, std::strerror(errno));
 }
 

@@ -40,16 +40,23 @@ class PlainSource : public FileSource {
 
 #if defined(__linux__)
 
-// A window comes from the page cache if all of it is known to be there, else past the cache: what was cached stays, and nothing else enters.
+// A window comes from the page cache if all of it is known to be there, else past the cache: what was cached stays, and
+// nothing else enters.
 //
-// Measured on a pair of 3.17 GB bf16 in 3 shards, cold, and a pair of 0.44 GB float32, warm (ext4 on a virtual disk, 2 cores):
-//   - cold, direct reads: 3.1 GB/s into huge pages, at 0.02 CPU seconds a GB, and 1.0 GB/s into small pages, since a request to a disk lists the
-//     pieces of memory that it fills, 254 of 4 KiB at most. A merge takes 3.2 s instead of 8.1; the same reads and writes alone take 2.9.
-//   - cold, through the cache: 2.9 GB/s if every window is dropped once it is read, for four to eight times the CPU seconds; 0.6 to 0.9 GB/s if
-//     none is dropped, since the host of a virtual machine takes free memory back and has to provide each page anew.
-//   - warm, from the cache: 0.4 s for a pair of 0.54 GB, against 1.35 s past the cache (small pages).
-// mincore reports residency only to the file's owner and to those who may write it. For other users the reader probes with RWF_NOWAIT: assuming
-// "resident" left all of both inputs in the page cache.
+// Measured on a pair of 3.17 GB bf16 in 3 shards, cold, and a pair of 0.44 GB float32, warm (ext4 on a virtual disk, 2
+// cores):
+//     cold, direct, huge pages                   3.1 GB/s, 0.02 CPU seconds a GB
+//     cold, direct, small pages                  1.0 GB/s
+//     cold, cached, every window dropped         2.9 GB/s, four to eight times the CPU seconds
+//     cold, cached, none dropped                 0.6 to 0.9 GB/s
+//     warm, cached                               0.4 s for a pair of 0.54 GB
+//     warm, direct, small pages                  1.35 s
+// Small pages are slow because a request to a disk lists the pieces of memory that it fills, at most 254 of 4 KiB.
+// Pages that stay in the cache are slow because the host of a virtual machine takes free memory back and has to provide
+// each page anew. Direct reads bring a cold merge from 8.1 s to 3.2; the same reads and writes alone take 2.9.
+//
+// mincore reports residency only to the file's owner and to those who may write it. For other users the reader probes
+// with RWF_NOWAIT: assuming "resident" left all of both inputs in the page cache.
 class DirectSource : public PlainSource {
  public:
   explicit DirectSource(const File& file)
@@ -93,19 +100,19 @@ class DirectSource : public PlainSource {
     return known ? std::count_if(resident, resident + pages, [](unsigned char c) { return c & 1; }) : pages;
   }
 
-  // Reads what is in the page cache; false unless all of it is. A miss makes the kernel read ahead, so the caller tries the last byte of a window
-  // first, for one page.
+  // Reads what is in the page cache; false unless all of it is. A miss makes the kernel read ahead, so the caller tries
+  // the last byte of a window first, for one page.
   bool read_cached(int64_t begin, int64_t bytes, char* data) const {
     const iovec all = {data, static_cast<size_t>(bytes)};
     return preadv2(file_.fd, &all, 1, begin, RWF_NOWAIT) == bytes;
   }
 
-  // Reads past the page cache; returns how far it came before an error, which the plain read that follows reports. Some file systems open files for
-  // direct reads and then refuse them.
+  // Reads whole pages past the page cache; returns how far it came before an error, which the plain read that follows
+  // reports. Some file systems open files for direct reads and then refuse them.
   int64_t read_direct(int64_t begin, int64_t end, char* data) const {
     int64_t at = begin;
     while (direct_ >= 0 && at < end) {
-      const ssize_t got = pread(direct_, data + (at - begin), static_cast<size_t>(begin + kWindow - at), at);  // whole pages
+      const ssize_t got = pread(direct_, data + (at - begin), static_cast<size_t>(begin + kWindow - at), at);
       if (got > 0) {
         at += got;
       } else if (got == 0 || errno != EINTR) {

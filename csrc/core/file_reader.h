@@ -10,11 +10,13 @@
 
 namespace refine_fast {
 
-// One open file. On Linux its windows come from the page cache where they are in it, and past it otherwise; elsewhere they are plain reads.
+// One open file. On Linux its windows come from the page cache where they are in it, and past it otherwise; elsewhere
+// they are plain reads.
 class FileSource {
  public:
   virtual ~FileSource() = default;
-  // Bytes begin .. end of the file to data, which has room for kWindow; begin is a multiple of kPage, end - begin <= kWindow.
+  // Bytes begin .. end of the file to data, which has room for kWindow; begin is a multiple of kPage, end - begin <=
+  // kWindow.
   virtual Status read(int64_t begin, int64_t end, char* data) const = 0;
 };
 std::unique_ptr<FileSource> open_source(const File& file);

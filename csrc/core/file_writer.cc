@@ -43,12 +43,13 @@ class DirectSink : public PlainSink {
   ~DirectSink() override { close_direct(); }
   DirectSink(const DirectSink&) = delete;
 
-  // Whole pages directly, what is left over by a plain write. Some file systems open files for direct writes and then refuse them with EINVAL: those
-  // get plain writes from then on.
+  // Whole pages directly, what is left over by a plain write. Some file systems open files for direct writes and then
+  // refuse them with EINVAL: those get plain writes from then on.
   Status write(int64_t begin, int64_t bytes, const char* data) override {
     int64_t done = 0;
     while (direct_ >= 0 && done % kPage == 0 && bytes - done >= kPage) {
-      const ssize_t put = pwrite(direct_, data + done, static_cast<size_t>(round_down(bytes - done, kPage)), begin + done);
+      const ssize_t put =
+          pwrite(direct_, data + done, static_cast<size_t>(round_down(bytes - done, kPage)), begin + done);
       if (put > 0) {
         done += put;
       } else if (errno == EINVAL) {
@@ -80,8 +81,14 @@ std::unique_ptr<FileSink> open_sink(const File& file) {
 }
 
 FileWriter::FileWriter(const File& file, int64_t offset, int index, std::launch policy, const OnBlock& on_block)
-    : file_(file), offset_(offset), index_(index), policy_(policy), on_block_(on_block), sink_(open_sink(file)),
-      begin_(round_down(offset, kPage)), used_(offset - begin_) {}
+    : file_(file),
+      offset_(offset),
+      index_(index),
+      policy_(policy),
+      on_block_(on_block),
+      sink_(open_sink(file)),
+      begin_(round_down(offset, kPage)),
+      used_(offset - begin_) {}
 
 Status FileWriter::open() {
   if (pread(file_.fd, filled_.data(), static_cast<size_t>(used_), begin_) == used_) return {};

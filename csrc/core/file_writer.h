@@ -9,8 +9,9 @@
 
 namespace refine_fast {
 
-// One open file. On Linux whole pages are written past the page cache: a merge of cached inputs takes 0.75 s, against 2.0 s through the cache with
-// early write-back, the flush included (a pair of 0.44 GB float32, ext4 on a virtual disk, small pages).
+// One open file. On Linux whole pages are written past the page cache: a merge of cached inputs takes 0.75 s, against
+// 2.0 s through the cache with early write-back, the flush included (a pair of 0.44 GB float32, ext4 on a virtual disk,
+// small pages).
 class FileSink {
  public:
   virtual ~FileSink() = default;
@@ -21,7 +22,8 @@ std::unique_ptr<FileSink> open_sink(const File& file);
 
 class FileWriter {
  public:
-  // Writes from `offset` on. `index` is the output's number for on_block; `policy` std::launch::async: a thread of its own writes.
+  // Writes from `offset` on. `index` is the output's number for on_block; `policy` std::launch::async: a thread of its
+  // own writes.
   FileWriter(const File& file, int64_t offset, int index, std::launch policy, const OnBlock& on_block);
   ~FileWriter() { pending_ = {}; }  // waits for the thread
   FileWriter(const FileWriter&) = delete;

@@ -19,13 +19,14 @@ namespace refine_fast {
 int64_t InfoNCESolver::rows_of_strip(const InfoNCE& t, int64_t pitch, int64_t hard_pitch, const MatmulKernels& mm) {
   const int64_t packed = mm.element_bytes, width = t.width * (4 + packed + (t.coefficients ? packed : 0));
   const int64_t row_bytes = 4 * t.prefix_count * (pitch + 2 * hard_pitch) + width + kBlock * (4 + 2 * packed);
-  return std::min(std::clamp(kStripBytes / row_bytes, int64_t{mm.mr}, kMaxRows) / mm.mr * mm.mr, round_up(t.rows, mm.mr));
+  return std::min(std::clamp(kStripBytes / row_bytes, int64_t{mm.mr}, kMaxRows) / mm.mr * mm.mr,
+                  round_up(t.rows, mm.mr));
 }
 
 InfoNCESolver::InfoNCESolver(const InfoNCE& t)
     : t_(t),
       isa_(kernels()),
-      mm_(t.dtype == Dtype::bf16 ? *isa_.matmul_bf16 : *isa_.matmul_f32),  // f16 has more digits than bf16 and is computed as float32
+      mm_(t.dtype == Dtype::bf16 ? *isa_.matmul_bf16 : *isa_.matmul_f32),  // f16 has too many digits for bf16
       loss_(*isa_.loss),
       gradients_(t.coefficients != nullptr),
       margin_(t.margin < kInfinity),
@@ -34,7 +35,7 @@ InfoNCESolver::InfoNCESolver(const InfoNCE& t)
       directions_(t.symmetric ? 2 : 1),
       prefixes_(t.prefix_count),
       blocks_(ceil_div(t.columns, kBlock)),
-      pitch_(round_up(t.columns, 64) + 16),  // not a power of two, so that neighbouring rows lie in different cache sets
+      pitch_(round_up(t.columns, 64) + 16),  // not a power of two: neighbouring rows get different cache sets
       hard_pitch_(round_up(t.hards, 16)),
       strip_rows_(rows_of_strip(t, pitch_, hard_pitch_, mm_)),
       direct_(t.dtype == Dtype::f32 || (t.dtype == Dtype::bf16 && mm_.pack_b_bf16 != nullptr)),
@@ -68,7 +69,8 @@ InfoNCESolver::InfoNCESolver(const InfoNCE& t)
     slice.packed_rows += bytes_b(mm_, slice.width, strip_rows_);
   }
   // The row kernels read beyond the last column; -inf is never a negative.
-  for (int64_t r = 0; r < prefixes_ * strip_rows_; ++r) std::fill(strip_ + r * pitch_ + t.columns, strip_ + (r + 1) * pitch_, -kInfinity);
+  for (int64_t r = 0; r < prefixes_ * strip_rows_; ++r)
+    std::fill(strip_ + r * pitch_ + t.columns, strip_ + (r + 1) * pitch_, -kInfinity);
 }
 
 const float* InfoNCESolver::load(const void* src, int64_t begin, int64_t n, float* scratch) const {
@@ -77,12 +79,13 @@ const float* InfoNCESolver::load(const void* src, int64_t begin, int64_t n, floa
   return scratch;
 }
 
-// Document ids as 0, 1, ... in the order of their values, so that the kernels compare 32 bits. Without doc_ids each column is a document of its own:
-// the same comparison then excludes the positive.
+// Document ids as 0, 1, ... in the order of their values, so that the kernels compare 32 bits. Without doc_ids each
+// column is a document of its own: the same comparison then excludes the positive.
 void InfoNCESolver::index_documents() {
   std::vector<int64_t> order(t_.columns);
   std::iota(order.begin(), order.end(), int64_t{0});
-  if (t_.doc_ids) std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return t_.doc_ids[i] < t_.doc_ids[j]; });
+  if (t_.doc_ids)
+    std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return t_.doc_ids[i] < t_.doc_ids[j]; });
   int32_t id = -1;
   for (int64_t j = 0; j < t_.columns; ++j)
     ids_[order[j]] = j > 0 && t_.doc_ids && t_.doc_ids[order[j]] == t_.doc_ids[order[j - 1]] ? id : ++id;
@@ -106,7 +109,8 @@ Status InfoNCESolver::run() {
   if (t_.normalize) find_norms();
   index_documents();
   std::vector<Strip> strips;
-  for (int64_t begin = 0; begin < t_.rows; begin += strip_rows_) strips.push_back({begin, std::min(strip_rows_, t_.rows - begin)});
+  for (int64_t begin = 0; begin < t_.rows; begin += strip_rows_)
+    strips.push_back({begin, std::min(strip_rows_, t_.rows - begin)});
   if (t_.symmetric) {
     index_pairs();
     score_pairs();
@@ -132,8 +136,8 @@ Status InfoNCESolver::run() {
   return stopped(0) ? Status{Code::interrupted} : check_losses();
 }
 
-// An error unless the n rows of x (those in the mask) are finite. The losses alone would not tell: a NaN in a column of weight 0 reaches only the
-// gradients.
+// An error unless the n rows of x (those in the mask) are finite. The losses alone would not tell: a NaN in a column of
+// weight 0 reaches only the gradients.
 Status InfoNCESolver::check_rows(const char* name, const void* x, int64_t n, const uint8_t* mask) const {
   std::atomic<int64_t> found{n};
   parallel_for(n, t_.threads, [&](int64_t i, int thread) {
@@ -141,12 +145,14 @@ Status InfoNCESolver::check_rows(const char* name, const void* x, int64_t n, con
     const float* row = load(x, i, 1, scratch(thread));
     uint32_t not_finite = 0;  // integer tests, which the compiler vectorizes
     for (int64_t j = 0; j < t_.width; ++j) not_finite |= (std::bit_cast<uint32_t>(row[j]) & 0x7f800000u) == 0x7f800000u;
-    for (int64_t known = found; not_finite && i < known && !found.compare_exchange_weak(known, i);) continue;  // the first row, whatever the threads
+    // the first row, whatever the threads
+    for (int64_t known = found; not_finite && i < known && !found.compare_exchange_weak(known, i);) continue;
   });
   Status status;
   if (found == n) return status;
   status.code = Code::invalid;
-  std::snprintf(status.message, sizeof status.message, "info_nce: row %lld of %s holds NaN or infinity", static_cast<long long>(found), name);
+  std::snprintf(status.message, sizeof status.message, "info_nce: row %lld of %s holds NaN or infinity",
+                static_cast<long long>(found), name);
   return status;
 }
 
@@ -155,7 +161,8 @@ Status InfoNCESolver::check_losses() const {
   for (int64_t n = 0; n < prefixes_ * directions_ * t_.rows && status; ++n)
     if (!std::isfinite(t_.loss[n])) {
       status.code = Code::invalid;
-      std::snprintf(status.message, sizeof status.message, "info_nce: the loss of row %lld is not finite: a product of q and d or hard overflows float32",
+      std::snprintf(status.message, sizeof status.message,
+                    "info_nce: the loss of row %lld is not finite: a product of q and d or hard overflows float32",
                     static_cast<long long>(n % t_.rows));
     }
   return status;
@@ -167,7 +174,8 @@ Status info_nce(const InfoNCE& task) {
   } catch (const std::bad_alloc&) {
     Status status;
     status.code = Code::no_memory;
-    std::snprintf(status.message, sizeof status.message, "info_nce: no memory for the working buffers of %lld columns of width %lld",
+    std::snprintf(status.message, sizeof status.message,
+                  "info_nce: no memory for the working buffers of %lld columns of width %lld",
                   static_cast<long long>(task.columns), static_cast<long long>(task.width));
     return status;
   }

@@ -8,13 +8,16 @@
 namespace refine_fast {
 
 // Adds G of row r under prefix m to the block's G, and its part of sum_i G_ij s_ij to the task's column_moments.
-void InfoNCESolver::make_weights(const Strip& s, const Block& b, int64_t m, int64_t r, float* column_moments, int thread) const {
+void InfoNCESolver::make_weights(const Strip& s, const Block& b, int64_t m, int64_t r, float* column_moments,
+                                 int thread) const {
   alignas(64) float weights[kBlock];
   const int64_t i = s.begin + r, own = t_.positives[i];
   const Row& state = row(m, r);
   const float* from = scores(m, r) + b.begin;
-  for (int64_t j = 0; j < b.columns; j += 16) __builtin_prefetch(from + kPrefetchRows * pitch_ + j);  // a run too short for the hardware prefetcher
-  loss_.weights({from, ids_ + b.begin, round_up(b.columns, 16), ids_[own], state.ceiling}, scale_, state.top, state.factor, weights);
+  // a run too short for the hardware prefetcher
+  for (int64_t j = 0; j < b.columns; j += 16) __builtin_prefetch(from + kPrefetchRows * pitch_ + j);
+  loss_.weights({from, ids_ + b.begin, round_up(b.columns, 16), ids_[own], state.ceiling}, scale_, state.top,
+                state.factor, weights);
   if (own >= b.begin && own < b.begin + b.columns) weights[own - b.begin] = state.positive;
   if (t_.symmetric) add_column_weights(i, r, b, m, weights, thread);
   if (t_.normalize) {
@@ -60,14 +63,15 @@ void InfoNCESolver::accumulate_gradients(const Strip& s) {
         pack_a(mm_, g_ + first, 1, kBlock, last - first, s.rows, packed_g_transposed_ + first / mm_.mr * step_t);
         if (t_.normalize)
           for (int64_t lane = 0; lane < tasks; ++lane)
-            for (int64_t j = first; j < last; ++j) column_moment_[m * t_.columns + b.begin + j] += moments_[lane * kBlock + j];
+            for (int64_t j = first; j < last; ++j)
+              column_moment_[m * t_.columns + b.begin + j] += moments_[lane * kBlock + j];
       });
       const int64_t panels = 2;  // of a task of dD
       parallel_for(ceil_div(slice.width, panels * mm_.nr), t_.threads, [&](int64_t task, int) {
         const int64_t first = task * panels * mm_.nr, width = std::min(panels * mm_.nr, slice.width - first);
         const char* q = packed_rows_ + slice.packed_rows + task * panels * panel_bytes(mm_, mm_.nr, s.rows);
-        matmul(mm_, packed_g_transposed_ + 0, q, b.columns, width, s.rows, t_.grad_d + b.begin * t_.width + slice.begin + first, t_.width,
-               s.begin > 0);
+        matmul(mm_, packed_g_transposed_ + 0, q, b.columns, width, s.rows,
+               t_.grad_d + b.begin * t_.width + slice.begin + first, t_.width, s.begin > 0);
       });
     }
   }

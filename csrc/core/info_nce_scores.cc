@@ -17,28 +17,35 @@ void InfoNCESolver::inverse_norms(const float* x, int64_t stride, float* out) co
   }
 }
 
-// Packs the block's documents as the right operand of S (k along the width) or, transposed, of dQ (k along the columns).
-void InfoNCESolver::pack_documents(const Block& b, const Slice& slice, bool transposed, char* out, float* scratch) const {
+// Packs the block's documents as the right operand of S (k along the width) or, transposed, of dQ (k along the
+// columns).
+void InfoNCESolver::pack_documents(const Block& b, const Slice& slice, bool transposed, char* out,
+                                   float* scratch) const {
   const int64_t cols = transposed ? slice.width : b.columns, k = transposed ? b.columns : slice.width;
   const void* src = at(t_.d, b.begin * t_.width + slice.begin);
   if (t_.dtype == Dtype::bf16 && direct_) {
     const int64_t col_stride = transposed ? 1 : t_.width, k_stride = transposed ? t_.width : 1;
     for (int64_t c = 0; c < cols; c += mm_.nr, out += panel_bytes(mm_, mm_.nr, k))
-      mm_.pack_b_bf16(static_cast<const uint16_t*>(src) + c * col_stride, col_stride, k_stride, std::min<int64_t>(mm_.nr, cols - c), k, out);
+      mm_.pack_b_bf16(static_cast<const uint16_t*>(src) + c * col_stride, col_stride, k_stride,
+                      std::min<int64_t>(mm_.nr, cols - c), k, out);
     return;
   }
   const float* rows = static_cast<const float*>(src);
   int64_t pitch = t_.width;
   if (!direct_) {
-    for (int64_t j = 0; j < b.columns; ++j) isa_.to_f32(at(src, j * t_.width), t_.dtype, slice.width, scratch + j * slice.width);
+    for (int64_t j = 0; j < b.columns; ++j)
+      isa_.to_f32(at(src, j * t_.width), t_.dtype, slice.width, scratch + j * slice.width);
     rows = scratch, pitch = slice.width;
   }
   pack_b(mm_, rows, transposed ? 1 : pitch, transposed ? pitch : 1, cols, k, out);
 }
 
 void InfoNCESolver::find_norms() {
-  parallel_for(t_.rows, t_.threads, [&](int64_t i, int thread) { inverse_norms(load(t_.q, i, 1, scratch(thread)), t_.rows, norm_q_ + i); });
-  parallel_for(t_.columns, t_.threads, [&](int64_t j, int thread) { inverse_norms(load(t_.d, j, 1, scratch(thread)), t_.columns, norm_d_ + j); });
+  parallel_for(t_.rows, t_.threads,
+               [&](int64_t i, int thread) { inverse_norms(load(t_.q, i, 1, scratch(thread)), t_.rows, norm_q_ + i); });
+  parallel_for(t_.columns, t_.threads, [&](int64_t j, int thread) {
+    inverse_norms(load(t_.d, j, 1, scratch(thread)), t_.columns, norm_d_ + j);
+  });
 }
 
 // Step 1: the strip's scores under every prefix.
@@ -46,7 +53,8 @@ void InfoNCESolver::score_strip(const Strip& s) {
   queries_ = load(t_.q, s.begin, s.rows, q_ + 0);
   for (const Slice& slice : slices_) {
     pack_a(mm_, queries_ + slice.begin, t_.width, 1, s.rows, slice.width, packed_q_ + slice.packed_q);
-    if (gradients_) pack_b(mm_, queries_ + slice.begin, 1, t_.width, slice.width, s.rows, packed_rows_ + slice.packed_rows);
+    if (gradients_)
+      pack_b(mm_, queries_ + slice.begin, 1, t_.width, slice.width, s.rows, packed_rows_ + slice.packed_rows);
   }
   parallel_for(blocks_, t_.threads, [&](int64_t index, int thread) {
     if (stopped(thread)) return;
@@ -56,7 +64,8 @@ void InfoNCESolver::score_strip(const Strip& s) {
       if (m > 0)
         for (int64_t r = 0; r < s.rows; ++r) std::copy_n(scores(m - 1, r) + b.begin, b.columns, scores(m, r) + b.begin);
       pack_documents(b, slices_[m], false, d, scratch(thread));
-      matmul(mm_, packed_q_ + slices_[m].packed_q, d, s.rows, b.columns, slices_[m].width, scores(m, 0) + b.begin, pitch_, m > 0);
+      matmul(mm_, packed_q_ + slices_[m].packed_q, d, s.rows, b.columns, slices_[m].width, scores(m, 0) + b.begin,
+             pitch_, m > 0);
     }
     if (!t_.normalize) return;
     for (int64_t m = 0; m < prefixes_; ++m)
@@ -97,7 +106,8 @@ void InfoNCESolver::row_softmax(const Strip& s, int64_t r, int thread) {
     loss_.sums(all, scale_, top, sums);
     loss_.sums(hard, scale_, top, sums);
     const double shift = (static_cast<double>(positive) - top) * scale_, e = std::exp(shift), total = e + sums[0];
-    t_.loss[m * directions_ * t_.rows + i] = static_cast<float>(e > sums[0] ? std::log1p(sums[0] / e) : std::log(total) - shift);
+    t_.loss[m * directions_ * t_.rows + i] =
+        static_cast<float>(e > sums[0] ? std::log1p(sums[0] / e) : std::log(total) - shift);
     if (!gradients_) continue;
     const double c = static_cast<double>(t_.coefficients[i]) * t_.prefix_weights[m] / directions_;
     const double moment = c * (sums[1] - sums[0] * shift) / total;

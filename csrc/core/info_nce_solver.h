@@ -1,6 +1,7 @@
 // The solver behind info_nce: one batch, strip by strip.
 //
-// The maths. s_ij = q_i . d_j, p_i = softmax over j of s_ij / tau, loss_i = -log p_i,pos(i), and with c_i = coefficients[i]:
+// The maths. s_ij = q_i . d_j, p_i = softmax over j of s_ij / tau, loss_i = -log p_i,pos(i), and with c_i =
+// coefficients[i]:
 //     G_ij = c_i / tau (p_ij - [j = pos(i)])        dq_i = sum_j G_ij d_j        dd_j = sum_i G_ij q_i
 //
 // One strip of rows at a time (all columns; at most kStripBytes, so the B x N matrix never exists):
@@ -13,22 +14,25 @@
 //     fp32        205         210       248
 //     bf16        368         404       495
 //
-// The accumulator. A strip holds whole rows, so the maximum is known before the first exponential: no running rescale, and no fixed shift that could
-// underflow. Any temperature and any finite scores are safe; the price is that each exponential is computed twice. Q and D enter the products
-// unchanged, so in bf16 only G is rounded, which gives less error than torch. The positive's weight is p - 1 = -(sum of the others), and is kept as
-// that sum: nothing cancels when the positive dominates.
+// The accumulator. A strip holds whole rows, so the maximum is known before the first exponential: no running rescale,
+// and no fixed shift that could underflow. Any temperature and any finite scores are safe; the price is that each
+// exponential is computed twice. Q and D enter the products unchanged, so in bf16 only G is rounded, which gives less
+// error than torch. The positive's weight is p - 1 = -(sum of the others), and is kept as that sum: nothing cancels
+// when the positive dominates.
 //
-// Prefixes (Kusupati et al., arXiv 2205.13147: the loss over several prefix lengths at once) cost one product of the full width. Scores add up from
-// slice to slice of the width, S_m = S_m-1 + Q[slice m] D[slice m]^T, and so do the weights, from the last slice to the first:
-// dQ[slice m] = (G_m + G_m+1 + ...) D[slice m]. A strip then holds the scores of every prefix, in fewer rows.
+// Prefixes (Kusupati et al., arXiv 2205.13147: the loss over several prefix lengths at once) cost one product of the
+// full width. Scores add up from slice to slice of the width, S_m = S_m-1 + Q[slice m] D[slice m]^T, and so do the
+// weights, from the last slice to the first: dQ[slice m] = (G_m + G_m+1 + ...) D[slice m]. A strip then holds the
+// scores of every prefix, in fewer rows.
 //
-// normalize scales the scores, s = (q . d) / (|q| |d|), not the operands. Through u = x / |x| the gradient is (g - (g . u) u) / |x|, and g . u of a
-// row or column is the sum of G_ij s_ij over it, so no prefix needs a gradient of its own.
+// normalize scales the scores, s = (q . d) / (|q| |d|), not the operands. Through u = x / |x| the gradient is (g - (g .
+// u) u) / |x|, and g . u of a row or column is the sum of G_ij s_ij over it, so no prefix needs a gradient of its own.
 //
-// symmetric adds the softmax over queries i of s_i,pos(k) for each k (info_nce_symmetric.cc). Its sums need every row, so a sweep of step 1 alone
-// comes first: 8 B N width.
+// symmetric adds the softmax over queries i of s_i,pos(k) for each k (info_nce_symmetric.cc). Its sums need every row,
+// so a sweep of step 1 alone comes first: 8 B N width.
 //
-// Results do not depend on the number of threads: tasks are cut by the shape alone, each owns its output, and shared sums are added in order.
+// Results do not depend on the number of threads: tasks are cut by the shape alone, each owns its output, and shared
+// sums are added in order.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -54,9 +58,9 @@ class InfoNCESolver {
   Status run();
 
  private:
-  static constexpr int64_t kBlock = 192;            // columns at a time: D's panels in L2; a multiple of every level's mr, nr and of 16
+  static constexpr int64_t kBlock = 192;            // columns at a time, D's panels in L2; a multiple of 16, mr and nr
   static constexpr int64_t kTasks = 16;             // parts of a strip's rows in step 3
-  static constexpr int64_t kMaxRows = 640;          // of a strip: beyond, packing D and adding to dD once a strip no longer matter
+  static constexpr int64_t kMaxRows = 640;          // of a strip: beyond, packing D and adding to dD no longer matter
   static constexpr int64_t kStripBytes = 24 << 20;  // all that grows with a strip's rows
   static constexpr int64_t kPairs = 12;             // queries of a task that scores them with their positives
   static constexpr int64_t kPrefetchRows = 8;       // prefetch distance in rows of scores
@@ -69,18 +73,20 @@ class InfoNCESolver {
   struct Block {  // of columns
     int64_t begin, columns;
   };
-  struct Slice {  // of the width: the columns that a prefix adds to the one before, and the offsets of its panels among the strip's
+  // Of the width: the columns that a prefix adds to the one before, and the offsets of its panels among the strip's.
+  struct Slice {
     int64_t begin, width, packed_q, packed_rows;
   };
-  struct Row {              // of a strip, under one prefix
-    float top, ceiling;     // the largest score, and the largest that a negative may have
+  struct Row {               // of a strip, under one prefix
+    float top, ceiling;      // the largest score, and the largest that a negative may have
     float factor, positive;  // G = factor exp((s - top) / tau); G of the positive
-    float moment;           // sum_j G_ij s_ij
+    float moment;            // sum_j G_ij s_ij
   };
-  // The other direction under one prefix, by slot: the pair's score, the margin's ceiling, the maximum and the sum over its negatives, by how much
-  // rounding made the sum too large, coefficient / (2 tau sum)
+  // The other direction under one prefix, by slot: the pair's score, the margin's ceiling, the maximum and the sum over
+  // its negatives, by how much rounding made the sum too large, coefficient / (2 tau sum)
   struct Pairs {
-    explicit Pairs(int64_t slots) : positive(slots), ceiling(slots), top(slots), sum(slots), excess(slots), weight(slots) {}
+    explicit Pairs(int64_t slots)
+        : positive(slots), ceiling(slots), top(slots), sum(slots), excess(slots), weight(slots) {}
     std::vector<float> positive, ceiling, top, sum, excess, weight;
   };
 
@@ -96,7 +102,9 @@ class InfoNCESolver {
   float norm_d(int64_t m, int64_t j) const { return t_.normalize ? norm_d_[m * t_.columns + j] : 1.0f; }
   float* scratch(int thread) const { return scratch_ + thread * scratch_floats_; }
   float* slot_scratch(int thread) const { return slot_scratch_.get() + thread * 2 * max_slots_; }
-  const void* at(const void* src, int64_t element) const { return static_cast<const char*>(src) + element * element_bytes_; }
+  const void* at(const void* src, int64_t element) const {
+    return static_cast<const char*>(src) + element * element_bytes_;
+  }
   // rows begin .. begin + n as float32: the source itself, or `scratch`
   const float* load(const void* src, int64_t begin, int64_t n, float* scratch) const;
   // whether hard negative k of query i takes part
@@ -154,8 +162,8 @@ class InfoNCESolver {
   Buffer<int32_t> ids_;            // dense document ids
   Buffer<double> tau_;             // by row: its part of the temperature's gradient
 
-  // The other direction: a slot for every query, in the order of their positives. Each block of columns begins at a multiple of 16 slots; unused
-  // slots have weight 0.
+  // The other direction: a slot for every query, in the order of their positives. Each block of columns begins at a
+  // multiple of 16 slots; unused slots have weight 0.
   std::vector<int64_t> first_slot_, slot_of_, column_;
   std::vector<int32_t> slot_ids_;
   std::vector<Pairs> pairs_;

@@ -34,8 +34,9 @@ void InfoNCESolver::index_pairs() {
   for (int64_t m = 0; m < prefixes_; ++m) pairs_.emplace_back(first_slot_.back());
 }
 
-// The score of each pair, from which the margin's ceiling follows and where the running maximum starts. It is taken from the same product as the
-// strips' scores: a query that occurs twice must tie with itself to the bit, or rounding would decide whether a margin of 0 drops it.
+// The score of each pair, from which the margin's ceiling follows and where the running maximum starts. It is taken
+// from the same product as the strips' scores: a query that occurs twice must tie with itself to the bit, or rounding
+// would decide whether a margin of 0 drops it.
 void InfoNCESolver::score_pairs() {
   parallel_for(ceil_div(t_.rows, kPairs), t_.threads, [&](int64_t task, int thread) {
     const int64_t begin = task * kPairs, n = std::min(kPairs, t_.rows - begin), width = t_.width;
@@ -71,9 +72,9 @@ void InfoNCESolver::sum_columns(const Strip& s) {
     float* scores = slot_scratch(thread);
     for (int64_t m = 0; m < prefixes_; ++m)
       for (int64_t r = 0; r < s.rows; ++r)
-        loss_.column_sums(gather(m, r, begin, n, scores), n, scale_, slot_ids_.data() + begin, ids_[t_.positives[s.begin + r]],
-                          margin_ ? pairs_[m].ceiling.data() + begin : nullptr, pairs_[m].top.data() + begin, pairs_[m].sum.data() + begin,
-                          pairs_[m].excess.data() + begin);
+        loss_.column_sums(gather(m, r, begin, n, scores), n, scale_, slot_ids_.data() + begin,
+                          ids_[t_.positives[s.begin + r]], margin_ ? pairs_[m].ceiling.data() + begin : nullptr,
+                          pairs_[m].top.data() + begin, pairs_[m].sum.data() + begin, pairs_[m].excess.data() + begin);
   });
 }
 
@@ -85,20 +86,24 @@ void InfoNCESolver::finish_columns() {
       const int64_t slot = slot_of_[i];
       const double shift = (static_cast<double>(p.positive[slot]) - p.top[slot]) * scale_, own = std::exp(shift);
       const double others = static_cast<double>(p.sum[slot]) - p.excess[slot];
-      t_.loss[(2 * m + 1) * t_.rows + i] = static_cast<float>(own > others ? std::log1p(others / own) : std::log(own + others) - shift);
-      if (gradients_) p.weight[slot] = static_cast<float>(0.5 * t_.coefficients[i] * t_.prefix_weights[m] * scale_ / (own + others));
+      t_.loss[(2 * m + 1) * t_.rows + i] =
+          static_cast<float>(own > others ? std::log1p(others / own) : std::log(own + others) - shift);
+      if (gradients_)
+        p.weight[slot] = static_cast<float>(0.5 * t_.coefficients[i] * t_.prefix_weights[m] * scale_ / (own + others));
     }
 }
 
 // Adds the other direction's weights of query i, row r of the strip.
-void InfoNCESolver::add_column_weights(int64_t i, int64_t r, const Block& b, int64_t m, float* weights, int thread) const {
-  const int64_t begin = first_slot_[b.begin / kBlock], n = first_slot_[b.begin / kBlock + 1] - begin, own = slot_of_[i] - begin;
+void InfoNCESolver::add_column_weights(int64_t i, int64_t r, const Block& b, int64_t m, float* weights,
+                                       int thread) const {
+  const int64_t begin = first_slot_[b.begin / kBlock], n = first_slot_[b.begin / kBlock + 1] - begin,
+                own = slot_of_[i] - begin;
   const Pairs& p = pairs_[m];
   float *pair_scores = slot_scratch(thread), *added = pair_scores + max_slots_;
   gather(m, r, begin, n, pair_scores);
   tau_[i] -= loss_.column_weights(pair_scores, n, scale_, slot_ids_.data() + begin, ids_[t_.positives[i]],
-                                  margin_ ? p.ceiling.data() + begin : nullptr, p.top.data() + begin, p.weight.data() + begin,
-                                  p.positive.data() + begin, added);
+                                  margin_ ? p.ceiling.data() + begin : nullptr, p.top.data() + begin,
+                                  p.weight.data() + begin, p.positive.data() + begin, added);
   if (own >= 0 && own < n) added[own] = -p.weight[begin + own] * p.sum[begin + own];
   if (t_.normalize) row(m, r).moment += loss_.dot(added, pair_scores, n);
   for (int64_t k = 0; k < n; ++k) weights[column_[begin + k] - b.begin] += added[k];

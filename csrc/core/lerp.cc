@@ -9,22 +9,25 @@
 namespace refine_fast {
 namespace {
 
-// Elements between two trips to memory: three float64 arrays of it fill half of an L1.
+// Elements of a block: three float64 arrays of that size fill half of an L1 cache.
 constexpr int64_t kBlock = 1024;
 
-// --- fp8 by conversion: 256 values one way, torch's rounding the other (2.13: e4m3 saturates at 448, e5m2 overflows to infinity) ----------
+// --- fp8 ----------------------------------------------------------------------------------------
+// A table of 256 values to read, torch's rounding to write (2.13: e4m3 saturates at 448, e5m2 overflows to infinity).
 
 template <int kExponentBits>
 struct Fp8 {
-  static constexpr int kMantissaBits = 7 - kExponentBits, kBias = (1 << (kExponentBits - 1)) - 1, kShift = 23 - kMantissaBits;
+  static constexpr int kMantissaBits = 7 - kExponentBits, kBias = (1 << (kExponentBits - 1)) - 1,
+                       kShift = 23 - kMantissaBits;
   static constexpr bool kHasInfinity = kExponentBits == 5;  // e4m3 ("fn") ends at 448 and has NaN only
 
   static std::array<float, 256> decode_table() {
     std::array<float, 256> table;
     for (int i = 0; i < 256; ++i) {
       const int exponent = (i & 0x7f) >> kMantissaBits, mantissa = i & ((1 << kMantissaBits) - 1);
-      float f = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), 1 - kBias - kMantissaBits)
-                              : std::ldexp(static_cast<float>((1 << kMantissaBits) + mantissa), exponent - kBias - kMantissaBits);
+      float f = exponent == 0
+                    ? std::ldexp(static_cast<float>(mantissa), 1 - kBias - kMantissaBits)
+                    : std::ldexp(static_cast<float>((1 << kMantissaBits) + mantissa), exponent - kBias - kMantissaBits);
       if (kHasInfinity && exponent == 31) f = mantissa ? NAN : INFINITY;
       if (!kHasInfinity && (i & 0x7f) == 0x7f) f = NAN;
       table[static_cast<size_t>(i)] = (i & 0x80) ? -f : f;
@@ -33,9 +36,11 @@ struct Fp8 {
   }
 
   static uint8_t encode(float f) {
-    constexpr uint32_t kOverflow = kHasInfinity ? 143u << 23 : 1086u << 20;  // 65536 (what rounds up to it becomes infinity by the carry), 448
+    // 65536 (values that round up to it become infinity through the carry) or 448
+    constexpr uint32_t kOverflow = kHasInfinity ? 143u << 23 : 1086u << 20;
     constexpr uint32_t kSmallestNormal = static_cast<uint32_t>(128 - kBias) << 23;
-    constexpr uint32_t kDenormal = static_cast<uint32_t>(128 - kBias + kShift) << 23;  // adding it rounds to a multiple of the least denormal
+    // adding it rounds to a multiple of the smallest denormal
+    constexpr uint32_t kDenormal = static_cast<uint32_t>(128 - kBias + kShift) << 23;
     uint32_t b;
     std::memcpy(&b, &f, 4);
     const uint32_t sign = (b >> 24) & 0x80u;
@@ -63,7 +68,8 @@ struct Fp8 {
   }
 };
 
-// --- any storage <-> a block of float32 or float64; memory is reached through memcpy, since a header of odd length misaligns what follows --
+// --- any storage type <-> a block of float32 or float64 -----------------------------------------
+// Memory is reached through memcpy: a header of odd length misaligns the data after it.
 
 void to_f32(Storage type, const void* src, int64_t n, float* dst) {
   if (type == Storage::f8_e4m3) return Fp8<4>::to_f32(static_cast<const uint8_t*>(src), n, dst);
@@ -91,8 +97,8 @@ void to_f64(Storage type, const void* src, int64_t n, double* dst) {
   for (int64_t i = 0; i < n; ++i) dst[i] = block[i];
 }
 
-void block_in_f32(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out, int64_t n, double weight,
-                  Change* change) {
+void block_in_f32(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type,
+                  void* out, int64_t n, double weight, Change* change) {
   alignas(64) float a[kBlock], b[kBlock], o[kBlock];
   to_f32(base_type, base, n, a);
   to_f32(tuned_type, tuned, n, b);
@@ -103,7 +109,8 @@ void block_in_f32(Storage base_type, const void* base, Storage tuned_type, const
   kernels().lerp->change(a, o, n, change);
 }
 
-void block_in_f64(const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out, int64_t n, double weight, Change* change) {
+void block_in_f64(const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out, int64_t n,
+                  double weight, Change* change) {
   alignas(64) double a[kBlock], b[kBlock], o[kBlock];
   to_f64(Storage::f64, base, n, a);
   to_f64(tuned_type, tuned, n, b);
@@ -129,11 +136,12 @@ void block_in_f64(const void* base, Storage tuned_type, const void* tuned, Stora
 
 void storage_to_f32(Storage type, const void* src, int64_t n, float* dst) {
   const char* s = static_cast<const char*>(src);
-  for (int64_t i = 0; i < n; i += kBlock) to_f32(type, s + i * storage_bytes(type), n - i < kBlock ? n - i : kBlock, dst + i);
+  for (int64_t i = 0; i < n; i += kBlock)
+    to_f32(type, s + i * storage_bytes(type), n - i < kBlock ? n - i : kBlock, dst + i);
 }
 
-void lerp(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out, int64_t n, double weight,
-          Change* change) {
+void lerp(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out,
+          int64_t n, double weight, Change* change) {
   const char *a = static_cast<const char*>(base), *b = static_cast<const char*>(tuned);
   char* o = static_cast<char*>(out);
   for (int64_t left = n; left > 0;) {

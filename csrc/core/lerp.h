@@ -1,4 +1,4 @@
-// out = base + weight * (tuned - base) over raw memory of any float type that a checkpoint holds.
+// out = base + weight * (tuned - base) over memory of any float type that a checkpoint may hold.
 #pragma once
 #include <cstdint>
 
@@ -7,7 +7,7 @@
 
 namespace refine_fast {
 
-// How an element is stored. The first four are Dtype's; `raw` is a byte that is copied, never computed with.
+// How an element is stored. The first four are those of Dtype; `raw` is a byte that is only copied.
 enum class Storage : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, f8_e4m3 = 4, f8_e5m2 = 5, raw = 6 };
 
 constexpr int64_t storage_bytes(Storage s) {
@@ -15,12 +15,12 @@ constexpr int64_t storage_bytes(Storage s) {
   return kBytes[static_cast<int>(s)];
 }
 
-// Pointers need no alignment, and out may be base. Arithmetic in float64 where base is f64, else in float32; one rounding, to nearest even,
-// into out's type. `change` may be null.
-void lerp(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out, int64_t n, double weight,
-          Change* change);
+// Pointers need no alignment, and out may be base. Arithmetic is in float64 if base is f64, else in float32, with one
+// rounding to nearest even into out's type. `change` may be null.
+void lerp(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out,
+          int64_t n, double weight, Change* change);
 
-// dst (float32, aligned) = the values of src
+// Converts n elements of src to float32 in dst, which is aligned.
 void storage_to_f32(Storage type, const void* src, int64_t n, float* dst);
 
 }  // namespace refine_fast

@@ -48,7 +48,8 @@ class LowRankRows {
     k_.pack_a(f_.b + row * f_.rank, f_.rank, 1, std::min<int64_t>(k_.mr, f_.rows - row), f_.rank, b_.data());
     const TileScope scope(k_);
     for (int64_t c = 0; c < stride_; c += k_.nr)
-      k_.tile(b_.data(), a_.data() + c / k_.nr * panel_bytes(k_, k_.nr, f_.rank), f_.rank, rows_.floats() + c, stride_, false);
+      k_.tile(b_.data(), a_.data() + c / k_.nr * panel_bytes(k_, k_.nr, f_.rank), f_.rank, rows_.floats() + c, stride_,
+              false);
   }
 
   const MatmulKernels& k_ = *kernels().matmul_f32;

@@ -7,35 +7,40 @@
 namespace refine_fast {
 namespace {
 
-// Of float32 operands, steps of k before a tile's sums are added to C and begin anew at zero: the error of a sum grows with the length of its
-// chain, and k = 384 in one piece had up to 1.5 times the error of torch's product. Costs at most 4% of info_nce's time (one Zen 5 core).
+// For float32 operands: the steps of k after which a tile's sums are added to C and restart at zero. The error of a sum
+// grows with the length of its chain: k = 384 in one piece had up to 1.5 times the error of torch's product. Costs at
+// most 4% of info_nce's time (one Zen 5 core).
 constexpr int64_t kDepth = 64;
 
 }  // namespace
 
-void pack_a(const MatmulKernels& kernels, const float* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, char* out) {
+void pack_a(const MatmulKernels& kernels, const float* src, int64_t row_stride, int64_t k_stride, int64_t rows,
+            int64_t k, char* out) {
   for (int64_t r = 0; r < rows; r += kernels.mr, out += panel_bytes(kernels, kernels.mr, k))
     kernels.pack_a(src + r * row_stride, row_stride, k_stride, std::min<int64_t>(kernels.mr, rows - r), k, out);
 }
 
-void pack_b(const MatmulKernels& kernels, const float* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, char* out) {
+void pack_b(const MatmulKernels& kernels, const float* src, int64_t col_stride, int64_t k_stride, int64_t cols,
+            int64_t k, char* out) {
   for (int64_t c = 0; c < cols; c += kernels.nr, out += panel_bytes(kernels, kernels.nr, k))
     kernels.pack_b(src + c * col_stride, col_stride, k_stride, std::min<int64_t>(kernels.nr, cols - c), k, out);
 }
 
-// An element's value is the same wherever in C it lies, at an edge or within: info_nce compares scores that must tie.
+// An element has the same value wherever it lies in C, at an edge or inside: info_nce compares scores that must tie.
 // B's panel is the outer loop: it stays in L2 (32 columns x 768 floats: 96 KiB) while A's panels stream past it.
-void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t rows, int64_t cols, int64_t k, float* c, int64_t ldc,
-            bool accumulate) {
-  const int64_t mr = kernels.mr, nr = kernels.nr, step_a = panel_bytes(kernels, mr, k), step_b = panel_bytes(kernels, nr, k);
+void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t rows, int64_t cols, int64_t k, float* c,
+            int64_t ldc, bool accumulate) {
+  const int64_t mr = kernels.mr, nr = kernels.nr, step_a = panel_bytes(kernels, mr, k),
+                step_b = panel_bytes(kernels, nr, k);
   alignas(64) float edge[64 * 64];  // no level has a larger tile
   std::fill_n(edge, mr * nr, 0.0f);
   const int64_t depth = kernels.element_bytes == 4 ? kDepth : k;
   const TileScope scope(kernels);
   const auto product = [&](const char* panel, float* out, int64_t stride, bool add) {
     int64_t p = 0;
-    do {  // once at least: where k is 0, C is 0
-      kernels.tile(panel + p * mr * kernels.element_bytes, b + p * nr * kernels.element_bytes, std::min(depth, k - p), out, stride, add || p > 0);
+    do {  // at least once: if k is 0, C is 0
+      kernels.tile(panel + p * mr * kernels.element_bytes, b + p * nr * kernels.element_bytes, std::min(depth, k - p),
+                   out, stride, add || p > 0);
     } while ((p += depth) < k);
   };
   for (int64_t j = 0; j < cols; j += nr, b += step_b) {

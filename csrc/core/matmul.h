@@ -1,11 +1,12 @@
-// C (+)= A B over the tiles of one ISA level (kernels/kernels.h): what stands between a packed panel and a matrix of any size.
+// C (+)= A B for matrices of any size, over the packed panels and tiles of one ISA level (kernels/kernels.h).
 #pragma once
 #include "core/numeric.h"
 #include "kernels/kernels.h"
 
 namespace refine_fast {
 
-// Bytes of one packed panel, of the packed panels of A and of B. Multiples of 64, so that panels that follow one another stay aligned.
+// Bytes of one packed panel, of the packed panels of A and of B. Multiples of 64, so that panels that follow one
+// another stay aligned.
 inline int64_t panel_bytes(const MatmulKernels& kernels, int64_t width, int64_t k) {
   return round_up(round_up(k, kernels.kr) * width * kernels.element_bytes, 64);
 }
@@ -16,12 +17,15 @@ inline int64_t bytes_b(const MatmulKernels& kernels, int64_t cols, int64_t k) {
   return ceil_div(cols, kernels.nr) * panel_bytes(kernels, kernels.nr, k);
 }
 
-// element (row, p) of A at src[row * row_stride + p * k_stride], (p, col) of B at src[col * col_stride + p * k_stride]: panel after panel
-void pack_a(const MatmulKernels& kernels, const float* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, char* out);
-void pack_b(const MatmulKernels& kernels, const float* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, char* out);
+// Pack a matrix panel after panel. Element (row, p) of A is src[row * row_stride + p * k_stride], (p, col) of B src[col
+// * col_stride + p * k_stride].
+void pack_a(const MatmulKernels& kernels, const float* src, int64_t row_stride, int64_t k_stride, int64_t rows,
+            int64_t k, char* out);
+void pack_b(const MatmulKernels& kernels, const float* src, int64_t col_stride, int64_t k_stride, int64_t cols,
+            int64_t k, char* out);
 
-// C[rows x cols] (+)= A B of packed operands. Only that much of C is touched.
-void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t rows, int64_t cols, int64_t k, float* c, int64_t ldc,
-            bool accumulate);
+// C[rows x cols] (+)= A B of packed operands. Nothing else of C is touched.
+void matmul(const MatmulKernels& kernels, const char* a, const char* b, int64_t rows, int64_t cols, int64_t k, float* c,
+            int64_t ldc, bool accumulate);
 
 }  // namespace refine_fast

@@ -6,7 +6,8 @@
 
 namespace refine_fast {
 
-PageBuffer::PageBuffer(int64_t bytes) : map_bytes_(static_cast<size_t>(round_up(std::max(bytes, kPage), kPage) + kPage + kHugePage)) {
+PageBuffer::PageBuffer(int64_t bytes)
+    : map_bytes_(static_cast<size_t>(round_up(std::max(bytes, kPage), kPage) + kPage + kHugePage)) {
   map_ = mmap(nullptr, map_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (map_ == MAP_FAILED) throw std::bad_alloc();
   const auto begin = reinterpret_cast<uintptr_t>(map_) + kPage;

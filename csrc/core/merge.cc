@@ -17,10 +17,13 @@ constexpr int64_t kLowRankBlock = 4096;  // elements of base + B A at a time
 
 class Merge {
  public:
-  Merge(const std::vector<File>& files, const std::vector<LowRankFactors>& factors, std::vector<Output>& outputs, bool overlap,
-        const OnBlock& on_block)
-      : policy_(overlap ? std::launch::async | std::launch::deferred : std::launch::deferred), factors_(factors), outputs_(outputs),
-        base_(files, policy_, on_block), tuned_(files, policy_, on_block) {
+  Merge(const std::vector<File>& files, const std::vector<LowRankFactors>& factors, std::vector<Output>& outputs,
+        bool overlap, const OnBlock& on_block)
+      : policy_(overlap ? std::launch::async | std::launch::deferred : std::launch::deferred),
+        factors_(factors),
+        outputs_(outputs),
+        base_(files, policy_, on_block),
+        tuned_(files, policy_, on_block) {
     for (size_t o = 0; o < outputs.size(); ++o)
       writers_.emplace_back(outputs[o].file, outputs[o].offset, static_cast<int>(o), policy_, on_block);
   }
@@ -109,8 +112,9 @@ class Merge {
 
 }  // namespace
 
-Status merge(const std::vector<File>& files, const std::vector<Piece>& pieces, const std::vector<LowRankFactors>& factors,
-             std::vector<Output>& outputs, bool overlap, const OnBlock& on_block) {
+Status merge(const std::vector<File>& files, const std::vector<Piece>& pieces,
+             const std::vector<LowRankFactors>& factors, std::vector<Output>& outputs, bool overlap,
+             const OnBlock& on_block) {
   try {
     return Merge(files, factors, outputs, overlap, on_block).run(pieces);
   } catch (const std::bad_alloc&) {

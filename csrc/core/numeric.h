@@ -15,7 +15,8 @@ REFINE_FAST_HOST_DEVICE constexpr int64_t round_down(int64_t x, int64_t step) { 
 REFINE_FAST_HOST_DEVICE constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 REFINE_FAST_HOST_DEVICE constexpr int64_t ceil_div(int64_t x, int64_t step) { return (x + step - 1) / step; }
 
-// The finalizer of splitmix64 (Steele, Lea and Flood, OOPSLA 2014); refine_fast.reference.hash64 computes the same values.
+// The finalizer of splitmix64 (Steele, Lea and Flood, OOPSLA 2014); refine_fast.reference.hash64 computes the same
+// values.
 REFINE_FAST_HOST_DEVICE constexpr uint64_t mix(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;

@@ -1,6 +1,6 @@
-// Loops over threads, and the only file that includes OpenMP. torch ships libgomp under its plain name, so an extension built with -fopenmp shares
-// torch's pool; the caller still passes the number of threads (torch.get_num_threads()), so that nothing here is hidden. Without OpenMP (Apple's
-// clang) the threads are std::thread's.
+// Loops over threads, and the only file that includes OpenMP. torch ships libgomp under its plain name, so an extension
+// built with -fopenmp shares torch's pool; the caller still passes the number of threads (torch.get_num_threads()), so
+// that nothing here is hidden. Without OpenMP (Apple's clang) the threads are std::thread's.
 #pragma once
 #if defined(_OPENMP)
 #include <omp.h>
@@ -16,12 +16,12 @@
 
 namespace refine_fast {
 
-// Whether this process was forked from one that had loaded this library. The OpenMP pool of the parent does not survive a fork: its threads are gone,
-// and libgomp would wait for them for ever.
+// Whether this process was forked from one that had loaded this library. The OpenMP pool of the parent does not survive
+// a fork: its threads are gone, and libgomp would wait for them for ever.
 bool in_forked_child();
 
-// body(task, thread) for each task in [0, tasks), handed out one at a time; thread 0 is the caller's. The result must not depend on which thread runs
-// a task. A forked child runs every task on the calling thread.
+// body(task, thread) for each task in [0, tasks), handed out one at a time; thread 0 is the caller's. The result must
+// not depend on which thread runs a task. A forked child runs every task on the calling thread.
 template <class Body>
 void parallel_for(int64_t tasks, int threads, const Body& body) {
   if (threads <= 1 || tasks <= 1 || in_forked_child()) {

@@ -22,15 +22,17 @@ struct Lists {
 };
 
 struct MoreSimilar {
-  __device__ bool operator()(const Hit& a, const Hit& b) const { return a.score > b.score || (a.score == b.score && a.id < b.id); }
+  __device__ bool operator()(const Hit& a, const Hit& b) const {
+    return a.score > b.score || (a.score == b.score && a.id < b.id);
+  }
 };
 struct SmallerHash {
   const Query& query;
   __device__ bool operator()(const Hit& a, const Hit& b) const { return hash(query, a.id) < hash(query, b.id); }
 };
 
-// Sorts in place with all threads of the block: the bitonic network whose every comparison puts the first element first, so that the places
-// beyond count, which would hold the last of all, need not exist.
+// Sorts in place with all threads of the block: the bitonic network in which every comparison moves the earlier element
+// forward. Elements beyond count would be the last of all and would not move, so they need not exist.
 template <class Before>
 __device__ void sort(Hit* list, int count, Before before) {
   const auto exchange = [&](int low, int high) {
@@ -48,7 +50,8 @@ __device__ void sort(Hit* list, int count, Before before) {
     }
     __syncthreads();
     for (int step = half / 2; step > 0; step /= 2) {
-      for (int t = threadIdx.x; t < pairs; t += blockDim.x) exchange(t / step * step * 2 + t % step, t / step * step * 2 + t % step + step);
+      for (int t = threadIdx.x; t < pairs; t += blockDim.x)
+        exchange(t / step * step * 2 + t % step, t / step * step * 2 + t % step + step);
       __syncthreads();
     }
   }
@@ -60,13 +63,16 @@ __device__ int rank(const Hit* list, int count, const Hit& hit, Before before) {
   int low = 0;
   while (low < count) {
     const int middle = (low + count) / 2;
-    if (before(list[middle], hit)) low = middle + 1;
-    else count = middle;
+    if (before(list[middle], hit))
+      low = middle + 1;
+    else
+      count = middle;
   }
   return low;
 }
 
-// Merges fresh, sorted, at most kBatch, into list, sorted, of `room` places; returns the new count. All threads of the block.
+// Merges `fresh` (sorted, at most kBatch) into `list` (sorted, `room` places) with all threads of the block; returns
+// the new count.
 template <class Before>
 __device__ int merge(Hit* list, int count, int room, const Hit* fresh, int fresh_count, Before before) {
   if (fresh_count == 0 || room == 0) return count;
@@ -76,7 +82,7 @@ __device__ int merge(Hit* list, int count, int room, const Hit* fresh, int fresh
     const int own = i * kSettleThreads + static_cast<int>(threadIdx.x);
     place[i] = own < fresh_count ? own + rank(list, count, fresh[own], before) : room;
   }
-  // Hits move towards the end only, so the last of them move first.
+  // Hits move only towards the end, so the last of them move first.
   const int first = rank(list, count, fresh[0], before);
   for (int chunk = (count - first + kSettleThreads - 1) / kSettleThreads - 1; chunk >= 0; --chunk) {
     const int from = first + chunk * kSettleThreads + static_cast<int>(threadIdx.x);

@@ -10,7 +10,7 @@ namespace refine_fast {
 struct Pack {
   Rows rows;
   int64_t count, d, first_id;
-  int32_t width;  // of a packed row: d rounded up to kTileK; what is beyond a row, or beyond the last row of its panel, becomes zero
+  int32_t width;  // of a packed row: d rounded up to kTileK; elements beyond a row and rows beyond the last are zero
   bool normalize;
   __half* packed;
   double* norms;

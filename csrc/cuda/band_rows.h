@@ -24,11 +24,14 @@ struct Rows {
     return static_cast<const T*>(data) + i * stride;
   }
   __device__ float at(int64_t i, int64_t j) const {
-    return dtype == Dtype::f32 ? row<float>(i)[j] : dtype == Dtype::f16 ? to_float(row<__half>(i)[j]) : to_float(row<__nv_bfloat16>(i)[j]);
+    return dtype == Dtype::f32   ? row<float>(i)[j]
+           : dtype == Dtype::f16 ? to_float(row<__half>(i)[j])
+                                 : to_float(row<__nv_bfloat16>(i)[j]);
   }
 };
 
-// SelectKernels::dot's order: lane l sums the i = l (mod 32), then lanes are folded by 8, 16, 4, 2 and 1. Every lane gets the sum.
+// SelectKernels::dot's order: lane l sums the i = l (mod 32), then lanes are folded by 8, 16, 4, 2 and 1. Every lane
+// gets the sum.
 __device__ inline double fold(double sum) {
   for (int step : {8, 16, 4, 2, 1}) sum += __shfl_xor_sync(kWholeWarp, sum, step);
   return sum;

@@ -1,7 +1,9 @@
-// One block of threads for each query: float64 scores of its candidates, counts, the k + skip best, and the next thresholds.
+// One block of threads for each query: float64 scores of its candidates, counts, the k + skip best, and the next
+// thresholds.
 //
-// Roofline: memory. A candidate's document is d elements from anywhere in the block of documents, read by one warp for 2 d operations.
-// The accumulator: a float64 sum in the fixed order of SelectKernels::dot, so that scores agree with the CPU's to the last bit.
+// Roofline: memory. A candidate's document is d elements from anywhere in the block of documents, read by one warp for
+// 2 d operations. The accumulator: a float64 sum in the fixed order of SelectKernels::dot, so that scores agree with
+// the CPU's to the last bit.
 #include "cuda/band_settle.h"
 
 #include <cmath>
@@ -22,12 +24,15 @@ __device__ void pass_excluded(Query& query, const Exclude& exclude, int64_t row,
 
 __device__ void set_thresholds(Query& query, const Rule& rule, const Lists& lists, int64_t row) {
   const bool full = query.kept == lists.kept;
-  const double worst = !full ? -kInfinity : lists.kept == 0 ? kInfinity : lists.hits[row * lists.kept + lists.kept - 1].score;
+  const double worst = !full             ? -kInfinity
+                       : lists.kept == 0 ? kInfinity
+                                         : lists.hits[row * lists.kept + lists.kept - 1].score;
   query.best = __double2float_rd(fmin(worst, query.hi));
   query.top = rule.band_first || query.above >= rule.skip ? __double2float_ru(query.hi) : static_cast<float>(kInfinity);
   query.last_hash = query.drawn < lists.drawn_room ? ~uint64_t{0}
-                    : lists.drawn_room == 0       ? 0
-                                                  : hash(query, lists.drawn[row * lists.drawn_room + lists.drawn_room - 1].id);
+                    : lists.drawn_room == 0
+                        ? 0
+                        : hash(query, lists.drawn[row * lists.drawn_room + lists.drawn_room - 1].id);
 }
 
 __global__ void begin_kernel(Begin p) {
@@ -71,19 +76,22 @@ __global__ void __launch_bounds__(kSettleThreads) settle_kernel(Settle p) {
       sum = fold(sum);
       const double score = p.rule.normalize ? sum / (query.norm * p.doc_norms[doc]) : sum;
       if (lane_id() == 0) {
-        if (score > query.hi) atomicAdd(&above, 1);
-        else if (score >= p.rule.lo) fresh[atomicAdd(&fresh_count, 1)] = {score, p.first_id + doc};
+        if (score > query.hi)
+          atomicAdd(&above, 1);
+        else if (score >= p.rule.lo)
+          fresh[atomicAdd(&fresh_count, 1)] = {score, p.first_id + doc};
       }
     }
     __syncthreads();
     query.above += above, query.inside += fresh_count;
     const int count = fresh_count;
     sort(fresh, count, MoreSimilar{});
-    query.kept = merge(p.lists.hits + static_cast<int64_t>(row) * p.lists.kept, query.kept, p.lists.kept, fresh, count, MoreSimilar{});
+    query.kept = merge(p.lists.hits + static_cast<int64_t>(row) * p.lists.kept, query.kept, p.lists.kept, fresh, count,
+                       MoreSimilar{});
     if (p.rule.random) {
       sort(fresh, count, smaller_hash);
-      query.drawn = merge(p.lists.drawn + static_cast<int64_t>(row) * p.lists.drawn_room, query.drawn, p.lists.drawn_room, fresh, count,
-                          smaller_hash);
+      query.drawn = merge(p.lists.drawn + static_cast<int64_t>(row) * p.lists.drawn_room, query.drawn,
+                          p.lists.drawn_room, fresh, count, smaller_hash);
     }
     __syncthreads();
   }
@@ -107,10 +115,12 @@ __global__ void __launch_bounds__(kSettleThreads) finish_kernel(Finish p) {
   const Hit* chosen = hits + dropped;
   int64_t found = min(p.k, static_cast<int64_t>(query.kept - dropped));
   if (p.rule.random) {
-    // Those that are dropped leave `drawn`: each of the rest moves forward by the number of them before it, the first of them first.
+    // The dropped hits leave `drawn`: each of the others moves forward by the number of dropped ones before it, the
+    // first of them first.
     const SmallerHash smaller_hash = {query};
     int gone_in_all = 0;
-    for (int j = 0; j < dropped; ++j) gone_in_all += query.drawn < p.lists.drawn_room || hash(query, hits[j].id) <= query.last_hash;
+    for (int j = 0; j < dropped; ++j)
+      gone_in_all += query.drawn < p.lists.drawn_room || hash(query, hits[j].id) <= query.last_hash;
     for (int start = 0; start < query.drawn; start += kSettleThreads) {
       const int from = start + static_cast<int>(threadIdx.x);
       Hit hit = {};

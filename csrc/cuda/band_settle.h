@@ -1,4 +1,4 @@
-// What is known of each query: its start, the float64 verdict on its candidates, and the answer.
+// The state of each query: its start, the float64 scores of its candidates, and the result.
 #pragma once
 #include "cuda/band_lists.h"
 #include "cuda/band_rows.h"
@@ -31,13 +31,13 @@ struct Settle {
   Rows queries, docs;
   const double* doc_norms;
   int64_t first_id;
-  int32_t end;  // documents of the block that lie behind
+  int32_t end;  // documents of the block that have been searched
   const int32_t* active;
   Query* states;
   int32_t *found, *counted;
   const int32_t* candidates;
   int32_t capacity;
-  int32_t *overflowed, *overflowed_count;  // the queries that had more
+  int32_t *overflowed, *overflowed_count;  // the queries that had more candidates
 };
 
 struct Finish {

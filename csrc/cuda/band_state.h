@@ -1,4 +1,4 @@
-// What the kernels of band_topk share: packed operands, and what is known of a query.
+// Data that the kernels of band_topk share: packed operands, and the state of a query.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -15,7 +15,8 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x / 32); }
 
-// What the screen reads of a query for every tile: lo rounded down, or inf where nothing can qualify; |x - x'|; |x| + |x - x'|; its scale.
+// The part of a query that the screen reads for every tile: lo rounded down, or inf if nothing can qualify; |x - x'|;
+// |x| + |x - x'|; its scale.
 struct alignas(16) Edge {
   float low, residual, reach, scale;
 };
@@ -24,14 +25,14 @@ struct alignas(16) Panel {
   float scale, size, residual, unused;
 };
 
-// What is known of a query.
+// The state of a query.
 struct Query {
-  double hi, norm;         // norm: what its scores are divided by
-  int64_t above, inside;   // documents above the band, in the band
-  int64_t excluded_at;     // position in ids of the first excluded document that does not lie behind, and the document itself
+  double hi, norm;        // norm: the divisor of its scores
+  int64_t above, inside;  // documents above the band, in the band
+  int64_t excluded_at;    // index in ids of the first excluded document not yet passed, and that document
   int64_t excluded;
   uint64_t hash, last_hash;  // of (seed, query); the largest that is drawn, all ones until `drawn` is full
-  float best, top;         // a certain score below `best` is counted and no more; one above `top` lies above the band and counts for nothing
+  float best, top;           // a certain score below `best` is only counted; one above `top` is dropped
   int32_t kept, drawn;
 };
 
@@ -41,12 +42,14 @@ struct Exclude {
   const int64_t *offsets, *ids;
 };
 
-// The first position in ids[begin, end) that is not below id.
+// The first index in [begin, end) whose id is not below `id`.
 __device__ inline int64_t lower_bound(const int64_t* ids, int64_t begin, int64_t end, int64_t id) {
   while (begin < end) {
     const int64_t middle = begin + (end - begin) / 2;
-    if (ids[middle] < id) begin = middle + 1;
-    else end = middle;
+    if (ids[middle] < id)
+      begin = middle + 1;
+    else
+      end = middle;
   }
   return begin;
 }

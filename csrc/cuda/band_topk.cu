@@ -1,20 +1,23 @@
-// Exact band search on tensor cores; the maths and its margin are those of csrc/core/band_topk.h, and so is every score to the last bit.
+// Exact band search on tensor cores. The maths and the margin are those of csrc/core/band_topk.h, and every score is
+// the same to the last bit.
 //
 //   pack     (band_pack.cu) rows as float16
-//   screen   (band_screen.cu) their matrix product, whose epilogue appends to a query's candidates what may be chosen, and counts what is
-//            certainly in the band and certainly not chosen
-//   settle   (band_settle.cu) float64 scores of the candidates, counts, the k + skip best, and with them the next threshold
+//   screen   (band_screen.cu) their matrix product: the epilogue appends to a query's candidates the documents that may
+//            be chosen, and counts those that are certainly in the band and certainly not chosen
+//   settle   (band_settle.cu) float64 scores of the candidates, counts, the k + skip best, and the next thresholds
 //
-// The screen gives s~ with |s - s~| <= e. For the rounded operands x', y' and Y, R the largest norm and |y - y'| of a panel of documents,
+// The screen gives s~ with |s - s~| <= e. For the rounded operands x', y' and Y, R the largest norm and |y - y'| of a
+// panel of documents,
 //     e = |x - x'| Y  +  (|x| + |x - x'|) R  +  (d + 16) 2^-22 (|x| + |x - x'|) (Y + R):
-// Cauchy-Schwarz on the rounding of each operand, and a float32 sum of which every addend may be truncated at the last bit of the largest, the
-// coarsest that is known of a tensor core. At d = 768 and unit norm: 5e-4 for float32 rows, 2e-4 for float16 rows, which pack exactly.
-// Thresholds are rounded outwards.
+// Cauchy-Schwarz on the rounding of each operand, and a float32 sum in which every addend may be truncated at the last
+// bit of the largest, the coarsest rounding known of a tensor core. At d = 768 and unit norm: 5e-4 for float32 rows,
+// 2e-4 for float16 rows, which pack exactly. Thresholds are rounded outwards.
 //
-// Bounded candidates. A query has room for `capacity` >= 512 of them. A range of documents that brings more is undone for that query (its
-// counts are dropped; nothing had been settled) and searched again in two halves; a range of at most `capacity` documents cannot overflow.
-// Ranges start at `capacity` documents and double while few queries overflow: beyond the k-th best of n documents lie some k of the next n.
-// The order in which atomics append does not matter: what is kept are the first of a total order, so equal inputs give equal bits.
+// Bounded candidates. A query has room for `capacity` >= 512 candidates. A range of documents with more of them is
+// undone for that query (its counts are dropped; nothing has been settled) and searched again in two halves; a range of
+// at most `capacity` documents cannot overflow. Ranges start at `capacity` documents and double while few queries
+// overflow: about k of the next n documents are better than the k-th best of the first n. The order in which atomics
+// append does not matter: the first of a total order are kept, so equal inputs give equal bits.
 #include "cuda/band_topk.h"
 
 #include <cuda_runtime.h>
@@ -32,9 +35,9 @@
 namespace refine_fast {
 namespace {
 
-constexpr int kLeastCapacity = 512;
+constexpr int kMinCapacity = 512;
 
-// The workspace, piece by piece.
+// The workspace, array by array.
 struct Workspace {
   Lists lists;
   int64_t capacity;
@@ -44,7 +47,7 @@ struct Workspace {
   Panel *query_panels, *doc_panels;
   Query* states;
   int32_t *found, *counted, *candidates;
-  int32_t* overflowed;  // (levels, rows): one list a level of halving
+  int32_t* overflowed;  // (levels, rows): one list for each level of halving
   struct Report {
     unsigned long long bad_row;
     int32_t overflowed;
@@ -52,10 +55,12 @@ struct Workspace {
   int64_t bytes = 0;
 
   explicit Workspace(const CudaBand& band) {
-    const int64_t kept = band.random ? band.skip : band.k + band.skip, drawn_room = band.random ? band.k + band.skip : 0;
+    const int64_t kept = band.random ? band.skip : band.k + band.skip,
+                  drawn_room = band.random ? band.k + band.skip : 0;
     lists.kept = static_cast<int32_t>(kept), lists.drawn_room = static_cast<int32_t>(drawn_room);
-    capacity = round_up(std::max<int64_t>(kLeastCapacity, 2 * std::max(kept, drawn_room)), kPanel);
-    const int64_t width = round_up(band.d, kTileK), rows = round_up(band.rows, kPanel), docs_room = round_up(band.block, kPanel);
+    capacity = round_up(std::max<int64_t>(kMinCapacity, 2 * std::max(kept, drawn_room)), kPanel);
+    const int64_t width = round_up(band.d, kTileK), rows = round_up(band.rows, kPanel),
+                  docs_room = round_up(band.block, kPanel);
     int64_t levels = 1;
     for (int64_t range = docs_room; range > capacity; range = round_up(range / 2, kPanel)) ++levels;
     char* next = static_cast<char*>(band.workspace);
@@ -77,14 +82,16 @@ Rule rule_of(const CudaBand& band) {
 }
 
 cudaError_t read_report(const Workspace& work, void* stream, Workspace::Report* report) {
-  REFINE_FAST_TRY(cudaMemcpyAsync(report, work.report, sizeof(*report), cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)));
+  REFINE_FAST_TRY(
+      cudaMemcpyAsync(report, work.report, sizeof(*report), cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)));
   return cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
 }
 
-// Searches documents begin .. end of the block for some of the queries, in halves for those that it brings too many candidates.
-// overflowed: how many those were at the first attempt.
-cudaError_t search(const CudaBand& band, const Workspace& work, const Rows& docs, int64_t first_id, int64_t begin, int64_t end,
-                   const int32_t* active, int64_t active_count, int level, unsigned long long* bad_row, int32_t* overflowed) {
+// Searches documents begin .. end of the block for some of the queries; those that get too many candidates search it
+// again in halves. overflowed: how many those were at the first attempt.
+cudaError_t search(const CudaBand& band, const Workspace& work, const Rows& docs, int64_t first_id, int64_t begin,
+                   int64_t end, const int32_t* active, int64_t active_count, int level, unsigned long long* bad_row,
+                   int32_t* overflowed) {
   int32_t* const list = work.overflowed + level * band.rows;
   const Rule rule = rule_of(band);
   const Exclude exclude = {band.offsets, band.ids};
@@ -102,9 +109,12 @@ cudaError_t search(const CudaBand& band, const Workspace& work, const Rows& docs
 
   Settle settle = {};
   settle.rule = rule, settle.lists = work.lists, settle.exclude = exclude;
-  settle.queries = {band.queries, band.queries_stride, band.queries_dtype}, settle.docs = docs, settle.doc_norms = work.doc_norms;
-  settle.first_id = first_id, settle.end = static_cast<int32_t>(end), settle.active = active, settle.states = work.states;
-  settle.found = work.found, settle.counted = work.counted, settle.candidates = work.candidates, settle.capacity = screen.capacity;
+  settle.queries = {band.queries, band.queries_stride, band.queries_dtype}, settle.docs = docs,
+  settle.doc_norms = work.doc_norms;
+  settle.first_id = first_id, settle.end = static_cast<int32_t>(end), settle.active = active,
+  settle.states = work.states;
+  settle.found = work.found, settle.counted = work.counted, settle.candidates = work.candidates,
+  settle.capacity = screen.capacity;
   settle.overflowed = list, settle.overflowed_count = &work.report->overflowed;
   REFINE_FAST_TRY(cudaMemsetAsync(settle.overflowed_count, 0, sizeof(int32_t), static_cast<cudaStream_t>(band.stream)));
   REFINE_FAST_TRY(launch_settle(settle, active_count, band.stream));
@@ -115,7 +125,8 @@ cudaError_t search(const CudaBand& band, const Workspace& work, const Rows& docs
   if (report.overflowed == 0 || report.bad_row != kNoBadRow) return cudaSuccess;
   const int64_t middle = begin + round_up((end - begin) / 2, kPanel);
   int32_t again = 0;
-  REFINE_FAST_TRY(search(band, work, docs, first_id, begin, middle, list, report.overflowed, level + 1, bad_row, &again));
+  REFINE_FAST_TRY(
+      search(band, work, docs, first_id, begin, middle, list, report.overflowed, level + 1, bad_row, &again));
   return search(band, work, docs, first_id, middle, end, list, report.overflowed, level + 1, bad_row, &again);
 }
 
@@ -126,7 +137,8 @@ using namespace refine_fast;
 
 extern "C" int64_t refine_fast_cuda_band_bytes(const CudaBand* band) { return Workspace(*band).bytes; }
 
-extern "C" int refine_fast_cuda_band_set_queries(CudaBand* band, const void* queries, Dtype dtype, int64_t row_stride, uint64_t* bad_row) {
+extern "C" int refine_fast_cuda_band_set_queries(CudaBand* band, const void* queries, Dtype dtype, int64_t row_stride,
+                                                 uint64_t* bad_row) {
   const Workspace work(*band);
   band->queries = queries, band->queries_dtype = dtype, band->queries_stride = row_stride;
   band->piece = work.capacity;
@@ -137,8 +149,11 @@ extern "C" int refine_fast_cuda_band_set_queries(CudaBand* band, const void* que
   pack.bad_row = &work.report->bad_row;
   REFINE_FAST_TRY(cudaMemsetAsync(work.report, 0xff, sizeof(*work.report), static_cast<cudaStream_t>(band->stream)));
   REFINE_FAST_TRY(launch_pack(pack, band->stream));
-  const Begin begin = {rule_of(*band), work.lists,  {band->offsets, band->ids}, band->seed,  band->first, band->rows,
-                       band->hi,       work.query_norms, work.edges,            work.states, work.found,  work.counted};
+  Begin begin = {};
+  begin.rule = rule_of(*band), begin.lists = work.lists, begin.exclude = {band->offsets, band->ids};
+  begin.seed = band->seed, begin.first = band->first, begin.rows = band->rows, begin.hi = band->hi;
+  begin.norms = work.query_norms, begin.edges = work.edges, begin.queries = work.states;
+  begin.found = work.found, begin.counted = work.counted;
   REFINE_FAST_TRY(launch_begin(begin, band->stream));
   Workspace::Report report;
   REFINE_FAST_TRY(read_report(work, band->stream, &report));
@@ -146,14 +161,15 @@ extern "C" int refine_fast_cuda_band_set_queries(CudaBand* band, const void* que
   return cudaSuccess;
 }
 
-extern "C" int refine_fast_cuda_band_push(CudaBand* band, const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id,
-                                          uint64_t* bad_row) {
+extern "C" int refine_fast_cuda_band_push(CudaBand* band, const void* docs, Dtype dtype, int64_t row_stride,
+                                          int64_t rows, int64_t first_id, uint64_t* bad_row) {
   const Workspace work(*band);
   const Rows source = {docs, row_stride, dtype};
   Pack pack = {};
   pack.rows = source, pack.count = rows, pack.d = band->d, pack.first_id = first_id;
   pack.width = static_cast<int32_t>(round_up(band->d, kTileK)), pack.normalize = band->normalize != 0;
-  pack.packed = work.docs, pack.norms = work.doc_norms, pack.panels = work.doc_panels, pack.bad_row = &work.report->bad_row;
+  pack.packed = work.docs, pack.norms = work.doc_norms, pack.panels = work.doc_panels,
+  pack.bad_row = &work.report->bad_row;
   REFINE_FAST_TRY(launch_pack(pack, band->stream));
   unsigned long long bad = kNoBadRow;
   for (int64_t begin = 0; begin < rows && bad == kNoBadRow;) {
@@ -161,8 +177,10 @@ extern "C" int refine_fast_cuda_band_push(CudaBand* band, const void* docs, Dtyp
     int32_t overflowed = 0;
     REFINE_FAST_TRY(search(*band, work, source, first_id, begin, end, nullptr, band->rows, 0, &bad, &overflowed));
     begin = end;
-    if (overflowed > band->rows / 16) band->piece = std::max(work.capacity, round_up(band->piece / 2, kPanel));
-    else band->piece = std::min(2 * band->piece, round_up(band->block, kPanel));
+    if (overflowed > band->rows / 16)
+      band->piece = std::max(work.capacity, round_up(band->piece / 2, kPanel));
+    else
+      band->piece = std::min(2 * band->piece, round_up(band->block, kPanel));
   }
   *bad_row = bad;
   return cudaSuccess;

@@ -10,12 +10,14 @@
 namespace refine_fast {
 
 template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, void* stream, Parameters... parameters) {
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, void* stream,
+                   Parameters... parameters) {
   if (blocks == 0) return cudaSuccess;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = static_cast<cudaStream_t>(stream);
-  if (shared_bytes > 0) REFINE_FAST_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  if (shared_bytes > 0)
+    REFINE_FAST_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 

@@ -1,9 +1,10 @@
-// base == tuned ? base : fma(w, tuned - base, base) for |w| < 1/2, fma(w - 1, tuned - base, tuned) otherwise: torch.lerp's bits, and what is equal
-// in both stays as it is. float64 where base is, else float32 inside, and one rounding, to nearest even, into base's type.
+// base == tuned ? base : fma(w, tuned - base, base) for |w| < 1/2, fma(w - 1, tuned - base, tuned) otherwise: the bits
+// of torch.lerp, except that equal elements stay as they are.
 //
-// Roofline: memory. A pair of bf16 elements moves 6 bytes for 3 operations, so an H100 at 3.3 TB/s does 550 G elements/s, some 60 times what
-// PCIe 5 can bring in: behind a copy from the host this kernel only has to stay out of the way. Hence 16-byte accesses and a grid that the hardware
-// schedules, nothing more.
+// Roofline: memory. A pair of bf16 elements moves 6 bytes for 3 operations, so an H100 at 3.3 TB/s does 550 G
+// elements/s, some 60 times what PCIe 5 can deliver: behind a copy from the host this kernel is never the limit. So it
+// has 16-byte accesses and a grid that the hardware schedules, nothing more. The accumulator: float64 if base is, else
+// float32, with one rounding to nearest even into base's type.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -22,19 +23,25 @@ using refine_fast::launch;
 
 template <typename Wide, typename T>
 __device__ Wide load_as(T x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return static_cast<Wide>(__bfloat162float(x));
-  else if constexpr (std::is_same_v<T, __half>) return static_cast<Wide>(__half2float(x));
-  else return static_cast<Wide>(x);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return static_cast<Wide>(__bfloat162float(x));
+  else if constexpr (std::is_same_v<T, __half>)
+    return static_cast<Wide>(__half2float(x));
+  else
+    return static_cast<Wide>(x);
 }
 
 template <typename T, typename Wide>
 __device__ T round_to(Wide x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
-  else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
-  else return x;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
+  else
+    return x;
 }
 
-// Intrinsics, so that no compiler flag contracts or splits them.
+// Intrinsics, so that no compiler flag contracts or splits the operations.
 __device__ float interpolate(float a, float b, float w) {
   const float difference = __fsub_rn(b, a);
   return a == b ? a : fabsf(w) < 0.5f ? __fmaf_rn(w, difference, a) : __fmaf_rn(__fsub_rn(w, 1.0f), difference, b);
@@ -49,7 +56,7 @@ struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Pack {
   T at[kCount];
 };
 
-// kCount elements a thread; the caller sees to alignment
+// kCount elements a thread; the caller checks the alignment
 template <typename Base, typename Tuned, typename Wide, int kCount>
 __global__ void lerp_kernel(Base* __restrict__ base, const Tuned* __restrict__ tuned, int64_t packs, Wide weight) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -57,7 +64,8 @@ __global__ void lerp_kernel(Base* __restrict__ base, const Tuned* __restrict__ t
   auto a = reinterpret_cast<Pack<Base, kCount>*>(base)[i];
   const auto b = reinterpret_cast<const Pack<Tuned, kCount>*>(tuned)[i];
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) a.at[j] = round_to<Base>(interpolate(load_as<Wide>(a.at[j]), load_as<Wide>(b.at[j]), weight));
+  for (int j = 0; j < kCount; ++j)
+    a.at[j] = round_to<Base>(interpolate(load_as<Wide>(a.at[j]), load_as<Wide>(b.at[j]), weight));
   reinterpret_cast<Pack<Base, kCount>*>(base)[i] = a;
 }
 
@@ -66,12 +74,12 @@ cudaError_t lerp(void* base_address, const void* tuned_address, int64_t n, doubl
   using Wide = std::conditional_t<std::is_same_v<Base, double>, double, float>;
   constexpr int kPack = 16 / sizeof(Base), kThreads = 256;
   const auto own = static_cast<Wide>(weight);
-  constexpr int64_t kMost = int64_t{1} << 31;  // blocks of a grid fit in 31 bits with room to spare
+  constexpr int64_t kMaxElements = int64_t{1} << 31;  // so that the blocks of a grid fit in 31 bits
   auto* base = static_cast<Base*>(base_address);
   auto* tuned = static_cast<const Tuned*>(tuned_address);
   const bool aligned = (reinterpret_cast<uintptr_t>(base) | reinterpret_cast<uintptr_t>(tuned)) % 16 == 0;
-  for (int64_t first = 0; first < n; first += kMost) {
-    const int64_t count = n - first < kMost ? n - first : kMost;
+  for (int64_t first = 0; first < n; first += kMaxElements) {
+    const int64_t count = n - first < kMaxElements ? n - first : kMaxElements;
     const int64_t packed = aligned ? count / kPack * kPack : 0;
     const int64_t packs = packed / kPack, rest = count - packed;
     REFINE_FAST_TRY(launch(lerp_kernel<Base, Tuned, Wide, kPack>, ceil_div(packs, kThreads), kThreads, 0, stream,
@@ -94,8 +102,8 @@ void with_type(Dtype type, Visit visit) {
 
 }  // namespace
 
-extern "C" int refine_fast_cuda_lerp(void* base, Dtype base_type, const void* tuned, Dtype tuned_type, int64_t n, double weight,
-                                     void* stream) {
+extern "C" int refine_fast_cuda_lerp(void* base, Dtype base_type, const void* tuned, Dtype tuned_type, int64_t n,
+                                     double weight, void* stream) {
   cudaError_t status = cudaErrorInvalidValue;
   with_type(base_type, [&](auto a) {
     with_type(tuned_type, [&](auto b) { status = lerp<decltype(a), decltype(b)>(base, tuned, n, weight, stream); });
@@ -103,4 +111,6 @@ extern "C" int refine_fast_cuda_lerp(void* base, Dtype base_type, const void* tu
   return status;
 }
 
-extern "C" const char* refine_fast_cuda_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+extern "C" const char* refine_fast_cuda_error(int status) {
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
+}

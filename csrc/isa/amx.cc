@@ -1,10 +1,13 @@
-// AMX: 8 tiles of 16 rows x 64 bytes; TDPBF16PS does 16 x 16 x 32 in 16 cycles.
-// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+// AMX: 8 tiles of 16 rows x 64 bytes.
+//     instruction   work           cycles
+//     TDPBF16PS     16 x 16 x 32     16
+// Includes only intrinsics and POD headers, and everything is static: a weak symbol compiled here could be merged into
+// baseline code.
 #include <immintrin.h>
 
+#include "isa/pack_avx512.h"
 #include "kernels/kernels.h"
 #include "kernels/screen_kernels.h"
-#include "isa/pack_avx512.h"
 #if defined(REFINE_FAST_EMULATE_AMX)
 #include "isa/amx_emulated.h"
 #endif
@@ -12,8 +15,10 @@
 namespace refine_fast {
 namespace {
 
-// --- matmul: 32 x 32 floats in tiles 0-3, A in 4-5, B in 6-7: 4 loads feed 4 TDPBF16PS, the best ratio that 8 tiles allow.
-// A panel: for every 32 of k, 32 rows of 32 bf16 (64 bytes). B panel: words of two neighbours along k, 32 columns a line.
+// --- matmul -------------------------------------------------------------------------------------
+// 32 x 32 floats in tiles 0-3, A in 4-5, B in 6-7. 4 loads feed 4 TDPBF16PS, the best ratio that 8 tiles allow.
+// Panel of A: for every 32 of k, 32 rows of 32 bf16 (64 bytes). Panel of B: words of two neighbours along k, 32 columns
+// a line.
 
 constexpr int kMr = 32, kNr = 32, kKr = 32;
 
@@ -32,7 +37,8 @@ void pack_a(const float* src, int64_t stride, int64_t k_stride, int64_t rows, in
       __m512i words[16];
       if (k_stride == 1) {
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) words[i] = r + i < rows ? row_words(s + i * stride, k - p) : _mm512_setzero_si512();
+        for (int i = 0; i < 16; ++i)
+          words[i] = r + i < rows ? row_words(s + i * stride, k - p) : _mm512_setzero_si512();
       } else {
         pack_words_bf16(s, stride, k_stride, rows - r, k - p, 16, 16, 16, reinterpret_cast<int32_t*>(words));
         transpose16(words);
@@ -42,8 +48,8 @@ void pack_a(const float* src, int64_t stride, int64_t k_stride, int64_t rows, in
     }
 }
 
-// Once a task: another library of this thread (oneDNN) may have configured the tiles differently since the last one. Released at its end, or every
-// context switch of the thread would save 8 KiB of tiles.
+// Once a task: another library of this thread (oneDNN) may have configured the tiles differently since the last one.
+// Released at its end, or every context switch of the thread would save 8 KiB of tiles.
 void begin_tiles() { _tile_loadconfig(&kConfig); }
 void end_tiles() { _tile_release(); }
 
@@ -77,13 +83,24 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
   _tile_stored(3, c + 16 * ldc + 16, pitch);
 }
 
-const MatmulKernels matmul_bf16 = {kMr, kNr, kKr, 2, pack_a, pack_panel_bf16<kNr, kKr>, tile,
-                                   pack_panel_words<kNr, kKr>, begin_tiles, end_tiles};
+const MatmulKernels matmul_bf16 = {
+    .mr = kMr,
+    .nr = kNr,
+    .kr = kKr,
+    .element_bytes = 2,
+    .pack_a = pack_a,
+    .pack_b = pack_panel_bf16<kNr, kKr>,
+    .tile = tile,
+    .pack_b_bf16 = pack_panel_words<kNr, kKr>,
+    .begin_tiles = begin_tiles,
+    .end_tiles = end_tiles,
+};
 
-// --- screen: the same product; no other format has tiles and the digits that a narrow margin needs -------------------------------------
+// --- screen: the same product. Other tile formats have too few digits for a narrow margin. -------
 
 template <auto kPack>
-void screen_pack(const float* rows, int64_t stride, int64_t count, int64_t d, const double*, void* panel, double* residuals) {
+void screen_pack(const float* rows, int64_t stride, int64_t count, int64_t d, const double*, void* panel,
+                 double* residuals) {
   for (int64_t r = 0; r < count; ++r) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t p = 0; p < d; p += 16) {
@@ -92,15 +109,29 @@ void screen_pack(const float* rows, int64_t stride, int64_t count, int64_t d, co
       const __m512 left = _mm512_sub_ps(x, _mm512_castsi512_ps(rounded));  // exact: both lie within a factor of two
       sum = _mm512_fmadd_ps(left, left, sum);
     }
-    residuals[r] = _mm512_reduce_add_ps(sum) + static_cast<double>(d) * 0x1p-126;  // squares that underflow: of a row below 1e-16
+    // 2^-126: for squares that underflow, in a row below 1e-16
+    residuals[r] = _mm512_reduce_add_ps(sum) + static_cast<double>(d) * 0x1p-126;
   }
   kPack(rows, stride, 1, count, d, panel);
 }
 
-void screen_tile(const void* a, const void* b, int64_t d, float* scores, int64_t ld) { tile(a, b, d, scores, ld, false); }
+void screen_tile(const void* a, const void* b, int64_t d, float* scores, int64_t ld) {
+  tile(a, b, d, scores, ld, false);
+}
 
-const ScreenKernels screen = {kMr, kNr, kKr, 2, 0, false, screen_pack<pack_a>, screen_pack<pack_panel_bf16<kNr, kKr>>, screen_tile,
-                             begin_tiles, end_tiles};
+const ScreenKernels screen = {
+    .mr = kMr,
+    .nr = kNr,
+    .kr = kKr,
+    .element_bytes = 2,
+    .scale_bytes = 0,
+    .exact = false,
+    .pack_a = screen_pack<pack_a>,
+    .pack_b = screen_pack<pack_panel_bf16<kNr, kKr>>,
+    .tile = screen_tile,
+    .begin_tiles = begin_tiles,
+    .end_tiles = end_tiles,
+};
 
 }  // namespace
 

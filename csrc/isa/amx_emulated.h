@@ -1,6 +1,6 @@
-// The AMX tile intrinsics in plain C, so that amx.cc runs, and is tested, on any AVX-512 CPU (cmake -DREFINE_FAST_EMULATE_AMX=ON).
-// Semantics as in Intel's SDM, volume 2, for full tiles of 16 rows x 64 bytes (denormals, which the CPU flushes, are kept). Using tiles that are not
-// configured traps, as it does on the CPU.
+// The AMX tile intrinsics in plain C, so that amx.cc runs in tests on any AVX-512 CPU (cmake
+// -DREFINE_FAST_EMULATE_AMX=ON). Semantics as in Intel's SDM, volume 2, for full tiles of 16 rows x 64 bytes
+// (denormals, which the CPU flushes, are kept). Using tiles that are not configured traps, as it does on the CPU.
 #pragma once
 #include <cstdint>
 
@@ -24,7 +24,8 @@ inline EmulatedTile& emulated_tile(int i) {
 }
 
 inline void emulated_loadd(int tile, const void* base, int64_t stride) {
-  for (int i = 0; i < 16; ++i) __builtin_memcpy(emulated_tile(tile).word[i], static_cast<const char*>(base) + i * stride, 64);
+  for (int i = 0; i < 16; ++i)
+    __builtin_memcpy(emulated_tile(tile).word[i], static_cast<const char*>(base) + i * stride, 64);
 }
 
 inline void emulated_stored(int tile, void* base, int64_t stride) {

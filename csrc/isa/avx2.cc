@@ -1,29 +1,32 @@
-// AVX2 + FMA + F16C: 16 ymm registers, 2 FMA of 8 floats a cycle.
-// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+// AVX2, FMA and F16C: 16 ymm registers, 2 FMA of 8 floats a cycle. Includes only intrinsics and POD headers, and
+// everything is static: a weak symbol compiled here could be merged into baseline code.
 #include <immintrin.h>
 
 #include <cstddef>
 
+#include "isa/loss_simd.h"
+#include "isa/screen_int.h"
 #include "kernels/kernels.h"
 #include "kernels/lerp_kernels.h"
 #include "kernels/select_kernels.h"
-#include "isa/loss_simd.h"
-#include "isa/screen_int.h"
 
 namespace refine_fast {
 namespace {
 
-// --- conversions ---------------------------------------------------------------------------------------------------------------------
+// --- conversions ---------------------------------------------------------------------------------
 
 __m256 widen(__m128i half, Dtype dtype) {
-  return dtype == Dtype::f16 ? _mm256_cvtph_ps(half) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  return dtype == Dtype::f16 ? _mm256_cvtph_ps(half)
+                             : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// bf16 in the upper half of each word, the lower half 0. In integers: VCVTNEPS2BF16 would flush denormals. NaN stays a quiet NaN.
+// bf16 in the upper half of each word, 0 in the lower half. In integer arithmetic, since VCVTNEPS2BF16 would flush
+// denormals. NaN stays a quiet NaN.
 __m256i round_to_bf16(__m256 f) {
   const __m256i x = _mm256_castps_si256(f), odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q)), quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q)),
+                quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
   return _mm256_and_si256(_mm256_blendv_epi8(rounded, quiet, nan), _mm256_set1_epi32(~0xffff));
 }
 
@@ -37,7 +40,8 @@ void to_f32(const void* src, Dtype dtype, int64_t n, float* dst) {
   if (dtype == Dtype::f32 || dtype == Dtype::f64) return scalar_kernels.to_f32(src, dtype, n, dst);
   const uint16_t* half = static_cast<const uint16_t*>(src);
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(dst + i, widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i)), dtype));
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(dst + i, widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i)), dtype));
   scalar_kernels.to_f32(half + i, dtype, n - i, dst + i);
 }
 
@@ -45,11 +49,12 @@ void from_f32(const float* src, Dtype dtype, int64_t n, void* dst) {
   if (dtype == Dtype::f32 || dtype == Dtype::f64) return scalar_kernels.from_f32(src, dtype, n, dst);
   uint16_t* half = static_cast<uint16_t*>(dst);
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), narrow(_mm256_loadu_ps(src + i), dtype));
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), narrow(_mm256_loadu_ps(src + i), dtype));
   scalar_kernels.from_f32(src + i, dtype, n - i, half + i);
 }
 
-// --- matmul: 6 x 16 floats in 12 of the 16 registers; panels k-major ------------------------------------------------------------------
+// --- matmul: 6 x 16 floats in 12 of the 16 registers; panels k-major -----------------------------
 
 constexpr int kMr = 6, kNr = 16;
 
@@ -59,14 +64,16 @@ void pack(const float* src, int64_t stride, int64_t k_stride, int64_t rows, int6
   if (stride == 1 && rows == kWidth) {
     for (int64_t p = 0; p < k; ++p) __builtin_memcpy(out + p * kWidth, src + p * k_stride, kWidth * sizeof(float));
   } else {
-    // eight of k at a time, so that a row that runs along k is read by cache lines
+    // eight of k at a time: a row along k is read by cache lines
     for (int64_t p0 = 0; p0 < k; p0 += 8)
       for (int64_t r = 0; r < kWidth; ++r)
-        for (int64_t p = p0; p < k && p < p0 + 8; ++p) out[p * kWidth + r] = r < rows ? src[r * stride + p * k_stride] : 0.0f;
+        for (int64_t p = p0; p < k && p < p0 + 8; ++p)
+          out[p * kWidth + r] = r < rows ? src[r * stride + p * k_stride] : 0.0f;
   }
   if (!kRound) return;
   int64_t i = 0;
-  for (; i + 8 <= kWidth * k; i += 8) _mm256_storeu_ps(out + i, _mm256_castsi256_ps(round_to_bf16(_mm256_loadu_ps(out + i))));
+  for (; i + 8 <= kWidth * k; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_castsi256_ps(round_to_bf16(_mm256_loadu_ps(out + i))));
   for (; i < kWidth * k; ++i) {
     const __m256i bits = round_to_bf16(_mm256_set1_ps(out[i]));
     out[i] = _mm256_cvtss_f32(_mm256_castsi256_ps(bits));
@@ -93,19 +100,22 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
   }
 }
 
-const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile, nullptr};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile, nullptr};
+const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile};
 
-// --- select: most scores lie below the band, so 32 of them are dismissed by four comparisons and one branch ---------------------------
+// --- select: most scores lie below the band, so four comparisons and one branch dismiss 32 of them ---
 
-int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
+int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score,
+               int64_t* counted) {
   const __m256 floor = _mm256_set1_ps(t->floor);
   int64_t appended = 0;
   for (int64_t j = 0; j < n; j += 32) {
     uint32_t hits = 0;
     if (n - j >= 32) {
       for (int v = 0; v < 4; ++v)
-        hits |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(scores + j + 8 * v), floor, _CMP_GE_OQ))) << (8 * v);
+        hits |= static_cast<uint32_t>(
+                    _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(scores + j + 8 * v), floor, _CMP_GE_OQ)))
+                << (8 * v);
     } else {
       for (int64_t i = 0; i < n - j; ++i) hits |= static_cast<uint32_t>(scores[j + i] >= t->floor) << i;
     }
@@ -137,7 +147,8 @@ double dot(const float* x, const float* y, int64_t d) {
     float a[32] = {}, b[32] = {};
     for (int64_t j = 0; i + j < d; ++j) a[j] = x[i + j], b[j] = y[i + j];
     for (int v = 0; v < 8; ++v)
-      lane[v] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(a + 4 * v)), _mm256_cvtps_pd(_mm_loadu_ps(b + 4 * v)), lane[v]);
+      lane[v] =
+          _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(a + 4 * v)), _mm256_cvtps_pd(_mm_loadu_ps(b + 4 * v)), lane[v]);
   }
   const __m256d low = _mm256_add_pd(_mm256_add_pd(lane[0], lane[2]), _mm256_add_pd(lane[4], lane[6]));
   const __m256d high = _mm256_add_pd(_mm256_add_pd(lane[1], lane[3]), _mm256_add_pd(lane[5], lane[7]));
@@ -147,7 +158,8 @@ double dot(const float* x, const float* y, int64_t d) {
 }
 
 const SelectKernels select_kernels = {append, dot};
-// --- loss ------------------------------------------------------------------------------------------------------------------------------
+
+// --- loss ----------------------------------------------------------------------------------------
 
 struct Floats {
   using Float = __m256;
@@ -166,7 +178,8 @@ struct Floats {
   }
   static __m256 below(__m256 x, __m256 y) { return _mm256_cmp_ps(x, y, _CMP_LT_OQ); }
   static __m256 equal(const int32_t* ids, int32_t id) {
-    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids)), _mm256_set1_epi32(id)));
+    return _mm256_castsi256_ps(
+        _mm256_cmpeq_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids)), _mm256_set1_epi32(id)));
   }
   static __m256 where(__m256 mask, __m256 x, __m256 y) { return _mm256_blendv_ps(y, x, mask); }
   static float total(__m256 x) {
@@ -181,17 +194,20 @@ struct Floats {
   }
 };
 
-// --- screen: 8 pairs of 16-bit integers ------------------------------------------------------------------------------------------------
+// --- screen: 8 pairs of 16-bit integers ----------------------------------------------------------
 
 struct Words : Floats {
   using Word = __m256i;
   static constexpr int packed = 2, largest_integer = 32766;  // below 32767: the scale is rounded to float
   using Sum = __v8si;  // and not __m256i: gcc 12 keeps a copy of each sum in either type
   static __m256i first(int64_t n) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n < 8 ? n : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n < 8 ? n : 8)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
   using Floats::load;
-  static __m256 load(const float* p, int64_t n) { return n >= 8 ? _mm256_loadu_ps(p) : n <= 0 ? _mm256_setzero_ps() : _mm256_maskload_ps(p, first(n)); }
+  static __m256 load(const float* p, int64_t n) {
+    return n >= 8 ? _mm256_loadu_ps(p) : n <= 0 ? _mm256_setzero_ps() : _mm256_maskload_ps(p, first(n));
+  }
   static __m256i zero() { return _mm256_setzero_si256(); }
   static __m256i broadcast(int32_t pair) { return _mm256_set1_epi32(pair); }
   static __m256i load_words(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -203,7 +219,8 @@ struct Words : Floats {
   static Sum dot(Sum sum, __m256i x, __m256i y) { return sum + (Sum)_mm256_madd_epi16(x, y); }
   static void transpose(__m256i rows[8]) {
     __m256i t[8], u[8];
-    for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]), t[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    for (int i = 0; i < 8; i += 2)
+      t[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]), t[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
     for (int i = 0; i < 8; i += 4) {
       u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]), u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
       u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]), u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
@@ -215,7 +232,7 @@ struct Words : Floats {
   }
 };
 
-// --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------------------------------------------
+// --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------
 
 __m256 lerp_step(__m256 a, __m256 b, __m256 w, bool from_base) {
   const __m256 r = _mm256_fmadd_ps(w, _mm256_sub_ps(b, a), from_base ? a : b);
@@ -226,7 +243,8 @@ void lerp_f32(const float* base, const float* tuned, int64_t n, float weight, fl
   const bool from_base = __builtin_fabsf(weight) < 0.5f;
   const __m256 w = _mm256_set1_ps(from_base ? weight : weight - 1.0f);
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, lerp_step(_mm256_loadu_ps(base + i), _mm256_loadu_ps(tuned + i), w, from_base));
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, lerp_step(_mm256_loadu_ps(base + i), _mm256_loadu_ps(tuned + i), w, from_base));
   if (i == n) return;
   float a[8] = {}, b[8] = {};
   __builtin_memcpy(a, base + i, static_cast<size_t>(n - i) * 4);
@@ -244,7 +262,8 @@ void lerp_f64(const double* base, const double* tuned, int64_t n, double weight,
   const bool from_base = __builtin_fabs(weight) < 0.5;
   const __m256d w = _mm256_set1_pd(from_base ? weight : weight - 1.0);
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4) _mm256_storeu_pd(out + i, lerp_step(_mm256_loadu_pd(base + i), _mm256_loadu_pd(tuned + i), w, from_base));
+  for (; i + 4 <= n; i += 4)
+    _mm256_storeu_pd(out + i, lerp_step(_mm256_loadu_pd(base + i), _mm256_loadu_pd(tuned + i), w, from_base));
   if (i == n) return;
   double a[4] = {}, b[4] = {};
   __builtin_memcpy(a, base + i, static_cast<size_t>(n - i) * 8);
@@ -258,10 +277,12 @@ void lerp_change(const float* base, const float* out, int64_t n, Change* change)
   __m256 moved = _mm256_setzero_ps(), size = _mm256_setzero_ps();
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    const __m256 a = _mm256_loadu_ps(base + i), o = _mm256_loadu_ps(out + i), d = _mm256_sub_ps(o, a), zero = _mm256_sub_ps(o, o);
+    const __m256 a = _mm256_loadu_ps(base + i), o = _mm256_loadu_ps(out + i), d = _mm256_sub_ps(o, a),
+                 zero = _mm256_sub_ps(o, o);
     moved = _mm256_fmadd_ps(d, d, moved);
     size = _mm256_fmadd_ps(a, a, size);
-    change->not_finite += __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(zero, zero, _CMP_UNORD_Q))));
+    change->not_finite +=
+        __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(zero, zero, _CMP_UNORD_Q))));
   }
   float m[8], s[8];
   _mm256_storeu_ps(m, moved);

@@ -1,22 +1,22 @@
-// AVX-512 (F, BW, DQ, VL): 32 zmm registers, 2 FMA of 16 floats a cycle.
-// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+// AVX-512 (F, BW, DQ, VL): 32 zmm registers, 2 FMA of 16 floats a cycle. Includes only intrinsics and POD headers, and
+// everything is static: a weak symbol compiled here could be merged into baseline code.
 #include <immintrin.h>
 
 #include <cstddef>
 
-#include "kernels/kernels.h"
-#include "kernels/lerp_kernels.h"
-#include "kernels/select_kernels.h"
 #include "isa/loss_simd.h"
 #include "isa/pack_avx512.h"
 #include "isa/screen_int.h"
 #include "isa/simd_avx512.h"
 #include "isa/tile_avx512.h"
+#include "kernels/kernels.h"
+#include "kernels/lerp_kernels.h"
+#include "kernels/select_kernels.h"
 
 namespace refine_fast {
 namespace {
 
-// --- matmul: the tile of isa/tile_avx512.h over floats --------------------------------------------------------------------------------
+// --- matmul: the tile of isa/tile_avx512.h over floats -------------------------------------------
 
 struct FloatWords {
   using Word = float;
@@ -26,13 +26,15 @@ struct FloatWords {
 };
 constexpr auto tile = tile_avx512<FloatWords, 1>;
 
-const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, false>, pack_panel_f32<kNr, false>, tile, nullptr};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, true>, pack_panel_f32<kNr, true>, tile, nullptr};
+const MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, false>, pack_panel_f32<kNr, false>, tile};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, true>, pack_panel_f32<kNr, true>, tile};
 
-// --- select: most scores lie below the band, so 64 of them are dismissed by four comparisons and one branch ---------------------------
+// --- select: most scores lie below the band, so four comparisons and one branch dismiss 64 of them ---
 
-int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
-  const __m512 floor = _mm512_set1_ps(t->floor), sure = _mm512_set1_ps(t->sure), keep = _mm512_set1_ps(t->keep), ceil = _mm512_set1_ps(t->ceil);
+int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score,
+               int64_t* counted) {
+  const __m512 floor = _mm512_set1_ps(t->floor), sure = _mm512_set1_ps(t->sure), keep = _mm512_set1_ps(t->keep),
+               ceil = _mm512_set1_ps(t->ceil);
   const __m512 nan = _mm512_set1_ps(__builtin_nanf(""));
   const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   int64_t appended = 0, between = 0;
@@ -42,7 +44,8 @@ int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t 
     for (int v = 0; v < 4; ++v) {
       const int64_t left = n - j - 16 * v;
       s[v] = left >= 16 ? _mm512_loadu_ps(scores + j + 16 * v)
-                        : _mm512_mask_loadu_ps(nan, static_cast<__mmask16>(left <= 0 ? 0 : (1u << left) - 1), scores + j + 16 * v);
+                        : _mm512_mask_loadu_ps(nan, static_cast<__mmask16>(left <= 0 ? 0 : (1u << left) - 1),
+                                               scores + j + 16 * v);
       hit[v] = _mm512_cmp_ps_mask(s[v], floor, _CMP_GE_OQ);
     }
     if ((hit[0] | hit[1] | hit[2] | hit[3]) == 0) continue;
@@ -51,10 +54,12 @@ int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t 
       const __mmask16 kept = _mm512_mask_cmp_ps_mask(hit[v], s[v], keep, _CMP_GE_OQ);
       const __mmask16 chosen = unsure | _mm512_mask_cmp_ps_mask(kept, s[v], ceil, _CMP_LE_OQ);
       between += __builtin_popcount(hit[v] & ~unsure & ~kept);
-      // compressed in a register: vpcompressps to memory is microcoded on Zen
+      // compressed in a register, since vpcompressps to memory is microcoded on Zen
       _mm512_storeu_ps(score + appended, _mm512_maskz_compress_ps(chosen, s[v]));
-      _mm512_storeu_si512(index + appended,
-                          _mm512_maskz_compress_epi32(chosen, _mm512_add_epi32(iota, _mm512_set1_epi32(first + static_cast<int32_t>(j) + 16 * v))));
+      _mm512_storeu_si512(
+          index + appended,
+          _mm512_maskz_compress_epi32(
+              chosen, _mm512_add_epi32(iota, _mm512_set1_epi32(first + static_cast<int32_t>(j) + 16 * v))));
       appended += __builtin_popcount(chosen);
     }
   }
@@ -69,7 +74,8 @@ double dot(const float* x, const float* y, int64_t d) {
   int64_t i = 0;
   for (; i + 32 <= d; i += 32)
     for (int v = 0; v < 4; ++v)
-      lane[v] = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm256_loadu_ps(x + i + 8 * v)), _mm512_cvtps_pd(_mm256_loadu_ps(y + i + 8 * v)), lane[v]);
+      lane[v] = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm256_loadu_ps(x + i + 8 * v)),
+                                _mm512_cvtps_pd(_mm256_loadu_ps(y + i + 8 * v)), lane[v]);
   for (int v = 0; v < 4 && i + 8 * v < d; ++v) {
     const int64_t left = d - i - 8 * v;
     const __mmask8 mask = static_cast<__mmask8>(left >= 8 ? 0xff : (1u << left) - 1);
@@ -85,7 +91,7 @@ double dot(const float* x, const float* y, int64_t d) {
 
 const SelectKernels select_kernels = {append, dot};
 
-// --- lerp: bound by the loads; the ragged tail is one masked step --------------------------------------------------------------------
+// --- lerp: bound by the loads; the ragged tail is one masked step --------------------------------
 
 void lerp_f32(const float* base, const float* tuned, int64_t n, float weight, float* out) {
   const bool from_base = __builtin_fabsf(weight) < 0.5f;

@@ -1,17 +1,18 @@
-// AVX-512 with VDPBF16PS and VPDPBUSD: two bf16, or four 8-bit integer, products into each of 16 sums.
-// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+// AVX-512 with VDPBF16PS and VPDPBUSD: two bf16 products, or four 8-bit integer products, into each of 16 sums.
+// Includes only intrinsics and POD headers, and everything is static: a weak symbol compiled here could be merged into
+// baseline code.
 #include <immintrin.h>
 
-#include "kernels/kernels.h"
 #include "isa/pack_avx512.h"
 #include "isa/screen_int.h"
 #include "isa/simd_avx512.h"
 #include "isa/tile_avx512.h"
+#include "kernels/kernels.h"
 
 namespace refine_fast {
 namespace {
 
-// --- matmul: the tile of isa/tile_avx512.h over pairs of bf16 --------------------------------------------------------------------------
+// --- matmul: the tile of isa/tile_avx512.h over pairs of bf16 ------------------------------------
 
 constexpr int kKr = 2;
 
@@ -23,19 +24,20 @@ struct PairWords {
 };
 constexpr auto tile = tile_avx512<PairWords, kKr>;
 
-const MatmulKernels matmul_bf16 = {kMr, kNr, kKr, 2, pack_panel_bf16<kMr, kKr>, pack_panel_bf16<kNr, kKr>, tile,
-                                   pack_panel_words<kNr, kKr>};
+const MatmulKernels matmul_bf16 = {
+    kMr, kNr, kKr, 2, pack_panel_bf16<kMr, kKr>, pack_panel_bf16<kNr, kKr>, tile, pack_panel_words<kNr, kKr>};
 
 // 16 words of four 8-bit integers
 struct Bytes : Words {
   static constexpr int packed = 4, largest_integer = 127;
   static __m512i join(const __m512i n[4]) {
     const __m512i low = _mm512_mask_blend_epi8(0x2222222222222222, n[0], _mm512_slli_epi32(n[1], 8));
-    const __m512i high = _mm512_mask_blend_epi8(0x8888888888888888, _mm512_slli_epi32(n[2], 16), _mm512_slli_epi32(n[3], 24));
+    const __m512i high =
+        _mm512_mask_blend_epi8(0x8888888888888888, _mm512_slli_epi32(n[2], 16), _mm512_slli_epi32(n[3], 24));
     return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
   }
   // x H / 8 for the signed 64 elements x and the Hadamard matrix H of 64
-  static void turn(__m512 x[4]) {
+  static void rotate(__m512 x[4]) {
     constexpr uint64_t kSigns = 0x9E3779B97F4A7C15u;
     for (int i = 0; i < 4; ++i) {
       __m512 y = _mm512_mul_ps(x[i], _mm512_set1_ps(0.125f));

@@ -1,5 +1,5 @@
-// The loss kernels written once over a vector of floats; each level brings its own V (below, `One` is the scalar one and shows what is asked).
-// Everything is in an anonymous namespace, so each ISA file gets its own copy under its own flags.
+// The loss kernels, written once for a vector V of floats that each level defines (Floats in isa/scalar.cc is the
+// simplest). Everything is in an anonymous namespace, so each ISA file compiles its own copy with its own flags.
 #pragma once
 #include <cstddef>
 
@@ -10,8 +10,8 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-// Cody-Waite reduction and Cephes' polynomial: 1 ulp of relative error on [-87, 1], 0 below (e^-87 = 1.6e-38 beside a sum of at least 1).
-// NaN stays NaN.
+// Cody-Waite reduction and Cephes' polynomial: relative error 1 ulp on [-87, 1], and 0 below (e^-87 = 1.6e-38, against
+// a sum of at least 1). NaN stays NaN.
 template <class V>
 inline typename V::Float exponential(typename V::Float x) {
   const auto floor = V::set(-87.0f), clamped = V::max(floor, x);
@@ -26,7 +26,7 @@ inline typename V::Float exponential(typename V::Float x) {
   return V::where(V::below(x, floor), V::set(0.0f), V::mul(p, V::exp2_integer(n)));
 }
 
-// s of column j, -inf where it is no negative
+// s of column j, -inf if it is not a negative
 template <class V>
 inline typename V::Float negative(const ScoreRow& row, int64_t j) {
   auto x = V::load(row.s + j);
@@ -41,7 +41,8 @@ float top(ScoreRow row) {
   return V::largest(most);
 }
 
-// Float lanes are emptied into doubles every 64 steps: the sum over a million columns keeps its digits, and one lane serves as well as 16.
+// The accumulator: float lanes are emptied into doubles every 64 steps, so the sum over a million columns keeps its
+// digits, with one lane or 16.
 template <class V>
 void sums(ScoreRow row, float scale, float top, double* sums) {
   const auto rate = V::set(scale), shift = V::set(top), floor = V::set(-87.0f);
@@ -65,7 +66,7 @@ void weights(ScoreRow row, float scale, float top, float factor, float* out) {
     V::store(out + j, V::mul(size, exponential<V>(V::mul(V::sub(negative<V>(row, j), shift), rate))));
 }
 
-// s of column j at query `id`; -inf where that query is no negative of the column
+// s of column j for query `id`, -inf if that query is not a negative of the column
 template <class V>
 inline typename V::Float negative(const float* s, int64_t j, const int32_t* ids, int32_t id, const float* ceilings) {
   auto x = V::load(s + j);
@@ -73,16 +74,17 @@ inline typename V::Float negative(const float* s, int64_t j, const int32_t* ids,
   return V::where(V::equal(ids + j, id), V::set(-kInfinity), x);
 }
 
-// A column's sum grows by one query at a time, a chain as long as the batch: Kahan's summation keeps its digits.
+// The accumulator: a column's sum grows by one query at a time, a chain as long as the batch. Kahan's summation keeps
+// its digits.
 template <class V>
-void column_sums(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings, float* top, float* sum,
-                 float* excess) {
+void column_sums(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings,
+                 float* top, float* sum, float* excess) {
   const auto rate = V::set(scale), zero = V::set(0.0f), one = V::set(1.0f);
   for (int64_t j = 0; j < n; j += V::width) {
     const auto old = V::load(top + j), total = V::load(sum + j), over = V::load(excess + j);
     const auto delta = V::mul(V::sub(negative<V>(s, j, ids, id, ceilings), old), rate);
     const auto rises = V::below(zero, delta);
-    const auto e = exponential<V>(V::where(rises, V::sub(zero, delta), delta));  // of the smaller one against the larger
+    const auto e = exponential<V>(V::where(rises, V::sub(zero, delta), delta));  // of the smaller against the larger
     const auto term = V::sub(e, over), more = V::add(total, term);
     V::store(sum + j, V::where(rises, V::fma(total, e, one), more));
     V::store(excess + j, V::where(rises, V::mul(over, e), V::sub(V::sub(more, total), term)));
@@ -91,8 +93,8 @@ void column_sums(const float* s, int64_t n, float scale, const int32_t* ids, int
 }
 
 template <class V>
-double column_weights(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings, const float* top,
-                      const float* weight, const float* positive, float* out) {
+double column_weights(const float* s, int64_t n, float scale, const int32_t* ids, int32_t id, const float* ceilings,
+                      const float* top, const float* weight, const float* positive, float* out) {
   const auto rate = V::set(scale);
   double moment = 0;
   for (int64_t begin = 0; begin < n; begin += 64 * V::width) {
@@ -109,7 +111,7 @@ double column_weights(const float* s, int64_t n, float scale, const int32_t* ids
   return moment;
 }
 
-// In runs of 64 steps, as core/matmul.cc sums.
+// Sums in runs of 64 steps, like core/matmul.cc.
 template <class V>
 float dot(const float* x, const float* y, int64_t n) {
   float total = 0;

@@ -1,19 +1,19 @@
-// NEON (Armv8-A): 32 registers of 4 floats.
-// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+// NEON (Armv8-A): 32 registers of 4 floats. Includes only intrinsics and POD headers, and everything is static: a weak
+// symbol compiled here could be merged into baseline code.
 #include <arm_neon.h>
 
 #include <cstddef>
 
+#include "isa/loss_simd.h"
+#include "isa/screen_f32.h"
 #include "kernels/kernels.h"
 #include "kernels/lerp_kernels.h"
 #include "kernels/select_kernels.h"
-#include "isa/loss_simd.h"
-#include "isa/screen_f32.h"
 
 namespace refine_fast {
 namespace {
 
-// --- matmul: 8 x 12 floats in 24 accumulators; panels k-major --------------------------------------------------------------------------
+// --- matmul: 8 x 12 floats in 24 accumulators; panels k-major ------------------------------------
 
 constexpr int kMr = 8, kNr = 12;
 
@@ -28,9 +28,11 @@ void pack(const float* src, int64_t stride, int64_t k_stride, int64_t rows, int6
   float* out = static_cast<float*>(panel);
   for (int64_t p0 = 0; p0 < k; p0 += 8)
     for (int64_t r = 0; r < kWidth; ++r)
-      for (int64_t p = p0; p < k && p < p0 + 8; ++p) out[p * kWidth + r] = r < rows ? src[r * stride + p * k_stride] : 0.0f;
+      for (int64_t p = p0; p < k && p < p0 + 8; ++p)
+        out[p * kWidth + r] = r < rows ? src[r * stride + p * k_stride] : 0.0f;
   if (!kRound) return;
-  for (int64_t i = 0; i < kWidth * k; i += 4) vst1q_f32(out + i, vreinterpretq_f32_u32(round_to_bf16(vld1q_f32(out + i))));
+  for (int64_t i = 0; i < kWidth * k; i += 4)
+    vst1q_f32(out + i, vreinterpretq_f32_u32(round_to_bf16(vld1q_f32(out + i))));
 }
 
 void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate) {
@@ -43,21 +45,24 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
 #pragma GCC unroll 8
     for (int i = 0; i < kMr; ++i) {
       const float32x4_t x = vdupq_n_f32(pa[i]);
-      sum[i][0] = vfmaq_f32(sum[i][0], x, b0), sum[i][1] = vfmaq_f32(sum[i][1], x, b1), sum[i][2] = vfmaq_f32(sum[i][2], x, b2);
+      sum[i][0] = vfmaq_f32(sum[i][0], x, b0), sum[i][1] = vfmaq_f32(sum[i][1], x, b1),
+      sum[i][2] = vfmaq_f32(sum[i][2], x, b2);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kMr; ++i, c += ldc)
 #pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) vst1q_f32(c + 4 * j, accumulate ? vaddq_f32(vld1q_f32(c + 4 * j), sum[i][j]) : sum[i][j]);
+    for (int j = 0; j < 3; ++j)
+      vst1q_f32(c + 4 * j, accumulate ? vaddq_f32(vld1q_f32(c + 4 * j), sum[i][j]) : sum[i][j]);
 }
 
-constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile, nullptr};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile, nullptr};
+constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<kMr, false>, pack<kNr, false>, tile};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, true>, tile};
 
-// --- select: most scores lie below the band, so 16 of them are dismissed by four comparisons and one branch ---------------------------
+// --- select: most scores lie below the band, so four comparisons and one branch dismiss 16 of them ---
 
-int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
+int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score,
+               int64_t* counted) {
   const float32x4_t floor = vdupq_n_f32(t->floor);
   int64_t appended = 0;
   for (int64_t begin = 0; begin < n; begin += 16) {
@@ -68,7 +73,8 @@ int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t 
       if (vmaxvq_u32(vorrq_u32(low, high)) == 0) continue;
     }
     const int64_t left = n - begin < 16 ? n - begin : 16;
-    appended += scalar_kernels.select->append(s, left, t, first + static_cast<int32_t>(begin), index + appended, score + appended, counted);
+    appended += scalar_kernels.select->append(s, left, t, first + static_cast<int32_t>(begin), index + appended,
+                                              score + appended, counted);
   }
   return appended;
 }
@@ -94,13 +100,14 @@ double dot(const float* x, const float* y, int64_t d) {
     step(a, b);
   }
   float64x2_t fold[4];
-  for (int j = 0; j < 4; ++j) fold[j] = vaddq_f64(vaddq_f64(lane[j], lane[j + 4]), vaddq_f64(lane[j + 8], lane[j + 12]));
+  for (int j = 0; j < 4; ++j)
+    fold[j] = vaddq_f64(vaddq_f64(lane[j], lane[j + 4]), vaddq_f64(lane[j + 8], lane[j + 12]));
   return vaddvq_f64(vaddq_f64(vaddq_f64(fold[0], fold[2]), vaddq_f64(fold[1], fold[3])));
 }
 
 const SelectKernels select_kernels = {append, dot};
 
-// --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------------------------------------------
+// --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------
 
 float32x4_t lerp_step(float32x4_t a, float32x4_t b, float32x4_t w, bool from_base) {
   return vbslq_f32(vceqq_f32(a, b), a, vfmaq_f32(from_base ? a : b, w, vsubq_f32(b, a)));
@@ -151,7 +158,8 @@ void lerp_change(const float* base, const float* out, int64_t n, Change* change)
 }
 
 const LerpKernels lerp = {lerp_f32, lerp_f64, lerp_change};
-// --- loss ------------------------------------------------------------------------------------------------------------------------------
+
+// --- loss ----------------------------------------------------------------------------------------
 
 struct Floats {
   using Float = float32x4_t;

@@ -1,17 +1,17 @@
-// Plain C++: the level that every machine has, and the simplest statement of what each kernel computes.
-// Includes: intrinsics and POD headers only, everything static: a weak symbol compiled here could be merged into baseline code.
+// Plain C++: the level that every machine has. Each kernel is stated in its simplest form. Includes only intrinsics and
+// POD headers, and everything is static: a weak symbol compiled here could be merged into baseline code.
 #include <cstddef>
 
+#include "isa/loss_simd.h"
+#include "isa/screen_f32.h"
 #include "kernels/kernels.h"
 #include "kernels/lerp_kernels.h"
 #include "kernels/select_kernels.h"
-#include "isa/loss_simd.h"
-#include "isa/screen_f32.h"
 
 namespace refine_fast {
 namespace {
 
-// --- conversions ---------------------------------------------------------------------------------------------------------------------
+// --- conversions ---------------------------------------------------------------------------------
 
 float bits_to_float(uint32_t bits) {
   float f;
@@ -55,9 +55,15 @@ void to_f32(const void* src, Dtype dtype, int64_t n, float* dst) {
   const uint16_t* half = static_cast<const uint16_t*>(src);
   switch (dtype) {
     case Dtype::f32: __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4); break;
-    case Dtype::bf16: for (int64_t i = 0; i < n; ++i) dst[i] = bits_to_float(static_cast<uint32_t>(half[i]) << 16); break;
-    case Dtype::f16: for (int64_t i = 0; i < n; ++i) dst[i] = float_from_f16(half[i]); break;
-    case Dtype::f64: for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(static_cast<const double*>(src)[i]); break;
+    case Dtype::bf16:
+      for (int64_t i = 0; i < n; ++i) dst[i] = bits_to_float(static_cast<uint32_t>(half[i]) << 16);
+      break;
+    case Dtype::f16:
+      for (int64_t i = 0; i < n; ++i) dst[i] = float_from_f16(half[i]);
+      break;
+    case Dtype::f64:
+      for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(static_cast<const double*>(src)[i]);
+      break;
   }
 }
 
@@ -65,13 +71,19 @@ void from_f32(const float* src, Dtype dtype, int64_t n, void* dst) {
   uint16_t* half = static_cast<uint16_t*>(dst);
   switch (dtype) {
     case Dtype::f32: __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4); break;
-    case Dtype::bf16: for (int64_t i = 0; i < n; ++i) half[i] = bf16_from_float(src[i]); break;
-    case Dtype::f16: for (int64_t i = 0; i < n; ++i) half[i] = f16_from_float(src[i]); break;
-    case Dtype::f64: for (int64_t i = 0; i < n; ++i) static_cast<double*>(dst)[i] = src[i]; break;
+    case Dtype::bf16:
+      for (int64_t i = 0; i < n; ++i) half[i] = bf16_from_float(src[i]);
+      break;
+    case Dtype::f16:
+      for (int64_t i = 0; i < n; ++i) half[i] = f16_from_float(src[i]);
+      break;
+    case Dtype::f64:
+      for (int64_t i = 0; i < n; ++i) static_cast<double*>(dst)[i] = src[i];
+      break;
   }
 }
 
-// --- matmul: panels are k-major, one element of each of the 4 rows (columns) after the other ------------------------------------------
+// --- matmul: panels are k-major, one element of each of the 4 rows (columns) after the other -----
 
 constexpr int kMr = 4, kNr = 4;
 
@@ -95,12 +107,13 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
     for (int j = 0; j < kNr; ++j) c[i * ldc + j] = (accumulate ? c[i * ldc + j] : 0.0f) + sum[i][j];
 }
 
-constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<false>, pack<false>, tile, nullptr};
-const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<true>, pack<true>, tile, nullptr};
+constexpr MatmulKernels matmul_f32 = {kMr, kNr, 1, 4, pack<false>, pack<false>, tile};
+const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<true>, pack<true>, tile};
 
-// --- select --------------------------------------------------------------------------------------------------------------------------
+// --- select --------------------------------------------------------------------------------------
 
-int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score, int64_t* counted) {
+int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score,
+               int64_t* counted) {
   int64_t appended = 0;
   for (int64_t j = 0; j < n; ++j) {
     const float s = scores[j];
@@ -126,7 +139,8 @@ double dot(const float* x, const float* y, int64_t d) {
 }
 
 const SelectKernels select_kernels = {append, dot};
-// --- loss ------------------------------------------------------------------------------------------------------------------------------
+
+// --- loss ----------------------------------------------------------------------------------------
 
 struct Floats {
   using Float = float;
@@ -140,7 +154,9 @@ struct Floats {
   static float fma(float x, float y, float z) { return x * y + z; }
   static float max(float x, float y) { return x > y ? x : y; }  // y if either is NaN
   static float round(float x) { return __builtin_rintf(x); }
-  static float exp2_integer(float n) { return bits_to_float((static_cast<uint32_t>(static_cast<int32_t>(n)) + 127u) << 23); }
+  static float exp2_integer(float n) {
+    return bits_to_float((static_cast<uint32_t>(static_cast<int32_t>(n)) + 127u) << 23);
+  }
   static bool below(float x, float y) { return x < y; }
   static bool equal(const int32_t* ids, int32_t id) { return *ids == id; }
   static float where(bool mask, float x, float y) { return mask ? x : y; }
@@ -148,7 +164,7 @@ struct Floats {
   static float largest(float x) { return x; }
 };
 
-// --- lerp: libm's fma rounds once, with or without the instruction -------------------------------------------------------------------
+// --- lerp: libm's fma rounds once, with or without the instruction -------------------------------
 
 void lerp_f32(const float* base, const float* tuned, int64_t n, float weight, float* out) {
   const bool from_base = __builtin_fabsf(weight) < 0.5f;

@@ -1,23 +1,37 @@
-// The screen of band_topk in 16- or 8-bit integers, written once over a level's vectors V (avx2.cc shows what is asked of it).
+// The screen of band_topk in 16- or 8-bit integers, written once for a level's vectors V (isa/avx2.cc shows what V must
+// define).
 //
-// The maths. A row x becomes the integers n = round(s x), and x' = n / s, with s = min(M / max |x|, L / |x|): M is the largest integer, and
-// L = 2^15.5 - sqrt(d)/2 - 1 makes |n| <= s |x| + sqrt(d)/2 < 2^15.5, so by Cauchy-Schwarz n . m fits 32 bits: the sum is exact (what wraps on
-// the way unwraps), and the score n . m / (s_x s_y) is off by the rounding of a conversion, of two products and of both 1 / s. What rounding takes
-// from a row is |x - x'| = sqrt(d / 12) / s: of a unit row at d = 384 1.2e-4 in 16 bits and 7e-3 in 8, where bf16 takes 1.6e-3.
+// The maths. A row x becomes the integers n = round(s x), and x' = n / s, with s = min(M / max |x|, L / |x|). M is the
+// largest integer, and L = 2^15.5 - sqrt(d)/2 - 1 makes |n| <= s |x| + sqrt(d)/2 < 2^15.5, so by Cauchy-Schwarz n . m
+// fits 32 bits. The sum is exact (partial sums that wrap unwrap again), and the score n . m / (s_x s_y) errs only by
+// the rounding of a conversion, of two products and of both 1 / s. Rounding moves a row by |x - x'| = sqrt(d / 12) / s.
+// For a unit row at d = 384:
+//     16 bits   8 bits    bf16, for comparison
+//     1.2e-4    7e-3      1.6e-3
 //
-// The choice. A multiply-add takes two 16-bit or four 8-bit products into each 32-bit lane, at one rate. MACs a cycle and core of Zen 5,
-// 256 / 512 bits: FMA 16 / 32, VPMADDWD + VPADDD 29 / 54, VDPBF16PS - / 58, VPDPBUSD - / 124 (an Intel core adds on the ports that it multiplies
-// on: there VPMADDWD + VPADDD equals FMA at 512 bits). 8 bits leave three times as many documents in doubt as 16 (905 a query where 105 are kept,
-// B = 4,096, N = 200,000, d = 384, against 299), and rescoring them takes back a fifth of what the product gains. Without VPDPBUSD 8 bits gain
-// nothing: VPMADDUBSW saturates beyond 7 bits, and needs a second multiply to reach 32-bit lanes.
+// The instructions. A multiply-add takes two 16-bit or four 8-bit products into each 32-bit lane. Measured
+// multiply-adds a cycle on one core of Zen 5:
+//     instruction          256 bits   512 bits
+//     FMA                     16         32
+//     VPMADDWD + VPADDD       29         54
+//     VDPBF16PS                -         58
+//     VPDPBUSD                 -        124
+// An Intel core adds on the ports that it multiplies on: there VPMADDWD + VPADDD equals FMA at 512 bits. 8 bits leave
+// three times as many documents in doubt as 16 (905 a query instead of 299 where 105 are kept; B = 4,096, N = 200,000,
+// d = 384), and rescoring them takes back a fifth of what the product gains. Without VPDPBUSD 8 bits gain nothing:
+// VPMADDUBSW saturates beyond 7 bits and needs a second multiply to reach 32-bit lanes.
 //
-// 8 bits are few for a row with one large element, as some encoders give every row: s shrinks with it. So bytes are taken of a turned row,
-// 64 elements at a time: signs from a fixed pattern (else equal elements would gather in one), then a Hadamard matrix / 8. It is orthogonal, so
-// products stay, and an element of .5 becomes 64 of .06.
+// The rotation. 8 bits are too few for a row with one large element, as some encoders give every row: s shrinks with
+// it. So bytes are taken from a rotated row, 64 elements at a time: signs from a fixed pattern (or equal elements would
+// gather in one), then a Hadamard matrix / 8. It is orthogonal, so products stay the same, and one element of .5
+// becomes 64 of .06.
 //
-// A panel: for every W * E of d (W lanes a vector, E integers a word), W lines of one word a row; word j holds the elements j, W + j, ..., since the
-// order of the sum is free and these need no shuffle. After the lines what each sum starts from (bytes only), and 1 / s of each row.
-// VPDPBUSD takes its first operand without a sign, so queries are stored as n + 128, and the sum of a document m starts from -128 sum(m).
+// The accumulator: 32-bit integers, exact by the choice of s.
+//
+// The panel. For every W * E of d (W lanes of a vector, E integers of a word): W lines with one word of each row. Word
+// j holds the elements j, W + j, ...: the order of the sum is free, and these need no shuffle. After the lines follow
+// the start of each sum (bytes only) and 1 / s of each row. VPDPBUSD takes its first operand unsigned, so queries are
+// stored as n + 128, and the sum of a document m starts at -128 sum(m).
 #pragma once
 #include "kernels/screen_kernels.h"
 
@@ -32,14 +46,14 @@ constexpr int64_t lines_int(int64_t d) {
   return (d + V::width * V::packed - 1) / (V::width * V::packed) * V::width;
 }
 
-// W * E elements, turned if they become bytes
+// W * E elements, rotated if they become bytes
 template <class V>
 void load_int(const float* x, int64_t n, typename V::Float y[V::packed]) {
   for (int e = 0; e < V::packed; ++e) y[e] = V::load(x + e * V::width, n - e * V::width);
-  if constexpr (kBytes<V>) V::turn(y);
+  if constexpr (kBytes<V>) V::rotate(y);
 }
 
-// s of one row; a row of denormals or of zeros keeps a finite one
+// s of one row; finite also for a row of denormals or zeros
 template <class V>
 float scale_int(const float* x, int64_t d, double norm) {
   auto most = V::set(0.0f);
@@ -55,7 +69,7 @@ float scale_int(const float* x, int64_t d, double norm) {
   return static_cast<float>(scale);
 }
 
-// n of W elements, and the squares of what the rounding left over
+// n of W elements; adds the squares of the rounding errors to `error`
 template <class V>
 typename V::Word round_int(typename V::Float y, typename V::Float scale, typename V::Float& error) {
   const auto integer = V::round_to_word(V::mul(y, scale));
@@ -65,7 +79,8 @@ typename V::Word round_int(typename V::Float y, typename V::Float scale, typenam
 }
 
 template <class V, int kWidth, bool kQueries>
-void pack_int(const float* rows, int64_t stride, int64_t count, int64_t d, const double* norms, void* panel, double* residuals) {
+void pack_int(const float* rows, int64_t stride, int64_t count, int64_t d, const double* norms, void* panel,
+              double* residuals) {
   constexpr int W = V::width, E = V::packed;
   const int64_t lines = lines_int<V>(d);
   int32_t *const words = static_cast<int32_t*>(panel), *const start = words + lines * kWidth;
@@ -103,8 +118,8 @@ void pack_int(const float* rows, int64_t stride, int64_t count, int64_t d, const
     if constexpr (kBytes<V> && !kQueries) V::store_words(start + first, (typename V::Word)(-total), width);
     for (int i = 0; i < left; ++i) {
       const double unit = inverse[first + i], rounded = __builtin_sqrt(static_cast<double>(V::total(error[i]))) * unit;
-      const double turned = kBytes<V> ? norms[first + i] * 0x1p-21 : 0.0;  // six additions of 2^-24 each
-      residuals[first + i] = (rounded + turned) * (rounded + turned);
+      const double rotated = kBytes<V> ? norms[first + i] * 0x1p-21 : 0.0;  // six additions of 2^-24 each
+      residuals[first + i] = (rounded + rotated) * (rounded + rotated);
     }
   }
 }
@@ -113,12 +128,14 @@ template <class V, int kMr>
 void tile_int(const void* a, const void* b, int64_t d, float* scores, int64_t ld) {
   constexpr int W = V::width;
   const int64_t lines = lines_int<V>(d);
-  const int32_t *pa = static_cast<const int32_t*>(a), *pb = static_cast<const int32_t*>(b), *const start = pb + lines * 2 * W;
+  const int32_t *pa = static_cast<const int32_t*>(a),
+                *pb = static_cast<const int32_t*>(b), *const start = pb + lines * 2 * W;
   typename V::Sum sum[kMr][2];
 #pragma GCC unroll 12
   for (int i = 0; i < kMr; ++i) {
     sum[i][0] = sum[i][1] = typename V::Sum{};
-    if constexpr (kBytes<V>) sum[i][0] = (typename V::Sum)V::load_words(start), sum[i][1] = (typename V::Sum)V::load_words(start + W);
+    if constexpr (kBytes<V>)
+      sum[i][0] = (typename V::Sum)V::load_words(start), sum[i][1] = (typename V::Sum)V::load_words(start + W);
   }
   for (int64_t line = 0; line < lines; ++line, pa += kMr, pb += 2 * W) {
     const auto y0 = V::load_words(pb), y1 = V::load_words(pb + W);
@@ -141,8 +158,17 @@ void tile_int(const void* a, const void* b, int64_t d, float* scores, int64_t ld
 
 // 12 (256 bits) or 24 (512 bits) accumulators of kMr rows x 2 vectors
 template <class V, int kMr>
-constexpr ScreenKernels screen_int = {kMr, 2 * V::width, V::width * V::packed, 4 / V::packed, kBytes<V> ? 8 : 4, true, pack_int<V, kMr, true>,
-                                      pack_int<V, 2 * V::width, false>, tile_int<V, kMr>};
+constexpr ScreenKernels screen_int = {
+    .mr = kMr,
+    .nr = 2 * V::width,
+    .kr = V::width * V::packed,
+    .element_bytes = 4 / V::packed,
+    .scale_bytes = kBytes<V> ? 8 : 4,
+    .exact = true,
+    .pack_a = pack_int<V, kMr, true>,
+    .pack_b = pack_int<V, 2 * V::width, false>,
+    .tile = tile_int<V, kMr>,
+};
 
 }  // namespace
 }  // namespace refine_fast

@@ -1,4 +1,5 @@
-// Vectors of 16 for the kernels that are written once over every level's vectors (isa/loss_simd.h, isa/screen_int.h).
+// Vectors of 16 floats or words for the kernels that are written once for all levels (isa/loss_simd.h,
+// isa/screen_int.h).
 #pragma once
 #include <immintrin.h>
 
@@ -24,7 +25,9 @@ struct Floats {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
   }
   static __mmask16 below(__m512 x, __m512 y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ); }
-  static __mmask16 equal(const int32_t* ids, int32_t id) { return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(ids), _mm512_set1_epi32(id)); }
+  static __mmask16 equal(const int32_t* ids, int32_t id) {
+    return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(ids), _mm512_set1_epi32(id));
+  }
   static __m512 where(__mmask16 mask, __m512 x, __m512 y) { return _mm512_mask_blend_ps(mask, y, x); }
   static float total(__m512 x) { return _mm512_reduce_add_ps(x); }
   static float largest(__m512 x) { return _mm512_reduce_max_ps(x); }
@@ -33,8 +36,8 @@ struct Floats {
 // 16 words of two 16-bit integers
 struct Words : Floats {
   using Word = __m512i;
-  static constexpr int packed = 2, largest_integer = 32766;  // below 32767: the scale is rounded to float
-  using Sum = __v16si;  // and not __m512i: gcc 12 keeps a copy of each sum in either type
+  static constexpr int packed = 2, largest_integer = 32766;  // below 32767, since the scale is rounded to float
+  using Sum = __v16si;  // not __m512i: gcc 12 would keep a copy of each sum in both types
   static __m512i zero() { return _mm512_setzero_si512(); }
   static __m512i broadcast(int32_t pair) { return _mm512_set1_epi32(pair); }
   static __m512i load_words(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -42,7 +45,9 @@ struct Words : Floats {
   static __m512i round_to_word(__m512 x) { return _mm512_cvtps_epi32(x); }
   static __m512 to_float(__m512i x) { return _mm512_cvtepi32_ps(x); }
   static __m512 to_float(Sum x) { return _mm512_cvtepi32_ps((__m512i)x); }
-  static __m512i join(const __m512i n[2]) { return _mm512_mask_blend_epi16(0xaaaaaaaa, n[0], _mm512_slli_epi32(n[1], 16)); }
+  static __m512i join(const __m512i n[2]) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, n[0], _mm512_slli_epi32(n[1], 16));
+  }
   static Sum dot(Sum sum, __m512i x, __m512i y) { return sum + (Sum)_mm512_madd_epi16(x, y); }
   static void transpose(__m512i rows[16]) { transpose16(rows); }
 };

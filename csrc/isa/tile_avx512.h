@@ -1,4 +1,5 @@
-// The 12 x 32 tile of the AVX-512 levels in 24 accumulators, over a format V of the packed words (one float, or two neighbouring bf16, of k).
+// The 12 x 32 tile of the AVX-512 levels in 24 accumulators, over a format V of the packed words (one float, or two
+// neighbouring bf16, of k).
 //
 // A step loads 2 vectors of B and broadcasts 12 words of A for 24 multiply-adds:
 //     unit              instructions a step   cycles a step

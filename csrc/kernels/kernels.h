@@ -1,25 +1,31 @@
-// The table of kernels that each ISA level fills in (csrc/isa/<level>.cc) and that the algorithms in csrc/core are written over.
-// A level leaves a pointer null where the level below serves as well; cpu.cc fills the gaps, so a caller never sees a null.
-// Plain function pointers and PODs: a new level is one file, and a test can force any level that the CPU has.
+// The table of kernels that each ISA level fills in (csrc/isa/<level>.cc). The algorithms in csrc/core call the kernels
+// only through it. A level leaves a pointer null if the level below does the job; core/cpu.cc fills the gaps, so a
+// caller never sees null. Plain function pointers and PODs: a new level is one file, and a test can force any level
+// that the CPU has.
 #pragma once
 #include "kernels/types.h"
 
 namespace refine_fast {
 
-// C[mr x nr] (+)= A[mr x k] B[k x nr]: the one product behind info_nce. Operands are packed once into panels (zero-padded to
-// mr, nr and kr) and used tile after tile from cache; the layout of a panel is the level's own business.
-//   f32: operands kept as float32, float32 accumulation.     bf16: operands rounded to bf16 (nearest even), float32 accumulation.
+// C[mr x nr] (+)= A[mr x k] B[k x nr]: the matrix product behind info_nce. Operands are packed once into panels,
+// zero-padded to mr, nr and kr, and then used tile after tile from cache. Each level chooses the layout of its panels.
+//   f32    operands in float32, float32 accumulation
+//   bf16   operands rounded to bf16 (nearest even), float32 accumulation
 struct MatmulKernels {
-  int32_t mr, nr, kr;         // tile rows, tile columns, granularity of k
-  int32_t element_bytes;      // of a packed operand: 4 or 2. A panel of A takes round_up(k, kr) * mr * element_bytes bytes, 64-byte aligned
-  // `rows` <= mr rows (columns of B for pack_b) of a float matrix with strides in elements, both free: a transposed operand is packed in place
+  int32_t mr, nr, kr;  // tile rows, tile columns, granularity of k
+  // Of a packed operand: 4 or 2. A panel of A takes round_up(k, kr) * mr * element_bytes bytes, 64-byte aligned.
+  int32_t element_bytes;
+  // Packs `rows` <= mr rows of A (`cols` <= nr columns of B). Strides are in elements and arbitrary, so a transposed
+  // operand needs no copy.
   void (*pack_a)(const float* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, void* panel);
   void (*pack_b)(const float* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, void* panel);
-  // the whole mr x nr tile is written, row stride ldc; k as given to the packers
+  // Writes the whole mr x nr tile, row stride ldc; k as given to the packers.
   void (*tile)(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate);
-  // pack_b of a bf16 matrix as it lies there; null where panels hold float32, which a caller converts to first
-  void (*pack_b_bf16)(const uint16_t* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k, void* panel);
-  // State of the calling thread that `tile` needs, from the first tile of a task to its last (core/tile_scope.h); null where it needs none.
+  // pack_b from bf16 in memory; null if panels hold float32: the caller converts first.
+  void (*pack_b_bf16)(const uint16_t* src, int64_t col_stride, int64_t k_stride, int64_t cols, int64_t k,
+                      void* panel) = nullptr;
+  // State of the calling thread that `tile` needs, from the first tile of a task to its last (core/tile_scope.h); null
+  // where it needs none.
   void (*begin_tiles)() = nullptr;
   void (*end_tiles)() = nullptr;
 };
@@ -41,7 +47,7 @@ struct Kernels {
   const ScreenKernels* screen;
   const SelectKernels* select;
   const LossKernels* loss;
-  // float32 <-> the storage types, round to nearest even, denormals kept
+  // float32 <-> the storage types; rounds to nearest even and keeps denormals
   void (*to_f32)(const void* src, Dtype dtype, int64_t n, float* dst);
   void (*from_f32)(const float* src, Dtype dtype, int64_t n, void* dst);
 };

@@ -1,16 +1,17 @@
-// The kernels behind fuse, one table per ISA level. Every level gives the same bits as
+// The kernels behind fuse, one table for each ISA level. Every level computes the same bits as
 //     base == tuned ? base : torch.lerp(base, tuned, w)
-// that is fma(w, b - a, a) for |w| < 1/2 and fma(w - 1, b - a, b) otherwise, one rounding after the subtraction's. The first case is where
-// torch.lerp would make NaN of a mask's -inf and +0 of -0: what was not trained comes out as it went in. (A NaN is a NaN: its payload is open.)
+// that is fma(w, b - a, a) for |w| < 1/2 and fma(w - 1, b - a, b) otherwise: one rounding after that of the
+// subtraction. Equal elements are copied, since torch.lerp would turn the -inf of a mask into NaN and -0 into +0:
+// weights that were not trained must not change. (The payload of a NaN is unspecified.)
 //
-// Two element types are enough: 16- and 8-bit types pass through float32 in blocks that stay in L1 (core/lerp.cc), where a conversion costs a
-// load and a store, against two reads and one write of memory.
+// Roofline: memory. Two element types are enough: 16- and 8-bit types pass through float32 in blocks that stay in L1
+// (core/lerp.cc). A conversion there costs a load and a store, against two reads and one write of memory.
 #pragma once
 #include <cstdint>
 
 namespace refine_fast {
 
-// What a tensor went through: sums over its elements in float64, taken from the values as they are stored.
+// How much a tensor changed: sums over its elements in float64, of the values as stored.
 struct Change {
   double change_squared = 0;  // (out - base)^2
   double base_squared = 0;    // base^2
@@ -21,7 +22,7 @@ struct Change {
 struct LerpKernels {
   void (*f32)(const float* base, const float* tuned, int64_t n, float weight, float* out);
   void (*f64)(const double* base, const double* tuned, int64_t n, double weight, double* out);
-  // adds to the first three sums of `change`; n at most a few thousand, since a level may sum in float32
+  // Adds to the first three sums of `change`. n is at most a few thousand, since a level may sum in float32.
   void (*change)(const float* base, const float* out, int64_t n, Change* change);
 };
 

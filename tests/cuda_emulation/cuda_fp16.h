@@ -8,7 +8,7 @@ struct __half {
 
 inline float __half2float(__half h) {
   const int exponent = h.bits >> 10 & 31, fraction = h.bits & 1023;
-  const float size = exponent == 31 ? (fraction == 0 ? HUGE_VALF : __int_as_float(0x7fc00000))
+  const float size = exponent == 31  ? (fraction == 0 ? HUGE_VALF : __int_as_float(0x7fc00000))
                      : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
                                      : __int_as_float((exponent + 112) << 23 | fraction << 13);
   return h.bits >> 15 ? -size : size;
@@ -23,6 +23,6 @@ inline __half __float2half_rn(float x) {
   std::frexp(size, &exponent);
   const int ulp = size < 0x1p-14f ? -24 : exponent - 11;
   const auto steps = static_cast<int>(std::nearbyint(std::ldexp(size, -ulp)));  // to nearest even; 0 .. 2048
-  // a number of 11 bits in units of 2^ulp: above the denormals its leading bit adds 1 to the exponent's field
+  // 11 bits in units of 2^ulp: above the denormals the leading bit adds 1 to the exponent field
   return {static_cast<uint16_t>(sign | (((ulp + 24) << 10) + steps))};
 }

@@ -1,4 +1,4 @@
-// What csrc/cuda uses of the CUDA runtime and its device functions, over the emulated machine.
+// The part of the CUDA runtime and of its device functions that csrc/cuda uses, on the emulated machine.
 #pragma once
 #include <cfenv>
 #include <climits>
@@ -18,7 +18,7 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// --- host ----------------------------------------------------------------------------------------------------------------------------
+// --- host ----------------------------------------------------------------------------------------
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2 };
@@ -32,7 +32,9 @@ struct cudaLaunchConfig_t {
 };
 
 inline const char* cudaGetErrorString(cudaError_t status) {
-  return status == cudaErrorLaunchFailure ? emulated::failure.c_str() : status == cudaSuccess ? "no error" : "invalid argument";
+  return status == cudaErrorLaunchFailure ? emulated::failure.c_str()
+         : status == cudaSuccess          ? "no error"
+                                          : "invalid argument";
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -46,22 +48,28 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return std::memset(to, value, bytes), cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return std::memset(to, value, bytes), cudaSuccess;
+}
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   gridDim = config->gridDim, blockDim = config->blockDim;
-  if (blockDim.x == 0 || blockDim.x % emulated::kWarp != 0 || blockDim.x > emulated::kMostThreads || gridDim.x == 0 ||
-      blockDim.y * blockDim.z * gridDim.y * gridDim.z != 1 || config->dynamicSmemBytes > static_cast<size_t>(emulated::device.shared_bytes))
+  if (blockDim.x == 0 || blockDim.x % emulated::kWarp != 0 || blockDim.x > emulated::kMaxThreads || gridDim.x == 0 ||
+      blockDim.y * blockDim.z * gridDim.y * gridDim.z != 1 ||
+      config->dynamicSmemBytes > static_cast<size_t>(emulated::device.shared_bytes))
     return cudaErrorInvalidValue;
   const bool done = emulated::machine.run(
       gridDim.x, blockDim.x, config->dynamicSmemBytes, [&] { kernel(static_cast<Parameters>(arguments)...); },
-      [](int block, int thread) { blockIdx = dim3(static_cast<unsigned>(block)), threadIdx = dim3(static_cast<unsigned>(thread)); });
+      [](int block, int thread) {
+        blockIdx = dim3(static_cast<unsigned>(block)), threadIdx = dim3(static_cast<unsigned>(thread));
+      });
   return done ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
-// --- threads together ----------------------------------------------------------------------------------------------------------------
+// --- threads together ----------------------------------------------------------------------------
 
 inline void __syncthreads() { emulated::machine.barrier(); }
 
@@ -75,7 +83,8 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   T out;
   emulated::machine.together(&in, &out, [](const void* const* ins, void* const* outs) {
     for (int lane = 0; lane < emulated::kWarp; ++lane)
-      *static_cast<T*>(outs[lane]) = static_cast<const In*>(ins[lane ^ static_cast<const In*>(ins[lane])->lane_mask])->value;
+      *static_cast<T*>(outs[lane]) =
+          static_cast<const In*>(ins[lane ^ static_cast<const In*>(ins[lane])->lane_mask])->value;
   });
   return out;
 }
@@ -93,10 +102,10 @@ T atomicMin(T* at, U x) {
   return std::exchange(*at, std::min(*at, static_cast<T>(x)));
 }
 
-// --- arithmetic ------------------------------------------------------------------------------------------------------------------------
+// --- arithmetic ----------------------------------------------------------------------------------
 
 namespace emulated {
-// volatile: the operation stays between the changes of mode, which the compiler knows nothing of
+// volatile keeps the operation between the changes of mode, of which the compiler does not know
 template <int kMode, class T, class Compute>
 float rounded(T x, T y, Compute compute) {
   volatile T first = x, second = y;

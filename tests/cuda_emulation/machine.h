@@ -1,10 +1,12 @@
-// The CUDA execution model on one CPU thread, so that the sources of csrc/cuda run, and are tested, without a GPU: cmake
-// -DREFINE_FAST_EMULATE_CUDA=ON compiles them as C++ against this folder, which stands in for the toolkit's headers and for cuda/ptx.h.
+// The CUDA execution model on one CPU thread, so that the sources of csrc/cuda run, and are tested, without a GPU:
+// cmake -DREFINE_FAST_EMULATE_CUDA=ON compiles them as C++ against this folder, which stands in for the toolkit's
+// headers and for cuda/ptx.h.
 //
-// Every CUDA thread of a block is a fiber. It runs until it waits for others (a barrier, a warp-wide operation), and then the next one is resumed,
-// in an order that Device::shuffled mixes; the blocks of a grid follow one another, mixed too. So a barrier that is missing shows as a wrong
-// result in some order, a barrier that not every thread reaches as an error, as does a warp-wide operation that some lane leaves out. Memory is
-// the host's, dynamic shared memory starts as NaN, and asynchronous copies happen as late as the program allows, or at once.
+// Every CUDA thread of a block is a fiber. It runs until it waits for others (a barrier, a warp-wide operation); then
+// the next one resumes, in an order that Device::shuffled mixes. The blocks of a grid run one after the other, in mixed
+// order too. So a missing barrier shows as a wrong result in some order; a barrier that not every thread reaches, or a
+// warp-wide operation that some lane leaves out, is an error. Memory is the host's, dynamic shared memory starts as
+// NaN, and asynchronous copies happen as late as the program allows, or at once.
 #pragma once
 #include <ucontext.h>
 
@@ -21,10 +23,10 @@
 
 namespace emulated {
 
-constexpr int kWarp = 32, kMostThreads = 1024;
+constexpr int kWarp = 32, kMaxThreads = 1024;
 constexpr size_t kStackBytes = 128 << 10;
 
-// What a test may set.
+// Settings for tests.
 struct Device {
   int processors = 3, shared_bytes = 163 << 10;
   bool shuffled = false;
@@ -33,14 +35,15 @@ struct Device {
 inline Device device;
 inline std::string failure;  // of the last launch that failed
 
-// __builtin_setjmp and __builtin_longjmp go from one stack to another in a few instructions; GCC wants them in different functions.
+// __builtin_setjmp and __builtin_longjmp switch stacks in a few instructions; GCC requires them in different functions.
 using Place = void* [5];
 [[noreturn, gnu::noinline]] inline void go_to(Place& place) { __builtin_longjmp(place, 1); }
 
 class Machine {
  public:
-  // Runs body for every thread of every block; false, and `failure`, where it breaks a rule.
-  bool run(unsigned blocks, unsigned threads, size_t shared_bytes, std::function<void()> body, std::function<void(int block, int thread)> at) {
+  // Runs body for every thread of every block; returns false and sets `failure` if it breaks a rule.
+  bool run(unsigned blocks, unsigned threads, size_t shared_bytes, std::function<void()> body,
+           std::function<void(int block, int thread)> at) {
     body_ = std::move(body), at_ = std::move(at), failed_ = false;
     while (threads_.size() < threads) threads_.push_back(std::make_unique<Thread>());
     warps_.resize(threads / kWarp);
@@ -55,28 +58,31 @@ class Machine {
 
   unsigned char* shared() { return shared_.data() + (128 - reinterpret_cast<uintptr_t>(shared_.data()) % 128); }
 
-  // Every address that an instruction gets goes through this.
+  // Checks an address that an instruction is given.
   void check_shared(const void* p, size_t bytes) {
     const auto* at = static_cast<const unsigned char*>(p);
-    if (at < shared() || at + bytes > shared() + shared_.size() - 128) fail("an address outside of dynamic shared memory");
+    if (at < shared() || at + bytes > shared() + shared_.size() - 128)
+      fail("an address outside of dynamic shared memory");
     if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("a misaligned address in shared memory");
   }
 
   void barrier() {
     ++progress_;
-    if (++waiting_ == static_cast<int>(order_.size())) waiting_ = 0, ++generation_;
+    if (++waiting_ == static_cast<int>(order_.size()))
+      waiting_ = 0, ++generation_;
     else
       for (const uint64_t mine = generation_; generation_ == mine;) yield();
     asm volatile("" ::: "memory");
   }
 
-  // A warp-wide operation: when the last lane has come, compute reads every in[lane] and writes every out[lane].
+  // A warp-wide operation: when the last lane arrives, compute reads every in[lane] and writes every out[lane].
   void together(const void* in, void* out, void (*compute)(const void* const* in, void* const* out)) {
     Warp& warp = warps_[current_ / kWarp];
     if (warp.arrived > 0 && warp.compute != compute) fail("lanes of one warp are at different warp-wide operations");
     ++progress_;
     warp.compute = compute, warp.in[current_ % kWarp] = in, warp.out[current_ % kWarp] = out;
-    if (++warp.arrived == kWarp) warp.arrived = 0, compute(warp.in, warp.out), ++warp.generation;
+    if (++warp.arrived == kWarp)
+      warp.arrived = 0, compute(warp.in, warp.out), ++warp.generation;
     else
       for (const uint64_t mine = warp.generation; warp.generation == mine;) yield();
     asm volatile("" ::: "memory");
@@ -97,7 +103,8 @@ class Machine {
   }
   void copy_async_wait(size_t pending) {
     for (Thread& self = *threads_[current_]; self.groups.size() > pending; self.groups.pop_front())
-      for (; self.groups.front() > 0; --self.groups.front(), self.copies.pop_front()) std::memcpy(self.copies.front().to, self.copies.front().from, 16);
+      for (; self.groups.front() > 0; --self.groups.front(), self.copies.pop_front())
+        std::memcpy(self.copies.front().to, self.copies.front().from, 16);
   }
 
   [[noreturn]] void fail(const char* what) {
@@ -109,7 +116,7 @@ class Machine {
   struct Warp {
     int arrived = 0;
     uint64_t generation = 0;
-    void (*compute)(const void* const*, void* const*) = nullptr;  // all lanes must ask for the same
+    void (*compute)(const void* const*, void* const*) = nullptr;  // the same for all lanes
     const void* in[kWarp];
     void* out[kWarp];
   };
@@ -123,8 +130,8 @@ class Machine {
     ucontext_t start;
     bool started = false, done = true;
     std::deque<Copy> copies;  // asynchronous, not performed
-    std::deque<int> groups;   // how many of them, oldest first, each committed group has
-    int last_group = 0;       // how many no group has yet
+    std::deque<int> groups;   // the size of each committed group, oldest first
+    int last_group = 0;       // copies not yet committed
   };
 
   static std::vector<unsigned> order_of(unsigned count) {
@@ -137,10 +144,12 @@ class Machine {
   [[gnu::noinline]] void run_block(unsigned threads) {
     order_ = order_of(threads);
     std::fill(warps_.begin(), warps_.end(), Warp{});
-    waiting_ = 0, held_ = -1, running_ = static_cast<int>(threads), turn_ = order_.size() - 1, last_progress_ = progress_++;
-    for (unsigned i = 0; i < threads; ++i) threads_[i]->done = false, threads_[i]->copies.clear(), threads_[i]->groups.clear(), threads_[i]->last_group = 0;
+    waiting_ = 0, held_ = -1, running_ = static_cast<int>(threads), turn_ = order_.size() - 1,
+    last_progress_ = progress_++;
+    for (unsigned i = 0; i < threads; ++i)
+      threads_[i]->done = false, threads_[i]->copies.clear(), threads_[i]->groups.clear(), threads_[i]->last_group = 0;
     if (__builtin_setjmp(main_) == 0) resume_next();
-    if (failed_)  // what hangs in the middle of the kernel is never resumed
+    if (failed_)  // threads stopped in the middle of the kernel never resume
       for (auto& thread : threads_) thread->started = false;
   }
 
@@ -148,15 +157,17 @@ class Machine {
     if (__builtin_setjmp(threads_[current_]->place) == 0) resume_next();
   }
 
-  // Gives the turn to the next thread, or goes back to run_block when all are done.
+  // Resumes the next thread, or returns to run_block when all are done.
   [[noreturn, gnu::noinline]] void resume_next() {
     if (running_ == 0) go_to(main_);
     do {
       if (++turn_ == order_.size()) {
         const bool stuck = std::exchange(last_progress_, progress_) == progress_;
         if (stuck && held_ < 0) fail("threads wait for others that do not come");
-        if (stuck || !device.shuffled) held_ = -1;
-        else if (held_ < 0) held_ = static_cast<int>(device.order() % warps_.size());
+        if (stuck || !device.shuffled)
+          held_ = -1;
+        else if (held_ < 0)
+          held_ = static_cast<int>(device.order() % warps_.size());
         turn_ = 0;
       }
       current_ = order_[turn_];
@@ -168,7 +179,8 @@ class Machine {
     getcontext(&next.start);
     next.start.uc_stack.ss_sp = next.stack.get(), next.start.uc_stack.ss_size = kStackBytes;
     const auto self = reinterpret_cast<uintptr_t>(this);
-    makecontext(&next.start, reinterpret_cast<void (*)()>(&Machine::live), 2, static_cast<unsigned>(self >> 32), static_cast<unsigned>(self));
+    makecontext(&next.start, reinterpret_cast<void (*)()>(&Machine::live), 2, static_cast<unsigned>(self >> 32),
+                static_cast<unsigned>(self));
     setcontext(&next.start);
     __builtin_unreachable();
   }
@@ -184,14 +196,14 @@ class Machine {
   }
 
   std::function<void()> body_;
-  std::function<void(int, int)> at_;  // tells the program where it is: blockIdx, threadIdx
+  std::function<void(int, int)> at_;  // sets blockIdx and threadIdx
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<Warp> warps_;
   std::vector<unsigned> order_;
   std::vector<unsigned char> shared_;
   Place main_;
   int block_ = 0, waiting_ = 0, running_ = 0;
-  int held_ = -1;  // a warp that rests until no other can go on, so that warps drift apart as far as barriers allow
+  int held_ = -1;  // a warp that waits until no other can run, so that warps drift apart as far as barriers allow
   size_t turn_ = 0, current_ = 0;
   uint64_t generation_ = 0, progress_ = 0, last_progress_ = 0;
   bool failed_ = false;
