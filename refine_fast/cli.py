@@ -1,20 +1,21 @@
-"""``refine-fast``: parses the command line and hands over. Each flag of a run is a field of pipeline.config.RunConfig."""
+"""``refine-fast``: parses the command line and hands over to the pipeline."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
+import re
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._native import isa
 from .errors import RefineFastError
-from .pipeline.config import QUICK, RunConfig, load_config
 
 if TYPE_CHECKING:
+    from .pipeline.config import RunConfig
     from .pipeline.console import Console
 
 LAST_STAGE = {
@@ -29,37 +30,60 @@ LAST_STAGE = {
 OK, FAILED, BAD_INPUT, LOCKED, INTERRUPTED = 0, 1, 2, 3, 130
 
 EXAMPLES = """examples:
-  refine-fast run --out demo                                     Python's own documentation and MiniLM: see it work
+  refine-fast run --out demo                      try it on Python's documentation
   refine-fast run docs/ --model BAAI/bge-small-en-v1.5 --out run
-  refine-fast run docs/ --out run --queries queries.jsonl --ood beir/scifact --band auto --weight auto
-  refine-fast run --out run                                      go on with a run that was stopped
-  refine-fast mine --out run --skip 3                            do it again from the negatives on
+  refine-fast run docs/ --out run --queries queries.jsonl --ood beir/scifact \\
+      --band auto --weight auto
+  refine-fast run --out run                       resume a run that was stopped
+  refine-fast mine --out run --skip 3             redo mining with another setting
   refine-fast eval minilm run/model --data beir/scifact
   refine-fast fuse base/ tuned/ --out fused/ --weight 0.5
 
-exit codes: 0 done, 1 failed, 2 bad input, 3 another process works in the run folder, 130 stopped with Ctrl-C"""
+exit codes: 0 success, 1 failure, 2 bad input, 3 the run folder is in use, 130 Ctrl-C"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+        arguments: the command line without the program's name; by default the process's own.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # torch keeps a primitive for every shape of product, and oneDNN its code: 1,024 of either. Texts have any length, and bf16 training on
-    # a CPU grew by 50 MB a step; with 16 of both it stays level, in the same time. Read at the first product.
+    # torch and oneDNN cache a primitive for every shape of product, 1,024 each. Texts have any
+    # length, and bf16 training on a CPU grew by 50 MB a step; with 16 of each, memory stays level
+    # and training is as fast. Read at the first product.
     os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    options = parser().parse_args(arguments)
+    given = join_negative_values(sys.argv[1:] if arguments is None else arguments)
     try:
-        return perform(options)
-    except ModuleNotFoundError as error:  # of an extra
+        return perform(parser().parse_args(given))
+    except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
+        if package == __package__:
+            raise
         print(
-            f"error: refine-fast {options.command} needs {package}; pip install 'refine-fast[pipeline,llm]'.",
+            f"error: refine-fast needs the package {package}; "
+            "pip install 'refine-fast[pipeline,llm]'.",
             file=sys.stderr,
         )
         return BAD_INPUT
 
 
+def join_negative_values(arguments: Sequence[str]) -> list[str]:
+    """``--band -1,1`` as ``--band=-1,1``: argparse takes -1,1 for an option."""
+    joined: list[str] = []
+    for argument in arguments:
+        after_flag = joined and re.fullmatch(r"--\w[\w-]*", joined[-1])
+        if after_flag and re.match(r"-\.?\d", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def perform(options: argparse.Namespace) -> int:
+    """Runs the command that was parsed and returns its exit code; prints errors as one line."""
     from .pipeline.console import Console
     from .pipeline.engine import LockedError
 
@@ -74,18 +98,29 @@ def perform(options: argparse.Namespace) -> int:
     except RefineFastError as error:
         console.error(str(error))
         return BAD_INPUT
+    except ValueError as error:
+        if not raised_by_an_operation(error):
+            raise
+        console.error(f"{str(error).rstrip('.')}; check the model, or use --precision fp32.")
+        return BAD_INPUT
     except KeyboardInterrupt:
         console.error(f"stopped; {options.stopped}.")
         return INTERRUPTED
     except OSError as error:
-        console.error(
-            f"{error.filename or 'a file'}: {error.strerror or error}; the same command goes on once that is mended."
-        )
+        where, reason = error.filename or "a file", error.strerror or error
+        console.error(f"{where}: {reason}; fix this and run the same command to resume.")
         return FAILED
     return OK
 
 
+def raised_by_an_operation(error: Exception) -> bool:
+    """Whether a check in refine_fast.ops raised the error, such as for NaN in embeddings."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith(f"{__package__}.ops.")
+
+
 def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     top = argparse.ArgumentParser(
         prog="refine-fast",
         description="Adapts an embedding model to your own documents (REFINE, arXiv 2410.12890).",
@@ -94,186 +129,201 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, work: Any, help: str, example: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, work: Callable[..., None], help: str, example: str
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n  refine-fast {example}",
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog=f"example:\n  refine-fast {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         sub.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
-        sub.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
+        sub.add_argument("--quiet", action="store_true", help="print only warnings and errors")
         sub.set_defaults(work=work, command=name, stopped="run the same command to resume")
         return sub
 
-    run_flags(
-        command(
+    for name, work, help, example in (
+        (
             "run",
             run,
-            "everything: documents in, fused model and report out",
+            "do everything: documents in, fused model and report out",
             "run docs/ --out run --ood beir/scifact",
-        )
-    )
-    run_flags(
-        command(
+        ),
+        (
             "plan",
             plan,
-            "what a run would do and cost; spends nothing",
+            "show what a run would do and cost, without spending anything",
             "plan docs/ --out run --memory 8GB",
-        )
+        ),
+        (
+            "queries",
+            run,
+            "run up to query generation",
+            "queries docs/ --out run --queries-per-chunk 8",
+        ),
+        ("mine", run, "run up to mining of hard negatives", "mine --out run --band auto"),
+        ("train", run, "run up to the fine-tuned encoder", "train --out run --epochs 2"),
+        ("report", run, "run up to the report; the same as run", "report --out run"),
+    ):
+        add_run_flags(command(name, work, help, example))
+
+    sub = command(
+        "doctor",
+        doctor,
+        "check what works on this machine",
+        "doctor --model BAAI/bge-small-en-v1.5",
     )
-    doctor_command = command(
-        "doctor", doctor, "what works on this machine", "doctor --model BAAI/bge-small-en-v1.5"
+    sub.add_argument(
+        "--model", default="minilm", metavar="NAME", help="the encoder to try (default minilm)"
     )
-    doctor_command.add_argument(
-        "--model", default="minilm", metavar="NAME", help="the encoder to try"
-    )
-    doctor_command.add_argument(
+    sub.add_argument(
         "--llm",
         metavar="URL",
-        help="an OpenAI-compatible endpoint to probe, with a few short calls",
+        help="an OpenAI-compatible endpoint to probe with a few short calls",
     )
-    doctor_command.add_argument("--llm-model", metavar="NAME,...", help="the models to ask there")
-    doctor_command.add_argument(
+    sub.add_argument("--llm-model", metavar="NAME,...", help="the models to ask there")
+    sub.add_argument(
         "--llm-key-env",
         default="OPENAI_API_KEY",
         metavar="NAME",
-        help="environment variable that holds the key",
+        help="environment variable that holds the API key (default OPENAI_API_KEY)",
     )
-    help = "print the prompt that queries are asked for with, to change and pass as --prompt"
-    prompt_command = command("prompt", prompt, help, "prompt > mine.jinja")
-    prompt_command.add_argument(
+
+    sub = command(
+        "prompt",
+        prompt,
+        "print the default prompt for queries, to edit and pass as --prompt",
+        "prompt > mine.jinja",
+    )
+    sub.add_argument(
         "name",
         nargs="?",
         choices=["queries", "judge"],
         default="queries",
-        help="judge: that of --judge-prompt",
-    )
-    run_flags(
-        command(
-            "queries",
-            run,
-            "a run as far as its queries",
-            "queries docs/ --out run --queries-per-chunk 8",
-        )
-    )
-    run_flags(
-        command("mine", run, "a run as far as its hard negatives", "mine --out run --band auto")
-    )
-    run_flags(
-        command(
-            "train", run, "a run as far as the fine-tuned encoder", "train --out run --epochs 2"
-        )
-    )
-    run_flags(command("report", run, "a run with its report; the same as run", "report --out run"))
-    index_command = command(
-        "index",
-        index,
-        "a faiss index of a run's documents under its fused model, for serving",
-        "index run/",
-    )
-    index_command.add_argument(
-        "folder", type=Path, metavar="RUN", help="the folder of a finished run"
+        help="which prompt (default queries); judge: the one for --judge-prompt",
     )
 
-    fuse_command = command(
+    sub = command(
+        "index",
+        index,
+        "build a faiss index of a run's documents under its fused model",
+        "index run/",
+    )
+    sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a finished run")
+
+    sub = command(
         "fuse", fuse, "interpolate two checkpoints", "fuse base/ tuned/ --out fused/ --weight 0.35"
     )
-    fuse_command.set_defaults(stopped="nothing of the output is left")
-    fuse_command.add_argument(
-        "base", metavar="BASE", help="a model folder, a name, or a .safetensors file"
-    )
-    fuse_command.add_argument(
+    sub.set_defaults(stopped="nothing was left at --out")
+    sub.add_argument("base", metavar="BASE", help="a model folder, a name or a .safetensors file")
+    sub.add_argument(
         "tuned",
         type=Path,
         metavar="TUNED",
-        help="the folder or file fine-tuned from it, or that of a LoRA adapter",
+        help="the folder or file that was fine-tuned from BASE, or the folder of a LoRA adapter",
     )
-    fuse_command.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="FOLDER", help="where the fused model goes"
+    sub.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FOLDER", help="where the result goes"
     )
-    fuse_command.add_argument(
+    sub.add_argument(
         "--weight", type=float, default=0.35, metavar="W", help="share of TUNED (default 0.35)"
     )
-    fuse_command.add_argument(
-        "--weights", action="append", default=[], metavar="GLOB=W", type=weight_of_glob,
-        help="share of TUNED in the tensors whose name matches, such as '*.embeddings.*=0'; the first match wins; may be repeated",
-    )  # fmt: skip
-    fuse_command.add_argument(
+    sub.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="GLOB=W",
+        type=weight_of_glob,
+        help="share of TUNED in tensors whose name matches, such as '*.embeddings.*=0'; "
+        "the first match wins; repeatable",
+    )
+    sub.add_argument(
         "--dtype",
         metavar="T",
-        help="of the output's float tensors: F32, BF16, F16, F64, F8_E4M3 or F8_E5M2 (default: BASE's)",
+        help="type of the result's float tensors: F32, BF16, F16, F64, F8_E4M3 or F8_E5M2 "
+        "(default: as in BASE)",
     )
-    fuse_command.add_argument(
-        "--checksum", action="store_true", help="SHA-256 of every weight file, in the same pass"
+    sub.add_argument(
+        "--checksum", action="store_true", help="compute the SHA-256 of every weight file as well"
     )
-    fuse_command.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    sub.add_argument("--overwrite", action="store_true", help="replace what exists at --out")
 
-    eval_command = command(
+    sub = command(
         "eval",
         evaluate,
         "score models on a BEIR folder",
         "eval minilm run/model --data beir/scifact --split test",
     )
-    eval_command.add_argument(
+    sub.add_argument(
         "models",
         nargs="+",
         metavar="MODEL",
-        help="folders or names; the gains are against the first",
+        help="folders or names; the others are compared with the first",
     )
-    eval_command.add_argument(
+    sub.add_argument(
         "--data", type=Path, required=True, metavar="FOLDER", help="a retrieval set in BEIR layout"
     )
-    eval_command.add_argument(
-        "--split", default="test", metavar="NAME", help="which of its qrels (default test)"
+    sub.add_argument(
+        "--split", default="test", metavar="NAME", help="which of its qrels to use (default test)"
     )
     return top
 
 
 def weight_of_glob(text: str) -> tuple[str, float]:
+    """``GLOB=W`` as (glob, weight)."""
     glob, _, weight = text.rpartition("=")
     try:
         return glob, float(weight)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no GLOB=W; give one such as '*.embeddings.*=0'"
+            f"{text!r} must be GLOB=W, such as '*.embeddings.*=0'"
         ) from None
 
 
-def run_flags(command: argparse.ArgumentParser) -> None:
-    """DOCS, and one flag for each field of RunConfig. Only what is given is set, so that a YAML file can say the rest."""
+def add_run_flags(command: argparse.ArgumentParser) -> None:
+    """DOCS, and one flag for each field of RunConfig. Only what is given is set: the rest is left
+    to the YAML file and the defaults."""
+    from .pipeline.config import RunConfig
+
     command.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="YAML file of any options below, such as 'queries_per_chunk: 8'",
+        help="YAML file with any of the options below, such as 'queries_per_chunk: 8'",
     )
     command.add_argument(
         "--quick",
         action="store_true",
-        help="every stage on a little data, to see that the set-up works",
+        help="do every stage on a little data, to see that the set-up works",
     )
-    for field in dataclasses.fields(RunConfig):
-        if field.name == "docs":
-            left_out = "; left out: those of the run at --out if there is one, else Python's own documentation"
+    for name, field in RunConfig.model_fields.items():
+        extra: Any = field.json_schema_extra
+        help = str(field.description)
+        if name == "docs":
             command.add_argument(
                 "docs",
                 nargs="?",
                 default=argparse.SUPPRESS,
-                metavar="DOCS",
-                help=field.metadata["help"] + left_out,
+                metavar=extra["metavar"],
+                help=f"{help} (default: the documents of the run at --out if it exists, "
+                "else Python's documentation)",
             )
             continue
-        default = (
-            ""
-            if field.default in (None, ()) or field.name == "out"
-            else f" (default {shown(field.default)})"
-        )
+        if not field.is_required() and field.default not in (None, ()):
+            help += f" (default {shown(field.default)})"
         command.add_argument(
-            f"--{field.name.replace('_', '-')}", action="append" if field.name == "ood" else "store", default=argparse.SUPPRESS,
-            metavar=field.metadata["metavar"], help=(field.metadata["help"] + default).replace("%", "%%"),
-        )  # fmt: skip
+            f"--{name.replace('_', '-')}",
+            action="append" if name == "ood" else "store",
+            default=argparse.SUPPRESS,
+            metavar=extra["metavar"],
+            help=help.replace("%", "%%"),
+        )
 
 
 def shown(value: Any) -> str:
+    """A default as its flag would be written."""
     if isinstance(value, tuple):
         return ",".join(
             f"{item[0]}={item[1]:g}" if isinstance(item, tuple) else f"{item:g}" for item in value
@@ -282,12 +332,16 @@ def shown(value: Any) -> str:
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:
-    names = {field.name for field in dataclasses.fields(RunConfig)}
-    flags = {name: value for name, value in vars(options).items() if name in names}
+    """The configuration that the flags and the YAML file describe."""
+    from .pipeline.config import QUICK, RunConfig, load_config
+
+    given = vars(options)
+    flags = {name: given[name] for name in RunConfig.model_fields if name in given}
     return load_config(options.config, {**(QUICK if options.quick else {}), **flags})
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
+    """Does the stages of a run up to the command's last one."""
     from .pipeline.commands.summary import show_run
     from .pipeline.runner import run
 
@@ -296,12 +350,14 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 
 def plan(options: argparse.Namespace, console: Console) -> None:
+    """Shows what a run would do and cost."""
     from .pipeline.commands.plan import show_plan
 
     show_plan(config_of(options), console)
 
 
 def doctor(options: argparse.Namespace, console: Console) -> None:
+    """Checks what works on this machine."""
     from .pipeline.commands.doctor import show_health
 
     llm = (options.llm, options.llm_model, options.llm_key_env) if options.llm else None
@@ -309,6 +365,7 @@ def doctor(options: argparse.Namespace, console: Console) -> None:
 
 
 def prompt(options: argparse.Namespace, console: Console) -> None:
+    """Prints a default prompt."""
     from .pipeline.queries.llm import default_prompt
 
     text = default_prompt(options.name)
@@ -319,25 +376,25 @@ def prompt(options: argparse.Namespace, console: Console) -> None:
 
 
 def index(options: argparse.Namespace, console: Console) -> None:
+    """Builds the index of a finished run."""
     from .pipeline.commands.index import index
 
     index(options.folder, console)
 
 
 def fuse(options: argparse.Namespace, console: Console) -> None:
+    """Interpolates two checkpoints."""
     from .pipeline.commands.summary import show_fusion
     from .pipeline.encoder.load import encoder_folder
 
-    base = (
-        Path(options.base)
-        if options.base.endswith(".safetensors")
-        else encoder_folder(options.base)
-    )
+    is_file = options.base.endswith(".safetensors")
+    base = Path(options.base) if is_file else encoder_folder(options.base)
     how = {name: getattr(options, name) for name in ("weight", "dtype", "checksum", "overwrite")}
     show_fusion(base, options.tuned, options.out, console, weights=dict(options.weights), **how)
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:
+    """Scores models on a retrieval set."""
     from .pipeline.commands.summary import show_evaluation
 
     show_evaluation(options.models, options.data, options.split, console)

@@ -1,4 +1,4 @@
-"""What a stage depends on is found in its source, not declared: the import closure of its module."""
+"""What a stage depends on is found in its source: the import closure of its module."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "__init__.py": "import toy.unrelated",
         "stage.py": "from . import steps\n\ndef run():\n    from .maths import double\n",
         "steps.py": "import json\nimport numpy as np\nfrom typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from .only_types import T\n",
-        "maths.py": "def double(x):\n    \"\"\"Twice.\"\"\"\n    return 2 * x\n",
+        "if TYPE_CHECKING:\n    from .only_types import T\nelse:\n    from .at_run_time import T\n",
+        "maths.py": 'def double(x):\n    """Twice."""\n    return 2 * x\n',
         "only_types.py": "T = int\n",
+        "at_run_time.py": "T = object\n",
         "unrelated.py": "",
         "templates/page.txt": "hello",
     }
@@ -50,7 +51,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_closure(package: Path) -> None:
     found = version_of("toy.stage")
-    assert list(found.modules) == ["toy.maths", "toy.stage", "toy.steps"]
+    assert list(found.modules) == ["toy.at_run_time", "toy.maths", "toy.stage", "toy.steps"]
     assert set(found.packages) == {"numpy", "python"}
 
 

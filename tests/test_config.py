@@ -1,63 +1,78 @@
-"""What a run accepts, and what it says about what it does not: field, value, remedy, in one sentence, with exit code 2."""
+"""What a run accepts, and how it refuses the rest: field, value, remedy, in one sentence."""
 
 from __future__ import annotations
 
+import ast
+import pickle
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from refine_fast.cli import main
+from refine_fast import cli
+from refine_fast.cli import join_negative_values, main, parser
 from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.config import QUICK, RunConfig, load_config
 
-NO_BAND = "is no band; its two cosine similarities must satisfy -1 <= low < high <= 1, such as 0.5,0.7, or auto."
+BAND = (
+    "must be auto, or two cosine similarities LOW,HIGH with -1 <= LOW < HIGH <= 1, such as 0.5,0.7."
+)
+MISSING = "does not exist; give the path of an existing file or folder."
 BAD_FLAGS = [
-    ("--skip", "-1", "skip: -1 is below 0; give a whole number of at least 0."),
-    ("--skip", "five", "skip: five is no whole number; give one of at least 0."),
-    ("--negatives", "1.5", "negatives: 1.5 is no whole number; give one of at least 0."),
-    ("--batch-size", "1", "batch_size: 1 is below 2; give a whole number of at least 2."),
-    ("--seed", "-3", "seed: -3 is below 0; give a whole number of at least 0."),
-    ("--seed", "4294967296", "seed: 4294967296 is above 4294967295; give a whole number of at most 4294967295."),
-    ("--limit", "1", "limit: 1 is below 2; give a whole number of at least 2."),
-    ("--chunk-tokens", "8", "chunk_tokens: 8 is below 32; give a whole number of at least 32."),
-    ("--queries-per-chunk", "0", "queries_per_chunk: 0 is below 1; give a whole number of at least 1."),
-    ("--max-steps", "0", "max_steps: 0 is below 1; give a whole number of at least 1."),
-    ("--lr", "0", "lr: 0 is out of range; give a number above 0."),
-    ("--lr", "fast", "lr: fast is no number; give one above 0."),
-    ("--lr", "nan", "lr: nan is out of range; give a number above 0."),
-    ("--epochs", "inf", "epochs: inf is out of range; give a number above 0."),
-    ("--temperature", "-0.1", "temperature: -0.1 is out of range; give a number above 0."),
-    ("--warmup", "2", "warmup: 2 is out of range; give a number at least 0 and at most 1."),
-    ("--held-out", "0.6", "held_out: 0.6 is out of range; give a number above 0 and at most 0.5."),
-    ("--weight", "1.5", "weight: 1.5 is out of range; give a number at least 0 and at most 1, or auto."),
-    ("--weight", "best", "weight: best is no number; give one at least 0 and at most 1, or auto."),
-    ("--curve", "0,2", "curve: 0,2 has a weight out of range; each must be at least 0 and at most 1."),
-    ("--curve", "a", "curve: a is no list of weights; give some such as 0,0.35,1."),
-    ("--band", "0.7", "band: 0.7 is no band; give two cosine similarities such as 0.5,0.7, or auto."),
-    ("--band", "0.7,0.5", f"band: 0.7,0.5 {NO_BAND}"),
-    ("--band", "0.5,nan", f"band: 0.5,nan {NO_BAND}"),
-    ("--select", "easiest", "select: easiest is unknown; choose one of hardest, random."),
-    ("--precision", "fp8", "precision: fp8 is unknown; choose one of auto, fp32, bf16."),
-    ("--memory", "lots", "memory: lots is no amount of memory; give one such as 8GB or 512MB."),
-    ("--memory", "0GB", "memory: 0GB is no amount of memory; give one such as 8GB or 512MB."),
-    ("--fusion", "both", "fusion: both is unknown; choose one of weights, embeddings."),
-    ("--llm", "localhost", "llm: 'localhost' is no endpoint; give a URL such as http://localhost:8000/v1, or transformers."),
-    ("--llm", "http://localhost:8000/v1", "llm_model: no model named; add --llm-model NAME."),
-    ("--llm-model", "small", "llm_model: there is no model to ask; add --llm URL, or leave it out."),
-    ("--judge", "yes", "judge: there is no model to ask; add --llm URL, or leave it out."),
-    ("--model", "", "model: '' is no text; give a name."),
-    ("--queries", "nowhere.jsonl", "queries: nowhere.jsonl does not exist; give the path of an existing file or folder."),
-    ("--queries", "", "queries: '' is empty; give a path."),
-    ("--ood", "nowhere", "ood: nowhere does not exist; give the path of an existing file or folder."),
-    ("--config", "nowhere.yaml", "config: nowhere.yaml does not exist; give the path of a YAML file."),
+    ("--skip", "-1", "skip: -1 must be an integer >= 0."),
+    ("--skip", "five", "skip: five must be an integer >= 0."),
+    ("--negatives", "1.5", "negatives: 1.5 must be an integer >= 0."),
+    ("--batch-size", "1", "batch_size: 1 must be an integer >= 2."),
+    ("--seed", "-3", "seed: -3 must be an integer >= 0 and <= 4294967295."),
+    ("--seed", "4294967296", "seed: 4294967296 must be an integer >= 0 and <= 4294967295."),
+    ("--limit", "1", "limit: 1 must be an integer >= 2."),
+    ("--chunk-tokens", "8", "chunk_tokens: 8 must be an integer >= 32."),
+    ("--queries-per-chunk", "0", "queries_per_chunk: 0 must be an integer >= 1."),
+    ("--max-steps", "0", "max_steps: 0 must be an integer >= 1."),
+    ("--lr", "0", "lr: 0 must be a number > 0."),
+    ("--lr", "fast", "lr: fast must be a number > 0."),
+    ("--lr", "nan", "lr: nan must be a number > 0."),
+    ("--epochs", "inf", "epochs: inf must be a number > 0."),
+    ("--temperature", "-0.1", "temperature: -0.1 must be a number > 0."),
+    ("--warmup", "2", "warmup: 2 must be a number >= 0 and <= 1."),
+    ("--held-out", "0.6", "held_out: 0.6 must be a number > 0 and <= 0.5."),
+    ("--weight", "1.5", "weight: 1.5 must be a number >= 0 and <= 1, or auto."),
+    ("--weight", "best", "weight: best must be a number >= 0 and <= 1, or auto."),
+    ("--curve", "0,2", "curve: 0,2 must be fusion weights >= 0 and <= 1, such as 0,0.35,1."),
+    ("--curve", "a", "curve: a must be fusion weights >= 0 and <= 1, such as 0,0.35,1."),
+    ("--band", "0.7", f"band: 0.7 {BAND}"),
+    ("--band", "0.7,0.5", f"band: 0.7,0.5 {BAND}"),
+    ("--band", "0.5,nan", f"band: 0.5,nan {BAND}"),
+    ("--select", "easiest", "select: easiest must be hardest or random."),
+    ("--precision", "fp8", "precision: fp8 must be auto, fp32 or bf16."),
+    ("--memory", "lots", "memory: lots must be an amount of memory, such as 8GB or 512MB."),
+    ("--memory", "0GB", "memory: 0GB must be an amount of memory, such as 8GB or 512MB."),
+    ("--fusion", "both", "fusion: both must be weights or embeddings."),
+    ("--llm-model", "small", "llm_model: needs a language model; add --llm URL or omit it."),
+    ("--judge", "yes", "judge: needs a language model; add --llm URL or omit it."),
+    ("--judge", "perhaps", "judge: perhaps must be yes or no."),
+    ("--model", "", "model: '' must be a non-empty string."),
+    ("--queries", "nowhere.jsonl", f"queries: nowhere.jsonl {MISSING}"),
+    ("--queries", "", "queries: '' must be a path."),
+    ("--docs", "C:\\docs", "docs: C:\\docs is a Windows path; give a path on this machine."),
+    ("--ood", "nowhere", f"ood: nowhere {MISSING}"),
+    (
+        "--config",
+        "nowhere.yaml",
+        "config: nowhere.yaml does not exist; give the path of a YAML file.",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("flag", "value", "message"), BAD_FLAGS, ids=[f"{flag}={value}" for flag, value, _ in BAD_FLAGS])
+@pytest.mark.parametrize(
+    ("flag", "value", "message"), BAD_FLAGS, ids=[f"{flag}={value}" for flag, value, _ in BAD_FLAGS]
+)
 def test_bad_flag(tmp_path: Path, monkeypatch, capsys, flag: str, value: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "--out", "run", f"{flag}={value}"]) == 2
+    option = value if flag == "--docs" else f"{flag}={value}"
+    assert main(["run", "--out", "run", option]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -67,13 +82,27 @@ def test_bad_flag(tmp_path: Path, monkeypatch, capsys, flag: str, value: str, me
     [
         ("skp: 3", "config: {path} has an unknown key 'skp'; did you mean skip?"),
         ("zebra: 3", "config: {path} has an unknown key 'zebra'; see refine-fast run --help."),
-        ("- skip", "config: {path} holds no keys; write lines such as 'skip: 5'."),
-        ("skip: [", "config: {path} cannot be read as YAML (while parsing a flow node expected the node content, but found"),
-        ("skip: null", "skip: None is no whole number; give one of at least 0."),
-        ("model: 7", "model: 7 is no text; give a name."),
-        ("band: [0.5]", "band: 0.5 is no band; give two cosine similarities such as 0.5,0.7, or auto."),
-        ("llm_model: 7", "llm_model: there is no model to ask; add --llm URL, or leave it out."),
-        ("docs: nowhere", "docs: {folder}/nowhere does not exist; give the path of an existing file or folder."),
+        ("- skip", "config: {path} has no keys; write lines such as 'skip: 5'."),
+        (
+            "skip: [",
+            "config: {path} cannot be read as YAML (while parsing a flow node expected the node",
+        ),
+        ("skip: null", "skip: null must be an integer >= 0."),
+        ("skip: yes", "skip: True must be an integer >= 0."),
+        ("lr: yes", "lr: True must be a number > 0."),
+        ("model: 7", "model: 7 must be a non-empty string."),
+        ("band: [0.5]", f"band: 0.5 {BAND}"),
+        ("llm_model: 7", "llm_model: needs a language model; add --llm URL or omit it."),
+        ("docs: ''", "docs: '' must be a path."),
+        (r"docs: C:\docs", r"docs: C:\docs is a Windows path; give a path on this machine."),
+        (
+            r'docs: "C:\docs"',
+            "config: {path} cannot be read as YAML (while scanning a double-quoted",
+        ),
+        (
+            "docs: nowhere",
+            "docs: {folder}/nowhere does not exist; give the path of an existing file or folder.",
+        ),
     ],
 )
 def test_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
@@ -90,30 +119,51 @@ def test_no_run_folder(capsys) -> None:
 
 
 def test_the_weight_in_the_loss(tmp_path: Path, capsys) -> None:
-    assert main(["plan", "--out", str(tmp_path / "run"), "--fusion", "embeddings", "--weight", "auto"]) == 2
-    says = "error: weight: auto chooses it after training, but fusion embeddings has it in the loss; give a number.\n"
-    assert capsys.readouterr().err == says
+    assert (
+        main(["plan", "--out", str(tmp_path / "run"), "--fusion", "embeddings", "--weight", "auto"])
+        == 2
+    )
+    assert capsys.readouterr().err == (
+        "error: weight: auto chooses the weight after training, but fusion embeddings uses it in "
+        "the loss; give a number.\n"
+    )
 
 
 def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RefineFastError, match=r"^out: .*/file is a file; name a folder\.$"):
+    with pytest.raises(RefineFastError, match=r"^out: .*/file is a file; give a folder\.$"):
         RunConfig(out=tmp_path / "file")
-    with pytest.raises(RefineFastError, match=r"^out: .*/run lies in the documents' folder, so the run would read its own files; name"):
+    with pytest.raises(
+        RefineFastError,
+        match=r"^out: .*/run is inside the documents' folder, so the run would read its",
+    ):
         RunConfig(docs=tmp_path, out=tmp_path / "run")
-    with pytest.raises(RefineFastError, match=r"^ood: .* is no BEIR folder \(corpus.jsonl, .*\); give one with a test split\.$"):
+    with pytest.raises(
+        RefineFastError,
+        match=r"^ood: .* must be a BEIR folder with a test split \(corpus.jsonl, .*\)\.$",
+    ):
         RunConfig(out=tmp_path / "run", ood=(tmp_path,))
     for parent in ("one", "two"):
         (tmp_path / parent / "set" / "qrels").mkdir(parents=True)
         for name in ("corpus.jsonl", "qrels/test.tsv"):
             (tmp_path / parent / "set" / name).touch()
-    with pytest.raises(RefineFastError, match=r"^ood: .* names two folders alike, and a set goes by its folder's name; rename one\.$"):
+    with pytest.raises(
+        RefineFastError, match=r"^ood: .*one/set,.*two/set have the same folder name; rename one\.$"
+    ):
         RunConfig(out=tmp_path / "run", ood=[tmp_path / "one" / "set", tmp_path / "two" / "set"])
     assert len(RunConfig(out=tmp_path / "run", ood=[tmp_path / "one" / "set"] * 2).ood) == 1
 
 
 def test_yaml_and_flags_say_the_same(tmp_path: Path) -> None:
-    flags = {"out": tmp_path / "run", "band": "0.3,0.5", "weight": "auto", "memory": "8GB", "max_steps": "7", "curve": "0.5", "lr": "1e-5"}
+    flags = {
+        "out": tmp_path / "run",
+        "band": "0.3,0.5",
+        "weight": "auto",
+        "memory": "8GB",
+        "max_steps": "7",
+        "curve": "0.5",
+        "lr": "1e-5",
+    }
     config = load_config(None, flags)
     assert config.band == (0.3, 0.5)
     assert config.memory == 8 * 1024**3
@@ -121,7 +171,10 @@ def test_yaml_and_flags_say_the_same(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     assert load_config(path, {}) == config
-    path.write_text("band: [0.3, 0.5]\nweight: auto\nmemory: 8 GB\nmax-steps: 7\ncurve: [0.5]\nlr: 1e-5\nout: run\n")
+    path.write_text(
+        "band: [0.3, 0.5]\nweight: auto\nmemory: 8 GB\nmax-steps: 7\ncurve: [0.5]\nlr: 1e-5\n"
+        "out: run\n"
+    )
     assert load_config(path, {}) == config
 
 
@@ -132,7 +185,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert (config.skip, config.negatives) == (4, 2)
 
 
-def test_a_run_folder_goes_on_as_it_was_begun(tmp_path: Path) -> None:
+def test_a_run_folder_is_resumed_as_it_was_begun(tmp_path: Path) -> None:
     docs, run = tmp_path / "docs", tmp_path / "run"
     docs.mkdir()
     run.mkdir()
@@ -143,22 +196,40 @@ def test_a_run_folder_goes_on_as_it_was_begun(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "package"), [(["prompt"], "jinja2"), (["plan", "--out=run", "--llm=http://localhost/v1", "--llm-model=m"], "openai")]
+    ("command", "package"),
+    [
+        (["prompt"], "jinja2"),
+        (["plan", "--out=run", "--llm=http://localhost/v1", "--llm-model=m"], "openai"),
+    ],
 )
-def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys, command: list[str], package: str) -> None:
-    for name in [name for name in sys.modules if name.startswith("refine_fast.pipeline.queries.llm.") or name == "refine_fast.pipeline.queries.llm"]:
+def test_a_package_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys, command: list[str], package: str
+) -> None:
+    for name in [
+        name
+        for name in sys.modules
+        if name.startswith("refine_fast.pipeline.queries.llm.")
+        or name == "refine_fast.pipeline.queries.llm"
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     assert main(command) == 2
-    assert capsys.readouterr().err == f"error: refine-fast {command[0]} needs {package}; pip install 'refine-fast[pipeline,llm]'.\n"
+    assert capsys.readouterr().err == (
+        f"error: refine-fast needs the package {package}; "
+        "pip install 'refine-fast[pipeline,llm]'.\n"
+    )
 
 
-def test_a_relative_model_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run goes on by its own config.yaml, wherever one stands then; names stay names."""
+def test_a_relative_model_is_found_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is resumed by its own config.yaml from any folder; names stay names."""
     (tmp_path / "base").mkdir()
     monkeypatch.chdir(tmp_path)
     assert RunConfig(out=Path("run"), model="./base").model == str(tmp_path / "base")
-    assert RunConfig(out=Path("run"), model="BAAI/bge-small-en-v1.5").model == "BAAI/bge-small-en-v1.5"
+    assert (
+        RunConfig(out=Path("run"), model="BAAI/bge-small-en-v1.5").model == "BAAI/bge-small-en-v1.5"
+    )
     (tmp_path / "my.yaml").write_text("model: base\nout: run\n")
     monkeypatch.chdir("/")
     assert load_config(tmp_path / "my.yaml", {}).model == str(tmp_path / "base")
@@ -166,3 +237,97 @@ def test_a_relative_model_is_found_from_elsewhere(tmp_path: Path, monkeypatch: p
 
 def test_quick_holds_real_options() -> None:
     assert RunConfig(out=Path("run"), **QUICK).max_steps == QUICK["max_steps"]
+
+
+def test_an_unknown_option_of_the_python_api() -> None:
+    with pytest.raises(RefineFastError, match=r"^skp: unknown option; did you mean skip\?$"):
+        RunConfig(out="run", skp=3)
+
+
+def test_an_endpoint_is_checked_with_the_rest(tmp_path: Path, capsys) -> None:
+    assert main(["run", "--out", str(tmp_path / "run"), "--llm=localhost", "--llm-model=m"]) == 2
+    assert capsys.readouterr().err.startswith("error: llm: 'localhost' ")
+    assert main(["run", "--out", str(tmp_path / "run"), "--llm=http://localhost/v1"]) == 2
+    assert capsys.readouterr().err.startswith("error: llm_model: ")
+
+
+def test_a_config_is_a_value(tmp_path: Path) -> None:
+    """Equal ones hash alike, nothing changes one, and another process gets the same."""
+    one, same = (RunConfig(out=tmp_path / "run", band="0.3,0.5") for _ in range(2))
+    assert one == same == pickle.loads(pickle.dumps(one))
+    assert hash(one) == hash(same)
+    assert one != RunConfig(out=tmp_path / "run")
+    with pytest.raises(ValueError, match="frozen"):
+        one.skip = 3
+
+
+def test_the_schema_describes_the_fields() -> None:
+    """For editors that check a YAML file."""
+    schema = RunConfig.model_json_schema()
+    fields = schema["properties"]
+    assert list(fields) == list(RunConfig.model_fields)
+    assert schema["additionalProperties"] is False
+    assert all(field["description"] and field["metavar"] for field in fields.values())
+    assert (fields["skip"]["type"], fields["skip"]["minimum"]) == ("integer", 0)
+    assert fields["select"]["enum"] == ["hardest", "random"]
+    assert {kind["type"] for kind in fields["memory"]["anyOf"]} == {"integer", "string", "null"}
+
+
+@pytest.mark.parametrize("band", [["--band=-1,1"], ["--band", "-1,1"], ["--band", "-.5,0.5"]])
+def test_a_band_that_starts_with_a_minus(band: list[str]) -> None:
+    options = parser().parse_args(join_negative_values(["run", "--quiet", *band, "--out", "run"]))
+    assert options.band == band[-1].removeprefix("--band=")
+    assert (options.quiet, options.out) == (True, "run")
+
+
+def test_a_path_with_backslashes_in_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a file that was written on Windows; with its byte order mark."""
+    (tmp_path / "docs" / "pages").mkdir(parents=True)
+    (tmp_path / "my.yaml").write_text("docs: docs\\pages\nout: run\n", encoding="utf-8-sig")
+    assert load_config(tmp_path / "my.yaml", {}).docs == tmp_path / "docs" / "pages"
+    monkeypatch.chdir(tmp_path)
+    assert RunConfig(out="run", docs=r"docs\pages").docs == tmp_path / "docs" / "pages"
+
+
+def test_a_double_quoted_windows_path_names_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(r'docs: "C:\docs"')
+    with pytest.raises(RefineFastError, match=r"; put paths with \\ in single quotes\.$"):
+        load_config(tmp_path / "my.yaml", {"out": "run"})
+
+
+def test_without_the_pipeline_extra() -> None:
+    """The operations can be imported; every command names the package that it needs."""
+    code = """
+import sys
+sys.modules["pydantic"] = sys.modules["rich"] = None
+from refine_fast.cli import main
+print([main(line.split()) for line in ("fuse a b --out c", "run --out c", "--help")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    sentence = (
+        "error: refine-fast needs the package pydantic; pip install 'refine-fast[pipeline,llm]'."
+    )
+    assert (done.stdout, done.stderr.splitlines()) == ("[2, 2, 2]\n", [sentence] * 3)
+
+
+def test_every_flag_that_a_message_names_exists() -> None:
+    """In any text of the package: messages, help, docstrings."""
+    known, parsers = set(), [parser()]
+    for each in parsers:
+        known |= {option for action in each._actions for option in action.option_strings}
+        for action in each._actions:
+            if isinstance(action.choices, dict):
+                parsers += action.choices.values()
+    wrong = []
+    for path in Path(cli.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", node.value))
+                wrong += [f"{path.name}:{node.lineno} {flag}" for flag in named - known - OTHERS]
+    assert wrong == []
+
+
+OTHERS = {"--local-dir"}
+"""Flags of other programs that our texts name."""

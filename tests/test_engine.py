@@ -100,7 +100,9 @@ def test_why_names_the_files_of_a_folder(tmp_path: Path) -> None:
         assert run.reasons(stage) == ["docs changed (a.md, b.md, c.md and 2 more)"]
 
 
-def test_why_names_files_that_are_linked_in_closed_or_of_another_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_names_files_that_are_linked_in_closed_or_of_another_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A folder's documents are read through links, and so must its changes be; a file that cannot be read is skipped, not the run."""
     docs, elsewhere = tmp_path / "docs", tmp_path / "elsewhere"
     docs.mkdir()
@@ -198,7 +200,9 @@ def test_kill_at_every_write(tmp_path: Path) -> None:
     for moment in range(1, moments + 1):
         run = tmp_path / str(moment)
         assert run_twins(run, moment) == -signal.SIGKILL
-        finished = (run / ".work" / "twins" / "done.json").exists() or (run / "manifest.json").exists()
+        finished = (run / ".work" / "twins" / "done.json").exists() or (
+            run / "manifest.json"
+        ).exists()
         assert run_twins(run, 0) not in (99, -signal.SIGKILL)
         assert (run / "a.txt").read_text() + (run / "folder" / "b.txt").read_text() == "ab"
         assert (run / "log").read_text().split().count("worked") <= (1 if finished else 2)
@@ -206,7 +210,13 @@ def test_kill_at_every_write(tmp_path: Path) -> None:
 
 
 def test_the_second_run_stops_and_names_the_first(tmp_path: Path) -> None:
-    with RunFolder(tmp_path), pytest.raises(LockedError, match=rf"is in use by another process \({os.getpid()}\); wait for it to finish or"):
+    with (
+        RunFolder(tmp_path),
+        pytest.raises(
+            LockedError,
+            match=rf"is in use by another process \({os.getpid()}\); wait for it to finish or",
+        ),
+    ):
         RunFolder(tmp_path).__enter__()
     with RunFolder(tmp_path):
         pass

@@ -1,9 +1,8 @@
-"""The version of a module's code: everything inside refine_fast that it imports, and the versions
-of the packages outside.
+"""The version of a module's code: all of refine_fast that it imports, and the versions of the other
+packages that it imports.
 
-Docstrings, comments and formatting do not count. What is imported under ``if TYPE_CHECKING`` does
-not run, so it does not count either. Everything else counts, wherever in a file it is imported:
-a dependency cannot be forgotten, since nobody has to declare it.
+Docstrings, comments, formatting and imports under ``if TYPE_CHECKING`` do not count. Every other
+import counts, wherever it is in a file: dependencies are found, not declared, so none is forgotten.
 """
 
 from __future__ import annotations
@@ -94,9 +93,9 @@ def _path(name: str) -> Path | None:
 
 @cache
 def _data_files(folder: Path) -> tuple[Path, ...]:
-    """Templates and the like: in the folder, and in its subfolders that are no packages."""
+    """Templates and the like: in the folder, and in its subfolders that are not packages."""
     code = {".py", ".pyi", ".pyc", ".so", ".pyd"}
-    files = []
+    files: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name != "__pycache__" and not (path / "__init__.py").exists():
             files += _data_files(path)
@@ -108,7 +107,8 @@ def _data_files(folder: Path) -> tuple[Path, ...]:
 def _imports(tree: ast.AST, package: str) -> Iterator[str]:
     """Absolute names of the modules that run when this code does."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            yield from _imports(ast.Module(node.orelse, []), package)
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -123,15 +123,16 @@ def _imports(tree: ast.AST, package: str) -> Iterator[str]:
         elif (
             isinstance(node, ast.Call)
             and ast.unparse(node.func).endswith("import_module")
-            and isinstance(node.args[0], ast.Constant)
-            and _path(node.args[0].value)
+            and node.args
+            and isinstance(name := getattr(node.args[0], "value", None), str)
+            and _path(name)
         ):
-            yield node.args[0].value
+            yield name
         yield from _imports(node, package)
 
 
 class _WithoutDocstrings(ast.NodeTransformer):
-    """Removes every string that stands as a statement: docstrings of any kind."""
+    """Removes every string that is a statement of its own: docstrings of any kind."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

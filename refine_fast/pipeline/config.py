@@ -1,288 +1,281 @@
-"""What a run is asked to do: one dataclass, from which the flags, the YAML file and the messages about bad values all follow."""
+"""What a run is asked to do: one model, from which the flags, the YAML file, its JSON schema and
+the messages about bad values all follow."""
 
-# ruff: noqa: RUF009 - _option is dataclasses.field with its metadata
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
 from ..errors import RefineFastError
 from .config_values import (
-    Parse,
-    band,
-    beir_folders,
-    choice,
-    either,
-    encoder,
-    existing_path,
-    integer,
-    memory_size,
-    mix,
-    names,
-    path,
-    real,
-    text,
-    weights,
-    yes_or_no,
+    AnyPath,
+    Band,
+    BeirFolders,
+    Encoder,
+    ExistingPath,
+    Memory,
+    Mix,
+    Name,
+    Names,
+    Positive,
+    Share,
+    Weights,
+    is_windows_path,
+    requirement,
 )
 from .encoder.load import DEFAULT_ENCODER
 
 if TYPE_CHECKING:
     from .queries.llm import LLMSettings
 
-
 DEMO_CHUNKS = 700
-"""Of Python's documentation, where no documents are given: a run of a few minutes."""
-
+"""Chunks of Python's documentation, where no documents are given: a run of a few minutes."""
 
 QUICK = {"limit": 300, "max_steps": 10, "ood_passages": 300, "curve": (0.0, 1.0)}
-"""What --quick sets, unless it is given: every stage in about a minute, to see that a set-up works; its figures mean little."""
+"""What --quick sets, unless given otherwise: every stage in about a minute, to see that a set-up
+works. Its figures mean little."""
+
+_PATHS = ("docs", "queries", "out", "prompt", "judge_prompt")
+"""Fields that a YAML file gives relative to itself; so do ``model``, where it is a folder, and
+``ood``."""
+
+_FOR_A_MODEL = {
+    "prompt",
+    "max_calls",
+    "max_tokens",
+    "max_cost",
+    "price_in",
+    "price_out",
+    "duplicates",
+    "round_trip",
+    "judge",
+    "judge_prompt",
+}
+"""With llm_*, the fields that mean nothing unless a language model writes the queries."""
 
 
-_FOR_A_MODEL = (
-    "prompt", "max_calls", "max_tokens", "max_cost", "price_in", "price_out", "duplicates", "round_trip", "judge", "judge_prompt"
-)  # fmt: skip
-"""With llm_*, the fields that say nothing unless a language model writes the queries."""
+def _option(default: Any, help: str, metavar: str, **constraints: Any) -> Any:
+    constraints["json_schema_extra"] = {"metavar": metavar}
+    return Field(default, description=help, **constraints)
 
 
-def _option(default: Any, parse: Parse, help: str, metavar: str | None = None) -> Any:
-    return field(default=default, metadata={"parse": parse, "help": help, "metavar": metavar})
+class RunConfig(BaseModel):
+    """Everything that decides a run's result.
 
+    Each field is a flag (``queries_per_chunk`` is ``--queries-per-chunk``) and a key of the YAML
+    file, and takes the form of either: ``RunConfig(docs="docs/", out="run", band="0.3,0.5")``.
 
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides a run's result. Each field is a flag (``queries_per_chunk`` is ``--queries-per-chunk``) and a key of the
-    YAML file; its parser takes either form and refuses the rest with a reason and a remedy."""
+    Raises:
+        RefineFastError: if a value cannot be used; the message names the field, the value and the
+            remedy.
+    """
 
-    out: Path = _option(
-        Path(), path, "the run folder: made if it is missing, resumed if it is there", "FOLDER"
-    )
-    docs: Path | None = _option(
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    out: AnyPath = _option(..., "run folder; created if missing, resumed if it exists", "FOLDER")
+    docs: ExistingPath | None = _option(
         None,
-        either(None, existing_path),
-        "a folder of .txt, .md, .html and .pdf files, JSONL {text, title}, a BEIR folder or a saved dataset",
+        "a folder of .txt, .md, .html and .pdf files, JSONL {text, title}, a BEIR folder or a "
+        "saved dataset",
         "DOCS",
     )
-    model: str = _option(
+    model: Encoder = _option(
         DEFAULT_ENCODER,
-        encoder,
-        "the encoder to adapt: a folder, a Hugging Face name, or minilm (comes along)",
+        "the encoder to adapt: a folder, a Hugging Face name, or minilm (bundled)",
         "NAME",
     )
     limit: int | None = _option(
-        None,
-        either(None, integer(2)),
-        "use at most this many chunks, whole documents drawn by the seed",
-        "N",
+        None, "use at most this many chunks: whole documents, drawn by the seed", "N", ge=2
     )
     chunk_tokens: int = _option(
-        256,
-        integer(32),
-        "longest chunk, in the encoder's own tokens; never more than it reads",
-        "N",
+        256, "longest chunk, in the encoder's tokens; at most what the encoder reads", "N", ge=32
     )
-    seed: int = _option(0, integer(0, 2**32 - 1), "same inputs and seed, same outputs", "N")
+    seed: int = _option(
+        0, "the same inputs and seed give the same outputs", "N", ge=0, le=2**32 - 1
+    )
 
-    queries: Path | None = _option(
-        None,
-        either(None, existing_path),
-        "your own queries: JSONL {text, doc_id}, or a BEIR folder (train)",
-        "FILE",
+    queries: ExistingPath | None = _option(
+        None, "your own queries: JSONL {text, doc_id}, or a BEIR folder (train)", "FILE"
     )
-    queries_per_chunk: int = _option(2, integer(1), "synthetic queries made for each chunk", "N")
-    llm: str | None = _option(
+    queries_per_chunk: int = _option(2, "synthetic queries made for each chunk", "N", ge=1)
+    llm: Name | None = _option(
         None,
-        either(None, text),
-        "have a model write the queries: an OpenAI-compatible URL, or transformers",
+        "have a language model write the queries: an OpenAI-compatible URL, or transformers",
         "URL",
     )
-    llm_model: tuple[str, ...] = _option(
-        (), names, "the model's name; several share the chunks", "NAME,..."
+    llm_model: Names = _option(
+        (), "name of the language model; several share the chunks", "NAME,..."
     )
-    llm_key_env: str = _option(
-        "OPENAI_API_KEY",
-        text,
-        "environment variable that holds the key, if the endpoint wants one",
-        "NAME",
+    llm_key_env: Name = _option(
+        "OPENAI_API_KEY", "environment variable that holds the API key, if one is needed", "NAME"
     )
-    llm_mix: tuple[tuple[str, float], ...] = _option(
+    llm_mix: Mix = _option(
         (("question", 0.5), ("keywords", 0.2), ("claim", 0.15), ("how-to", 0.15)),
-        mix,
         "kinds of query and their shares",
         "KIND=SHARE,...",
     )
     llm_temperature: float | None = _option(
-        None, either(None, real(0)), "sampling temperature; left out: the server's own", "T"
+        None, "sampling temperature (default: the server's own)", "T", ge=0
     )
-    llm_reply_tokens: int = _option(512, integer(16), "longest reply", "N")
+    llm_reply_tokens: int = _option(512, "longest reply, in tokens", "N", ge=16)
     llm_concurrency: int = _option(
-        64, integer(1), "most calls at a time; fewer where the server asks for it", "N"
+        64, "calls at a time; fewer where the server asks for it", "N", ge=1
     )
-    llm_timeout: float = _option(
-        120.0, real(0, low_included=False), "seconds that a call may take", "SECONDS"
-    )
-    prompt: Path | None = _option(
-        None,
-        either(None, existing_path),
-        "your own prompt; 'refine-fast prompt' prints the one to start from",
-        "FILE",
+    llm_timeout: Positive = _option(120.0, "longest time that a call may take", "SECONDS")
+    prompt: ExistingPath | None = _option(
+        None, "your own prompt; start from the output of 'refine-fast prompt'", "FILE"
     )
     max_calls: int | None = _option(
-        None,
-        either(None, integer(1)),
-        "stop after this many calls, over all starts in the run folder",
-        "N",
+        None, "stop after this many calls, counted over all starts in the run folder", "N", ge=1
     )
-    max_tokens: int | None = _option(None, either(None, integer(1)), "... tokens, in and out", "N")
-    max_cost: float | None = _option(
-        None, either(None, real(0, low_included=False)), "... cost, by the prices", "AMOUNT"
+    max_tokens: int | None = _option(
+        None, "stop after this many tokens, prompts and replies together", "N", ge=1
     )
-    price_in: float = _option(0.0, real(0), "price of a million tokens in the prompts", "AMOUNT")
-    price_out: float = _option(0.0, real(0), "price of a million tokens in the replies", "AMOUNT")
-    duplicates: str = _option(
+    max_cost: Positive | None = _option(
+        None, "stop at this cost, by --price-in and --price-out", "AMOUNT"
+    )
+    price_in: float = _option(0.0, "price of a million prompt tokens", "AMOUNT", ge=0)
+    price_out: float = _option(0.0, "price of a million reply tokens", "AMOUNT", ge=0)
+    duplicates: Literal["near", "exact", "keep"] = _option(
         "near",
-        choice("near", "exact", "keep"),
-        "duplicates of a model's queries to drop: near (and exact), exact; or keep",
+        "which duplicates of a model's queries to drop: near (and exact), exact, or keep all",
         "HOW",
     )
     round_trip: int = _option(
-        0,
-        integer(0),
-        "keep a query only if the encoder finds its chunk in the top N; 0 keeps all",
-        "N",
+        0, "keep a query only if the encoder ranks its chunk in the top N; 0 keeps all", "N", ge=0
     )
     judge: bool = _option(
         False,
-        yes_or_no,
-        "ask the model which queries their chunk answers, and drop the others: yes or no",
+        "have the model judge whether a chunk answers its query, and drop the query if not: "
+        "yes or no",
         "YES",
     )
-    judge_prompt: Path | None = _option(
-        None,
-        either(None, existing_path),
-        "your own; start from what 'refine-fast prompt judge' prints",
-        "FILE",
+    judge_prompt: ExistingPath | None = _option(
+        None, "your own judge prompt; start from the output of 'refine-fast prompt judge'", "FILE"
     )
     held_out: float = _option(
-        0.2, real(0, 0.5, low_included=False), "share of the documents kept for evaluation", "SHARE"
+        0.2, "share of the documents kept for evaluation", "SHARE", gt=0, le=0.5
     )
 
-    band: tuple[float, float] | Literal["auto"] = _option(
+    band: Band = _option(
         (0.5, 0.7),
-        either("auto", band),
-        "cosines of hard negatives; auto fits them to the encoder",
+        "cosine similarity of hard negatives to the query; auto fits it to the encoder",
         "LOW,HIGH",
     )
     skip: int = _option(
-        5, integer(0), "leave out this many most similar documents, then apply the band", "N"
+        5, "leave out this many most similar documents before applying the band", "N", ge=0
     )
     negatives: int = _option(
-        1, integer(0), "hard negatives per query; 0 trains on in-batch negatives alone", "N"
+        1, "hard negatives per query; 0 trains on in-batch negatives alone", "N", ge=0
     )
-    select: str = _option(
-        "hardest",
-        choice("hardest", "random"),
-        "which of the documents in the band: hardest or random",
-        "HOW",
+    select: Literal["hardest", "random"] = _option(
+        "hardest", "which documents in the band to take: hardest or random", "HOW"
     )
 
-    epochs: float = _option(1.0, real(0, low_included=False), "passes over the queries", "N")
-    max_steps: int | None = _option(
-        None, either(None, integer(1)), "stop training after this many steps", "N"
-    )
+    epochs: Positive = _option(1.0, "passes over the training queries", "N")
+    max_steps: int | None = _option(None, "stop training after this many steps", "N", ge=1)
     batch_size: int = _option(
-        64,
-        integer(2),
-        "queries in a batch; each sees the documents of all others as negatives",
-        "N",
+        64, "queries per batch; the documents of the others are negatives", "N", ge=2
     )
-    lr: float = _option(1e-4, real(0, low_included=False), "peak learning rate", "RATE")
-    warmup: float = _option(
-        0.1, real(0, 1), "share of the steps that the learning rate rises", "SHARE"
+    lr: Positive = _option(1e-4, "peak learning rate", "RATE")
+    warmup: Share = _option(0.1, "share of the steps over which the learning rate rises", "SHARE")
+    temperature: Positive = _option(0.02, "temperature of the contrastive loss", "TAU")
+    precision: Literal["auto", "fp32", "bf16"] = _option(
+        "auto", "fp32, bf16, or auto: bf16 where the hardware supports it", "TYPE"
     )
-    temperature: float = _option(
-        0.02, real(0, low_included=False), "temperature of the contrastive loss", "TAU"
-    )
-    precision: str = _option(
-        "auto",
-        choice("auto", "fp32", "bf16"),
-        "fp32, bf16 or auto: bf16 where the hardware has it",
-        "TYPE",
-    )
-    memory: int | None = _option(
+    memory: Memory = _option(
         None,
-        either(None, memory_size),
-        "memory that training may take, such as 8GB; more is faster (default: 8 sequences at a time)",
+        "memory that training may use, such as 8GB; more is faster "
+        "(default: enough for 8 sequences at a time)",
         "SIZE",
     )
 
-    weight: float | Literal["auto"] = _option(
+    weight: Share | Literal["auto"] = _option(
         0.35,
-        either("auto", real(0, 1)),
-        "share of the fine-tuned encoder; auto chooses it on held-out queries",
+        "share of the fine-tuned encoder in the fusion; auto chooses it on queries kept for that",
         "W",
     )
-    curve: tuple[float, ...] = _option(
-        (0.0, 0.35, 0.5, 0.75, 1.0),
-        weights,
-        "fusion weights to evaluate besides --weight",
-        "W,W,...",
+    curve: Weights = _option(
+        (0.0, 0.35, 0.5, 0.75, 1.0), "further fusion weights to evaluate", "W,W,..."
     )
-    fusion: str = _option(
+    fusion: Literal["weights", "embeddings"] = _option(
         "weights",
-        choice("weights", "embeddings"),
-        "what is interpolated; embeddings: a frozen twin, in the loss and when serving",
+        "what to interpolate; embeddings keeps the frozen encoder in the loss and when serving",
         "HOW",
     )
-    ood: tuple[Path, ...] | None = _option(
+    ood: BeirFolders = _option(
         None,
-        either(None, beir_folders),
-        "BEIR folder to check for forgetting, repeatable; none: no check (default: Python's documentation)",
-        "DIR",
+        "BEIR folder to check for forgetting, repeatable; none: no check "
+        "(default: Python's documentation)",
+        "FOLDER",
     )
     ood_passages: int = _option(
-        1000, integer(10), "reduce larger out-of-domain sets to this many passages", "N"
+        1000, "sample larger out-of-domain sets down to this many passages", "N", ge=10
     )
 
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            try:
-                object.__setattr__(self, item.name, item.metadata["parse"](value))
-            except ValueError as reason:
-                raise RefineFastError(f"{item.name}: {_shown(value)} {reason}.") from None
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise RefineFastError(_sentence(error)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limit_demo(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("docs") is None and values.get("limit") is None:
+            return {**values, "limit": DEMO_CHUNKS}
+        return values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_numbers(cls, value: Any) -> Any:
+        """``skip: yes`` in YAML is not 1."""
+        return str(value) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> RunConfig:
         self.llm_settings()  # checks them
-        for item in dataclasses.fields(self) if self.llm is None else ():
-            if (item.name.startswith("llm_") or item.name in _FOR_A_MODEL) and getattr(
-                self, item.name
-            ) != item.default:
-                raise RefineFastError(
-                    f"{item.name}: there is no model to ask; add --llm URL, or leave it out."
-                )
+        for name, field in type(self).model_fields.items() if self.llm is None else ():
+            needs_model = name.startswith("llm_") or name in _FOR_A_MODEL
+            if needs_model and getattr(self, name) != field.default:
+                raise RefineFastError(f"{name}: needs a language model; add --llm URL or omit it.")
         if self.fusion == "embeddings" and self.weight == "auto":
             raise RefineFastError(
-                "weight: auto chooses it after training, but fusion embeddings has it in the loss; give a number."
+                "weight: auto chooses the weight after training, but fusion embeddings uses it in "
+                "the loss; give a number."
             )
-        if self.docs is None and self.limit is None:
-            object.__setattr__(self, "limit", DEMO_CHUNKS)
         if self.llm is not None and self.queries is not None:
             raise RefineFastError(
-                "llm: --queries gives the queries already; leave out one of the two."
+                "llm: --queries already provides the queries; omit --llm or --queries."
             )
         if self.out.exists() and not self.out.is_dir():
-            raise RefineFastError(f"out: {self.out} is a file; name a folder.")
+            raise RefineFastError(f"out: {self.out} is a file; give a folder.")
         if self.docs is not None and self.out.is_relative_to(self.docs):
             raise RefineFastError(
-                f"out: {self.out} lies in the documents' folder, so the run would read its own files; name another one."
+                f"out: {self.out} is inside the documents' folder, so the run would read its own "
+                "files; give another folder."
             )
+        return self
+
+    @field_serializer("llm_mix")
+    def _mix_as_mapping(self, mix: Any) -> dict[str, float]:
+        return dict(mix)
 
     def llm_settings(self) -> LLMSettings | None:
-        """What the model that writes the queries is asked, or None without one."""
+        """What the language model that writes the queries is asked; None without one."""
         if self.llm is None:
             return None
         from .queries.llm import LLMSettings
@@ -303,7 +296,7 @@ class RunConfig:
             max_cost=self.max_cost,
             price_in=self.price_in,
             price_out=self.price_out,
-            duplicates=self.duplicates,  # type: ignore[arg-type]
+            duplicates=self.duplicates,
             round_trip=self.round_trip,
             judge=self.judge,
             judge_prompt=self.judge_prompt,
@@ -311,86 +304,88 @@ class RunConfig:
         )
 
     def to_yaml(self) -> str:
+        """The configuration as YAML, which ``load_config`` reads back."""
         import yaml
 
-        return yaml.safe_dump(
-            {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)},
-            sort_keys=False,
-        )
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def load_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
-    """The run that the YAML file at ``path`` describes, with ``flags`` over it. Without either a file or documents, a run folder that is
-    there goes on as its own config.yaml says."""
+    """The configuration in a YAML file, overridden by flags.
+
+    Args:
+        path: the YAML file. None: the config.yaml of the run folder ``flags["out"]`` if it exists
+            and no documents are given, so that the run is resumed; else the defaults.
+        flags: field -> value, as text or typed.
+
+    Raises:
+        RefineFastError: if the file or a value cannot be used.
+    """
     out = flags.get("out")
-    if (
-        path is None
-        and "docs" not in flags
-        and out is not None
-        and (saved := Path(out).expanduser() / "config.yaml").is_file()
-    ):
-        path = saved
-    config = {**({} if path is None else _read_yaml(path)), **flags}
-    if config.get("out") is None:
-        raise RefineFastError("out: no run folder given; add --out FOLDER.")
-    return RunConfig(**config)
+    if path is None and out is not None and "docs" not in flags:
+        saved = Path(out).expanduser() / "config.yaml"
+        path = saved if saved.is_file() else None
+    return RunConfig(**{**({} if path is None else _read_yaml(path)), **flags})
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
     except FileNotFoundError:
         raise RefineFastError(
             f"config: {path} does not exist; give the path of a YAML file."
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        remedy = "put paths with \\ in single quotes" if "escape" in reason else "correct it"
         raise RefineFastError(
-            f"config: {path} cannot be read as YAML ({' '.join(str(error).split())}); correct it."
+            f"config: {path} cannot be read as YAML ({reason}); {remedy}."
         ) from None
     if not isinstance(values, dict):
-        raise RefineFastError(f"config: {path} holds no keys; write lines such as 'skip: 5'.")
-    known = [item.name for item in dataclasses.fields(RunConfig)]
+        raise RefineFastError(f"config: {path} has no keys; write lines such as 'skip: 5'.")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    for name in values.keys() - set(known):
-        near = difflib.get_close_matches(name, known, n=1)
-        remedy = f"did you mean {near[0]}?" if near else "see refine-fast run --help."
-        raise RefineFastError(f"config: {path} has an unknown key {name!r}; {remedy}")
-    for name in (
-        "docs",
-        "queries",
-        "out",
-        "prompt",
-        "judge_prompt",
-    ):  # relative to the file that says so, not to wherever one stands
-        if values.get(name) is not None:
-            values[name] = os.path.join(path.parent, os.path.expanduser(str(values[name])))
-    model = os.path.join(path.parent, os.path.expanduser(str(values.get("model"))))
-    if values.get("model") not in (None, DEFAULT_ENCODER) and os.path.isdir(model):  # else a name
-        values["model"] = model
+    for name in values.keys() - RunConfig.model_fields.keys():
+        raise RefineFastError(f"config: {path} has an unknown key {name!r}; {_similar(name)}")
+
+    def beside(value: Any) -> Any:
+        text = str(value).strip()
+        if not isinstance(value, str) or not text or is_windows_path(text):
+            return value
+        return os.path.join(path.parent, os.path.expanduser(text))
+
+    values |= {name: beside(values[name]) for name in _PATHS if name in values}
+    model = values.get("model")
+    if model != DEFAULT_ENCODER and isinstance(model, str) and os.path.isdir(beside(model)):
+        values["model"] = beside(model)
     if values.get("ood") not in (None, "none"):
         folders = values["ood"] if isinstance(values["ood"], list) else [values["ood"]]
-        values["ood"] = [
-            os.path.join(path.parent, os.path.expanduser(str(folder))) for folder in folders
-        ]
+        values["ood"] = [beside(folder) for folder in folders]
     return values
 
 
-def _plain(value: Any) -> Any:
-    """The value in YAML's own types."""
-    if isinstance(value, tuple) and value and isinstance(value[0], tuple):
-        return dict(value)
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+def _sentence(error: ValidationError) -> str:
+    """The first fault: field, value, what the value must be."""
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    if first["type"] == "missing":
+        return f"{name}: no run folder given; add --{name} FOLDER."
+    if first["type"] == "extra_forbidden":
+        return f"{name}: unknown option; {_similar(name)}"
+    if first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+    else:
+        reason = f"must be {requirement(RunConfig.model_json_schema()['properties'][name])}"
+    return f"{name}: {_shown(first['input'])} {reason}."
+
+
+def _similar(name: str) -> str:
+    near = difflib.get_close_matches(name, RunConfig.model_fields, n=1)
+    return f"did you mean {near[0]}?" if near else "see refine-fast run --help."
 
 
 def _shown(value: Any) -> str:
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, list | tuple)
-        else str(value)
-        if str(value)
-        else "''"
-    )
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return "null" if value is None else str(value) or "''"

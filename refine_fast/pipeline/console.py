@@ -1,4 +1,4 @@
-"""What a run tells its user: lines and progress bars on stderr, results on stdout."""
+"""Output of the command line: messages and progress bars on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ from rich.table import Table
 
 from ..errors import RefineFastWarning
 
-Advance = Callable[[int, int], None]
-"""Called with (done, total)."""
-
 
 def facts_table(facts: Mapping[str, Any]) -> Table:
     """A row for each fact."""
@@ -42,27 +39,36 @@ def _fact(value: Any) -> str:
 
 
 class Console:
-    """``quiet`` leaves errors and warnings only; ``json`` prints the result as one JSON object instead of tables."""
+    """Where a command's messages and results go."""
 
     def __init__(self, *, quiet: bool = False, json: bool = False) -> None:
+        """Chooses what is shown.
+
+        Args:
+            quiet: print only warnings and errors.
+            json: print the result as one JSON object instead of tables.
+        """
         self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-        self.out = RichConsole(highlight=False, markup=False)  # [llm] is text
+        self.out = RichConsole(highlight=False, markup=False)  # "[llm]" is text
         self.quiet = quiet
         self.json = json
 
     def say(self, line: str) -> None:
+        """Prints a line unless quiet."""
         if not self.quiet:
             self.err.print(line, markup=False)
 
     def warn(self, line: str) -> None:
+        """Prints a warning."""
         self.err.print(f"warning: {line}", style="yellow", markup=False)
 
     def error(self, line: str) -> None:
+        """Prints an error."""
         self.err.print(f"error: {line}", style="bold red", markup=False)
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
-        """Shows each warning of ours as a line, and keeps other libraries' to themselves."""
+        """Prints each RefineFastWarning as a line and silences other libraries' warnings."""
 
         def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
             if issubclass(category, RefineFastWarning):
@@ -76,7 +82,11 @@ class Console:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[..., None]]:
-        """``advance(done, total, note="")`` moves a bar that shows the time left, on a terminal; elsewhere nothing is shown."""
+        """A progress bar with the time left, on a terminal only. Bars can be nested.
+
+        Yields:
+            ``advance(done, total, note="")``, which moves the bar.
+        """
         bar = Progress(
             TextColumn("  {task.description}"),
             BarColumn(),
@@ -96,6 +106,7 @@ class Console:
             )
 
     def result(self, value: dict[str, Any], *tables: Table) -> None:
+        """Prints the result of a command on stdout: ``value`` as JSON, or the tables."""
         if self.json:
             self.out.print_json(json.dumps(value, default=str))
         elif not self.quiet:

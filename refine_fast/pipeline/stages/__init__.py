@@ -2,8 +2,8 @@
 
     chunk -> query -> embed -> mine -> train -> score (each system) -> fuse -> report
 
-One module a stage. A stage may depend on nothing but what is declared here: files, settings and
-facts. Its code is found by itself (``code_version``).
+One module per stage. A stage may read only what is declared here: files, settings and facts. Its
+code needs no declaration (see ``code_version``).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LLM_SETTINGS = (
 
 def run_stages(context: RunContext) -> Iterator[Stage]:
     """Every stage of the run, in order."""
-    # Imported here: a stage brings torch, transformers and more with it.
+    # Imported here because the stages import torch, transformers and more.
     from . import chunk, embed, forgetting_set, fuse, llm_query, mine, query, report, score, train
 
     config = context.config
@@ -148,7 +148,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         )
         sets |= made(FORGETTING_CHUNKS, FORGETTING_QUERIES)
     for weight in scored_weights:
-        models, settings = {}, "ood_passages seed"
+        models: dict[str, Path] = {}
+        settings = "ood_passages seed"
         if weight is not None:
             models |= encoder
             settings += " precision"
