@@ -1,9 +1,9 @@
-"""Removal of exact and near-duplicate chunks."""
+"""Removal of exact and near-duplicate chunks, and the near-duplicate index for any texts."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..progress import Progress
@@ -19,18 +19,51 @@ class Duplicates:
     near: int
 
 
+class NearDuplicates:
+    """An index of texts that no two near duplicates enter.
+
+    Two texts are near duplicates if the Jaccard similarity ``len(A & B) / len(A | B)`` of their
+    shingle sets is at least ``threshold``. MinHash (``datasketch``) proposes candidates, and the
+    sets decide.
+    """
+
+    def __init__(self, shingles: Callable[[str], set[str]], threshold: float) -> None:
+        from datasketch import MinHashLSH
+
+        self._shingles = shingles
+        self._threshold = threshold
+        # A lower threshold for candidates than for the decision: at equal ones the index would
+        # miss every other pair near it.
+        self._index = MinHashLSH(threshold=max(threshold - 0.15, 0.1), num_perm=128)
+        self._kept: list[str] = []
+
+    def add(self, text: str) -> bool:
+        """Adds the text unless a near duplicate is there. Returns whether it was added."""
+        from datasketch import MinHash
+
+        shingles = self._shingles(text)
+        sketch = MinHash(num_perm=128)
+        sketch.update_batch([shingle.encode() for shingle in shingles])
+        # Shingles are computed again rather than kept: those of a corpus need gigabytes.
+        if any(
+            _jaccard(shingles, self._shingles(self._kept[at])) >= self._threshold
+            for at in self._index.query(sketch)
+        ):
+            return False
+        self._index.insert(len(self._kept), sketch, check_duplication=False)
+        self._kept.append(text)
+        return True
+
+
 def deduplicate(
     chunks: Sequence[Chunk], *, threshold: float = 0.8, progress: Progress | None = None
 ) -> tuple[list[Chunk], Duplicates]:
     """The chunks without those that repeat an earlier one, and how many were removed.
 
-    exact: the same text after NFKC, case folding and blanks made one. near: ``len(A & B) / len(A | B) >= threshold`` over the sets of five
-    words in a row (Lee et al. 2022, arXiv 2107.06499); candidates by MinHash (``datasketch``), each decided by the sets themselves.
+    exact: the same text after ``normalize``. near: Jaccard similarity of at least ``threshold``
+    over the sets of five words in a row (Lee et al. 2022, arXiv 2107.06499).
     """
-    from datasketch import MinHash, MinHashLSH
-
-    # A lower threshold for candidates than for the decision: at equal ones the index would miss every other pair near it.
-    index = MinHashLSH(threshold=max(threshold - 0.15, 0.1), num_perm=128)
+    distinct = NearDuplicates(_shingles, threshold)
     kept: list[Chunk] = []
     seen = set()
     exact = near = 0
@@ -42,16 +75,10 @@ def deduplicate(
             exact += 1
             continue
         seen.add(digest)
-        shingles = _shingles(chunk.text)
-        sketch = MinHash(num_perm=128)
-        sketch.update_batch([shingle.encode() for shingle in shingles])
-        if any(
-            _jaccard(shingles, _shingles(kept[at].text)) >= threshold for at in index.query(sketch)
-        ):
+        if distinct.add(chunk.text):
+            kept.append(chunk)
+        else:
             near += 1
-            continue
-        index.insert(len(kept), sketch)
-        kept.append(chunk)
     return kept, Duplicates(exact, near)
 
 
