@@ -9,97 +9,23 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
 from markdown_it import MarkdownIt
-from matplotlib.colors import to_hex
 from matplotlib.image import imread
-from matplotlib.patches import Rectangle
+from report_samples import DOWN, HOSTILE, SAME, UP, report_data, set_scores
 
 from refine_fast.pipeline.evaluation.metrics import METRICS
-from refine_fast.pipeline.evaluation.scores import Scores
 from refine_fast.pipeline.reporting import render
-from refine_fast.pipeline.reporting.data import (
-    Documents,
-    Mining,
-    Queries,
-    ReportData,
-    SetScores,
-    Training,
-    Triple,
-)
+from refine_fast.pipeline.reporting.data import Documents, Queries, ReportData, Triple
 from refine_fast.pipeline.reporting.facts import report_facts
-from refine_fast.pipeline.reporting.figures import (
-    BLUE,
-    VERMILION,
-    recall_figure,
-    similarities_figure,
-    weights_figure,
-)
-from refine_fast.pipeline.reporting.model_card import model_card
 from refine_fast.pipeline.reporting.render import write_report
 from refine_fast.pipeline.reporting.templating import code_span, escape_markdown
 from refine_fast.pipeline.reporting.verdict import Statement, verdict
 
-WEIGHTS = (0.0, 0.2, 0.35, 1.0)
-
-
-def answered(share: float, queries: int) -> Scores:
-    """A system that answers this share of the queries at rank 1 and none of the others."""
-    values = np.zeros(queries)
-    values[: round(queries * share)] = 1
-    return Scores(dict.fromkeys(METRICS, values))
-
-
-def set_scores(name: str, changes: Sequence[float], queries: int = 400) -> SetScores:
-    """BM25 answers 50% of the queries and the base model 60%; ``changes`` are the shares that each
-    fusion weight adds."""
-    at_weight = {
-        weight: answered(0.6 + change, queries)
-        for weight, change in zip(WEIGHTS, (0.0, *changes), strict=True)
-    }
-    return SetScores(name, 1000, answered(0.5, queries), at_weight)
-
-
-UP, SAME, DOWN = (0.05, 0.1, 0.2), (0.0, 0.0, 0.0), (-0.05, -0.1, -0.2)
-
 
 @pytest.fixture
 def data() -> ReportData:
-    rng = np.random.default_rng(0)
-    triple = Triple(
-        "who *sees* it?",
-        ("the reader\nof reports", 0.615),
-        (("nobody | at all " + 100 * "x ", 0.507),),
-    )
-    return ReportData(
-        Documents("my|docs <b>", 40, 1321, {"exact": 3, "near": 14}),
-        Queries(
-            "made from the documents without an LLM",
-            True,
-            {"cloze": 1321, "title": 700},
-            held_out_by_document=True,
-        ),
-        Mining(
-            (0.5, 0.7),
-            False,
-            5,
-            4,
-            "hardest",
-            2021,
-            1475,
-            rng.normal(0.1, 0.1, 2000),
-            rng.normal(0.5, 0.1, 500),
-            (triple,),
-        ),
-        Training("all-MiniLM-L6-v2", 0.02, 1e-4, 64, 1, 129, 2021, "bf16", 17, (1.2, 0.7)),
-        0.35,
-        None,
-        set_scores("own", UP),
-        [set_scores("scifact", SAME, 300), set_scores("travel", SAME, 500)],
-        {"python": "3.11", "refine_fast": "0.1.0"},
-    )
+    return report_data()
 
 
 # ── the verdict ──
@@ -297,7 +223,10 @@ ACCOUNT = {
 }
 
 
-def test_what_the_language_model_wrote(data: ReportData, tmp_path: Path) -> None:
+def test_what_the_language_model_wrote(
+    data: ReportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "draw_figures", lambda folder, data: {})
     queries = dataclasses.replace(data.queries, source="written by b", account=ACCOUNT)
     write_report(tmp_path, dataclasses.replace(data, queries=queries))
     text = (tmp_path / "report.md").read_text()
@@ -333,23 +262,6 @@ def test_what_the_language_model_wrote(data: ReportData, tmp_path: Path) -> None
         "| dropped | none |",
     ):
         assert row + "\n" in text, row
-
-
-HOSTILE = (
-    "a|b",
-    "<script>alert(1)</script>",
-    "[x](javascript:alert(1))",
-    "![x](http://e.org/p.png)",
-    "`code` ``",
-    "*_strong_*",
-    "__init__ _x_ my_file_name",
-    "# no\n## heading",
-    "&lt;b&gt; &amp;",
-    "back\\slash \\| \\",
-    "a \r\n\r\n- b",
-    "{{ 7 * 7 }} {% raw %}",
-    "$x$ ~~s~~",
-)
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -402,178 +314,3 @@ def test_no_text_of_the_user_is_markup_anywhere(
         assert len({len(re.findall(r"<t[hd]>", row)) for row in rows}) == 1
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["documents"]["source"] == text
-
-
-# ── the figures ──
-
-
-def test_recall_figure_draws_the_recalls(data: ReportData) -> None:
-    ks = (1, 3, 5, 10)
-
-    def recalls(share: float) -> Scores:
-        return Scores({f"recall@{k}": np.array([share + k / 100]) for k in ks})
-
-    own = SetScores(
-        "own", 9, recalls(0.1), {0.0: recalls(0.2), 0.35: recalls(0.4), 1.0: recalls(0.5)}
-    )
-    dollars = SetScores(
-        "a$b$_", 8, recalls(0.3), {0.0: recalls(0.6), 0.35: recalls(0.5), 1.0: recalls(0.4)}
-    )
-    figure = recall_figure(dataclasses.replace(data, in_domain=own, out_of_domain=[dollars]))
-    first, second = figure.axes
-    for panel, (bm25, base, fused) in ((first, (0.1, 0.2, 0.4)), (second, (0.3, 0.6, 0.5))):
-        drawn = {line.get_label(): line.get_xdata() for line in panel.lines}
-        steps = np.array(ks) / 100
-        assert drawn.keys() == {"BM25", "base model", "fused model, weight 0.35"}
-        assert drawn["BM25"] == pytest.approx(bm25 + steps)
-        assert drawn["base model"] == pytest.approx(base + steps)
-        assert drawn["fused model, weight 0.35"] == pytest.approx(fused + steps)
-        [arrows] = panel.collections  # one from the base to the fused model in each row
-        for row, ((x0, y0), (x1, y1)) in enumerate(arrows.get_segments()):
-            assert (y0, y1) == (row, row)
-            assert (x0, x1) == pytest.approx((base + steps[row], fused + steps[row]))
-        assert [text.get_text() for text in panel.texts] == [f"{100 * (fused - base):+.1f}"] * 4
-        assert panel.get_ylim()[0] > panel.get_ylim()[1]  # recall@1 on top
-    assert [label.get_text() for label in first.get_yticklabels()] == [f"recall@{k}" for k in ks]
-    assert (
-        first.get_title(loc="left") + first.get_title() == "your documents\n1 queries, 9 passages"
-    )
-    figure.canvas.draw()  # a name is no formula
-    assert "out of domain: a$b$_" in second.get_title(loc="left") + second.get_title()
-    [legend] = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == list(drawn)
-
-
-def test_weights_figure_draws_the_gains_with_their_intervals(data: ReportData) -> None:
-    others = [set_scores("small", DOWN, 100), set_scores("large", UP, 300)]
-    data = dataclasses.replace(data, out_of_domain=others)
-    assert data.pooled is not None
-    [panel] = weights_figure(data).axes
-    lines = {line.get_label(): line for line in panel.lines}
-    curves = {
-        "your documents": (data.in_domain, BLUE),
-        "out of domain": (data.pooled, VERMILION),
-        "small": (others[0], VERMILION),
-        "large": (others[1], VERMILION),
-    }
-    for name, (scores, colour) in curves.items():
-        assert lines[name].get_xdata() == pytest.approx(WEIGHTS)
-        gains = [100 * scores.gain(weight, "recall@3").mean for weight in WEIGHTS]
-        assert lines[name].get_ydata() == pytest.approx(gains)
-        assert to_hex(lines[name].get_color()) == colour.lower()
-    for band, scores in zip(panel.collections, (data.in_domain, data.pooled), strict=True):
-        corners = {(x, y) for x, y in np.round(band.get_paths()[0].vertices, 9).tolist()}
-        for weight in WEIGHTS:
-            change = scores.gain(weight, "recall@3")
-            for side in (change.low, change.high):
-                assert (round(weight, 9), round(100 * side, 9)) in corners
-    texts = [text.get_text() for text in panel.texts]
-    assert texts[0] == "this model: 0.35"
-    assert sorted(texts[1:]) == ["out of domain\n(base 0.600)", "your documents\n(base 0.600)"]
-    labelled = {text.get_text().partition("\n")[0]: text for text in panel.texts[1:]}
-    assert labelled["your documents"].xy[1] > labelled["out of domain"].xy[1]  # +20 above +10
-
-
-def test_similarities_figure_draws_both_histograms_and_the_band(data: ReportData) -> None:
-    [panel] = similarities_figure(data).axes
-    outlines = {patch.get_label(): patch for patch in panel.patches if "query" in patch.get_label()}
-    mining = data.mining
-    for name, cosines in (
-        ("query and\na random passage", mining.random_scores),
-        ("query and\nits answer", mining.answer_scores),
-    ):
-        values, edges, _ = outlines[name].get_data()
-        assert edges[0] <= min(cosines)
-        assert edges[-1] >= max(cosines)
-        assert (values * np.diff(edges)).sum() == pytest.approx(1)
-        middle = ((edges[1:] + edges[:-1]) / 2 * values * np.diff(edges)).sum()
-        assert middle == pytest.approx(cosines.mean(), abs=np.diff(edges)[0])
-    [span] = [patch for patch in panel.patches if isinstance(patch, Rectangle)]
-    assert (span.get_x(), span.get_width()) == pytest.approx((0.5, 0.2))
-    assert "band\n0.50 to 0.70" in [text.get_text() for text in panel.texts]
-    title = panel.get_title(loc="left") + panel.get_title()
-    assert title == "73% of 2,021 queries have no passage in the band"
-
-
-# ── the model card ──
-
-
-def card(base: Path, name: str = "org/my_model", *, twin: bool = False) -> str:
-    systems = {
-        system: {
-            "in_domain": answered(share, 400),
-            "dev": answered(0.9, 10),
-            "ood:a|b": answered(0.5, 300),
-        }
-        for system, share in (("BM25", 0.5), ("base", 0.6), ("fine-tuned", 0.8), ("fused", 0.7))
-    }
-    return model_card(base, name, 0.35, {"loss": "InfoNCE | *t*"}, systems, twin=twin)
-
-
-def head_and_body(text: str) -> tuple[dict[str, object], str]:
-    empty, head, body = text.split("---\n", 2)
-    assert empty == ""
-    return yaml.safe_load(head), body
-
-
-def test_model_card(tmp_path: Path) -> None:
-    head, body = head_and_body(card(tmp_path))
-    assert head == {
-        "library_name": "sentence-transformers",
-        "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "feature-extraction", "refine", "model-fusion"],
-        "base_model": "org/my_model",
-    }
-    for words in (
-        "`base + 0.35 * (tuned - base)`: `org/my_model`",
-        'model = SentenceTransformer("path/to/this/folder")\n',
-        "On queries that were not trained on (400 queries):",
-        "| fused | 0.700 | 0.700 | 0.700 | 0.700 | 0.700 |",
-        "recall@3, base to fused: +10.0 points [",
-        ": improved.",
-        "Out of domain: a\\|b (300 queries):",
-        "recall@3, base to fused: +0.0 points [+0.0, +0.0]: no measurable change.",
-        "| loss | InfoNCE \\| \\*t\\* |",
-    ):
-        assert words in body, words
-    assert "0.900" not in body  # the set that chose the weight
-    page = MarkdownIt("commonmark").enable("table").render(body)
-    assert page.count("<table>") == 3
-    twin = card(tmp_path, twin=True)
-    assert "normalize(0.35 * e_tuned + 0.65 * e_frozen)" in twin
-    assert '("path/to/this/folder", trust_remote_code=True)\n' in twin
-
-
-def test_model_card_survives_any_name(tmp_path: Path) -> None:
-    for name in (*HOSTILE, "a: b", "'", "no", "---", "- x"):
-        head, body = head_and_body(card(tmp_path, name))
-        assert head["base_model"] == name
-        page = MarkdownIt("commonmark", {"html": False}).enable("table").render(body)
-        assert page.count("<h1>") == 1
-        assert page.count("<h2>") == 2
-        assert "<script" not in page
-        assert "<a" not in page
-        assert "<img" not in page
-
-
-@pytest.mark.parametrize(
-    ("readme", "fields"),
-    [
-        ("---\nlicense: mit\ntags: [x]\n---\nHello", {"license": "mit"}),
-        (
-            "---\nlicense: other\nlicense_name: gemma\nlicense_link: https://e.org\n---\n",
-            {"license": "other", "license_name": "gemma", "license_link": "https://e.org"},
-        ),
-        ("no head", {}),
-        ("---\n: [\n---\n", {}),
-        ("---\n- a list\n---\n", {}),
-        (None, {}),
-    ],
-)
-def test_model_card_names_the_licence_of_the_base(
-    tmp_path: Path, readme: str | None, fields: dict[str, str]
-) -> None:
-    if readme is not None:
-        (tmp_path / "README.md").write_text(readme)
-    head, _ = head_and_body(card(tmp_path))
-    assert {name: value for name, value in head.items() if name.startswith("license")} == fields
