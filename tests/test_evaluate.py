@@ -20,7 +20,8 @@ from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.evaluation.bm25 import score_bm25
 from refine_fast.pipeline.evaluation.evaluate import evaluate_models, rank, score
-from refine_fast.pipeline.evaluation.metrics import METRICS, Scores, score_ranking
+from refine_fast.pipeline.evaluation.metrics import METRICS, score_ranking
+from refine_fast.pipeline.evaluation.scores import Scores
 from refine_fast.pipeline.evaluation.significance import choose_weight, gain
 from refine_fast.pipeline.queries.query import Query
 from refine_fast.pipeline.queries.splits import held_out_set, split_by_document
@@ -44,7 +45,13 @@ def data(request: pytest.FixtureRequest) -> RetrievalSet:
 
 
 def test_metrics_by_hand() -> None:
-    ranked = np.array([[7, 3, 9, 1, 0, 2, 4, 5, 6, 8], [0, 1, 2, -1, -1, -1, -1, -1, -1, -1], [5, 6, 7, 8, 9, 10, 11, 12, 13, 2]])
+    ranked = np.array(
+        [
+            [7, 3, 9, 1, 0, 2, 4, 5, 6, 8],
+            [0, 1, 2, -1, -1, -1, -1, -1, -1, -1],
+            [5, 6, 7, 8, 9, 10, 11, 12, 13, 2],
+        ]
+    )
     scores = score_ranking(ranked, [{3, 1, 40}, {9}, {2}]).per_query
     assert scores["recall@1"].tolist() == [0, 0, 0]
     assert scores["recall@3"] == pytest.approx([1 / 3, 0, 0])
@@ -52,15 +59,28 @@ def test_metrics_by_hand() -> None:
     assert scores["recall@10"] == pytest.approx([2 / 3, 0, 1])
     assert scores["mrr@10"] == pytest.approx([1 / 2, 0, 1 / 10])
     ideal = 1 + 1 / log2(3) + 1 / log2(4)  # three relevant passages, all at the top
-    assert scores["ndcg@10"] == pytest.approx([(1 / log2(3) + 1 / log2(5)) / ideal, 0, 1 / log2(11)])
+    assert scores["ndcg@10"] == pytest.approx(
+        [(1 / log2(3) + 1 / log2(5)) / ideal, 0, 1 / log2(11)]
+    )
 
 
 def test_more_relevant_than_the_ranking_is_deep() -> None:
     scores = score_ranking(np.arange(10)[None], [set(range(20))]).metrics
-    assert scores == pytest.approx({"recall@1": 0.05, "recall@3": 0.15, "recall@5": 0.25, "recall@10": 0.5, "ndcg@10": 1, "mrr@10": 1})
+    assert scores == pytest.approx(
+        {
+            "recall@1": 0.05,
+            "recall@3": 0.15,
+            "recall@5": 0.25,
+            "recall@10": 0.5,
+            "ndcg@10": 1,
+            "mrr@10": 1,
+        }
+    )
 
 
-@pytest.mark.parametrize("name", [SMALL, "covidqa", "dstc11_travel"])  # one relevant passage or several; one each; several
+@pytest.mark.parametrize(
+    "name", [SMALL, "covidqa", "dstc11_travel"]
+)  # one relevant passage or several; one each; several
 def test_metrics_equal_sentence_transformers(model, name: str) -> None:
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
@@ -68,12 +88,19 @@ def test_metrics_equal_sentence_transformers(model, name: str) -> None:
     theirs = InformationRetrievalEvaluator(
         dict(zip(data.query_ids, data.queries, strict=True)),
         dict(zip(data.doc_ids, data.docs, strict=True)),
-        {key: {data.doc_ids[row] for row in rows} for key, rows in zip(data.query_ids, data.relevant, strict=True)},
+        {
+            key: {data.doc_ids[row] for row in rows}
+            for key, rows in zip(data.query_ids, data.relevant, strict=True)
+        },
         precision_recall_at_k=[1, 3, 5, 10],
     )
     expected = theirs(model)
-    docs = encode(model, data.docs, role="document", bf16=False)  # in bf16 the two would differ by their batches
-    ours = score_ranking(rank(encode(model, data.queries, role="query", bf16=False), docs), data.relevant).metrics
+    docs = encode(
+        model, data.docs, role="document", bf16=False
+    )  # in bf16 the two would differ by their batches
+    ours = score_ranking(
+        rank(encode(model, data.queries, role="query", bf16=False), docs), data.relevant
+    ).metrics
     assert 0.1 < ours["recall@1"] < 0.95  # neither trivial nor hopeless: every metric can differ
     for metric in METRICS:
         assert ours[metric] == pytest.approx(expected[f"cosine_{metric}"], abs=1e-9), metric
@@ -82,7 +109,10 @@ def test_metrics_equal_sentence_transformers(model, name: str) -> None:
 def test_score_encodes_ranks_and_counts(model, data: RetrievalSet) -> None:
     calls: list[tuple[int, int]] = []
     scores = score(model, data, bf16=False, batch_size=4, progress=lambda *c: calls.append(c))
-    docs, queries = (encode(model, texts, role=role, bf16=False) for texts, role in ((data.docs, "document"), (data.queries, "query")))
+    docs, queries = (
+        encode(model, texts, role=role, bf16=False)
+        for texts, role in ((data.docs, "document"), (data.queries, "query"))
+    )
     assert scores.metrics == score_ranking(rank(queries, docs), data.relevant).metrics
     assert scores.metrics["recall@10"] > 0.8
     assert calls == [(40, 60), (60, 60)]
@@ -91,7 +121,9 @@ def test_score_encodes_ranks_and_counts(model, data: RetrievalSet) -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 6))
 def test_rank_is_exact_with_ties_by_lower_row(seed: int, n: int, d: int) -> None:
     rng = np.random.default_rng(seed)
-    queries, docs = (rng.integers(-2, 3, (rows, d)).astype(np.float32) for rows in (3, n))  # small integers: many exact ties
+    queries, docs = (
+        rng.integers(-2, 3, (rows, d)).astype(np.float32) for rows in (3, n)
+    )  # small integers: many exact ties
     ranked = rank(queries, docs)
     for row, scores in zip(ranked, queries.astype(float) @ docs.T.astype(float), strict=True):
         expected = sorted(range(n), key=lambda doc: (-scores[doc], doc))[:10]
@@ -101,15 +133,29 @@ def test_rank_is_exact_with_ties_by_lower_row(seed: int, n: int, d: int) -> None
 @pytest.mark.parametrize(("name", "recall"), [("squad", 0.911), ("pubmedqa", 0.980)])
 def test_bm25_reproduces_the_published_recall(name: str, recall: float) -> None:
     """The figures come from another run of BM25 over the same sets."""
-    assert score_bm25(load_beir(folder_of(name))).metrics["recall@3"] == pytest.approx(recall, abs=0.005)
+    assert score_bm25(load_beir(folder_of(name))).metrics["recall@3"] == pytest.approx(
+        recall, abs=0.005
+    )
 
 
 def test_bm25_finds_nothing_without_a_shared_term() -> None:
     docs = ["red apples", "green pears", "blue plums"]
-    asked = {"pear": 1, "plums": 0, "zebra": 0, "of the": 0}  # by its stem; row 0 shares no term; no row does; nothing but stop words
-    data = RetrievalSet("three", list("abc"), docs, list("1234"), list(asked), [{row} for row in asked.values()])
+    asked = {
+        "pear": 1,
+        "plums": 0,
+        "zebra": 0,
+        "of the": 0,
+    }  # by its stem; row 0 shares no term; no row does; nothing but stop words
+    data = RetrievalSet(
+        "three", list("abc"), docs, list("1234"), list(asked), [{row} for row in asked.values()]
+    )
     assert score_bm25(data).per_query["mrr@10"].tolist() == [1, 0, 0, 0]
-    assert score_bm25(replace(data, docs=["of", "the", "and"])).per_query["mrr@10"].tolist() == [0, 0, 0, 0]
+    assert score_bm25(replace(data, docs=["of", "the", "and"])).per_query["mrr@10"].tolist() == [
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 # ── intervals and the fusion weight ──
@@ -120,7 +166,9 @@ def test_gain_covers_the_truth_95_times_in_100() -> None:
     covered = 0
     for trial in range(400):
         before = rng.binomial(1, 0.6, 300).astype(float)
-        after = np.where(rng.random(300) < 0.1, 1.0, before)  # 4% of the queries gain in expectation
+        after = np.where(
+            rng.random(300) < 0.1, 1.0, before
+        )  # 4% of the queries gain in expectation
         interval = gain(before, after, resamples=1000, seed=trial)
         covered += interval.low <= 0.04 <= interval.high
     # binomial(400, .95) has a standard deviation of 1.1%; the percentile bootstrap is known to fall a point or two short with few changes
@@ -130,12 +178,16 @@ def test_gain_covers_the_truth_95_times_in_100() -> None:
 def test_gain_is_paired_and_seeded() -> None:
     before = np.random.default_rng(0).random(500)
     shifted = gain(before, before + 0.01)
-    assert (shifted.low, shifted.high) == pytest.approx((0.01, 0.01))  # unpaired, the interval would be +-0.036
+    assert (shifted.low, shifted.high) == pytest.approx(
+        (0.01, 0.01)
+    )  # unpaired, the interval would be +-0.036
     after = np.random.default_rng(1).random(500)
     assert gain(before, after, seed=4) == gain(before, after, seed=4) != gain(before, after, seed=5)
 
 
-@pytest.mark.parametrize(("change", "verdict"), [(0.1, "improved"), (0.0, "no measurable change"), (-0.1, "got worse")])
+@pytest.mark.parametrize(
+    ("change", "verdict"), [(0.1, "improved"), (0.0, "no measurable change"), (-0.1, "got worse")]
+)
 def test_verdict(change: float, verdict: str) -> None:
     noise = np.random.default_rng(0).normal(0, 0.3, 400)
     assert gain(np.zeros(400), noise - noise.mean() + change).verdict == verdict
@@ -150,7 +202,10 @@ def curve(means: dict[float, float]) -> dict[float, Scores]:
 @pytest.mark.parametrize(
     ("means", "weight"),
     [
-        ({0.0: 0.50, 0.35: 0.60, 1.0: 0.70}, 1.0),  # each step is far above the standard error, about .007
+        (
+            {0.0: 0.50, 0.35: 0.60, 1.0: 0.70},
+            1.0,
+        ),  # each step is far above the standard error, about .007
         ({0.0: 0.50, 0.35: 0.699, 1.0: 0.70}, 0.35),  # as good as the best within the error
         ({0.0: 0.60, 0.35: 0.58, 1.0: 0.40}, 0.0),  # tuning hurt
         ({1.0: 0.70, 0.35: 0.699, 0.0: 0.50}, 0.35),  # in whatever order they came
@@ -161,20 +216,41 @@ def test_choose_weight(means: dict[float, float], weight: float) -> None:
 
 
 def test_choose_weight_on_a_single_query() -> None:
-    assert choose_weight({w: Scores({"ndcg@10": np.array([mean])}) for w, mean in {0.0: 0.5, 0.35: 1.0, 1.0: 0.6}.items()}) == 0.35
+    assert (
+        choose_weight(
+            {
+                w: Scores({"ndcg@10": np.array([mean])})
+                for w, mean in {0.0: 0.5, 0.35: 1.0, 1.0: 0.6}.items()
+            }
+        )
+        == 0.35
+    )
 
 
 @pytest.mark.parametrize("name", [SMALL, "dstc11_travel"])
 def test_evaluate_models(minilm: Path, name: str, tmp_path: Path) -> None:
     data = load_beir(folder_of(name)).sample(queries=10, docs=30, seed=0)
     (tmp_path / "qrels").mkdir()
-    for stem, ids, texts in (("corpus", data.doc_ids, data.docs), ("queries", data.query_ids, data.queries)):
-        (tmp_path / f"{stem}.jsonl").write_text("\n".join(json.dumps({"_id": i, "text": t}) for i, t in zip(ids, texts, strict=True)))
-    pairs = [f"{q}\t{data.doc_ids[row]}\t1" for q, rows in zip(data.query_ids, data.relevant, strict=True) for row in rows]
+    for stem, ids, texts in (
+        ("corpus", data.doc_ids, data.docs),
+        ("queries", data.query_ids, data.queries),
+    ):
+        (tmp_path / f"{stem}.jsonl").write_text(
+            "\n".join(json.dumps({"_id": i, "text": t}) for i, t in zip(ids, texts, strict=True))
+        )
+    pairs = [
+        f"{q}\t{data.doc_ids[row]}\t1"
+        for q, rows in zip(data.query_ids, data.relevant, strict=True)
+        for row in rows
+    ]
     (tmp_path / "qrels" / "dev.tsv").write_text("\n".join(pairs))
     bm25, first, second = evaluate_models([str(minilm), "minilm"], tmp_path, "dev")
     assert bm25["system"] == "BM25"
-    assert {key: first[key] for key in ("split", "passages", "queries")} == {"split": "dev", "passages": 30, "queries": 10}
+    assert {key: first[key] for key in ("split", "passages", "queries")} == {
+        "split": "dev",
+        "passages": 30,
+        "queries": 10,
+    }
     assert first["recall@10"] > 0.5
     assert "gain" not in bm25 | first
     assert second["gain"]["ndcg@10"] == {"mean": 0, "low": 0, "high": 0}
@@ -191,7 +267,15 @@ def test_encode(model, data: RetrievalSet, tmp_path: Path) -> None:
     assert exact.dtype == np.float32
     assert np.abs(exact - expected).max() < 2e-6  # float32 sums of 384 terms, in other batches
     calls: list[tuple[int, int]] = []
-    fast = encode(model, texts, role="document", batch_size=1, bf16=True, out=tmp_path / "v.npy", progress=lambda *c: calls.append(c))
+    fast = encode(
+        model,
+        texts,
+        role="document",
+        batch_size=1,
+        bf16=True,
+        out=tmp_path / "v.npy",
+        progress=lambda *c: calls.append(c),
+    )
     assert (exact * fast).sum(1).min() > 0.9999
     assert np.abs(np.linalg.norm(fast, axis=1) - 1).max() < 1e-6
     assert calls == [(16, 19), (19, 19)]
@@ -204,10 +288,14 @@ def test_encode(model, data: RetrievalSet, tmp_path: Path) -> None:
 def test_encode_uses_the_prompts_of_the_model(minilm: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(minilm), device="cpu", prompts={"query": "find: ", "passage": "text: "})
+    model = SentenceTransformer(
+        str(minilm), device="cpu", prompts={"query": "find: ", "passage": "text: "}
+    )
     plain = SentenceTransformer(str(minilm), device="cpu")
     for role, prompt in (("query", "find: "), ("document", "text: ")):
-        assert np.allclose(encode(model, ["oil"], role=role), encode(plain, [prompt + "oil"], role=role), atol=1e-6)
+        assert np.allclose(
+            encode(model, ["oil"], role=role), encode(plain, [prompt + "oil"], role=role), atol=1e-6
+        )
 
 
 def test_encode_leaves_nothing_half_written(model, tmp_path: Path) -> None:
@@ -225,36 +313,78 @@ def test_encode_leaves_nothing_half_written(model, tmp_path: Path) -> None:
 def tiny_set(folder: Path) -> Path:
     (folder / "qrels").mkdir()
     with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
-        file.write('{"_id": "d1", "title": "Oil", "text": "Crude."}\n\n{"_id": "d2", "text": "Gas."}\n')
+        file.write(
+            '{"_id": "d1", "title": "Oil", "text": "Crude."}\n\n{"_id": "d2", "text": "Gas."}\n'
+        )
     texts = {"q1": "what?", "q2": "which?", "q3": "who?"}
-    (folder / "queries.jsonl").write_text("\n".join(json.dumps({"_id": key, "text": text}) for key, text in texts.items()))
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq3\td2\t2\nq3\td1\t1\nq1\td1\t1\nq2\td1\t0\n")
+    (folder / "queries.jsonl").write_text(
+        "\n".join(json.dumps({"_id": key, "text": text}) for key, text in texts.items())
+    )
+    (folder / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq3\td2\t2\nq3\td1\t1\nq1\td1\t1\nq2\td1\t0\n"
+    )
     return folder
 
 
 def test_load_beir(tmp_path: Path) -> None:
     data = load_beir(tiny_set(tmp_path))
     assert (data.doc_ids, data.docs) == (["d1", "d2"], ["Oil Crude.", "Gas."])
-    assert (data.query_ids, data.queries, data.relevant) == (["q3", "q1"], ["who?", "what?"], [{0, 1}, {0}])
+    assert (data.query_ids, data.queries, data.relevant) == (
+        ["q3", "q1"],
+        ["who?", "what?"],
+        [{0, 1}, {0}],
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("queries.jsonl", None, r"has no queries\.jsonl or queries\.jsonl\.gz; give a folder in BEIR layout"),
-        ("queries.jsonl", b'{"_id": "q1"\n', r"queries\.jsonl:1 is not JSON .* write one JSON object a line"),
-        ("queries.jsonl", b"[1]\n", r"queries\.jsonl:1 holds a JSON list; each line must be an object"),
-        ("queries.jsonl", b'{"_id": "q1", "text": [7]}\n', r'queries\.jsonl:1: the field "text" is \[7\]; it must be a string'),
+        (
+            "queries.jsonl",
+            None,
+            r"has no queries\.jsonl or queries\.jsonl\.gz; give a folder in BEIR layout",
+        ),
+        (
+            "queries.jsonl",
+            b'{"_id": "q1"\n',
+            r"queries\.jsonl:1 is not JSON .* write one JSON object a line",
+        ),
+        (
+            "queries.jsonl",
+            b"[1]\n",
+            r"queries\.jsonl:1 holds a JSON list; each line must be an object",
+        ),
+        (
+            "queries.jsonl",
+            b'{"_id": "q1", "text": [7]}\n',
+            r'queries\.jsonl:1: the field "text" is \[7\]; it must be a string',
+        ),
         (
             "queries.jsonl",
             b'{"_id": "q1", "text": "x"}\n{"_id": "q1", "text": "y"}\n',
             r"queries\.jsonl:2: the _id 'q1' stands on an earlier line too",
         ),
-        ("queries.jsonl", b'{"_id": "q1", "text": "\xff"}\n', r"queries\.jsonl is not UTF-8 after line 0"),
-        ("corpus.jsonl.gz", b"not gzip", r"corpus\.jsonl\.gz cannot be read after line 0 \(Not a gzipped file"),
-        ("corpus.jsonl.gz", gzip.compress(b'{"_id": "d1", "text": "x"}\n' * 9)[:-12], r"corpus\.jsonl\.gz cannot be read after line \d+"),
+        (
+            "queries.jsonl",
+            b'{"_id": "q1", "text": "\xff"}\n',
+            r"queries\.jsonl is not UTF-8 after line 0",
+        ),
+        (
+            "corpus.jsonl.gz",
+            b"not gzip",
+            r"corpus\.jsonl\.gz cannot be read after line 0 \(Not a gzipped file",
+        ),
+        (
+            "corpus.jsonl.gz",
+            gzip.compress(b'{"_id": "d1", "text": "x"}\n' * 9)[:-12],
+            r"corpus\.jsonl\.gz cannot be read after line \d+",
+        ),
         ("qrels/test.tsv", None, r"test\.tsv does not exist; the splits of this set are: none"),
-        ("qrels/test.tsv", b"q1 d1 1\n", r"test\.tsv:1 is 'q1 d1 1'; it must be query-id, corpus-id and whole score"),
+        (
+            "qrels/test.tsv",
+            b"q1 d1 1\n",
+            r"test\.tsv:1 is 'q1 d1 1'; it must be query-id, corpus-id and whole score",
+        ),
         ("qrels/test.tsv", b"q1\td1\thigh\n", r"test\.tsv:1 is .*high'; it must be"),
         ("qrels/test.tsv", b"q1\td1\t\xff\n", r"test\.tsv cannot be read as UTF-8"),
         ("qrels/test.tsv", b"q9\td1\t1\n", r"test\.tsv:1: the query id 'q9' is not in"),
@@ -262,7 +392,9 @@ def test_load_beir(tmp_path: Path) -> None:
         ("qrels/test.tsv", b"q1\td1\t0\n", r"test\.tsv names no relevant passage"),
     ],
 )
-def test_load_beir_names_what_is_wrong(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_load_beir_names_what_is_wrong(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
     tiny_set(tmp_path)
     if content is None:
         (tmp_path / name).unlink()
@@ -283,7 +415,9 @@ def test_sample_keeps_every_answer(squad: RetrievalSet) -> None:
     for key, text, rows in zip(small.query_ids, small.queries, small.relevant, strict=True):
         whole = squad.query_ids.index(key)
         assert text == squad.queries[whole]
-        assert {small.docs[row] for row in rows} == {squad.docs[row] for row in data.relevant[whole]}
+        assert {small.docs[row] for row in rows} == {
+            squad.docs[row] for row in data.relevant[whole]
+        }
 
 
 def pieces(sources: int) -> tuple[list[Chunk], list[Query]]:
@@ -291,7 +425,9 @@ def pieces(sources: int) -> tuple[list[Chunk], list[Query]]:
     return chunks, [Query(f"query {i} {j}", f"c{i}", "cloze") for i in range(120) for j in range(2)]
 
 
-@pytest.mark.parametrize("sources", [40, 1])  # many documents; one long one, which is split by chunk
+@pytest.mark.parametrize(
+    "sources", [40, 1]
+)  # many documents; one long one, which is split by chunk
 def test_nothing_leaks_from_held_out_documents(sources: int) -> None:
     chunks, queries = pieces(sources)
     queries[-1] = replace(queries[-1], text="  QUERY 0 0")
@@ -301,18 +437,27 @@ def test_nothing_leaks_from_held_out_documents(sources: int) -> None:
     source = {chunk.id: chunk.source if sources > 1 else chunk.id for chunk in chunks}
     documents = {name: {source[q.chunk_id] for q in part} for name, part in parts.items()}
     assert sum(map(len, documents.values())) == len(set().union(*documents.values()))
-    held_out = {" ".join(q.text.casefold().split()) for name in ("dev", "test") for q in parts[name]}
+    held_out = {
+        " ".join(q.text.casefold().split()) for name in ("dev", "test") for q in parts[name]
+    }
     assert held_out.isdisjoint({" ".join(q.text.casefold().split()) for q in parts["train"]})
     assert 239 <= sum(map(len, parts.values())) <= 240
     assert 24 <= len(parts["dev"]) <= 24 + 6
     assert 48 <= len(parts["test"]) <= 48 + 6
     data = held_out_set(chunks, parts["test"])
     assert len(data.docs) == 120
-    assert [data.docs[row] for rows in data.relevant for row in rows] == [f"T text {q.chunk_id[1:]}" for q in parts["test"]]
+    assert [data.docs[row] for rows in data.relevant for row in rows] == [
+        f"T text {q.chunk_id[1:]}" for q in parts["test"]
+    ]
 
 
 def test_all_queries_on_one_document() -> None:
     """The first part takes them all: nothing is left for the others, which whoever needs them will say."""
     chunks, queries = pieces(1)
-    parts = split_by_document([query for query in queries if query.chunk_id == "c0"], chunks, {"test": 0.2, "dev": 0.1}, seed=0)
+    parts = split_by_document(
+        [query for query in queries if query.chunk_id == "c0"],
+        chunks,
+        {"test": 0.2, "dev": 0.1},
+        seed=0,
+    )
     assert {name: len(part) for name, part in parts.items()} == {"train": 0, "test": 2, "dev": 0}

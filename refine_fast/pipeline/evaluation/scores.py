@@ -15,6 +15,9 @@ class Scores:
     per_query: dict[str, np.ndarray]
     """Metric -> (Q,) float64."""
 
+    def __len__(self) -> int:
+        return len(next(iter(self.per_query.values())))
+
     @property
     def metrics(self) -> dict[str, float]:
         """Metric -> mean over the queries."""
@@ -22,7 +25,7 @@ class Scores:
 
     @classmethod
     def pooled(cls, parts: Sequence[Scores]) -> Scores:
-        """The queries of several sets as one set: each query counts the same."""
+        """The queries of several sets as one set, in which each query counts the same."""
         return cls(
             {
                 name: np.concatenate([part.per_query[name] for part in parts])

@@ -1,4 +1,4 @@
-"""What a report is made of: filled by the run, rendered by ``report`` and ``figures``."""
+"""The content of a report: filled by the report stage, read by the renderers and the figures."""
 
 from __future__ import annotations
 
@@ -8,37 +8,44 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.metrics import Scores
+from ..evaluation.scores import Scores
 from ..evaluation.significance import Gain, gain
 
 
 @dataclass(frozen=True)
 class Documents:
+    """The collection that was adapted to."""
+
     source: str
     """The folder, file or built-in collection, as the user would name it."""
     documents: int
     chunks: int
     duplicates: Mapping[str, int] = field(default_factory=dict)
-    """kind -> chunks removed."""
+    """Kind of duplicate -> chunks removed."""
 
 
 @dataclass(frozen=True)
 class Queries:
+    """The training queries and their origin."""
+
     source: str
-    """In words: "made from the documents without an LLM", "from questions.jsonl", "written by <LLM>"."""
+    """In words: "made from the documents without an LLM", "from questions.jsonl", "written by
+    <LLM>"."""
     without_llm: bool
-    """True where refine_fast made them by itself: the report then says that an LLM does better."""
+    """Whether refine_fast made them itself; the report then recommends an LLM."""
     kinds: Mapping[str, int]
-    """kind -> training queries."""
+    """Kind -> training queries."""
     held_out_by_document: bool
-    """True: the in-domain queries are held out by whole documents. False: they are the collection's own judged test queries."""
+    """True: the in-domain test queries are held out by whole documents. False: they are the
+    collection's own test queries."""
     account: Mapping[str, Any] | None = None
-    """Where a language model wrote them: ``llm.Account``, what was asked, paid and dropped."""
+    """``llm.Account`` of the LLM that wrote them: calls, cost, drops. None without an LLM."""
 
 
 @dataclass(frozen=True)
 class Triple:
-    """What training was shown for one query: passages with their cosine to it under the base model."""
+    """The passages that training saw for one query, each with its cosine to the query under the
+    base model."""
 
     query: str
     positive: tuple[str, float]
@@ -47,6 +54,8 @@ class Triple:
 
 @dataclass(frozen=True)
 class Mining:
+    """The hard negatives, and the similarities that they were chosen by."""
+
     band: tuple[float, float]
     calibrated: bool
     """True: the band was fitted to the encoder's scores. False: it was given."""
@@ -57,15 +66,17 @@ class Mining:
     empty: int
     """Queries without any passage in the band: they train on in-batch negatives alone."""
     random_scores: np.ndarray
-    """Cosine of the base model between a query and a random passage; a sample of thousands draws the histogram."""
+    """(S,) cosines under the base model between queries and random passages, for the histogram."""
     answer_scores: np.ndarray
-    """... between a query and a passage that answers it."""
+    """(P,) cosines under the base model between queries and the passages that answer them."""
     triples: tuple[Triple, ...] = ()
-    """A few drawn at random, for the eye."""
+    """A random sample for the reader."""
 
 
 @dataclass(frozen=True)
 class Training:
+    """The settings and the loss of the fine-tune."""
+
     base: str
     temperature: float
     learning_rate: float
@@ -80,26 +91,29 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One retrieval set and every system on it."""
+class SetScores:
+    """The scores of every system on one retrieval set."""
 
     name: str
     passages: int
     bm25: Scores
     at_weight: Mapping[float, Scores]
-    """Fusion weight -> scores; 0 is the base model and 1 the fine-tuned one, both needed."""
+    """Fusion weight -> scores. Must hold 0 (the base model) and 1 (the fine-tuned model)."""
 
     @property
     def queries(self) -> int:
-        return len(self.bm25.per_query["mrr@10"])
+        """The number of queries in the set."""
+        return len(self.bm25)
 
     def gain(self, weight: float, metric: str) -> Gain:
-        """Of the model fused at ``weight`` over the base."""
+        """Gain of the model fused at ``weight`` over the base model."""
         return gain(self.at_weight[0].per_query[metric], self.at_weight[weight].per_query[metric])
 
 
 @dataclass(frozen=True)
 class ReportData:
+    """Everything that a report states or draws."""
+
     documents: Documents
     queries: Queries
     mining: Mining
@@ -107,21 +121,23 @@ class ReportData:
     weight: float
     """The fusion weight of the product; a key of every ``at_weight``."""
     weight_chosen_on: str | None
-    """Which queries chose it under ``--weight auto``; None where the user gave it."""
-    in_domain: Judged
-    out_of_domain: list[Judged]
+    """The queries that chose it under ``--weight auto``; None where the user gave it."""
+    in_domain: SetScores
+    out_of_domain: list[SetScores]
     versions: Mapping[str, str]
-    """package -> version, python among them."""
+    """Package -> version, python among them."""
     fusion: str = "weights"
-    """"weights", or "embeddings": a frozen twin beside the tuned encoder, in the loss and when serving."""
+    """"weights"; or "embeddings": a frozen twin beside the tuned encoder, in the loss and when
+    serving."""
 
     @property
-    def pooled(self) -> Judged | None:
-        """All out-of-domain sets as one, each query counting the same: a single small set has too wide an interval."""
+    def pooled(self) -> SetScores | None:
+        """All out-of-domain sets as one, in which each query counts the same: the interval of a
+        single small set is too wide. None if there is no such set."""
         sets = self.out_of_domain
         if len(sets) < 2:
             return sets[0] if sets else None
-        return Judged(
+        return SetScores(
             f"{len(sets)} sets pooled",
             sum(data.passages for data in sets),
             Scores.pooled([data.bm25 for data in sets]),

@@ -1,4 +1,5 @@
-"""The report's three figures. Colours from Okabe and Ito's palette, safe for every colour vision; lines named where they end."""
+"""The report's three figures. Colours from Okabe and Ito's palette, which is safe for every colour
+vision; curves are labelled where they end."""
 
 from __future__ import annotations
 
@@ -10,15 +11,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..evaluation.metrics import RECALL_AT
-from .data import Judged, ReportData
+from .data import ReportData, SetScores
+from .format import HEADLINE, TABLE_METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 BLUE, VERMILION, GREY, INK = "#0072B2", "#D55E00", "#8A8A8A", "#222222"
-
 
 STYLE: Any = {
     "font.size": 9,
@@ -35,24 +34,35 @@ STYLE: Any = {
     "savefig.dpi": 200,
 }
 
-
 PANELS_PER_ROW = 3
+
+RECALLS = tuple(metric for metric in TABLE_METRICS if metric.startswith("recall"))
+"""Rows of the recall figure."""
 
 
 def draw_figures(folder: Path, data: ReportData) -> dict[str, str]:
-    """Writes the .png files and returns file name -> caption."""
+    """Writes the figures as .png files.
+
+    Args:
+        folder: An existing folder.
+        data: The content.
+
+    Returns:
+        File name -> caption.
+    """
+    separate = " Thin lines: each out-of-domain set." if len(data.out_of_domain) > 1 else ""
     figures = {
         "recall.png": (
-            _recall,
-            "Recall before (hollow) and after (full), with the change in points; the tick is BM25.",
+            recall_figure,
+            "Recall before (hollow) and after (full), with the change in points. The tick is BM25.",
         ),
         "weights.png": (
-            _weights,
-            "Change of recall@3 against the base model at each fusion weight, with 95% intervals: what is learned and what is forgotten."
-            + (" Thin lines: each out-of-domain set." if len(data.out_of_domain) > 1 else ""),
+            weights_figure,
+            f"Change of {HEADLINE} against the base model at each fusion weight, with 95%"
+            f" intervals: what is learned and what is forgotten.{separate}",
         ),
         "similarities.png": (
-            _similarities,
+            similarities_figure,
             "Similarities under the base model, and the band that hard negatives come from.",
         ),
     }
@@ -62,41 +72,16 @@ def draw_figures(folder: Path, data: ReportData) -> dict[str, str]:
     return {name: caption for name, (_, caption) in figures.items()}
 
 
-def _recall(data: ReportData) -> Figure:
-    """One row per k: from the base (hollow) to the fused model (full), BM25 as a tick, the change in points at the right."""
+def recall_figure(data: ReportData) -> Figure:
+    """A panel per set and a row per k: the base model (hollow), the fused model (full), BM25 (a
+    tick), and the change in points at the right."""
     sets = [data.in_domain, *data.out_of_domain]
     columns = min(len(sets), PANELS_PER_ROW)
     rows = -(-len(sets) // columns)
     figure = Figure(figsize=(1 + 3 * columns, 0.5 + 1.9 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    places = range(len(RECALL_AT))
-    beside = {"va": "center", "annotation_clip": False}
-    for panel, judged in zip(panels.flat, sets, strict=False):
-        systems = judged.bm25, judged.at_weight[0], judged.at_weight[data.weight]
-        bm25, base, fused = (
-            [scores.metrics[f"recall@{k}"] for k in RECALL_AT] for scores in systems
-        )
-        panel.hlines(places, base, fused, color=BLUE, lw=2)
-        panel.plot(bm25, places, "|", color=GREY, ms=9, mew=1.5, label="BM25")
-        panel.plot(base, places, "o", mfc="white", mec=INK, ms=6, label="base model")
-        panel.plot(
-            fused, places, "o", color=BLUE, ms=6, label=f"fused model, weight {data.weight:g}"
-        )
-        for place, before, after in zip(places, base, fused, strict=True):
-            panel.annotate(
-                f"{100 * (after - before):+.1f}",
-                (1.03, place),
-                xycoords=("axes fraction", "data"),
-                color=BLUE,
-                **beside,
-            )
-        panel.set_title(_title(data, judged))
-        panel.set_yticks(places, [f"recall@{k}" for k in RECALL_AT])
-        panel.set_ylim(len(RECALL_AT) - 0.5, -0.5)
-        panel.tick_params(axis="y", length=0)
-        panel.spines["left"].set_visible(False)
-        panel.grid(axis="y", color=GREY, alpha=0.25, lw=0.6)
-        panel.margins(x=0.06)
+    for panel, scores in zip(panels.flat, sets, strict=False):
+        _recall_panel(panel, data, scores)
     for panel in panels.flat[len(sets) :]:
         panel.remove()
     handles, names = panels.flat[0].get_legend_handles_labels()
@@ -106,37 +91,67 @@ def _recall(data: ReportData) -> Figure:
     return figure
 
 
-def _weights(data: ReportData) -> Figure:
+def _recall_panel(panel: Axes, data: ReportData, scores: SetScores) -> None:
+    systems = scores.bm25, scores.at_weight[0], scores.at_weight[data.weight]
+    bm25, base, fused = ([system.metrics[metric] for metric in RECALLS] for system in systems)
+    rows = range(len(RECALLS))
+    fused_name = f"fused model, weight {data.weight:g}"
+    panel.hlines(rows, base, fused, color=BLUE, lw=2)
+    panel.plot(bm25, rows, "|", color=GREY, ms=9, mew=1.5, label="BM25")
+    panel.plot(base, rows, "o", mfc="white", mec=INK, ms=6, label="base model")
+    panel.plot(fused, rows, "o", color=BLUE, ms=6, label=fused_name)
+    for row, before, after in zip(rows, base, fused, strict=True):
+        panel.annotate(
+            f"{100 * (after - before):+.1f}",
+            (1.03, row),
+            xycoords=("axes fraction", "data"),
+            color=BLUE,
+            va="center",
+            annotation_clip=False,
+        )
+    panel.set_title(_title(data, scores), parse_math=False)  # a set may be named a$b$
+    panel.set_yticks(rows, RECALLS)
+    panel.set_ylim(len(RECALLS) - 0.5, -0.5)
+    panel.tick_params(axis="y", length=0)
+    panel.spines["left"].set_visible(False)
+    panel.grid(axis="y", color=GREY, alpha=0.25, lw=0.6)
+    panel.margins(x=0.06)
+
+
+def weights_figure(data: ReportData) -> Figure:
+    """Gain in ``HEADLINE`` over the fusion weight: in domain, and out of domain (pooled, with a
+    thin line per set)."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     panel = figure.subplots()
     weights = sorted(data.in_domain.at_weight)
-    ends = []
     curves = [(data.in_domain, "your documents", BLUE)]
     if data.pooled is not None:
         curves.append((data.pooled, "out of domain", VERMILION))
-    for judged, name, colour in curves:
-        gains = [judged.gain(weight, "recall@3") for weight in weights]
+    ends = []
+    for scores, name, colour in curves:
+        gains = [scores.gain(weight, HEADLINE) for weight in weights]
         mean, low, high = (
             100 * np.array([getattr(g, side) for g in gains]) for side in ("mean", "low", "high")
         )
         panel.fill_between(weights, low, high, color=colour, alpha=0.13, lw=0)
-        panel.plot(weights, mean, color=colour, lw=2, marker="o", ms=4, clip_on=False, zorder=3)
-        ends.append(
-            (
-                float(mean[-1]),
-                f"{name}\n(base {judged.at_weight[0].metrics['recall@3']:.3f})",
-                colour,
-            )
+        panel.plot(
+            weights,
+            mean,
+            color=colour,
+            lw=2,
+            marker="o",
+            ms=4,
+            clip_on=False,
+            zorder=3,
+            label=name,
         )
+        base = scores.at_weight[0].metrics[HEADLINE]
+        ends.append((float(mean[-1]), f"{name}\n(base {base:.3f})", colour))
     if len(data.out_of_domain) > 1:
-        for judged in data.out_of_domain:
-            panel.plot(
-                weights,
-                [100 * judged.gain(w, "recall@3").mean for w in weights],
-                color=VERMILION,
-                lw=0.8,
-                alpha=0.5,
-            )
+        for scores in data.out_of_domain:
+            gains = [scores.gain(weight, HEADLINE) for weight in weights]
+            points = [100 * change.mean for change in gains]
+            panel.plot(weights, points, color=VERMILION, lw=0.8, alpha=0.5, label=scores.name)
     panel.axhline(0, color=GREY, lw=0.8, zorder=0)
     panel.axvline(data.weight, color=GREY, lw=0.8, ls=":", zorder=0)
     panel.text(
@@ -148,12 +163,13 @@ def _weights(data: ReportData) -> Figure:
     )
     panel.set_xlim(0, 1)
     panel.set_xlabel("fusion weight: 0 = base model, 1 = fine-tuned model")
-    panel.set_ylabel("change of recall@3, points")
+    panel.set_ylabel(f"change of {HEADLINE}, points")
     _label_ends(panel, 1, ends)
     return figure
 
 
-def _similarities(data: ReportData) -> Figure:
+def similarities_figure(data: ReportData) -> Figure:
+    """Histograms of the base model's cosines to random passages and to answers, over the band."""
     mining = data.mining
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     panel = figure.subplots()
@@ -166,10 +182,10 @@ def _similarities(data: ReportData) -> Figure:
         (mining.random_scores, INK, "query and\na random passage"),
         (mining.answer_scores, BLUE, "query and\nits answer"),
     )
-    for scores, colour, name in kinds:
-        density, _ = np.histogram(scores, bins, density=True)
+    for cosines, colour, name in kinds:
+        density, _ = np.histogram(cosines, bins, density=True)
         panel.stairs(density, bins, color=colour, fill=True, alpha=0.25, lw=0)
-        panel.stairs(density, bins, color=colour, lw=1.4)
+        panel.stairs(density, bins, color=colour, lw=1.4, label=name)
         top = int(density.argmax())
         tallest = max(tallest, density[top])
         panel.annotate(
@@ -193,13 +209,21 @@ def _similarities(data: ReportData) -> Figure:
     return figure
 
 
-def _title(data: ReportData, judged: Judged) -> str:
-    place = "your documents" if judged is data.in_domain else f"out of domain: {judged.name}"
-    return f"{place}\n{judged.queries:,} queries, {judged.passages:,} passages"
+def _title(data: ReportData, scores: SetScores) -> str:
+    place = "your documents" if scores is data.in_domain else f"out of domain: {scores.name}"
+    return f"{place}\n{scores.queries:,} queries, {scores.passages:,} passages"
 
 
 def _label_ends(panel: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names each line at its last point (y, name, colour), moved apart where two would overlap, inside the panel."""
+    """Labels each curve at its last point.
+
+    Labels that would overlap are moved apart, inside the panel.
+
+    Args:
+        panel: The axes.
+        x: Where every curve ends.
+        ends: (y, label, colour) of each curve.
+    """
     low, high = panel.get_ylim()
     gap = (high - low) * 0.075 * max(name.count("\n") + 1 for _, name, _ in ends)
     ends = sorted(ends)

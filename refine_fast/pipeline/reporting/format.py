@@ -1,8 +1,14 @@
-"""How figures are written: the report, the model card and the terminal say them alike."""
+"""How metrics are shown: the report, the model card and the terminal write them alike."""
 
 from __future__ import annotations
 
 from ..evaluation.significance import Gain
+
+HEADLINE = "recall@3"
+"""The metric of the paper (arXiv 2410.12890): the verdict, the weights and the summaries use it."""
+
+TABLE_METRICS = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@10", "mrr@10")
+"""Columns of the report's tables; report.json holds every metric."""
 
 
 def points(change: Gain) -> str:

@@ -61,7 +61,7 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
         "loss": f"InfoNCE, temperature {config.temperature:g}, in-batch negatives "
         f"(batch {config.batch_size}), each document once",
         "hard negatives": f"{config.negatives} per query: after the {config.skip} most similar, "
-        f"cosine in [{low:.2f}, {high:.2f}], {config.select}; none for {mining['empty']} queries",
+        f"cosine {low:.2f} to {high:.2f}, {config.select}; none for {mining['empty']} queries",
         "optimizer": f"AdamW, learning rate {config.lr:g}, {training['steps']} steps, "
         f"warm-up {config.warmup:g}, seed {config.seed}",
         "fusion": f"weight {weight:g} of the fine-tuned {fused}{chosen}",

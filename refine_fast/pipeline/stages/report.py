@@ -1,4 +1,4 @@
-"""report: what the other stages left, collected and rendered."""
+"""report: collects the outputs of the other stages and renders them."""
 
 from __future__ import annotations
 
@@ -27,90 +27,109 @@ from ..artifacts import (
 )
 from ..corpus.jsonl import read_records
 from ..queries.query import Query
-from ..reporting.data import Documents, Judged, Mining, Queries, ReportData, Training, Triple
+from ..reporting.data import Documents, Mining, Queries, ReportData, SetScores, Training, Triple
 from ..reporting.render import write_report
 
 if TYPE_CHECKING:
     from ..context import RunContext
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "refine-fast")
-
+"""Packages whose versions the report states."""
 
 SAMPLE = 20_000
-"""Pairs of query and random passage whose similarities draw the histogram."""
-
+"""Pairs of a query and a random passage in the histogram of similarities."""
 
 TRIPLES = 20
 """Queries that the report shows with their passages."""
 
+WEIGHT_CHOSEN_ON = "queries about documents that neither training nor testing used"
+
 
 def run(context: RunContext, folder: Path) -> None:
-    write_report(folder, gather(context))
+    """Writes report.md, report.json, report.html and the figures."""
+    write_report(folder, collect(context))
 
 
-def gather(context: RunContext) -> ReportData:
+def collect(context: RunContext) -> ReportData:
+    """The content of the report, from the files of the run folder."""
     config = context.config
-    chunks, mining, training = (
-        read_json(context.path(name)) for name in (CHUNK_FACTS, MINING_FACTS, TRAINING_FACTS)
-    )
-    queries = read_records(context.path(QUERIES), Query)
-    loss = [value for _, value in training["loss"]]
-    tenth = max(1, len(loss) // 10)
-    random_scores, answer_scores = _similarities(context)
-    judged = _judged(context)
+    sets = _set_scores(context)
     return ReportData(
-        documents=Documents(
-            str(config.docs or f"the documentation of Python {platform.python_version()}"), **chunks
-        ),
-        queries=Queries(
-            source=context.query_source,
-            without_llm=config.queries is None and config.llm is None,
-            kinds=dict(Counter(query.kind for query in queries)),
-            held_out_by_document=context.judged_corpus is None,
-            account=None if config.llm is None else read_json(context.path(ACCOUNT)),
-        ),
-        mining=Mining(
-            band=(mining["band"][0], mining["band"][1]),
-            calibrated=config.band == "auto",
-            skip=config.skip,
-            per_query=config.negatives,
-            select=config.select,
-            queries=mining["queries"],
-            empty=mining["empty"],
-            random_scores=random_scores,
-            answer_scores=answer_scores,
-            triples=_triples(context),
-        ),
-        training=Training(
-            base=context.base_name,
-            temperature=config.temperature,
-            learning_rate=config.lr,
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            steps=training["steps"],
-            examples=training["examples"],
-            precision=training["precision"],
-            seed=config.seed,
-            loss=(float(np.mean(loss[:tenth])), float(np.mean(loss[-tenth:]))),
-        ),
+        documents=_documents(context),
+        queries=_queries(context),
+        mining=_mining(context),
+        training=_training(context),
         weight=fused_weight(context.out),
-        weight_chosen_on="queries of documents that were neither trained on nor tested with"
-        if context.chooses_weight
-        else None,
-        in_domain=judged.pop("in_domain"),
-        out_of_domain=list(judged.values()),
+        weight_chosen_on=WEIGHT_CHOSEN_ON if context.chooses_weight else None,
+        in_domain=sets.pop("in_domain"),
+        out_of_domain=list(sets.values()),
         fusion=config.fusion,
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     )
 
 
-def _judged(context: RunContext) -> dict[str, Judged]:
-    """Set -> every system on it, without the set that only chooses a weight."""
+def _documents(context: RunContext) -> Documents:
+    built_in = f"the documentation of Python {platform.python_version()}"
+    return Documents(str(context.config.docs or built_in), **read_json(context.path(CHUNK_FACTS)))
+
+
+def _queries(context: RunContext) -> Queries:
+    config = context.config
+    queries = read_records(context.path(QUERIES), Query)
+    return Queries(
+        source=context.query_source,
+        without_llm=config.queries is None and config.llm is None,
+        kinds=dict(Counter(query.kind for query in queries)),
+        held_out_by_document=context.judged_corpus is None,
+        account=None if config.llm is None else read_json(context.path(ACCOUNT)),
+    )
+
+
+def _mining(context: RunContext) -> Mining:
+    config = context.config
+    facts = read_json(context.path(MINING_FACTS))
+    random_scores, answer_scores = _similarities(context)
+    low, high = facts["band"]
+    return Mining(
+        band=(low, high),
+        calibrated=config.band == "auto",
+        skip=config.skip,
+        per_query=config.negatives,
+        select=config.select,
+        queries=facts["queries"],
+        empty=facts["empty"],
+        random_scores=random_scores,
+        answer_scores=answer_scores,
+        triples=_triples(context),
+    )
+
+
+def _training(context: RunContext) -> Training:
+    config = context.config
+    facts = read_json(context.path(TRAINING_FACTS))
+    loss = [value for _, value in facts["loss"]]
+    tenth = max(1, len(loss) // 10)
+    return Training(
+        base=context.base_name,
+        temperature=config.temperature,
+        learning_rate=config.lr,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        steps=facts["steps"],
+        examples=facts["examples"],
+        precision=facts["precision"],
+        seed=config.seed,
+        loss=(float(np.mean(loss[:tenth])), float(np.mean(loss[-tenth:]))),
+    )
+
+
+def _set_scores(context: RunContext) -> dict[str, SetScores]:
+    """Set -> the scores of every system on it. The set that only chooses a weight is left out."""
     bm25 = read_scores(context.out, None)
     at_weight = {weight: read_scores(context.out, weight) for weight in context.weights}
     passages = read_json(context.path(SETS))
     return {
-        name: Judged(
+        name: SetScores(
             name.removeprefix("ood:"),
             passages[name],
             scores,
@@ -122,7 +141,8 @@ def _judged(context: RunContext) -> dict[str, Judged]:
 
 
 def _similarities(context: RunContext) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines under the base between queries and random passages, and between queries and the passages that answer them."""
+    """Cosines under the base model between queries and random passages, and between queries and
+    the passages that answer them."""
     q, d = base_embeddings(context.out)
     random = np.random.default_rng(context.config.seed)
     rows, columns = random.integers(len(q), size=SAMPLE), random.integers(len(d), size=SAMPLE)
@@ -138,19 +158,17 @@ def _similarities(context: RunContext) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _triples(context: RunContext) -> tuple[Triple, ...]:
+    """A random sample of the training queries with their passages."""
     q, d = base_embeddings(context.out)
     chunks, queries = training_view(context.out)
     relevant = list(relevant_rows(chunks, queries).items())
     passage = {chunk.id: chunk.passage for chunk in chunks}
     negatives = read_negatives(context.out)
     drawn = np.random.default_rng(context.config.seed).permutation(len(relevant))[:TRIPLES]
-    return tuple(
-        Triple(
-            text,
-            (chunks[rows[0]].passage, float(q[i] @ d[rows[0]])),
-            tuple(
-                (passage[negative["chunk_id"]], negative["score"]) for negative in negatives[text]
-            ),
-        )
-        for i, (text, rows) in ((i, relevant[i]) for i in drawn)
-    )
+    triples = []
+    for i in drawn:
+        text, rows = relevant[i]
+        positive = chunks[rows[0]].passage, float(q[i] @ d[rows[0]])
+        mined = ((passage[found["chunk_id"]], found["score"]) for found in negatives[text])
+        triples.append(Triple(text, positive, tuple(mined)))
+    return tuple(triples)
