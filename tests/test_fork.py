@@ -1,4 +1,5 @@
-"""The operations after fork(), as in a DataLoader worker: the parent's OpenMP threads do not survive it, and the child must not wait for them."""
+"""The operations in a forked child, as in a DataLoader worker. The parent's OpenMP threads do not
+exist there, and the child must not wait for them."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# torch itself would hang in the child where it runs an operation in parallel, so tensors are small enough for it to use one thread, while the
-# kernels would use three.
+# torch itself hangs in the child when it runs an operation in parallel, so tensors are small enough
+# for it to use one thread, while the kernels would use three.
 SCRIPT = """
 import multiprocessing, sys
 from pathlib import Path
@@ -30,8 +31,9 @@ for name in ("base", "tuned"):
 def compute(name):
     loss = rf.info_nce(q, d, normalize=True, reduction="none").detach()
     found = rf.band_topk(queries, docs, 5, band=(-0.5, 0.5), skip=2, normalize=True)
-    rf.fuse(folder / "base.safetensors", folder / "tuned.safetensors", folder / f"{name}.safetensors", 0.35)
-    return [t.tolist() for t in (loss, found.ids, found.scores, load_file(folder / f"{name}.safetensors")["w"])]
+    out = folder / f"{name}.safetensors"
+    rf.fuse(folder / "base.safetensors", folder / "tuned.safetensors", out, 0.35)
+    return [t.tolist() for t in (loss, found.ids, found.scores, load_file(out)["w"])]
 
 
 torch.randn(512, 512) @ torch.randn(512, 512)  # torch's threads are running, and so are ours
@@ -46,10 +48,15 @@ torch.randn(512, 512) @ torch.randn(512, 512)
 
 def test_forked_children_compute_the_same(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, tmp_path], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", SCRIPT, tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
-        _, errors = process.communicate(timeout=180)  # for a child that hangs; the work takes a few seconds
+        _, errors = process.communicate(
+            timeout=180
+        )  # for a child that hangs; the work takes a few seconds
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with the children that hang

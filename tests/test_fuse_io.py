@@ -1,4 +1,5 @@
-"""fuse over the portable reads and writes (pread, pwrite) that other systems than Linux use, forced here by REFINE_FAST_PORTABLE_IO."""
+"""fuse over the portable reads and writes (pread, pwrite) that systems other than Linux use, forced
+here by REFINE_FAST_PORTABLE_IO."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from safetensors.torch import save_file
 import refine_fast as rf
 from refine_fast.errors import RefineFastError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every test of fuse takes this path")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere every test of fuse takes this path"
+)
 
 
 @pytest.fixture
@@ -24,7 +27,8 @@ def portable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save(path: Path, seed: int) -> Path:
-    """30 MB of every kind of piece: windows of 8 MiB end inside tensors, and a header of odd length misaligns them."""
+    """30 MB of every kind of piece. Windows of 8 MiB end inside tensors, and a header of odd length
+    misaligns them."""
     g = torch.Generator().manual_seed(seed)
     tensors = {
         "a": torch.randn(1_300_001, generator=g),
@@ -49,7 +53,9 @@ def direct_descriptors() -> int:
 
 
 @pytest.mark.parametrize("threads", [1, None])
-def test_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None) -> None:
+def test_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None
+) -> None:
     base, tuned = save(tmp_path / "base.safetensors", 0), save(tmp_path / "tuned.safetensors", 1)
     seen: dict[str, int] = {}
     for name in ("linux", "portable"):
@@ -59,7 +65,9 @@ def test_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads
         def count(done: int, total: int, name: str = name) -> None:
             seen[name] = max(seen.get(name, 0), direct_descriptors())
 
-        rf.fuse(base, tuned, tmp_path / name / "out.safetensors", 0.35, threads=threads, progress=count)
+        rf.fuse(
+            base, tuned, tmp_path / name / "out.safetensors", 0.35, threads=threads, progress=count
+        )
     linux, portable = (tmp_path / name / "out.safetensors" for name in ("linux", "portable"))
     assert portable.read_bytes() == linux.read_bytes()
     assert seen["portable"] == 0

@@ -13,18 +13,22 @@ import refine_fast
 
 def run(code: str, isa: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "REFINE_FAST_ISA": isa}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "REFINE_FAST_ISA": isa},
     )
 
 
 def sentence(isa: str) -> str:
     levels = ", ".join(refine_fast.available_isas())
-    return f"REFINE_FAST_ISA is '{isa}'; this machine has the levels {levels}: set one of them, or unset it"
+    known = f"this machine has the levels {levels}"
+    return f"REFINE_FAST_ISA is '{isa}'; {known}: set one of them, or unset it"
 
 
 def missing_level() -> str:
-    levels = ["scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon"]
-    return next(level for level in levels if level not in refine_fast.available_isas())
+    every = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon")
+    return next(level for level in every if level not in refine_fast.available_isas())
 
 
 @pytest.mark.parametrize("isa", ["bogus", missing_level()])
@@ -34,9 +38,7 @@ def test_a_level_that_this_machine_lacks_is_one_sentence(isa: str) -> None:
     assert (done.returncode, done.stderr, done.stdout) == (2, f"error: {sentence(isa)}\n", "")
 
 
-@pytest.mark.parametrize(
-    "call", ["rf.info_nce(x, x)", "rf.band_topk(x, x, 1)", "rf.isa()"]
-)
+@pytest.mark.parametrize("call", ["rf.info_nce(x, x)", "rf.band_topk(x, x, 1)", "rf.isa()"])
 def test_every_first_use_raises_refine_fast_error(call: str) -> None:
     code = f"""
 import torch, refine_fast as rf
