@@ -1,13 +1,14 @@
-"""band_topk beside faiss, torch and sentence-transformers, one thread, CPU seconds; its memory; its scaling in N, B and threads.
+"""band_topk beside faiss, torch and sentence-transformers, one thread, CPU seconds; its memory; its
+scaling in N, B and threads.
 
     python benchmarks/bench_band_topk.py [--width 384] [--rounds 3] [--large]
-
-The vectors are clustered so that the band [0.5, 0.7] is populated for every query and, for some, lies beyond rank 2,048: more than a top-k
-index returns. faiss's top 100 therefore does less than is asked, and range_search cannot take the best 100.
-
-faiss-cpu multiplies with OpenBLAS, which picks the widest instructions of the CPU (AVX-512 where there is): forcing our level to avx2
-does not slow it down, so the ratio of that row is against a peer of twice the width. The drop-in cannot be faster than its search: its peer
-spends nine tenths of its time in faiss's.
+ The vectors are clustered so that the band [0.5, 0.7] is populated for every query and, for some,
+lies beyond rank 2,048: more than a top-k index returns. faiss's top 100 therefore does less than is
+asked, and range_search cannot take the best 100.
+ faiss-cpu multiplies with OpenBLAS, which picks the widest instructions of the CPU (AVX-512 where
+there is): forcing our level to avx2 does not slow it down, so the ratio of that row is against a
+peer of twice the width. The drop-in cannot be faster than its search: its peer spends nine tenths
+of its time in faiss's.
 """
 
 from __future__ import annotations
@@ -30,18 +31,24 @@ K, SKIP, BAND = 100, 5, (0.5, 0.7)
 
 
 def clustered(count: int, width: int, seed: int) -> Tensor:
-    """(count, width) unit rows around 600 centres of very different sizes, each row at its own distance."""
+    """(count, width) unit rows around 600 centres of very different sizes, each row at its own
+    distance.
+    """
     generator = torch.Generator().manual_seed(0)
     centres = torch.nn.functional.normalize(torch.randn(600, width, generator=generator), dim=1)
     generator.manual_seed(seed)
     sizes = torch.arange(1, 601).float().pow(-0.9)
     centre = centres[torch.multinomial(sizes, count, replacement=True, generator=generator)]
     distance = 0.3 + 0.8 * torch.rand(count, 1, generator=generator)
-    return torch.nn.functional.normalize(centre + distance * torch.randn(count, width, generator=generator) / width**0.5, dim=1)
+    return torch.nn.functional.normalize(
+        centre + distance * torch.randn(count, width, generator=generator) / width**0.5, dim=1
+    )
 
 
 def torch_chunks(queries: Tensor, docs: Tensor) -> list[Tensor]:
-    """The ten lines that one would write: a chunk's scores, the skipped and what is outside the band masked, topk."""
+    """The ten lines that one would write: a chunk's scores, the skipped and what is outside the
+    band masked, topk.
+    """
     found = []
     for chunk in queries.split(256):
         s = chunk @ docs.T
@@ -54,9 +61,20 @@ def sentence_transformers(queries: Tensor, docs: Tensor, mine: Callable) -> obje
     """mine_hard_negatives on embeddings that are already there: the encoder only hands them out."""
     from datasets import Dataset
 
-    pairs = Dataset.from_dict({"anchor": [f"q{i}" for i in range(len(queries))], "positive": [f"d{i}" for i in range(len(queries))]})
+    pairs = Dataset.from_dict(
+        {
+            "anchor": [f"q{i}" for i in range(len(queries))],
+            "positive": [f"d{i}" for i in range(len(queries))],
+        }
+    )
     corpus = [f"d{i}" for i in range(len(docs))]
-    rule = {"max_score": BAND[1], "min_score": BAND[0], "range_min": SKIP, "num_negatives": 10, "output_format": "n-tuple"}
+    rule = {
+        "max_score": BAND[1],
+        "min_score": BAND[0],
+        "range_min": SKIP,
+        "num_negatives": 10,
+        "output_format": "n-tuple",
+    }
     return mine(pairs, _Encoded(queries, docs), corpus=corpus, verbose=False, **rule)
 
 
@@ -121,14 +139,23 @@ def speed(width: int, rounds: int) -> None:
         "faiss_top100": lambda: index.search(queries.numpy(), K),
         "faiss_range": lambda: index.range_search(queries.numpy(), BAND[0]),
         "torch_chunks": lambda: torch_chunks(queries, docs),
-        **{f"refine_fast_{level}": at_level(level, lambda: ours(queries, docs)) for level in rf.available_isas() if level != "scalar"},
+        **{
+            f"refine_fast_{level}": at_level(level, lambda: ours(queries, docs))
+            for level in rf.available_isas()
+            if level != "scalar"
+        },
     }
     save(
         rows(
-            measure(contestants, rounds=rounds, clock=cpu_seconds), op="band_topk", mode="mine", dtype="fp32", shape=shape,
-            metric="cpu_seconds", peer="faiss_top100",
+            measure(contestants, rounds=rounds, clock=cpu_seconds),
+            op="band_topk",
+            mode="mine",
+            dtype="fp32",
+            shape=shape,
+            metric="cpu_seconds",
+            peer="faiss_top100",
         )
-    )  # fmt: skip
+    )
 
 
 def drop_in(width: int) -> None:
@@ -149,25 +176,58 @@ def drop_in(width: int) -> None:
     }
     shape = {"B": 4096, "N": 200_000, "D": width, "negatives": 10}
     samples = measure(contestants, rounds=1, clock=cpu_seconds)
-    save(rows(samples, op="band_topk", mode="drop_in", dtype="fp32", shape=shape, metric="cpu_seconds", peer="sentence_transformers_faiss"))
-    in_band = torch.zeros(len(queries), dtype=torch.int64)  # by brute force; document i is the positive of query i
+    save(
+        rows(
+            samples,
+            op="band_topk",
+            mode="drop_in",
+            dtype="fp32",
+            shape=shape,
+            metric="cpu_seconds",
+            peer="sentence_transformers_faiss",
+        )
+    )
+    in_band = torch.zeros(
+        len(queries), dtype=torch.int64
+    )  # by brute force; document i is the positive of query i
     for i, chunk in enumerate(queries.split(256)):
         s = chunk @ docs.T
         s[range(len(chunk)), range(256 * i, 256 * i + len(chunk))] = -1
         in_band[256 * i : 256 * i + len(chunk)] = ((s >= BAND[0]) & (s <= BAND[1])).sum(1)
-    print(f"rows with 10 negatives beyond the {SKIP} skipped, of {len(queries)}: there are {int((in_band >= SKIP + 10).sum())}; "
-          f"sentence-transformers finds {found['theirs']}, refine_fast {found['ours']}")  # fmt: skip
+    print(
+        f"rows with 10 negatives beyond the {SKIP} skipped, of {len(queries)}: "
+        f"there are {int((in_band >= SKIP + 10).sum())}; "
+        f"sentence-transformers finds {found['theirs']}, refine_fast {found['ours']}"
+    )
 
 
 def scaling(width: int) -> None:
     """CPU seconds over a decade of N and of B, and wall seconds of two threads."""
     queries, docs = clustered(4096, width, 1), clustered(200_000, width, 2)
     for name, peer, parts in [
-        ("N", "N=20000", {f"N={n}": (queries, docs[:n]) for n in (20_000, 50_000, 100_000, 200_000)}),
+        (
+            "N",
+            "N=20000",
+            {f"N={n}": (queries, docs[:n]) for n in (20_000, 50_000, 100_000, 200_000)},
+        ),
         ("B", "B=410", {f"B={b}": (queries[:b], docs) for b in (410, 1024, 2048, 4096)}),
     ]:
-        samples = measure({key: functools.partial(ours, *part) for key, part in parts.items()}, rounds=2, clock=cpu_seconds)
-        save(rows(samples, op="band_topk", mode=f"scaling_{name}", dtype="fp32", shape={"D": width}, metric="cpu_seconds", peer=peer))
+        samples = measure(
+            {key: functools.partial(ours, *part) for key, part in parts.items()},
+            rounds=2,
+            clock=cpu_seconds,
+        )
+        save(
+            rows(
+                samples,
+                op="band_topk",
+                mode=f"scaling_{name}",
+                dtype="fp32",
+                shape={"D": width},
+                metric="cpu_seconds",
+                peer=peer,
+            )
+        )
 
     def threads(count: int) -> Callable[[], object]:
         def run() -> object:
@@ -180,7 +240,17 @@ def scaling(width: int) -> None:
         return run
 
     samples = measure({f"threads={n}": threads(n) for n in (1, 2)}, rounds=3)
-    save(rows(samples, op="band_topk", mode="threads", dtype="fp32", shape={"D": width}, metric="seconds", peer="threads=1"))
+    save(
+        rows(
+            samples,
+            op="band_topk",
+            mode="threads",
+            dtype="fp32",
+            shape={"D": width},
+            metric="seconds",
+            peer="threads=1",
+        )
+    )
 
 
 def memory(width: int, count: int) -> None:
@@ -189,17 +259,49 @@ def memory(width: int, count: int) -> None:
         path = Path(folder) / "docs.npy"
         file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, width))
         for begin in range(0, count, 100_000):
-            file[begin : begin + 100_000] = clustered(min(100_000, count - begin), width, begin).numpy()
+            file[begin : begin + 100_000] = clustered(
+                min(100_000, count - begin), width, begin
+            ).numpy()
         del file
         build = functools.partial(mapped, str(path), width)
         peak = {"refine_fast": [peak_mb(build)]}
-        save(rows(peak, op="band_topk", mode="mmap", dtype="fp32", shape=shape, metric="peak_mb", peer=""))
+        save(
+            rows(
+                peak,
+                op="band_topk",
+                mode="mmap",
+                dtype="fp32",
+                shape=shape,
+                metric="peak_mb",
+                peer="",
+            )
+        )
         if count > 1_000_000:
             seconds = {"refine_fast": [sample(build(), cpu_seconds)]}
-            save(rows(seconds, op="band_topk", mode="mmap", dtype="fp32", shape=shape, metric="cpu_seconds", peer=""))
+            save(
+                rows(
+                    seconds,
+                    op="band_topk",
+                    mode="mmap",
+                    dtype="fp32",
+                    shape=shape,
+                    metric="cpu_seconds",
+                    peer="",
+                )
+            )
     if count <= 200_000:
         peak = {"refine_fast": [peak_mb(functools.partial(in_memory, count, width))]}
-        save(rows(peak, op="band_topk", mode="memory", dtype="fp32", shape=shape, metric="peak_mb", peer=""))
+        save(
+            rows(
+                peak,
+                op="band_topk",
+                mode="memory",
+                dtype="fp32",
+                shape=shape,
+                metric="peak_mb",
+                peer="",
+            )
+        )
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -215,7 +317,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--large", action="store_true", help="also 5,000,000 documents from a memory map: 7.7 GB of disk, minutes")
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="also 5,000,000 documents from a memory map: 7.7 GB of disk, minutes",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)

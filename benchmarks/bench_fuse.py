@@ -1,20 +1,21 @@
 """fuse beside its peers: ``python benchmarks/bench_fuse.py --help``.
-
-Every contestant writes one fused model and flushes it to the disk; ``cp`` copies one of the two inputs and flushes it: fusing two models
-should cost no more than copying one. "cold": the inputs are dropped from the page cache before each run; "warm": they are read once before.
-Disks drift more than anything else, so each round starts with another contestant; look at the ratios, each within one run. So does memory:
-the host of a virtual machine takes free pages back, and who reads and writes through the page cache waits for new ones. "cold" waits before
-each run until that is done, as where a machine has been idle; before "cold, memory in use" all free memory is written to, as if it were the
-machine's own.
+ Every contestant writes one fused model and flushes it to the disk; ``cp`` copies one of the two
+inputs and flushes it: fusing two models should cost no more than copying one. "cold": the inputs
+are dropped from the page cache before each run; "warm": they are read once before. Disks drift more
+than anything else, so each round starts with another contestant; look at the ratios, each within
+one run. So does memory: the host of a virtual machine takes free pages back, and who reads and
+writes through the page cache waits for new ones. "cold" waits before each run until that is done,
+as where a machine has been idle; before "cold, memory in use" all free memory is written to, as if
+it were the machine's own.
 
 The peers do what their users run:
 
 - loop: safetensors' ``safe_open`` and ``torch.lerp`` tensor by tensor, a shard saved at a time;
-- lm_cocktail: the arithmetic of LM_Cocktail.mix_models, ``sum(weight * state_dict[name])`` over whole state dicts in float32;
+- lm_cocktail: the arithmetic of LM_Cocktail.mix_models, ``sum(weight * state_dict[name])`` over
+  whole state dicts in float32;
 - mergekit: method linear, in an environment of its own, where one is given.
-
-"device" is no merge but the floor under one: the bytes of both inputs read and those of the output written, all past the page cache and at
-once, with no arithmetic in between.
+ "device" is no merge but the floor under one: the bytes of both inputs read and those of the output
+written, all past the page cache and at once, with no arithmetic in between.
 """
 
 from __future__ import annotations
@@ -49,15 +50,28 @@ SWEEP = (0.1, 0.2, 0.35, 0.5, 0.8)
 
 
 def make_model(folder: Path, gigabytes: float, shards: int, dtype: torch.dtype, seed: int) -> None:
-    """A Qwen2 (mergekit merges what it knows the names of, and nothing else without a word) of as many layers as come to that size."""
+    """A Qwen2 (mergekit merges what it knows the names of, and nothing else without a word) of as
+    many layers as come to that size.
+    """
     width = 2048 if gigabytes > 1 else 768
-    heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 256, "vocab_size": 32_000, "tie_word_embeddings": True}
+    heads = {
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 256,
+        "vocab_size": 32_000,
+        "tie_word_embeddings": True,
+    }
 
     def model(layers: int) -> Qwen2ForCausalLM:
-        return Qwen2ForCausalLM(Qwen2Config(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, **heads))
+        return Qwen2ForCausalLM(
+            Qwen2Config(
+                hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, **heads
+            )
+        )
 
     with torch.device("meta"):
-        empty, one = (sum(p.numel() for p in model(layers).parameters()) * dtype.itemsize for layers in (0, 1))
+        empty, one = (
+            sum(p.numel() for p in model(layers).parameters()) * dtype.itemsize for layers in (0, 1)
+        )
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
     try:
@@ -80,13 +94,17 @@ def weight_bytes(folder: Path) -> int:
 
 def use_memory() -> None:
     """Writes to all memory that is free, but for 1 GB."""
-    available = int(re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
-    area = mmap.mmap(-1, max(available - 10**9, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    available = (
+        int(re.findall(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[0]) * 1024
+    )
+    area = mmap.mmap(
+        -1, max(available - 10**9, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
     torch.frombuffer(area, dtype=torch.uint8)[:: mmap.PAGESIZE] = 1
 
 
 def prepare(root: Path, mode: str) -> None:
-    """Removes the output of the run before and puts the inputs into the page cache, or out of it."""
+    """Removes the previous output; loads the inputs into the page cache or evicts them from it."""
     shutil.rmtree(root / "out", ignore_errors=True)
     for path in (*(root / "base").iterdir(), *(root / "tuned").iterdir()):
         with path.open("rb") as file:
@@ -121,7 +139,10 @@ def loop(root: Path) -> None:
     (root / "out").mkdir()
     for path in (root / "base").glob("*.safetensors"):
         with safe_open(path, "pt") as base, safe_open(root / "tuned" / path.name, "pt") as tuned:
-            merged = {name: torch.lerp(base.get_tensor(name), tuned.get_tensor(name), WEIGHT) for name in base.keys()}  # noqa: SIM118
+            merged = {
+                name: torch.lerp(base.get_tensor(name), tuned.get_tensor(name), WEIGHT)
+                for name in base.keys()  # noqa: SIM118
+            }
         save_file(merged, root / "out" / path.name, {"format": "pt"})
     flush(root / "out")
 
@@ -138,17 +159,28 @@ def lm_cocktail(root: Path) -> None:
 
 
 def mergekit(command: str, root: Path) -> None:
-    models = [{"model": str(root / name), "parameters": {"weight": w}} for name, w in (("base", 1 - WEIGHT), ("tuned", WEIGHT))]
+    models = [
+        {"model": str(root / name), "parameters": {"weight": w}}
+        for name, w in (("base", 1 - WEIGHT), ("tuned", WEIGHT))
+    ]
     recipe = root / "mergekit.yaml"
     with safe_open(next((root / "base").glob("*.safetensors")), "pt") as shard:
-        dtype = {"BF16": "bfloat16", "F32": "float32"}[shard.get_slice(next(iter(shard.keys()))).get_dtype()]
+        dtype = {"BF16": "bfloat16", "F32": "float32"}[
+            shard.get_slice(next(iter(shard.keys()))).get_dtype()
+        ]
     recipe.write_text(json.dumps({"models": models, "merge_method": "linear", "dtype": dtype}))
-    subprocess.run([command, recipe, root / "out", "--no-copy-tokenizer", "--no-write-model-card"], check=True, capture_output=True)
+    subprocess.run(
+        [command, recipe, root / "out", "--no-copy-tokenizer", "--no-write-model-card"],
+        check=True,
+        capture_output=True,
+    )
     flush(root / "out")
 
 
 def huge_pages(size: int) -> memoryview:
-    """Memory in pages of 2 MiB: from small ones, all over physical memory, a virtual disk moves a third as much."""
+    """Memory in pages of 2 MiB: from small ones, all over physical memory, a virtual disk moves a
+    third as much.
+    """
     page = 2 << 20
     area = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_HUGEPAGE)
@@ -159,11 +191,16 @@ def huge_pages(size: int) -> memoryview:
 def device(root: Path) -> None:
     (root / "out").mkdir()
     names = sorted(path.name for path in (root / "base").glob("*.safetensors"))
-    moves = [([root / folder / name for name in names], os.O_RDONLY, os.preadv) for folder in ("base", "tuned")]
+    moves = [
+        ([root / folder / name for name in names], os.O_RDONLY, os.preadv)
+        for folder in ("base", "tuned")
+    ]
     moves.append(([root / "out" / name for name in names], os.O_WRONLY | os.O_CREAT, os.pwritev))
     sizes = [(root / "base" / name).stat().st_size for name in names]
 
-    def move(paths: list[Path], flags: int, call: Callable[[int, list[memoryview], int], int]) -> None:
+    def move(
+        paths: list[Path], flags: int, call: Callable[[int, list[memoryview], int], int]
+    ) -> None:
         window = huge_pages(8 << 20)
         for path, size in zip(paths, sizes, strict=True):
             fd = os.open(path, flags | os.O_DIRECT)
@@ -187,7 +224,13 @@ def build(run: Callable[[Path], None], root: Path) -> Callable[[], None]:
 
 
 def compare(
-    root: Path, contestants: dict[str, Callable[[Path], None]], *, mode: str, rounds: int, dtype: str, shape: dict[str, object]
+    root: Path,
+    contestants: dict[str, Callable[[Path], None]],
+    *,
+    mode: str,
+    rounds: int,
+    dtype: str,
+    shape: dict[str, object],
 ) -> None:
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     whole = weight_bytes(root / "base")
@@ -198,19 +241,44 @@ def compare(
             samples[name].append(record.sample(partial(run, root)))
             if (written := weight_bytes(root / "out")) < 0.99 * whole:
                 raise SystemExit(f"{name} wrote {written:,} bytes of weights of {whole:,}")
-    record.save(record.rows(samples, op="fuse", mode=mode, dtype=dtype, shape=shape, metric="seconds", peer="cp"))
+    record.save(
+        record.rows(
+            samples, op="fuse", mode=mode, dtype=dtype, shape=shape, metric="seconds", peer="cp"
+        )
+    )
     if mode == "cold":
-        peaks = {name: [record.peak_mb(partial(build, contestants[name], root))] for name in ("refine_fast", "loop") if name in contestants}
-        record.save(record.rows(peaks, op="fuse", mode=mode, dtype=dtype, shape=shape, metric="peak_mb", peer="loop"))
+        peaks = {
+            name: [record.peak_mb(partial(build, contestants[name], root))]
+            for name in ("refine_fast", "loop")
+            if name in contestants
+        }
+        record.save(
+            record.rows(
+                peaks, op="fuse", mode=mode, dtype=dtype, shape=shape, metric="peak_mb", peer="loop"
+            )
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gb", type=float, default=3.15, help="size of each bf16 input of the cold run, in three shards")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--gb",
+        type=float,
+        default=3.15,
+        help="size of each bf16 input of the cold run, in three shards",
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to work: 4 times --gb of disk, and 6 times --gb of memory for lm_cocktail")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to work: 4 times --gb of disk, and 6 times --gb of memory for lm_cocktail",
+    )
     parser.add_argument("--skip", nargs="*", default=[], help="peers to leave out")
-    parser.add_argument("--mergekit", help="the mergekit-yaml command of an environment that has it")
+    parser.add_argument(
+        "--mergekit", help="the mergekit-yaml command of an environment that has it"
+    )
     arguments = parser.parse_args()
     contestants: dict[str, Callable[[Path], None]] = {
         "cp": copy,
@@ -229,11 +297,22 @@ def main() -> None:
             make_model(small / name, 0.44, 1, torch.float32, seed)
         shape: dict[str, object] = {"gb": arguments.gb, "shards": 3}
         compare(large, contestants, mode="cold", rounds=arguments.rounds, dtype="bf16", shape=shape)
-        fast = {name: run for name, run in contestants.items() if name not in ("lm_cocktail", "mergekit")}
+        fast = {
+            name: run
+            for name, run in contestants.items()
+            if name not in ("lm_cocktail", "mergekit")
+        }
         compare(large, fast, mode=IN_USE, rounds=arguments.rounds, dtype="bf16", shape=shape)
         del contestants["device"]
         contestants["refine_fast_sweep_5"] = sweep
-        compare(small, contestants, mode="warm", rounds=arguments.rounds, dtype="fp32", shape={"gb": 0.44, "shards": 1})
+        compare(
+            small,
+            contestants,
+            mode="warm",
+            rounds=arguments.rounds,
+            dtype="fp32",
+            shape={"gb": 0.44, "shards": 1},
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """info_nce, forward and backward, beside what it replaces, on one CPU thread in CPU seconds.
 
-    python benchmarks/bench_info_nce.py [--rows 8192] [--rounds 3] [--dtype fp32 bf16] [--width 384 768] [--memory] [--only NAME...]
-    python benchmarks/bench_info_nce.py --prefixes 64 128 256 512       # the loss at these widths and the full one
-
-Peers: naive cross_entropy; torch in chunks of 256 with the gradients in the forward (the fair one: ten lines); sentence-transformers'
-MultipleNegativesRankingLoss and its cached loss at the default mini-batch of 32, on embeddings (no encoder). With --prefixes: all widths in
-one pass, a call of info_nce for each, and the torch chunks for each.
+    python benchmarks/bench_info_nce.py [--rows 8192] [--rounds 3] [--dtype fp32 bf16] [--width 384
+    768] [--memory] [--only NAME...] python benchmarks/bench_info_nce.py --prefixes 64 128 256 512
+    # the loss at these widths and the full one
+ Peers: naive cross_entropy; torch in chunks of 256 with the gradients in the forward (the fair one:
+ten lines); sentence-transformers' MultipleNegativesRankingLoss and its cached loss at the default
+mini-batch of 32, on embeddings (no encoder). With --prefixes: all widths in one pass, a call of
+info_nce for each, and the torch chunks for each.
 """
 
 from __future__ import annotations
@@ -50,37 +51,55 @@ def chunks(q: Tensor, d: Tensor) -> None:
 def sentence_transformers(q: Tensor, d: Tensor) -> None:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    MultipleNegativesRankingLoss(nn.Identity(), scale=1 / TEMPERATURE).compute_loss_from_embeddings([q, d], None).backward()
+    MultipleNegativesRankingLoss(nn.Identity(), scale=1 / TEMPERATURE).compute_loss_from_embeddings(
+        [q, d], None
+    ).backward()
 
 
 def sentence_transformers_cached(q: Tensor, d: Tensor) -> None:
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    loss = CachedMultipleNegativesRankingLoss(nn.Sequential(nn.Identity()), scale=1 / TEMPERATURE, mini_batch_size=MINI_BATCH)
+    loss = CachedMultipleNegativesRankingLoss(
+        nn.Sequential(nn.Identity()), scale=1 / TEMPERATURE, mini_batch_size=MINI_BATCH
+    )
     loss.calculate_loss([[q], [d]], with_backward=True)
 
 
 CONTESTANTS = {
-    "refine_fast": fused, "torch chunks of 256": chunks, "naive cross_entropy": naive, "sentence-transformers": sentence_transformers,
+    "refine_fast": fused,
+    "torch chunks of 256": chunks,
+    "naive cross_entropy": naive,
+    "sentence-transformers": sentence_transformers,
     "sentence-transformers cached": sentence_transformers_cached,
-}  # fmt: skip
+}
 
 
 def fused_prefixes(q: Tensor, d: Tensor, prefixes: list[int]) -> None:
-    rf.info_nce(q, d, temperature=TEMPERATURE, widths=[w for w in prefixes if w < q.shape[1]] + [q.shape[1]]).backward()
+    rf.info_nce(
+        q, d, temperature=TEMPERATURE, widths=[w for w in prefixes if w < q.shape[1]] + [q.shape[1]]
+    ).backward()
 
 
-def one_by_one(q: Tensor, d: Tensor, prefixes: list[int], contestant: Callable[[Tensor, Tensor], None]) -> None:
+def one_by_one(
+    q: Tensor, d: Tensor, prefixes: list[int], contestant: Callable[[Tensor, Tensor], None]
+) -> None:
     for width in [w for w in prefixes if w < q.shape[1]] + [q.shape[1]]:
         contestant(q[:, :width], d[:, :width])
 
 
-def ready(contestant: Callable[[Tensor, Tensor], None], n: int, width: int, dtype: str) -> Callable[[], None]:
-    """Unit vectors; gradients start from None at every call. A first, tiny call takes the imports of a first use out of the figures."""
+def ready(
+    contestant: Callable[[Tensor, Tensor], None], n: int, width: int, dtype: str
+) -> Callable[[], None]:
+    """Unit vectors; gradients start from None at every call. A first, tiny call takes the imports
+    of a first use out of the figures.
+    """
     torch.set_num_threads(1)
     contestant(*(torch.randn(4, width).to(DTYPES[dtype]).requires_grad_() for _ in range(2)))
     torch.manual_seed(0)
-    leaves = [F.normalize(torch.randn(n, width), dim=1).to(DTYPES[dtype]).requires_grad_() for _ in range(2)]
+    leaves = [
+        F.normalize(torch.randn(n, width), dim=1).to(DTYPES[dtype]).requires_grad_()
+        for _ in range(2)
+    ]
 
     def run() -> None:
         contestant(*leaves)
@@ -91,12 +110,16 @@ def ready(contestant: Callable[[Tensor, Tensor], None], n: int, width: int, dtyp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--width", nargs="+", type=int, default=[384, 768])
-    parser.add_argument("--memory", action="store_true", help="only the growth of peak memory, gradients included")
+    parser.add_argument(
+        "--memory", action="store_true", help="only the growth of peak memory, gradients included"
+    )
     parser.add_argument("--prefixes", nargs="+", type=int)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants")
     options = parser.parse_args()
@@ -105,20 +128,45 @@ def main() -> None:
     if options.prefixes:
         contestants = {
             "refine_fast": partial(fused_prefixes, prefixes=options.prefixes),
-            "refine_fast, a width at a time": partial(one_by_one, prefixes=options.prefixes, contestant=fused),
-            "torch chunks of 256": partial(one_by_one, prefixes=options.prefixes, contestant=chunks),
+            "refine_fast, a width at a time": partial(
+                one_by_one, prefixes=options.prefixes, contestant=fused
+            ),
+            "torch chunks of 256": partial(
+                one_by_one, prefixes=options.prefixes, contestant=chunks
+            ),
         }
-    contestants = {name: run for name, run in contestants.items() if not options.only or name in options.only}
+    contestants = {
+        name: run for name, run in contestants.items() if not options.only or name in options.only
+    }
     for dtype in options.dtype:
         for width in options.width:
-            shape = {"B": options.rows, "D": width} | ({"prefixes": options.prefixes} if options.prefixes else {})
-            common = {"op": "info_nce", "mode": "fwd+bwd", "dtype": dtype, "shape": shape, "peer": "torch chunks of 256"}
+            shape = {"B": options.rows, "D": width} | (
+                {"prefixes": options.prefixes} if options.prefixes else {}
+            )
+            common = {
+                "op": "info_nce",
+                "mode": "fwd+bwd",
+                "dtype": dtype,
+                "shape": shape,
+                "peer": "torch chunks of 256",
+            }
             if options.memory:
-                peaks = {name: [peak_mb(partial(ready, run, options.rows, width, dtype))] for name, run in contestants.items()}
+                peaks = {
+                    name: [peak_mb(partial(ready, run, options.rows, width, dtype))]
+                    for name, run in contestants.items()
+                }
                 save(rows(peaks, metric="peak_mb", **common))
                 continue
-            calls = {name: ready(run, options.rows, width, dtype) for name, run in contestants.items()}
-            save(rows(measure(calls, rounds=options.rounds, clock=cpu_seconds), metric="cpu_seconds", **common))
+            calls = {
+                name: ready(run, options.rows, width, dtype) for name, run in contestants.items()
+            }
+            save(
+                rows(
+                    measure(calls, rounds=options.rounds, clock=cpu_seconds),
+                    metric="cpu_seconds",
+                    **common,
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Times a subject beside its peers in one run and keeps the rows in ``benchmarks/results/<device>.csv``.
-
-A machine's speed drifts, so a figure means something only beside a peer's of the same run: ``measure`` takes the contestants in turn
-(A B C A B C ...) and every row carries the ratio to the peer named. Memory is the growth of the process's peak resident size, read in a
-fresh process, since a peak never shrinks. A row's key is everything but its values and its time: a re-run overwrites it.
+"""Times a subject beside its peers in one run and keeps the rows in
+``benchmarks/results/<device>.csv``.
+ A machine's speed drifts, so a figure means something only beside a peer's of the same run:
+``measure`` takes the contestants in turn (A B C A B C ...) and every row carries the ratio to the
+peer named. Memory is the growth of the process's peak resident size, read in a fresh process, since
+a peak never shrinks. A row's key is everything but its values and its time: a re-run overwrites it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ import refine_fast as rf
 
 RESULTS = Path(__file__).parent / "results"
 VALUES = {"p20", "p50", "p80", "ratio_to_peer", "commit", "timestamp"}
-METRICS = {"seconds": "s", "cpu_seconds": "s", "peak_mb": "MiB", "tflops": "TFLOP/s", "gb_per_s": "GB/s", "fraction_of_roofline": "1"}
+METRICS = {
+    "seconds": "s",
+    "cpu_seconds": "s",
+    "peak_mb": "MiB",
+    "tflops": "TFLOP/s",
+    "gb_per_s": "GB/s",
+    "fraction_of_roofline": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -67,14 +75,20 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's short hash, with "+" where the sources differ from it; REFINE_FAST_COMMIT where there is no checkout."""
+    """The checkout's short hash, with "+" where the sources differ from it; REFINE_FAST_COMMIT
+    where there is no checkout.
+    """
     if "REFINE_FAST_COMMIT" in os.environ:
         return os.environ["REFINE_FAST_COMMIT"]
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=RESULTS.parent.parent, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=RESULTS.parent.parent, capture_output=True, text=True
+        ).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "csrc", "refine_fast") else "")
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("status", "--porcelain", "--", "csrc", "refine_fast") else ""
+    )
 
 
 def triton_version() -> str:
@@ -103,7 +117,10 @@ def sample(run: Callable[[], object], clock: Callable[[], float] = time.perf_cou
 
 
 def measure(
-    contestants: Mapping[str, Callable[[], object]], *, rounds: int, clock: Callable[[], float] = time.perf_counter
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """``rounds`` samples of each contestant, taken in turn after one uncounted round."""
     samples: dict[str, list[float]] = {name: [] for name in contestants}
@@ -120,7 +137,9 @@ def _peak_in_child(build: Callable[[], Callable[[], object]], pipe: Connection) 
         return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
 
     run = build()
-    ctypes.CDLL(None).malloc_trim(0)  # else what building freed is used again, and hides as much of the run's own
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # else what building freed is used again, and hides as much of the run's own
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
     before = peak()
     run()
@@ -128,8 +147,10 @@ def _peak_in_child(build: Callable[[], Callable[[], object]], pipe: Connection) 
 
 
 def peak_mb(build: Callable[[], Callable[[], object]]) -> float:
-    """MiB by which one call raises the peak resident size, in a fresh process: ``build()`` makes the inputs, what it returns is measured.
-    ``build`` must be picklable: a module-level function or a functools.partial of one."""
+    """MiB by which one call raises the peak resident size, in a fresh process: ``build()`` makes
+    the inputs, what it returns is measured. ``build`` must be picklable: a module-level function or
+    a functools.partial of one.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_peak_in_child, args=(build, sender))
@@ -144,20 +165,44 @@ def peak_mb(build: Callable[[], Callable[[], object]]) -> float:
 
 
 def rows(
-    samples: Mapping[str, list[float]], *, op: str, mode: str, dtype: str, shape: Mapping[str, object], metric: str, peer: str
+    samples: Mapping[str, list[float]],
+    *,
+    op: str,
+    mode: str,
+    dtype: str,
+    shape: Mapping[str, object],
+    metric: str,
+    peer: str,
 ) -> list[Row]:
-    """One row a contestant: 20th, 50th and 80th percentile, and the median's ratio to the median of ``peer``."""
+    """One row a contestant: 20th, 50th and 80th percentile, and the median's ratio to the median of
+    ``peer``.
+    """
 
     def percentiles(values: list[float]) -> list[float]:
-        return values * 3 if len(values) == 1 else [statistics.quantiles(values, n=10, method="inclusive")[i] for i in (1, 4, 7)]
+        return (
+            values * 3
+            if len(values) == 1
+            else [statistics.quantiles(values, n=10, method="inclusive")[i] for i in (1, 4, 7)]
+        )
 
     middle = {name: statistics.median(values) for name, values in samples.items()}
     common = {
-        "op": op, "mode": mode, "dtype": dtype, "shape": json.dumps(shape, sort_keys=True), "metric": metric, "unit": METRICS[metric],
-        "peer": peer, "device": device_name(), "isa": rf.isa(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "triton": triton_version(), "refine_fast": rf.__version__, "commit": commit(),
+        "op": op,
+        "mode": mode,
+        "dtype": dtype,
+        "shape": json.dumps(shape, sort_keys=True),
+        "metric": metric,
+        "unit": METRICS[metric],
+        "peer": peer,
+        "device": device_name(),
+        "isa": rf.isa(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "refine_fast": rf.__version__,
+        "commit": commit(),
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
     found = []
     for name, values in samples.items():
         p20, p50, p80 = percentiles(values)
@@ -179,10 +224,16 @@ def save(new: list[Row]) -> Path:
         with path.open(newline="") as file:
             table = {key(row): row for row in csv.DictReader(file)}
     for row in new:
-        text = {name: f"{value:.6g}" if isinstance(value, float) else "" if value is None else value for name, value in asdict(row).items()}
+        text = {
+            name: f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
+            for name, value in asdict(row).items()
+        }
         table[key(text)] = text
         ratio = "" if row.ratio_to_peer is None else f"  = {row.ratio_to_peer:.3g} x {row.peer}"
-        print(f"{row.op:10} {row.mode:12} {row.dtype:5} {row.shape:44} {row.provider:32} {row.metric:12} {row.p50:10.4g} {row.unit}{ratio}")
+        print(
+            f"{row.op:10} {row.mode:12} {row.dtype:5} {row.shape:44} {row.provider:32} "
+            f"{row.metric:12} {row.p50:10.4g} {row.unit}{ratio}"
+        )
     RESULTS.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:

@@ -409,15 +409,13 @@ def test_load_beir_without_a_folder(tmp_path: Path) -> None:
         load_beir(tmp_path / "absent")
 
 
-def test_sample_keeps_every_answer(squad: RetrievalSet) -> None:
-    small = squad.sample(queries=7, docs=20, seed=3)
+def test_sample_keeps_every_answer(data: RetrievalSet) -> None:
+    small = data.sample(queries=7, docs=20, seed=3)
     assert (len(small.queries), len(small.docs)) == (7, 20)
     for key, text, rows in zip(small.query_ids, small.queries, small.relevant, strict=True):
-        whole = squad.query_ids.index(key)
-        assert text == squad.queries[whole]
-        assert {small.docs[row] for row in rows} == {
-            squad.docs[row] for row in data.relevant[whole]
-        }
+        whole = data.query_ids.index(key)
+        assert text == data.queries[whole]
+        assert {small.docs[row] for row in rows} == {data.docs[row] for row in data.relevant[whole]}
 
 
 def pieces(sources: int) -> tuple[list[Chunk], list[Query]]:

@@ -1,4 +1,6 @@
-"""What an installed package shows of itself: its version, and the two ways to start the command line."""
+"""What an installed package shows of itself: its version, and the two ways to start the command
+line.
+"""
 
 from __future__ import annotations
 
@@ -29,5 +31,9 @@ def test_python_dash_m_is_the_command(arguments: list[str], tmp_path: Path) -> N
     module = subprocess.run([sys.executable, "-m", "refine_fast", *arguments], **start)
     script = "import sys; from refine_fast.cli import main; sys.exit(main())"
     command = subprocess.run([sys.executable, "-c", script, *arguments], **start)
-    assert (module.returncode, module.stdout, module.stderr) == (command.returncode, command.stdout, command.stderr)
+    assert (module.returncode, module.stdout, module.stderr) == (
+        command.returncode,
+        command.stdout,
+        command.stderr,
+    )
     assert module.stdout or module.stderr
