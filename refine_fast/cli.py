@@ -225,6 +225,12 @@ def parser() -> argparse.ArgumentParser:
     eval_command.add_argument(
         "--split", default="test", metavar="NAME", help="which of its qrels (default test)"
     )
+    eval_command.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "auto"],
+        default="fp32",
+        help="of the encoder; auto: bf16 where the hardware has it (default fp32)",
+    )
     return top
 
 
@@ -340,4 +346,4 @@ def fuse(options: argparse.Namespace, console: Console) -> None:
 def evaluate(options: argparse.Namespace, console: Console) -> None:
     from .pipeline.commands.summary import show_evaluation
 
-    show_evaluation(options.models, options.data, options.split, console)
+    show_evaluation(options.models, options.data, options.split, options.precision, console)
