@@ -268,6 +268,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--split", default="test", metavar="NAME", help="which of its qrels to use (default test)"
     )
+    eval_command.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "auto"],
+        default="fp32",
+        help="of the encoder; auto: bf16 where the hardware has it (default fp32)",
+    )
     return top
 
 
@@ -397,4 +403,4 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     """Scores models on a retrieval set."""
     from .pipeline.commands.summary import show_evaluation
 
-    show_evaluation(options.models, options.data, options.split, console)
+    show_evaluation(options.models, options.data, options.split, options.precision, console)

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Column, Table
 
@@ -28,7 +28,7 @@ from ..corpus.jsonl import read_records
 from ..evaluation.evaluate import evaluate_models
 from ..evaluation.significance import Gain, gain
 from ..queries.query import Query
-from ..reporting.format import points
+from ..reporting.format import HEADLINE, points
 
 COLUMNS = ("recall@1", "recall@3", "recall@10", "ndcg@10")
 
@@ -92,14 +92,26 @@ def _show_scores(context: RunContext) -> None:
     context.console.say(f"the model is {context.model}, the report {context.path('report.html')}")
 
 
-def show_evaluation(models: list[str], data: Path, split: str, console: Console) -> None:
+def show_evaluation(
+    models: list[str],
+    data: Path,
+    split: str,
+    precision: Literal["fp32", "bf16", "auto"],
+    console: Console,
+) -> None:
+    """Scores the models and shows a row for each, with the gains over the first."""
     with console.progress("encoding") as progress:
-        rows = evaluate_models(models, data, split, progress=progress)
+        rows = evaluate_models(models, data, split, precision=precision, progress=progress)
+    about = rows[-1]  # of a model
     table = Table(
-        Column(overflow="fold"), *COLUMNS, "recall@3 against the first"
-    )  # runs/a/model and runs/b/model differ in the middle
+        Column(overflow="fold"),  # runs/a/model and runs/b/model differ in the middle
+        *COLUMNS,
+        f"{HEADLINE} against the first",
+        title=f"{about['data']}, {split}: {about['queries']:,} queries, "
+        f"{about['passages']:,} passages, precision {about['precision']}",
+    )
     for row in rows:
-        change = row.get("gain", {}).get("recall@3")
+        change = row.get("gain", {}).get(HEADLINE)
         table.add_row(
             row["system"],
             *(f"{row[metric]:.3f}" for metric in COLUMNS),

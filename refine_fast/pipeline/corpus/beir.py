@@ -1,16 +1,17 @@
-"""What is evaluated: passages, queries and which passages answer each; read from a BEIR folder."""
+"""A retrieval set: passages, queries and judgements, read from a folder in BEIR layout."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from ...errors import RefineFastError
 from .jsonl import read_jsonl, text_field
+from .qrels import read_qrels
 from .text import passage_text
 
 
@@ -23,71 +24,143 @@ def is_beir(path: Path, split: str = "test") -> bool:
 
 @dataclass(frozen=True)
 class RetrievalSet:
+    """Passages, queries, and how well which passage answers which query."""
+
     name: str
     doc_ids: list[str]
     docs: list[str]
     query_ids: list[str]
     queries: list[str]
-    relevant: list[set[int]]
-    """Per query the rows of ``docs`` that answer it; never empty."""
+    qrels: list[dict[str, float]]
+    """Per query: passage id -> grade, relevant if above 0. May name passages that the corpus lacks:
+    they count as relevant and cannot be found."""
+
+    @cached_property
+    def relevant(self) -> list[set[int]]:
+        """Per query: the rows of ``docs`` that answer it. Empty if no passage here does."""
+        row_of = self._row_of
+        return [
+            {row_of[doc] for doc in _relevant_ids(judged) if doc in row_of} for judged in self.qrels
+        ]
+
+    @cached_property
+    def own_rows(self) -> list[list[int]]:
+        """Per query: the row of the passage with the query's own id, if any. BEIR leaves it out of
+        the ranking (``ignore_identical_ids``), since in some sets a query is itself a passage."""
+        row_of = self._row_of
+        return [[row_of[query]] if query in row_of else [] for query in self.query_ids]
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {doc: row for row, doc in enumerate(self.doc_ids)}
+
+    def ids_at(self, rows: np.ndarray) -> list[list[str | None]]:
+        """The passage ids at rows of ``docs``, of any (Q, k) array; None where a row is -1."""
+        ids = np.array([*self.doc_ids, None], object)
+        return ids[rows].tolist()
+
+    def remarks(self) -> Iterator[str]:
+        """What lowers every system's scores on this set, in one sentence each."""
+        row_of = self._row_of
+        judged = list(zip(self.query_ids, self.qrels, strict=True))
+        unanswered = [query for query, grades in judged if not any(_relevant_ids(grades))]
+        if unanswered:
+            yield (
+                f"{self.name}: {len(unanswered)} of {len(judged)} queries, such as"
+                f" {unanswered[0]!r}, have no relevant passage; they score 0, as in trec_eval."
+            )
+        missing = [
+            doc for _, grades in judged for doc in _relevant_ids(grades) if doc not in row_of
+        ]
+        if missing:
+            yield (
+                f"{self.name}: {len(missing)} relevant passages, such as {missing[0]!r}, are not in"
+                " the corpus; as in BEIR, they count as not found."
+            )
+        own = [query for query, grades in judged if query in row_of and grades.get(query, 0) > 0]
+        if own:
+            yield (
+                f"{self.name}: {len(own)} queries, such as {own[0]!r}, have the id of their own"
+                " relevant passage. As in BEIR, a query's own document is left out of its ranking;"
+                " rename these queries to rank it."
+            )
 
     def sample(self, *, queries: int, docs: int, seed: int) -> RetrievalSet:
-        """A smaller set for a quick look: random ``queries``, all that answers them, and random passages up to ``docs`` in all. Easier than
-        the whole, so compare only figures from the same sample."""
+        """A smaller set for a quick look: easier than the whole, so compare scores only within one
+        sample.
+
+        Args:
+            queries: How many queries to draw; every passage that answers them is kept.
+            docs: How many passages to have in all, as far as the kept ones leave room.
+            seed: Of the draw.
+        """
         rng = np.random.default_rng(seed)
         kept = sorted(rng.permutation(len(self.queries))[:queries].tolist())
-        needed = set().union(*(self.relevant[i] for i in kept))
+        needed: set[int] = set().union(*(self.relevant[i] for i in kept))
         filler = [row for row in rng.permutation(len(self.docs)).tolist() if row not in needed]
         rows = sorted(needed | set(filler[: max(0, docs - len(needed))]))
-        new_row = {row: i for i, row in enumerate(rows)}
         return RetrievalSet(
             self.name,
             [self.doc_ids[row] for row in rows],
             [self.docs[row] for row in rows],
             [self.query_ids[i] for i in kept],
             [self.queries[i] for i in kept],
-            [{new_row[row] for row in self.relevant[i]} for i in kept],
+            [self.qrels[i] for i in kept],
         )
+
+
+def _relevant_ids(judged: Mapping[str, float]) -> Iterator[str]:
+    return (doc for doc, grade in judged.items() if grade > 0)
 
 
 def load_beir(folder: Path, split: str = "test") -> RetrievalSet:
-    """``corpus.jsonl[.gz]`` {"_id", "title", "text"}, ``queries.jsonl[.gz]`` {"_id", "text"}, ``qrels/<split>.tsv`` (query-id, corpus-id,
-    score; above 0 is relevant). All passages, and the queries that have a relevant passage in the split, in the order of the qrels."""
+    """Reads a folder in BEIR layout by BEIR's rules.
+
+    Args:
+        folder: Holds ``corpus.jsonl[.gz]`` {"_id", "title", "text"}, ``queries.jsonl[.gz]``
+            {"_id", "text"} and ``qrels/<split>.tsv`` (``read_qrels``).
+        split: Which qrels to use.
+
+    Returns:
+        All passages, and the queries that are judged in the split, in the order of the qrels;
+        queries whose grades are all 0 too.
+
+    Raises:
+        RefineFastError: A missing or malformed file, or no relevant passage in the corpus.
+    """
     if not folder.is_dir():
         raise RefineFastError(
-            f"{folder} is not a folder; give one in BEIR layout (corpus.jsonl, queries.jsonl, qrels/{split}.tsv)."
+            f"{folder} is not a folder; give one in BEIR layout (corpus.jsonl, queries.jsonl,"
+            f" qrels/{split}.tsv)."
         )
     path = folder / "qrels" / f"{split}.tsv"
     corpus, queries = _texts(folder, "corpus"), _texts(folder, "queries")
-    row_of = {key: row for row, key in enumerate(corpus)}
-    relevant: dict[str, set[int]] = {}
-    for query, passage, place in _judgements(path):
-        for kind, key, known in (("query", query, queries), ("passage", passage, corpus)):
-            if key not in known:
-                raise RefineFastError(
-                    f"{place}: the {kind} id {key!r} is not in {folder}; add it there or remove the line."
-                )
-        relevant.setdefault(query, set()).add(row_of[passage])
+    qrels = read_qrels(path, queries.keys())
+    relevant = {doc for judged in qrels.values() for doc in _relevant_ids(judged)}
     if not relevant:
         raise RefineFastError(
-            f"{path} names no relevant passage: every score is 0 or the file is empty; choose another split."
+            f"{path} names no relevant passage: every score is 0 or the file is empty; choose"
+            " another split."
         )
-    asked = [queries[key] for key in relevant]
+    if relevant.isdisjoint(corpus):
+        raise RefineFastError(
+            f"{path}: the corpus has none of the {len(relevant)} relevant passages, such as"
+            f" {min(relevant)!r}; check that the qrels belong to this corpus."
+        )
     return RetrievalSet(
         folder.resolve().name,
         list(corpus),
         list(corpus.values()),
-        list(relevant),
-        asked,
-        list(relevant.values()),
+        list(qrels),
+        [queries[key] for key in qrels],
+        list(qrels.values()),
     )
 
 
 def _texts(folder: Path, stem: str) -> dict[str, str]:
     """_id -> passage or query of ``stem``.jsonl[.gz]."""
-    path = next(
-        (p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None
-    )
+    candidates = (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz")
+    path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise RefineFastError(
             f"{folder} has no {stem}.jsonl or {stem}.jsonl.gz; give a folder in BEIR layout."
@@ -97,35 +170,7 @@ def _texts(folder: Path, stem: str) -> dict[str, str]:
         place = f"{path}:{number}"
         key = text_field(row, ("_id",), place)
         if key in texts:
-            raise RefineFastError(
-                f"{place}: the _id {key!r} stands on an earlier line too; make the ids unique."
-            )
-        texts[key] = passage_text(
-            text_field(row, ("title",), place, default=""), text_field(row, ("text",), place)
-        )
+            raise RefineFastError(f"{place}: duplicate _id {key!r}; ids must be unique.")
+        title = text_field(row, ("title",), place, default="")
+        texts[key] = passage_text(title, text_field(row, ("text",), place))
     return texts
-
-
-def _judgements(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(query id, passage id, where it stands) of the judgements above 0."""
-    if not path.is_file():
-        splits = sorted(p.stem for p in path.parent.glob("*.tsv"))
-        raise RefineFastError(
-            f"{path} does not exist; the splits of this set are: {', '.join(splits) or 'none'}."
-        )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RefineFastError(
-            f"{path} cannot be read as UTF-8 ({error}); fetch the set again."
-        ) from None
-    for number, line in enumerate(lines, 1):
-        fields = line.split("\t")
-        if not line.strip() or (number == 1 and fields[-1] == "score"):
-            continue
-        if len(fields) != 3 or not re.fullmatch(r"-?\d+", fields[2].strip()):
-            raise RefineFastError(
-                f"{path}:{number} is {line!r:.80}; it must be query-id, corpus-id and whole score, tab-separated."
-            )
-        if int(fields[2]) > 0:
-            yield fields[0], fields[1], f"{path}:{number}"

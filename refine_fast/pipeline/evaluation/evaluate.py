@@ -1,34 +1,47 @@
-"""How well a model retrieves: held-out sets, exact ranking, the usual metrics, and intervals for what changed.
-
-The metrics are those of BEIR, with binary relevance: recall@k = found / relevant, nDCG@10, MRR@10; each is kept per query, so that two
-systems can be compared pair by pair.
-"""
+"""How well a model retrieves: it encodes a retrieval set and ranks every passage, exactly."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ...errors import RefineFastWarning
 from ...ops.band_topk import band_topk
 from ..corpus.beir import RetrievalSet, load_beir
-from ..encoder.encode import encode
-from ..encoder.load import encoder_folder, load_encoder
+from ..encoder.encode import encode, has_fast_bf16
+from ..encoder.load import device, encoder_folder, load_encoder
 from ..progress import Progress
 from .bm25 import score_bm25
-from .metrics import DEPTH, METRICS, Scores, score_ranking
+from .metrics import DEPTH, METRICS, score_ranking
+from .scores import Scores
 from .significance import gain
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-def rank(queries: np.ndarray, docs: np.ndarray) -> np.ndarray:
-    """The exact 10 nearest rows of ``docs`` (N, d) for each row of ``queries`` (Q, d) by inner product, ties by lower row: (Q, 10) int64,
-    -1 beyond N."""
-    return band_topk(queries, docs, DEPTH, band=(-float("inf"), float("inf")), skip=0).ids.numpy()
+def rank(
+    queries: np.ndarray, docs: np.ndarray, exclude: Sequence[Sequence[int]] | None = None
+) -> np.ndarray:
+    """The nearest documents of each query by inner product, exactly.
+
+    Equal similarities are ordered by row. trec_eval orders them by document id, so its figures can
+    differ where passages tie, such as duplicates.
+
+    Args:
+        queries: (Q, d) float32.
+        docs: (N, d) float32.
+        exclude: Per query, rows of ``docs`` to leave out.
+
+    Returns:
+        (Q, 100) int64 rows of ``docs``, best first; -1 beyond the last one.
+    """
+    everything = (-float("inf"), float("inf"))
+    return band_topk(queries, docs, DEPTH, band=everything, skip=0, exclude=exclude).ids.numpy()
 
 
 def score(
@@ -39,8 +52,17 @@ def score(
     bf16: bool | None = None,
     progress: Progress | None = None,
 ) -> Scores:
-    """Encodes both sides with the model's own prompts (``encode``) and ranks every document for every query, exactly. ``progress`` counts
-    texts."""
+    """Scores a model on a retrieval set.
+
+    As in BEIR, a query's own document (the passage with the query's id) is left out of its ranking.
+
+    Args:
+        model: Encodes both sides, with its own prompts.
+        data: The set.
+        batch_size: Texts per forward pass.
+        bf16: Whether to encode under bf16 autocast; None: where the hardware has bf16 products.
+        progress: Called with (done, total), in texts.
+    """
     total = len(data.docs) + len(data.queries)
     in_docs = progress and (lambda done, _: progress(done, total))
     in_queries = progress and (lambda done, _: progress(len(data.docs) + done, total))
@@ -50,29 +72,49 @@ def score(
     queries = encode(
         model, data.queries, role="query", batch_size=batch_size, bf16=bf16, progress=in_queries
     )
-    return score_ranking(rank(queries, docs), data.relevant)
+    exclude = data.own_rows if any(data.own_rows) else None
+    return score_ranking(data.ids_at(rank(queries, docs, exclude)), data.qrels)
 
 
 def evaluate_models(
-    models: Sequence[str], data: Path, split: str = "test", *, progress: Progress | None = None
+    models: Sequence[str],
+    data: Path,
+    split: str = "test",
+    *,
+    precision: Literal["fp32", "bf16", "auto"] = "fp32",
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of ``refine-fast eval``: BM25, then each model (named as for ``encoder_folder``), on the BEIR set ``data``.
+    """The rows of ``refine-fast eval``: BM25, then each model.
 
-    A row: system, data, split, passages, queries, one key per metric and, for the models after the first,
-    ``gain`` = {metric: {"mean", "low", "high"}} against the first.
+    Args:
+        models: Folders or names, as for ``encoder_folder``.
+        data: A folder in BEIR layout.
+        split: Which of its qrels.
+        precision: Of the encoder; auto: bf16 where the hardware has bf16 products.
+        progress: Called with (done, total), in texts of one model.
+
+    Returns:
+        A row per system: system, data, split, passages, queries, precision (None for BM25), one
+        key per metric and, for the models after the first, ``gain`` = {metric: {"mean", "low",
+        "high"}} against the first.
     """
     folders = [encoder_folder(name) for name in models]
     held = load_beir(data, split)
+    for remark in held.remarks():
+        warnings.warn(remark, RefineFastWarning, stacklevel=2)
     about = {
         "data": held.name,
         "split": split,
         "passages": len(held.docs),
         "queries": len(held.queries),
     }
-    rows: list[dict[str, Any]] = [{"system": "BM25", **about, **score_bm25(held).metrics}]
+    bm25 = score_bm25(held)
+    rows: list[dict[str, Any]] = [{"system": "BM25", **about, "precision": None, **bm25.metrics}]
+    bf16 = has_fast_bf16(device()) if precision == "auto" else precision == "bf16"
+    about["precision"] = "bf16" if bf16 else "fp32"
     first: Scores | None = None
     for name, folder in zip(models, folders, strict=True):
-        scores = score(load_encoder(folder), held, progress=progress)
+        scores = score(load_encoder(folder), held, bf16=bf16, progress=progress)
         rows.append({"system": name, **about, **scores.metrics})
         if first is None:
             first = scores

@@ -25,11 +25,14 @@ def held_out_set(
     chunks: Sequence[Chunk], queries: Sequence[Query], name: str = "held-out"
 ) -> RetrievalSet:
     """All chunks as the corpus, ``queries`` (of ``split_by_document``) against it: each is answered by the chunk that it was made from."""
-    row_of = {chunk.id: row for row, chunk in enumerate(chunks)}
-    docs, texts = [chunk.passage for chunk in chunks], [query.text for query in queries]
-    relevant = [{row_of[query.chunk_id]} for query in queries]
     return RetrievalSet(
-        name, list(row_of), docs, [f"q{i}" for i in range(len(queries))], texts, relevant
+        name,
+        [chunk.id for chunk in chunks],
+        [chunk.passage for chunk in chunks],
+        # Unlike any chunk's id: a passage with the query's id would be left out of the ranking.
+        [f"query {i} on {query.chunk_id}" for i, query in enumerate(queries)],
+        [query.text for query in queries],
+        [{query.chunk_id: 1.0} for query in queries],
     )
 
 

@@ -72,9 +72,11 @@ def _jsonl_judgements(path: Path) -> Iterator[tuple[str, str, str]]:
 
 def _beir_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str]]:
     judged = load_beir(folder, split)
-    for id, text, relevant in zip(judged.query_ids, judged.queries, judged.relevant, strict=True):
-        for row in sorted(relevant):
-            yield text, judged.doc_ids[row], f"query {id} of {split}"
+    row_of = {doc: row for row, doc in enumerate(judged.doc_ids)}
+    for id, text, grades in zip(judged.query_ids, judged.queries, judged.qrels, strict=True):
+        relevant = [doc for doc, grade in grades.items() if grade > 0]
+        for doc in sorted(relevant, key=lambda doc: row_of.get(doc, len(row_of))):
+            yield text, doc, f"query {id} of {split}"
 
 
 def _finder(chunks: Sequence[Chunk]) -> Callable[[str, str], Chunk | None]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...errors import RefineFastWarning
 from ...files import write_json
 from ...fuse import fuse_into
 from ..artifacts import (
@@ -38,6 +40,9 @@ def run(context: RunContext, folder: Path, *, weight: float | None) -> None:
     """Writes the scores of the encoder at a fusion weight, or of BM25 (None), on every set."""
     sets = retrieval_sets(context)
     if weight is None:
+        for data in sets.values():
+            for remark in data.remarks():
+                warnings.warn(remark, RefineFastWarning, stacklevel=2)
         write_json(folder / SETS, {name: len(data.docs) for name, data in sets.items()})
         scores = {name: score_bm25(data) for name, data in sets.items()}
     else:
