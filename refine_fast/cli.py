@@ -268,7 +268,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--split", default="test", metavar="NAME", help="which of its qrels to use (default test)"
     )
+    add_trust_flag(sub)
     return top
+
+
+def add_trust_flag(command: argparse.ArgumentParser) -> None:
+    """``--trust-remote-code``, for encoders with code of their own."""
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code in an encoder's folder",
+    )
 
 
 def weight_of_glob(text: str) -> tuple[str, float]:
@@ -313,12 +323,15 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
             continue
         if not field.is_required() and field.default not in (None, ()):
             help += f" (default {shown(field.default)})"
+        # A switch may be given without a value: --judge, --judge yes and --judge no.
+        switch: Any = {"nargs": "?", "const": "yes"} if field.annotation is bool else {}
         command.add_argument(
             f"--{name.replace('_', '-')}",
             action="append" if name == "ood" else "store",
             default=argparse.SUPPRESS,
             metavar=extra["metavar"],
             help=help.replace("%", "%%"),
+            **switch,
         )
 
 

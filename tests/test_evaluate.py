@@ -204,7 +204,7 @@ def test_encode(model, data: RetrievalSet, tmp_path: Path) -> None:
 def test_encode_uses_the_prompts_of_the_model(minilm: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(minilm), device="cpu", prompts={"query": "find: ", "passage": "text: "})
+    model = SentenceTransformer(str(minilm), device="cpu", prompts={"query": "find: ", "document": "text: "})
     plain = SentenceTransformer(str(minilm), device="cpu")
     for role, prompt in (("query", "find: "), ("document", "text: ")):
         assert np.allclose(encode(model, ["oil"], role=role), encode(plain, [prompt + "oil"], role=role), atol=1e-6)

@@ -16,8 +16,11 @@ from rich.text import Text
 from ..._native import available_isas, cuda_module, isa
 from ...errors import RefineFastError
 from ..console import Console
-from ..encoder.encode import encode, has_fast_bf16
-from ..encoder.load import device, encoder_folder, load_encoder
+from ..encoder.check import check_encoder
+from ..encoder.encode import has_fast_bf16
+from ..encoder.load import device, encoder_folder
+from ..encoder.prepare import prepare_encoder
+from ..training.check import check_training
 
 EXTRAS = {
     "pipeline": (
@@ -92,12 +95,11 @@ def check(model: str) -> Iterator[tuple[str, bool, str]]:
 
 
 def _encoder(name: str) -> str:
-    model = load_encoder(encoder_folder(name))
-    vectors = encode(model, ["Where does the cat sleep?"], role="query")
+    folder = prepare_encoder(encoder_folder(name))
+    model = check_encoder(folder)
+    check_training(model, folder)
     prompts = ", ".join(key for key, prompt in model.prompts.items() if prompt) or "none"
-    return (
-        f"{name}: {vectors.shape[1]} dimensions, {model.max_seq_length} tokens, prompts: {prompts}"
-    )
+    return f"{name}: {model.truncate_dim or model.get_embedding_dimension()} dimensions, {model.max_seq_length} tokens, prompts: {prompts}"
 
 
 def _tried(work: Callable[[], str]) -> tuple[bool, str]:

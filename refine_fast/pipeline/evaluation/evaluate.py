@@ -16,6 +16,7 @@ from ...ops.band_topk import band_topk
 from ..corpus.beir import RetrievalSet, load_beir
 from ..encoder.encode import encode
 from ..encoder.load import encoder_folder, load_encoder
+from ..encoder.prepare import prepare_encoder
 from ..progress import Progress
 from .bm25 import score_bm25
 from .metrics import DEPTH, METRICS, Scores, score_ranking
@@ -61,7 +62,7 @@ def evaluate_models(
     A row: system, data, split, passages, queries, one key per metric and, for the models after the first,
     ``gain`` = {metric: {"mean", "low", "high"}} against the first.
     """
-    folders = [encoder_folder(name) for name in models]
+    folders = [prepare_encoder(encoder_folder(name)) for name in models]
     held = load_beir(data, split)
     about = {
         "data": held.name,
