@@ -190,6 +190,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="environment variable that holds the API key (default OPENAI_API_KEY)",
     )
+    add_trust_flag(sub)
 
     sub = command(
         "prompt",
@@ -374,7 +375,7 @@ def doctor(options: argparse.Namespace, console: Console) -> None:
     from .pipeline.commands.doctor import show_health
 
     llm = (options.llm, options.llm_model, options.llm_key_env) if options.llm else None
-    show_health(options.model, llm, console)
+    show_health(options.model, llm, console, trust_remote_code=options.trust_remote_code)
 
 
 def prompt(options: argparse.Namespace, console: Console) -> None:
@@ -410,4 +411,10 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     """Scores models on a retrieval set."""
     from .pipeline.commands.summary import show_evaluation
 
-    show_evaluation(options.models, options.data, options.split, console)
+    show_evaluation(
+        options.models,
+        options.data,
+        options.split,
+        console,
+        trust_remote_code=options.trust_remote_code,
+    )

@@ -19,6 +19,7 @@ from ..console import Console
 from ..encoder.check import check_encoder
 from ..encoder.encode import has_fast_bf16
 from ..encoder.load import device, encoder_folder
+from ..encoder.options import EncoderOptions
 from ..encoder.prepare import prepare_encoder
 from ..training.check import check_training
 
@@ -39,10 +40,25 @@ EXTRAS = {
 }
 
 
-def show_health(model: str, llm: tuple[str, str | None, str] | None, console: Console) -> None:
-    """One row a check: what, ok or not, and what was found or is to be done; llm: an endpoint's URL, its models, the
-    environment variable of its key. Raises RefineFastError if the encoder does not work."""
-    rows = list(check(model))
+def show_health(
+    model: str,
+    llm: tuple[str, str | None, str] | None,
+    console: Console,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Shows one row for each check: what, whether it works, and what was found or is to be done.
+
+    Args:
+        model: the encoder to try: a folder, a Hugging Face name or minilm.
+        llm: URL of an endpoint, its models, and the environment variable of its key.
+        console: where the rows go.
+        trust_remote_code: whether to run Python code in the encoder's folder.
+
+    Raises:
+        RefineFastError: if the encoder does not work.
+    """
+    rows = list(check(model, trust_remote_code=trust_remote_code))
     if llm:
         rows += _endpoint_rows(*llm)
     table = Table("", "", "found")
@@ -53,7 +69,7 @@ def show_health(model: str, llm: tuple[str, str | None, str] | None, console: Co
         raise RefineFastError(f"doctor: the encoder {model} does not work here; see its row.")
 
 
-def check(model: str) -> Iterator[tuple[str, bool, str]]:
+def check(model: str, *, trust_remote_code: bool = False) -> Iterator[tuple[str, bool, str]]:
     """(what, whether it works, what was found)."""
     yield (
         "python",
@@ -91,15 +107,20 @@ def check(model: str) -> Iterator[tuple[str, bool, str]]:
     yield "memory", True, _memory()
     free = shutil.disk_usage(Path.cwd()).free
     yield "disk", free > 2**30, f"{free / 2**30:.1f} GiB free in {Path.cwd()}"
-    yield "encoder", *_tried(lambda: _encoder(model))
+    yield "encoder", *_tried(lambda: _encoder(model, trust_remote_code))
 
 
-def _encoder(name: str) -> str:
-    folder = prepare_encoder(encoder_folder(name))
-    model = check_encoder(folder)
+def _encoder(name: str, trust_remote_code: bool) -> str:
+    options = EncoderOptions(trust_remote_code=trust_remote_code)
+    folder = prepare_encoder(encoder_folder(name), options)
+    model = check_encoder(folder, trust_remote_code=trust_remote_code)
     check_training(model, folder)
     prompts = ", ".join(key for key, prompt in model.prompts.items() if prompt) or "none"
-    return f"{name}: {model.truncate_dim or model.get_embedding_dimension()} dimensions, {model.max_seq_length} tokens, prompts: {prompts}"
+    dimensions = model.truncate_dim or model.get_embedding_dimension()
+    return (
+        f"{name}: {dimensions} dimensions, {model.max_seq_length} tokens, prompts: {prompts}, "
+        f"{model.similarity_fn_name} similarity"
+    )
 
 
 def _tried(work: Callable[[], str]) -> tuple[bool, str]:

@@ -18,8 +18,8 @@ from ..config import RunConfig
 from ..console import Console, facts_table
 from ..context import RunContext
 from ..corpus.beir import load_beir
-from ..encoder.encode import encode, has_fast_bf16
 from ..encoder.adapters import add_lora
+from ..encoder.encode import encode, has_fast_bf16
 from ..encoder.load import encoder_folder, load_encoder
 from ..encoder.prepare import prepare_encoder
 from ..queries.splits import require_enough

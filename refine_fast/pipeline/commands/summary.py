@@ -92,9 +92,19 @@ def _show_scores(context: RunContext) -> None:
     context.console.say(f"the model is {context.model}, the report {context.path('report.html')}")
 
 
-def show_evaluation(models: list[str], data: Path, split: str, console: Console) -> None:
+def show_evaluation(
+    models: list[str],
+    data: Path,
+    split: str,
+    console: Console,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Shows one row for BM25 and one for each model, with its gain over the first."""
     with console.progress("encoding") as progress:
-        rows = evaluate_models(models, data, split, progress=progress)
+        rows = evaluate_models(
+            models, data, split, trust_remote_code=trust_remote_code, progress=progress
+        )
     table = Table(
         Column(overflow="fold"), *COLUMNS, "recall@3 against the first"
     )  # runs/a/model and runs/b/model differ in the middle

@@ -16,6 +16,7 @@ from ...ops.band_topk import band_topk
 from ..corpus.beir import RetrievalSet, load_beir
 from ..encoder.encode import encode
 from ..encoder.load import encoder_folder, load_encoder
+from ..encoder.options import EncoderOptions
 from ..encoder.prepare import prepare_encoder
 from ..progress import Progress
 from .bm25 import score_bm25
@@ -55,14 +56,28 @@ def score(
 
 
 def evaluate_models(
-    models: Sequence[str], data: Path, split: str = "test", *, progress: Progress | None = None
+    models: Sequence[str],
+    data: Path,
+    split: str = "test",
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of ``refine-fast eval``: BM25, then each model (named as for ``encoder_folder``), on the BEIR set ``data``.
+    """The rows of ``refine-fast eval``: BM25, then each model, on the BEIR set ``data``.
 
-    A row: system, data, split, passages, queries, one key per metric and, for the models after the first,
-    ``gain`` = {metric: {"mean", "low", "high"}} against the first.
+    Args:
+        models: named as for ``encoder_folder``.
+        data: folder of the set.
+        split: which of its qrels.
+        trust_remote_code: whether to run Python code in the models' folders.
+        progress: called with (encoded texts, all texts) of each model.
+
+    Returns:
+        Rows of system, data, split, passages, queries, one key per metric and, for the models after
+        the first, ``gain`` = {metric: {"mean", "low", "high"}} against the first.
     """
-    folders = [prepare_encoder(encoder_folder(name)) for name in models]
+    options = EncoderOptions(trust_remote_code=trust_remote_code)
+    folders = [prepare_encoder(encoder_folder(name), options) for name in models]
     held = load_beir(data, split)
     about = {
         "data": held.name,
@@ -73,7 +88,8 @@ def evaluate_models(
     rows: list[dict[str, Any]] = [{"system": "BM25", **about, **score_bm25(held).metrics}]
     first: Scores | None = None
     for name, folder in zip(models, folders, strict=True):
-        scores = score(load_encoder(folder), held, progress=progress)
+        model = load_encoder(folder, trust_remote_code=trust_remote_code)
+        scores = score(model, held, progress=progress)
         rows.append({"system": name, **about, **scores.metrics})
         if first is None:
             first = scores
