@@ -190,6 +190,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="environment variable that holds the API key (default OPENAI_API_KEY)",
     )
+    add_trust_flag(sub)
 
     sub = command(
         "prompt",
@@ -268,13 +269,23 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--split", default="test", metavar="NAME", help="which of its qrels to use (default test)"
     )
-    eval_command.add_argument(
+    sub.add_argument(
         "--precision",
         choices=["fp32", "bf16", "auto"],
         default="fp32",
         help="of the encoder; auto: bf16 where the hardware has it (default fp32)",
     )
+    add_trust_flag(sub)
     return top
+
+
+def add_trust_flag(command: argparse.ArgumentParser) -> None:
+    """``--trust-remote-code``, for encoders with code of their own."""
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code in an encoder's folder",
+    )
 
 
 def weight_of_glob(text: str) -> tuple[str, float]:
@@ -319,12 +330,15 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
             continue
         if not field.is_required() and field.default not in (None, ()):
             help += f" (default {shown(field.default)})"
+        # A switch may be given without a value: --judge, --judge yes and --judge no.
+        switch: Any = {"nargs": "?", "const": "yes"} if field.annotation is bool else {}
         command.add_argument(
             f"--{name.replace('_', '-')}",
             action="append" if name == "ood" else "store",
             default=argparse.SUPPRESS,
             metavar=extra["metavar"],
             help=help.replace("%", "%%"),
+            **switch,
         )
 
 
@@ -367,7 +381,7 @@ def doctor(options: argparse.Namespace, console: Console) -> None:
     from .pipeline.commands.doctor import show_health
 
     llm = (options.llm, options.llm_model, options.llm_key_env) if options.llm else None
-    show_health(options.model, llm, console)
+    show_health(options.model, llm, console, trust_remote_code=options.trust_remote_code)
 
 
 def prompt(options: argparse.Namespace, console: Console) -> None:
@@ -403,4 +417,11 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     """Scores models on a retrieval set."""
     from .pipeline.commands.summary import show_evaluation
 
-    show_evaluation(options.models, options.data, options.split, options.precision, console)
+    show_evaluation(
+        options.models,
+        options.data,
+        options.split,
+        console,
+        precision=options.precision,
+        trust_remote_code=options.trust_remote_code,
+    )

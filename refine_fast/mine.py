@@ -31,11 +31,13 @@ def mine(
     skip: int = 5,
     select: str = "hardest",
     seed: int = 0,
+    normalize: bool = True,
     progress: Progress | None = None,
 ) -> Mined:
     """k negatives per query by REFINE's rule (arXiv 2410.12890, section 3.2) on the cosine: without the positives, drop the ``skip`` most
-    similar documents, keep the band. ``band="auto"`` is ``calibrate_band``. Arguments otherwise as ``band_topk``."""
-    edges = calibrate_band(query_embeddings, doc_embeddings, positives, k=k, skip=skip, seed=seed) if band == "auto" else (band[0], band[1])
+    similar documents, keep the band. ``band="auto"`` is ``calibrate_band``. Without ``normalize``, on the inner product. Arguments otherwise
+    as ``band_topk``."""
+    edges = calibrate_band(query_embeddings, doc_embeddings, positives, k=k, skip=skip, seed=seed, normalize=normalize) if band == "auto" else (band[0], band[1])
     found = band_topk(
         query_embeddings,
         doc_embeddings,
@@ -45,7 +47,7 @@ def mine(
         exclude=positives,
         select=select,
         seed=seed,
-        normalize=True,
+        normalize=normalize,
         progress=progress,
     )
     return Mined(*found, edges)
@@ -61,6 +63,7 @@ def calibrate_band(
     coverage: float = 0.9,
     sample: int = 1024,
     seed: int = 0,
+    normalize: bool = True,
 ) -> tuple[float, float]:
     """A band for this encoder, whose cosines may lie anywhere: [0.5, 0.7] is empty for three queries in four under MiniLM.
 
@@ -77,25 +80,35 @@ def calibrate_band(
     if not known.size:
         raise ValueError("no query has a positive, so there is nothing to calibrate the band on; give the band as two numbers")
     chosen = np.sort(np.random.default_rng(seed).permutation(known)[:sample])
-    queries = _unit(query_embeddings, chosen, "queries")
+    queries = _picked(query_embeddings, chosen, "queries", normalize)
     rows = [list(positives[i]) for i in chosen]
     repeated = np.repeat(np.arange(len(chosen)), [len(r) for r in rows])
-    similarity = (queries[repeated] * _unit(doc_embeddings, np.concatenate(rows), "docs")).sum(1)
+    similarity = (queries[repeated] * _picked(doc_embeddings, np.concatenate(rows), "docs", normalize)).sum(1)
     hi = float(similarity.quantile(0.25))
-    hardest = band_topk(queries, doc_embeddings, k, band=(-1.0, hi), skip=skip, exclude=rows, normalize=True)
-    found = hardest.scores[:, -1].nan_to_num(-1.0)
-    lo = float(found.quantile(1 - coverage))
-    if lo <= -1.0:
+    lowest = -1.0 if normalize else float(torch.finfo(torch.float32).min)
+    hardest = band_topk(
+        queries, doc_embeddings, k, band=(lowest, hi), skip=skip, exclude=rows, normalize=normalize
+    )
+    found = hardest.scores[:, -1].nan_to_num(lowest)
+    # With an unbounded similarity, "none found" is too far from the others to interpolate.
+    between = "linear" if normalize else "lower"
+    lo = float(found.quantile(1 - coverage, interpolation=between))
+    if lo <= lowest:
         raise ValueError(
-            f"only {float((found > -1).float().mean()):.0%} of the queries have {k} documents below {hi:.3f} after skipping {skip}, "
+            f"only {float((found > lowest).float().mean()):.0%} of the queries have {k} documents below {hi:.3f} after skipping {skip}, "
             f"and coverage asks for {coverage:.0%}; give the band as two numbers, or lower k or coverage"
         )
     return lo, hi
 
 
-def _unit(source: Any, rows: np.ndarray, name: str) -> Tensor:
-    picked = torch.cat([torch.as_tensor(source[int(i) : int(i) + 1]) for i in rows]) if not isinstance(source, Tensor) else source[rows]
-    unit = torch.nn.functional.normalize(picked.float(), dim=1)
-    if (bad := rows[~unit.isfinite().all(1).numpy(force=True)]).size:
+def _picked(source: Any, rows: np.ndarray, name: str, normalize: bool) -> Tensor:
+    """The given rows in float32, as unit vectors with ``normalize``."""
+    if isinstance(source, Tensor):
+        picked = source[rows].float()
+    else:
+        picked = torch.cat([torch.as_tensor(source[int(i) : int(i) + 1]) for i in rows]).float()
+    if normalize:
+        picked = torch.nn.functional.normalize(picked, dim=1)
+    if (bad := rows[~picked.isfinite().all(1).numpy(force=True)]).size:
         raise ValueError(f"row {bad[0]} of {name} holds NaN or Inf; leave such rows out")
-    return unit
+    return picked

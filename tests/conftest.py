@@ -19,6 +19,12 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored; the tests press it
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prepared copies of encoders stay out of the user's cache."""
+    os.environ["REFINE_FAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(params=rf.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once at each ISA level of this machine."""

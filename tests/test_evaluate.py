@@ -284,7 +284,7 @@ def test_encode_uses_the_prompts_of_the_model(minilm: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(
-        str(minilm), device="cpu", prompts={"query": "find: ", "passage": "text: "}
+        str(minilm), device="cpu", prompts={"query": "find: ", "document": "text: "}
     )
     plain = SentenceTransformer(str(minilm), device="cpu")
     for role, prompt in (("query", "find: "), ("document", "text: ")):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..errors import RefineFastError
 from ..ops.lerp import lerp_
 from .checkpoint import Checkpoint, Entry, read_checkpoint
+from .modules import folder_of_prefix
 from .names import match_names
-from .plan import Weights, modules_of, some
+from .plan import Weights, some
 from .pour import BUFFER_BYTES, pour
 
 _DTYPES = {
@@ -39,7 +40,7 @@ def fuse_into(
     """
     notes: list[str] = []
     own_weights = Weights([weight], weights)
-    targets = {name: t for name, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()}
+    targets = _targets(model)
     theirs = _partners(model, targets, read_checkpoint(Path(tuned)), notes)
     ours = {} if base is None else _partners(model, targets, read_checkpoint(Path(base)), [])
     work: list[tuple[Tensor, tuple[Entry, ...], float]] = []
@@ -60,13 +61,30 @@ def fuse_into(
     return notes
 
 
+def check_fuse_into(model: nn.Module, tuned: str | Path) -> list[str]:
+    """Raises what ``fuse_into`` would raise for these files; reads headers only.
+
+    Returns:
+        The names of tied parameters that the files hold more than once.
+    """
+    targets = _targets(model)
+    pairs = _partners(model, targets, read_checkpoint(Path(tuned)), [])
+    first: dict[int, Entry] = {}
+    return [
+        name for name, entry in pairs.items()
+        if first.setdefault(targets[name].data_ptr(), entry) is not entry
+    ]  # fmt: skip
+
+
+def _targets(model: nn.Module) -> dict[str, Tensor]:
+    """Every floating-point parameter and buffer that a checkpoint holds."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+
 def _partners(model: nn.Module, targets: dict[str, Tensor], checkpoint: Checkpoint, notes: list[str]) -> dict[str, Entry]:
     """The tensor in the files for each of the model's, by the name there. A SentenceTransformer's modules have folders of their own."""
-    folders = modules_of(checkpoint.root)
-    if isinstance(model, nn.Sequential) and len(folders) > 1:
-        parts = {f"{name}.": folder for (name, _), folder in zip(model.named_children(), folders, strict=False)}
-    else:
-        parts = {"": folders[0]}
+    parts = folder_of_prefix(model, checkpoint.root)
     pairs: dict[str, Entry] = {}
     for prefix, folder in parts.items():
         own = {name.removeprefix(prefix): name for name in targets if name.startswith(prefix)}
@@ -76,8 +94,12 @@ def _partners(model: nn.Module, targets: dict[str, Tensor], checkpoint: Checkpoi
             raise RefineFastError(f"{checkpoint.root} has no weights in {folder!r}, which the loaded model needs")
         entries = {entry.name: entry for entry in checkpoint.components[folder].entries() if entry.dtype in _DTYPES}
         match = match_names(own, entries)
-        if match.missing:
-            raise RefineFastError(f"{checkpoint.root / folder} lacks the tensor {some(match.missing)} of the loaded model")
+        stored = {targets[own[name]].data_ptr() for name in match.pairs}
+        missing = [name for name in match.missing if targets[own[name]].data_ptr() not in stored]
+        if missing:  # not only under the name of a tied parameter
+            raise RefineFastError(
+                f"{checkpoint.root / folder} lacks the tensor {some(missing)} of the loaded model"
+            )
         if match.extra:
             raise RefineFastError(f"the loaded model lacks the tensor {some(match.extra)} of {checkpoint.root / folder}")
         notes += match.notes

@@ -1,7 +1,8 @@
-"""The files of a run folder: their names, and how more than one stage reads each of them.
+"""The files of a run folder: their names, and the readers that several stages share.
 
-Each function takes the run folder ``out``. A stage's key holds everything that the stage imports, so this module imports the types of the
-files only: a change of the configuration or of a metric does not invalidate chunking.
+Each function takes the run folder ``out``. A stage's key covers everything that the stage imports,
+so this module imports only the types of the files: a change of the configuration or of a metric
+does not invalidate chunking.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ CHUNKS, CHUNK_FACTS = "chunks.jsonl", "chunks.json"
 QUERIES, DEV, HELD_OUT = "queries.jsonl", "dev.jsonl", "held_out.jsonl"
 """Queries to train on, to choose the weight on, and to evaluate on."""
 REPLIES, ACCOUNT = "replies.jsonl", "llm.json"
-"""Every paid reply of a language model, kept whatever option changes; calls, tokens, cost, drops."""
+"""Every paid reply of a language model, kept when options change; calls, tokens, cost, drops."""
 EMBEDDINGS = "embeddings"
-"""Folder: ``queries.npy`` and ``chunks.npy`` under the base encoder."""
+"""Folder: ``queries.npy`` and ``chunks.npy`` under the base encoder, and ``similarity.json``."""
 NEGATIVES, MINING_FACTS = "negatives.jsonl", "mining.json"
 """Mined negatives of each query; the band, and how many queries found nothing in it."""
 TUNED, TRAINING_FACTS = "tuned", "training.json"
 """Folder of the fine-tuned encoder; steps, losses and precision of its training."""
+ADAPTER = "adapter"
+"""Folder of the LoRA adapter, with ``--lora``; TUNED holds the base with it merged."""
 FORGETTING_CHUNKS, FORGETTING_QUERIES = "forgetting.jsonl", "forgetting-queries.jsonl"
 """The built-in out-of-domain check: its chunks and its queries."""
 SETS = "sets.json"
@@ -61,11 +64,26 @@ def relevant_rows(chunks: Sequence[Chunk], queries: Sequence[Query]) -> dict[str
 
 
 def base_embeddings(out: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors under the base encoder, memory-mapped: the distinct training queries (Q, d)
-    in the order of ``relevant_rows``, and the chunks of ``training_view`` (N, d); float32."""
+    """Embeddings under the base encoder, memory-mapped float32: the distinct training queries
+    (Q, d) in the order of ``relevant_rows``, and the chunks of ``training_view`` (N, d).
+
+    Unit vectors if the encoder compares by cosine; else the queries are divided by
+    ``similarity_unit``.
+    """
     folder = out / EMBEDDINGS
     queries = np.load(folder / "queries.npy", mmap_mode="r")
     return queries, np.load(folder / "chunks.npy", mmap_mode="r")
+
+
+def similarity_unit(out: Path) -> float:
+    """What one unit of the band and of the temperature stands for: 1 under a cosine; the mean
+    ``|q| * |d|`` under the base encoder if it compares by dot product."""
+    return float(read_json(out / EMBEDDINGS / "similarity.json")["unit"])
+
+
+def compared_by_cosine(out: Path) -> bool:
+    """Whether the base encoder compares by cosine; otherwise by dot product."""
+    return bool(read_json(out / EMBEDDINGS / "similarity.json")["similarity"] == "cosine")
 
 
 def read_negatives(out: Path) -> dict[str, list[dict[str, Any]]]:

@@ -37,6 +37,7 @@ from .config_values import (
     requirement,
 )
 from .encoder.load import DEFAULT_ENCODER
+from .encoder.options import EncoderOptions
 
 if TYPE_CHECKING:
     from .queries.llm import LLMSettings
@@ -96,6 +97,23 @@ class RunConfig(BaseModel):
         DEFAULT_ENCODER,
         "the encoder to adapt: a folder, a Hugging Face name, or minilm (bundled)",
         "NAME",
+    )
+    query_prompt: str | None = _option(
+        None, "text before every query, such as 'query: ' (default: the encoder's own)", "TEXT"
+    )
+    document_prompt: str | None = _option(
+        None,
+        "text before every document, such as 'passage: ' (default: the encoder's own)",
+        "TEXT",
+    )
+    similarity: Literal["cosine", "dot"] | None = _option(
+        None, "how embeddings are compared: cosine or dot (default: the encoder's own)", "HOW"
+    )
+    dimensions: int | None = _option(
+        None, "use only the first N dimensions of a Matryoshka encoder", "N", ge=1
+    )
+    trust_remote_code: bool = _option(
+        False, "run Python code in the encoder's folder: yes or no", "YES"
     )
     limit: int | None = _option(
         None, "use at most this many chunks: whole documents, drawn by the seed", "N", ge=2
@@ -196,6 +214,9 @@ class RunConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = _option(
         "auto", "fp32, bf16, or auto: bf16 where the hardware supports it", "TYPE"
     )
+    lora: int | None = _option(
+        None, "train a LoRA adapter of this rank instead of every weight", "RANK", ge=1
+    )
     memory: Memory = _option(
         None,
         "memory that training may use, such as 8GB; more is faster "
@@ -273,6 +294,16 @@ class RunConfig(BaseModel):
     @field_serializer("llm_mix")
     def _mix_as_mapping(self, mix: Any) -> dict[str, float]:
         return dict(mix)
+
+    def encoder_options(self) -> EncoderOptions:
+        """What is set of the encoder."""
+        return EncoderOptions(
+            query_prompt=self.query_prompt,
+            document_prompt=self.document_prompt,
+            similarity=self.similarity,
+            dimensions=self.dimensions,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def llm_settings(self) -> LLMSettings | None:
         """What the language model that writes the queries is asked; None without one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from .config import RunConfig
 from .console import Console
 from .corpus.beir import is_beir
 from .encoder.load import DEFAULT_ENCODER
+from .encoder.options import EncoderOptions
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class RunContext:
     encoder: Path
     """Local folder of the base encoder."""
     console: Console
+    encoder_options: EncoderOptions = field(default_factory=EncoderOptions)
 
     def __post_init__(self) -> None:
         if (self.encoder / TwinEncoder.config_file_name).is_file():
@@ -59,6 +61,12 @@ class RunContext:
     def bf16(self) -> bool | None:
         """Whether to encode and train in bf16; None: where the hardware has it."""
         return {"auto": None, "bf16": True, "fp32": False}[self.config.precision]
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether Python code in the encoder's folder may run. Not a setting of any stage: it
+        decides whether a model loads, not what it computes."""
+        return self.encoder_options.trust_remote_code
 
     @property
     def judged_corpus(self) -> Path | None:

@@ -7,6 +7,7 @@ from .config import RunConfig
 from .console import Console
 from .context import RunContext
 from .encoder.load import encoder_folder
+from .encoder.prepare import prepare_encoder
 from .engine import RunFolder
 from .stages import run_stages
 
@@ -31,7 +32,9 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
     """
     console = Console() if console is None else console
     with RunFolder(config.out) as folder, console.warnings():
-        context = RunContext(config, encoder_folder(config.model), console)
+        options = config.encoder_options()
+        encoder = prepare_encoder(encoder_folder(config.model), options, say=console.say)
+        context = RunContext(config, encoder, console, options)
         with atomic(config.out / "config.yaml") as temporary:
             temporary.write_text(config.to_yaml(), encoding="utf-8")
         for stage in run_stages(context):

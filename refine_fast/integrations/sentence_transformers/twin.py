@@ -52,7 +52,10 @@ class TwinEncoder(InputModule):
         with torch.no_grad():
             frozen = self.frozen(dict(features))["sentence_embedding"]
         tuned = self.tuned(features)["sentence_embedding"]
-        features["sentence_embedding"] = fuse_embeddings(tuned, frozen, self.weight)
+        used = slice(self.tuned.truncate_dim)
+        features["sentence_embedding"] = fuse_embeddings(
+            tuned[:, used], frozen[:, used], self.weight
+        )
         return features
 
     def train(self, mode: bool = True) -> TwinEncoder:

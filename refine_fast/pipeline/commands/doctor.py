@@ -16,8 +16,12 @@ from rich.text import Text
 from ..._native import available_isas, cuda_module, isa
 from ...errors import RefineFastError
 from ..console import Console
-from ..encoder.encode import encode, has_fast_bf16
-from ..encoder.load import device, encoder_folder, load_encoder
+from ..encoder.check import check_encoder
+from ..encoder.encode import has_fast_bf16
+from ..encoder.load import device, encoder_folder
+from ..encoder.options import EncoderOptions
+from ..encoder.prepare import prepare_encoder
+from ..training.check import check_training
 
 EXTRAS = {
     "pipeline": (
@@ -36,10 +40,25 @@ EXTRAS = {
 }
 
 
-def show_health(model: str, llm: tuple[str, str | None, str] | None, console: Console) -> None:
-    """One row a check: what, ok or not, and what was found or is to be done; llm: an endpoint's URL, its models, the
-    environment variable of its key. Raises RefineFastError if the encoder does not work."""
-    rows = list(check(model))
+def show_health(
+    model: str,
+    llm: tuple[str, str | None, str] | None,
+    console: Console,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Shows one row for each check: what, whether it works, and what was found or is to be done.
+
+    Args:
+        model: the encoder to try: a folder, a Hugging Face name or minilm.
+        llm: URL of an endpoint, its models, and the environment variable of its key.
+        console: where the rows go.
+        trust_remote_code: whether to run Python code in the encoder's folder.
+
+    Raises:
+        RefineFastError: if the encoder does not work.
+    """
+    rows = list(check(model, trust_remote_code=trust_remote_code))
     if llm:
         rows += _endpoint_rows(*llm)
     table = Table("", "", "found")
@@ -50,7 +69,7 @@ def show_health(model: str, llm: tuple[str, str | None, str] | None, console: Co
         raise RefineFastError(f"doctor: the encoder {model} does not work here; see its row.")
 
 
-def check(model: str) -> Iterator[tuple[str, bool, str]]:
+def check(model: str, *, trust_remote_code: bool = False) -> Iterator[tuple[str, bool, str]]:
     """(what, whether it works, what was found)."""
     yield (
         "python",
@@ -88,15 +107,19 @@ def check(model: str) -> Iterator[tuple[str, bool, str]]:
     yield "memory", True, _memory()
     free = shutil.disk_usage(Path.cwd()).free
     yield "disk", free > 2**30, f"{free / 2**30:.1f} GiB free in {Path.cwd()}"
-    yield "encoder", *_tried(lambda: _encoder(model))
+    yield "encoder", *_tried(lambda: _encoder(model, trust_remote_code))
 
 
-def _encoder(name: str) -> str:
-    model = load_encoder(encoder_folder(name))
-    vectors = encode(model, ["Where does the cat sleep?"], role="query")
+def _encoder(name: str, trust_remote_code: bool) -> str:
+    options = EncoderOptions(trust_remote_code=trust_remote_code)
+    folder = prepare_encoder(encoder_folder(name), options)
+    model = check_encoder(folder, trust_remote_code=trust_remote_code)
+    check_training(model, folder)
     prompts = ", ".join(key for key, prompt in model.prompts.items() if prompt) or "none"
+    dimensions = model.truncate_dim or model.get_embedding_dimension()
     return (
-        f"{name}: {vectors.shape[1]} dimensions, {model.max_seq_length} tokens, prompts: {prompts}"
+        f"{name}: {dimensions} dimensions, {model.max_seq_length} tokens, prompts: {prompts}, "
+        f"{model.similarity_fn_name} similarity"
     )
 
 

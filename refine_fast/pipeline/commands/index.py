@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...errors import RefineFastError
 from ..artifacts import CHUNKS, MODEL
+from ..config import load_config
 from ..console import Console
 from ..engine import RunFolder, Stage
 from ..stages import index as stage
@@ -24,7 +25,8 @@ def index(out: Path, console: Console) -> None:
             raise RefineFastError(
                 f"index: {out} has no {name}; finish the run first: refine-fast run --out {out}."
             )
-    work = partial(stage.run, out, console)
+    trusted = load_config(None, {"out": out}).trust_remote_code
+    work = partial(stage.run, out, console, trust_remote_code=trusted)
     indexing = Stage("index", (stage.INDEX,), work, files, module=stage.__name__)
     with RunFolder(out) as folder:
         if reasons := folder.reasons(indexing):

@@ -18,8 +18,10 @@ from ..config import RunConfig
 from ..console import Console, facts_table
 from ..context import RunContext
 from ..corpus.beir import load_beir
+from ..encoder.adapters import add_lora
 from ..encoder.encode import encode, has_fast_bf16
 from ..encoder.load import encoder_folder, load_encoder
+from ..encoder.prepare import prepare_encoder
 from ..queries.splits import require_enough
 from ..stages.chunk import cut_corpus
 from ..stages.query import offline_queries, split_queries
@@ -66,7 +68,9 @@ def plan(config: RunConfig) -> Plan:
     Raises:
         RefineFastError: if the input cannot be used.
     """
-    context = RunContext(config, encoder_folder(config.model), Console(quiet=True))
+    options = config.encoder_options()
+    encoder = prepare_encoder(encoder_folder(config.model), options)
+    context = RunContext(config, encoder, Console(quiet=True), options)
     documents, chunks, duplicates = cut_corpus(context)
     # as many as a language model would be asked for
     queries = split_queries(context, chunks, offline_queries(context, chunks))
@@ -89,7 +93,9 @@ def plan(config: RunConfig) -> Plan:
     encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in context.weights)
     encoded = len(chunks) + examples + encoders * scored
 
-    model = load_encoder(context.encoder)
+    model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
+    if config.lora is not None:
+        add_lora(model, config.lora)
     bf16 = has_fast_bf16(model.device) if context.bf16 is None else context.bf16
     passages = [chunk.passage for chunk in chunks]
     drawn = np.random.default_rng(config.seed).permutation(len(chunks))[:SAMPLE]

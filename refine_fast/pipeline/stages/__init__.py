@@ -17,6 +17,7 @@ from typing import Any
 
 from ..artifacts import (
     ACCOUNT,
+    ADAPTER,
     CHUNK_FACTS,
     CHUNKS,
     DEV,
@@ -130,10 +131,10 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
     yield stage(
         "train",
         train,
-        (TUNED, TRAINING_FACTS),
-        made(CHUNKS, *split, NEGATIVES, *([EMBEDDINGS] if context.twin else [])) | encoder,
-        "negatives epochs max_steps batch_size lr warmup temperature precision memory seed fusion"
-        + (" weight" if context.twin else ""),
+        (TUNED, TRAINING_FACTS, *([ADAPTER] if config.lora is not None else [])),
+        made(CHUNKS, *split, NEGATIVES, EMBEDDINGS) | encoder,
+        "negatives epochs max_steps batch_size lr warmup temperature precision memory seed fusion "
+        "lora" + (" weight" if context.twin else ""),
     )
     sets = made(CHUNKS, DEV, HELD_OUT) | judged
     sets |= {f"ood {folder.name}": folder for folder in config.ood or ()}

@@ -17,7 +17,7 @@ from ..corpus.chunking import chunk_documents
 from ..corpus.dedup import Duplicates, deduplicate
 from ..corpus.documents import Document, load_documents
 from ..corpus.jsonl import write_records
-from ..encoder.load import load_encoder
+from ..encoder.load import document_tokenizer, load_encoder
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -49,12 +49,12 @@ def cut_corpus(context: RunContext) -> tuple[int, list[Chunk], Duplicates]:
 
 def cut(context: RunContext, documents: Sequence[Document]) -> tuple[list[Chunk], Duplicates]:
     """The chunks of ``documents``, as long as the encoder and ``--chunk-tokens`` allow."""
-    encoder = load_encoder(context.encoder)
+    encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     most = context.config.chunk_tokens
     longest = min(most, encoder.max_seq_length or most)
     with context.console.progress("cutting documents, characters") as progress:
         chunks = chunk_documents(
-            documents, encoder.tokenizer, max_tokens=longest, progress=progress
+            documents, document_tokenizer(encoder), max_tokens=longest, progress=progress
         )
     with context.console.progress("removing duplicates") as progress:
         return deduplicate(chunks, progress=progress)

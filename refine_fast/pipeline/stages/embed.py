@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...files import write_json
 from ..artifacts import EMBEDDINGS, relevant_rows, training_view
-from ..encoder.encode import encode
+from ..encoder.encode import compares_by_cosine, encode
 from ..encoder.load import load_encoder
 from ..queries.splits import require_enough
 
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 
 
 def run(context: RunContext, folder: Path) -> None:
-    """Writes the unit vectors of the distinct queries and of the chunks."""
+    """Writes the embeddings of the distinct queries and of the chunks, as ``base_embeddings`` and
+    ``similarity_unit`` describe them."""
     chunks, queries = training_view(context.out)
     require_enough(queries)
-    model = load_encoder(context.encoder)
+    model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     out = folder / EMBEDDINGS
     out.mkdir(exist_ok=True)
     texts = list(relevant_rows(chunks, queries))
@@ -29,5 +31,11 @@ def run(context: RunContext, folder: Path) -> None:
     passages = [chunk.passage for chunk in chunks]
     with context.console.progress("embedding chunks") as progress:
         d = encode(model, passages, role="document", bf16=context.bf16, progress=progress)
+    unit = 1.0
+    if not compares_by_cosine(model):
+        unit = float(np.linalg.norm(q, axis=1).mean() * np.linalg.norm(d, axis=1).mean())
+        q /= unit
+    similarity = {"similarity": "cosine" if compares_by_cosine(model) else "dot", "unit": unit}
+    write_json(out / "similarity.json", similarity)
     np.save(out / "queries.npy", q)
     np.save(out / "chunks.npy", d)

@@ -32,7 +32,9 @@ def run(context: RunContext, folder: Path) -> None:
         weight = float(context.config.weight)
     tuned, out = context.path(TUNED), folder / MODEL
     if context.twin:
-        pair = load_twin(tuned, context.encoder, weight)
+        pair = load_twin(
+            tuned, context.encoder, weight, trust_remote_code=context.trust_remote_code
+        )
         pair.save_pretrained(str(out), create_model_card=False)
     else:
         fuse(context.encoder, tuned, out, weight, overwrite=True)

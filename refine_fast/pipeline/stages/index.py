@@ -20,13 +20,14 @@ INDEX = "index"
 """Folder: ``vectors.faiss`` and ``ids.json``."""
 
 
-def run(out: Path, console: Console, folder: Path) -> None:
-    """Writes ``vectors.faiss``, an exact inner-product index of unit vectors (cosine), and
+def run(out: Path, console: Console, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Writes ``vectors.faiss``, an exact inner-product index in the encoder's own similarity, and
     ``ids.json``, the chunk id of each of its rows."""
     chunks = read_records(out / CHUNKS, Chunk)
     passages = [chunk.passage for chunk in chunks]
+    model = load_encoder(out / MODEL, trust_remote_code=trust_remote_code)
     with console.progress("embedding chunks") as progress:
-        vectors = encode(load_encoder(out / MODEL), passages, role="document", progress=progress)
+        vectors = encode(model, passages, role="document", progress=progress)
     (folder / INDEX).mkdir(exist_ok=True)
     write_index(vectors, folder / INDEX / "vectors.faiss")
     write_json(folder / INDEX / "ids.json", [chunk.id for chunk in chunks])

@@ -45,7 +45,7 @@ def _ask(context: RunContext, chunks: list[Chunk]) -> tuple[list[Query], Account
     console = context.console
 
     def embed(texts: list[str], role: Literal["query", "document"]) -> np.ndarray:
-        model = load_encoder(context.encoder)
+        model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
         with console.progress(f"embedding {len(texts):,} texts") as advance:
             return encode(model, texts, role=role, bf16=context.bf16, progress=advance)
 

@@ -12,7 +12,14 @@ import numpy as np
 from ...errors import RefineFastError, RefineFastWarning
 from ...files import write_json
 from ...mine import mine
-from ..artifacts import MINING_FACTS, NEGATIVES, base_embeddings, relevant_rows, training_view
+from ..artifacts import (
+    MINING_FACTS,
+    NEGATIVES,
+    base_embeddings,
+    compared_by_cosine,
+    relevant_rows,
+    training_view,
+)
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -38,6 +45,7 @@ def run(context: RunContext, folder: Path) -> None:
                 skip=config.skip,
                 select=config.select,
                 seed=config.seed,
+                normalize=compared_by_cosine(context.out),
                 progress=progress,
             )
     except ValueError as reason:

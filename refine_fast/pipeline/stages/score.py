@@ -83,8 +83,11 @@ def encoder_at(context: RunContext, weight: float) -> SentenceTransformer:
     """The encoder at a fusion weight: the base at 0, the fine-tuned encoder at 1."""
     tuned = context.path(TUNED)
     if 0 < weight < 1 and context.twin:
-        return load_twin(tuned, context.encoder, weight)
-    model = load_encoder(context.encoder)
+        return load_twin(
+            tuned, context.encoder, weight, trust_remote_code=context.trust_remote_code
+        )
+    model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     if weight > 0:
-        fuse_into(model, tuned, weight)
+        # With ``base``, the values are rounded to the base's type, as ``fuse`` rounds the product.
+        fuse_into(model, tuned, weight, base=context.encoder)
     return model

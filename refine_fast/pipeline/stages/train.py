@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,17 +11,21 @@ import torch
 
 from ...files import write_json
 from ..artifacts import (
+    ADAPTER,
     TRAINING_FACTS,
     TUNED,
     base_embeddings,
     read_negatives,
     relevant_rows,
+    similarity_unit,
     training_view,
 )
+from ..corpus.chunk import Chunk
+from ..encoder.adapters import add_lora
 from ..encoder.encode import has_fast_bf16
 from ..encoder.load import load_encoder
 from ..training.batches import Example, Twin
-from ..training.memory import fit_training
+from ..training.memory import Fit, fit_training
 from ..training.trainer import train
 
 if TYPE_CHECKING:
@@ -27,22 +33,15 @@ if TYPE_CHECKING:
 
 
 def run(context: RunContext, folder: Path) -> None:
-    """Writes the fine-tuned encoder, and the steps and losses of its training."""
+    """Writes the fine-tuned encoder, and the steps and losses of its training. With ``--lora`` also
+    the adapter, whose product is part of the fine-tuned encoder's weights."""
     config = context.config
     chunks, queries = training_view(context.out)
     relevant = relevant_rows(chunks, queries)
-    row = {chunk.id: i for i, chunk in enumerate(chunks)}
-    negatives = {
-        text: tuple(row[negative["chunk_id"]] for negative in found)
-        for text, found in read_negatives(context.out).items()
-    }
-    examples = [
-        Example(text, positive, negatives[text], frozenset(positives), i)
-        for i, (text, positives) in enumerate(relevant.items())
-        for positive in positives
-    ]
+    examples = _examples(context, chunks, relevant)
     passages = [chunk.passage for chunk in chunks]
-    model = load_encoder(context.encoder)
+    model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
+    adapters = [] if config.lora is None else add_lora(model, config.lora)
     bf16 = has_fast_bf16(model.device) if context.bf16 is None else context.bf16
     precision = "bf16" if bf16 else "fp32"
     fit = fit_training(
@@ -55,14 +54,10 @@ def run(context: RunContext, folder: Path) -> None:
         memory=config.memory,
         bf16=bf16,
     )
-    how = (
-        f"{fit.at_once} sequences at a time, gradients cached"
-        if fit.cached
-        else f"all {fit.at_once} sequences of a batch at once"
-    )
-    context.console.say(f"  {how}, in {precision}: about {fit.peak / 2**30:.1f} GB of memory")
-    if (gpus := torch.cuda.device_count()) > 1:
-        context.console.say(f"  {gpus} GPUs are visible; training uses the first")
+    _say_how(context, fit, precision)
+    twin = Twin(float(config.weight), *base_embeddings(context.out)) if context.twin else None
+    # A twin's embeddings are unit vectors, whatever the encoder's are.
+    unit = 1.0 if context.twin else similarity_unit(context.out)
     with context.console.progress("training") as progress:
         history = train(
             model,
@@ -74,15 +69,46 @@ def run(context: RunContext, folder: Path) -> None:
             batch_size=config.batch_size,
             lr=config.lr,
             warmup=config.warmup,
-            temperature=config.temperature,
+            temperature=config.temperature * unit,
             mini_batch=fit.at_once if fit.cached else None,
             bf16=bf16,
             seed=config.seed,
-            twin=Twin(float(config.weight), *base_embeddings(context.out))
-            if context.twin
-            else None,
+            twin=twin,
             progress=progress,
         )
+    for i, adapter in enumerate(adapters):
+        only = len(adapters) == 1
+        adapter.save_pretrained(str(folder / ADAPTER if only else folder / ADAPTER / str(i)))
+        adapter.merge_and_unload()
     model.save_pretrained(str(folder / TUNED), create_model_card=False)
+    for code in context.encoder.glob("*.py"):  # of an encoder that brings its own
+        shutil.copy(code, folder / TUNED)
     facts = {**history, "examples": len(examples), "precision": precision}
     write_json(folder / TRAINING_FACTS, facts)
+
+
+def _examples(
+    context: RunContext, chunks: Sequence[Chunk], relevant: dict[str, list[int]]
+) -> list[Example]:
+    """One example for each query and each of its positives."""
+    row = {chunk.id: i for i, chunk in enumerate(chunks)}
+    negatives = {
+        text: tuple(row[negative["chunk_id"]] for negative in found)
+        for text, found in read_negatives(context.out).items()
+    }
+    return [
+        Example(text, positive, negatives[text], frozenset(positives), i)
+        for i, (text, positives) in enumerate(relevant.items())
+        for positive in positives
+    ]
+
+
+def _say_how(context: RunContext, fit: Fit, precision: str) -> None:
+    how = (
+        f"{fit.at_once} sequences at a time, gradients cached"
+        if fit.cached
+        else f"all {fit.at_once} sequences of a batch at once"
+    )
+    context.console.say(f"  {how}, in {precision}: about {fit.peak / 2**30:.1f} GB of memory")
+    if (gpus := torch.cuda.device_count()) > 1:
+        context.console.say(f"  {gpus} GPUs are visible; training uses the first")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..encoder.encode import prompt_name
+from ..encoder.encode import Role, prompt_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -17,32 +17,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """A query with one of its positives and its mined negatives, as rows of the documents; ``relevant`` are all of its positives."""
+    """A query with one of its positives and its mined negatives, as rows of the documents."""
 
     query: str
     positive: int
     negatives: tuple[int, ...]
     relevant: frozenset[int]
+    """All positives of the query."""
     row: int
-    """Of the query among the distinct queries."""
+    """Index of the query among the distinct queries."""
 
 
 @dataclass(frozen=True)
 class Twin:
-    """The frozen twin's side of ``fuse_embeddings``. It reads the very texts that were embedded to mine from, so those rows stand for it:
-    no second encoder in memory, no second forward pass."""
+    """The frozen encoder's side of ``fuse_embeddings``.
+
+    It reads the same texts that were embedded for mining, so those embeddings serve: no second
+    encoder in memory, no second forward pass.
+    """
 
     weight: float
-    """Of the tuned embeddings."""
+    """Share of the tuned embeddings."""
     queries: np.ndarray
+    """(Q, d) float32: the distinct queries."""
     documents: np.ndarray
+    """(N, d) float32."""
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of the examples to one batch: the queries' tokens, the tokens of the *distinct* documents among positives and negatives, the row
-    of each query's positive, and document ids. A document that several queries share is encoded once and is nobody's false negative;
-    documents relevant to one query of the batch share an id, so that none of them counts as its negative."""
+    """Turns rows of the examples into a batch.
+
+    A document that several queries share is encoded once and is never a false negative. Documents
+    relevant to one query of the batch share a group, so that none counts as its negative.
+    """
 
     model: SentenceTransformer
     examples: Sequence[Example]
@@ -51,49 +59,56 @@ class Collator:
     valid_label_columns: tuple[str, ...] = ("label",)  # the Trainer asks for it
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
-        # Longest first on both sides: mini-batches of one length are little padded.
+        """Makes the batch of B queries and the N distinct documents among their positives and
+        negatives.
+
+        Args:
+            rows: B records {"row": index of an example}.
+
+        Returns:
+            ``query_*`` and ``document_*``: what the encoder reads; ``document_group`` (N,) int64;
+            ``label`` (B,) int64: the column of each query's positive; with a twin
+            ``query_frozen`` (B, d) and ``document_frozen`` (N, d) float32.
+        """
+        # Longest first on both sides: the texts of a mini-batch have similar lengths.
         examples = sorted(
             (self.examples[row["row"]] for row in rows), key=lambda example: -len(example.query)
         )
+        documents = self._distinct_documents(examples)
+        column = {document: i for i, document in enumerate(documents)}
+        batch = {
+            **self._features("query", [example.query for example in examples]),
+            **self._features("document", [self.documents[document] for document in documents]),
+            "document_group": torch.tensor(_groups(examples, column)),
+            "label": torch.tensor([column[example.positive] for example in examples]),
+        }
+        if self.twin is not None:
+            queries = [example.row for example in examples]
+            batch["query_frozen"] = torch.from_numpy(self.twin.queries[queries])
+            batch["document_frozen"] = torch.from_numpy(self.twin.documents[documents])
+        return batch
+
+    def _distinct_documents(self, examples: Sequence[Example]) -> list[int]:
         distinct = dict.fromkeys(
             document for example in examples for document in (example.positive, *example.negatives)
         )
-        columns = {
-            document: column
-            for column, document in enumerate(
-                sorted(distinct, key=lambda row: -len(self.documents[row]))
-            )
-        }
-        groups = list(range(len(columns)))
-        for example in examples:
-            merged = {
-                groups[columns[document]] for document in example.relevant if document in columns
-            }
-            if len(merged) > 1:
-                groups = [min(merged) if group in merged else group for group in groups]
-        texts = {
-            "query": ([example.query for example in examples], prompt_for(self.model, "query")),
-            "document": (
-                [self.documents[document] for document in columns],
-                prompt_for(self.model, "document"),
-            ),
-        }
-        batch: dict[str, Any] = {
-            f"{role}_{name}": value
-            for role, (inputs, prompt) in texts.items()
-            for name, value in self.model.preprocess(inputs, prompt=prompt).items()
-        }
-        if self.twin is not None:
-            batch["query_frozen"] = torch.from_numpy(
-                self.twin.queries[[example.row for example in examples]]
-            )
-            batch["document_frozen"] = torch.from_numpy(self.twin.documents[list(columns)])
-        batch["document_group"] = torch.tensor(groups)
-        batch["label"] = torch.tensor([columns[example.positive] for example in examples])
-        return batch
+        return sorted(distinct, key=lambda document: -len(self.documents[document]))
+
+    def _features(self, role: Role, texts: list[str]) -> dict[str, Any]:
+        features = features_of(self.model, role, texts)
+        return {f"{role}_{name}": value for name, value in features.items()}
 
 
-def prompt_for(model: SentenceTransformer, role: Literal["query", "document"]) -> str | None:
-    """The model's own prompt for queries or documents; None where it has none."""
-    name = prompt_name(model, role)
-    return None if name is None else model.prompts[name]
+def features_of(model: SentenceTransformer, role: Role, texts: Sequence[str]) -> dict[str, Any]:
+    """What the model reads of ``texts``, with its prompt, length limit and route for the role."""
+    return model.preprocess(list(texts), prompt=prompt_of(model, role), task=role)
+
+
+def _groups(examples: Sequence[Example], column: dict[int, int]) -> list[int]:
+    """A group for each column: columns that are relevant to one query share theirs."""
+    groups = list(range(len(column)))
+    for example in examples:
+        merged = {groups[column[document]] for document in example.relevant if document in column}
+        if len(merged) > 1:
+            groups = [min(merged) if group in merged else group for group in groups]
+    return groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...integrations.sentence_transformers.twin import fuse_embeddings
 from ...nn import InfoNCELoss
+from ..encoder.encode import compares_by_cosine
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -20,7 +21,7 @@ class NonFiniteEmbeddingsError(ArithmeticError):
 
 
 class BatchLoss(CachedLossMixin, nn.Module):
-    """InfoNCE over a batch of the collator.
+    """InfoNCE over a batch of the collator, in the model's own similarity and dimensions.
 
     With ``mini_batch``, gradient caching (Gao et al., arXiv 2101.06983): encode in mini-batches
     without a graph, take the loss's gradient at the embeddings, encode again and push it through.
@@ -42,9 +43,16 @@ class BatchLoss(CachedLossMixin, nn.Module):
         self.model = model
         self.mini_batch_size = mini_batch or 0
         self.twin_weight = twin_weight
-        self.info_nce = InfoNCELoss(temperature=temperature, normalize=True)
+        self.info_nce = InfoNCELoss(temperature=temperature, normalize=compares_by_cosine(model))
 
-    def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
+    def forward(self, features: list[dict[str, Any]], labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            features: what the encoder reads of the B queries and of the N documents, with
+                "group" (N,) and, for a twin, "frozen" (B, d) and (N, d).
+            labels: (B,) column of each query's positive.
+        """
         self.model.eval()  # the Trainer sets train() before every step
         queries, documents = features
         self.groups = documents.pop("group")
@@ -60,7 +68,12 @@ class BatchLoss(CachedLossMixin, nn.Module):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        q, d = (torch.cat(parts) for parts in reps)
+        """The loss of embeddings that come in parts, (n, d) each, of the queries and documents.
+
+        Raises:
+            NonFiniteEmbeddingsError: if an embedding holds NaN or infinity.
+        """
+        q, d = (torch.cat(parts)[:, : self.model.truncate_dim] for parts in reps)
         if self.twin_weight is not None:
             q, d = (
                 fuse_embeddings(tuned, frozen, self.twin_weight)

@@ -1,4 +1,4 @@
-"""How much memory training takes, and how many sequences of it fit into a budget."""
+"""How much memory training takes, and how many sequences fit into a budget."""
 
 from __future__ import annotations
 
@@ -11,48 +11,54 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ...errors import RefineFastError
+from ..encoder.encode import Role
+from .batches import features_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-
 MINI_BATCH = 8
-"""Sequences that training encodes at a time where no budget is given. MiniLM-L6 on SQuAD, batch 64, two CPU cores: a step takes 1.07 times
-as long as with 16."""
-
+"""Sequences encoded at a time if no budget is given. MiniLM-L6 on SQuAD, batch 64, two CPU cores:
+a step takes 1.07 times as long as with 16."""
 
 PROCESS = 900 << 20
-"""Python, torch, transformers and the data (650 MiB), and malloc's holes between tensors that pass."""
-
+"""Bytes: Python, torch, transformers and the data (650 MiB), and heap fragmentation from
+short-lived tensors."""
 
 FRAGMENTATION = 1.5
-"""What mini-batches of one size after the other occupy over what the backward keeps, with glibc's malloc.
+"""Resident memory per byte of saved activations, for mini-batches of different lengths under
+glibc's malloc.
 
-Gradients cached, one thread, encoders of 6 layers and width 384 that read 256 tokens (MiniLM) or 512, measured of planned in MiB. With 1.4:
-MiniLM in fp32, 15 at a time, 2,012 of 2,017, in bf16, 23 at a time, 2,032 of 2,028; MPNet, whose attention keeps its scores, 9,
-1,825 of 1,930. With 1.3 MPNet took 2,075 of 1,951, BERT 1,885 of 1,960, ModernBERT 1,630 of 1,649 and in bf16 1,667 of 1,695."""
-
+Gradient caching, one thread, encoders of 6 layers and width 384 that read 256 tokens (MiniLM) or
+512; measured and planned peak in MiB. With a factor of 1.4: MiniLM in fp32, 15 sequences at a time,
+2,012 of 2,017; in bf16, 23 at a time, 2,032 of 2,028; MPNet, whose attention keeps its scores, 9 at
+a time, 1,825 of 1,930. With 1.3: MPNet 2,075 of 1,951, BERT 1,885 of 1,960, ModernBERT 1,630 of
+1,649, in bf16 1,667 of 1,695."""
 
 WHOLE_BATCH_OVERHEAD = 1.1
-"""The same where a whole batch is encoded at once: 6,267 of 7,130 MiB (MiniLM in fp32, 64 queries and 128 documents at a time;
-benchmarks/bench_memory.py)."""
+"""The same factor if a whole batch is encoded at once: 6,267 of 7,130 MiB (MiniLM in fp32, 64
+queries and 128 documents at a time; benchmarks/bench_memory.py)."""
 
 
 def return_free_memory() -> None:
-    """Gives the free pages of malloc back to the system: steps of other lengths leave holes that nothing else fits into. Linux with glibc;
-    elsewhere nothing happens."""
+    """Returns malloc's free pages to the system: steps of other lengths leave gaps that no other
+    tensor fits into. It needs glibc and does nothing elsewhere."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
 
 
-def activation_bytes(model: SentenceTransformer, text: str, *, bf16: bool) -> int:
-    """What the backward keeps of ``text``, by torch's own account: of two of them less of one, which leaves the copies of weights out."""
+def activation_bytes(
+    model: SentenceTransformer, text: str, *, bf16: bool, role: Role = "document"
+) -> int:
+    """Bytes that the backward pass keeps for ``text``.
+
+    Measured as f(2 copies) - f(1 copy), so that per-call casts of the weights cancel.
+    """
 
     def kept(sequences: int) -> int:
-        storages: dict[
-            int, torch.UntypedStorage
-        ] = {}  # a tensor's neighbours share its storage; alive, no two have one address
+        # Views share a storage. The dictionary keeps storages alive, so no address is reused.
+        storages: dict[int, torch.UntypedStorage] = {}
 
         def keep(x: torch.Tensor) -> torch.Tensor:
             storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
@@ -61,7 +67,7 @@ def activation_bytes(model: SentenceTransformer, text: str, *, bf16: bool) -> in
         device = model.device
         batch = {
             name: x.to(device) if isinstance(x, torch.Tensor) else x
-            for name, x in model.preprocess([text] * sequences).items()
+            for name, x in features_of(model, role, [text] * sequences).items()
         }
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
@@ -71,15 +77,15 @@ def activation_bytes(model: SentenceTransformer, text: str, *, bf16: bool) -> in
         return sum(storage.nbytes() for storage in storages.values())
 
     model.eval()  # as in training
-    return kept(2) - kept(1)
+    return max(0, kept(2) - kept(1))
 
 
 class Fit(NamedTuple):
-    """How many sequences training encodes at a time, and what it takes."""
+    """How many sequences training encodes at a time, and the memory that it takes."""
 
     at_once: int
     cached: bool
-    """Whether a batch is more than that, so that gradients are cached."""
+    """Whether a batch has more sequences than that, so that gradients are cached."""
     peak: int
     """Bytes."""
 
@@ -95,8 +101,8 @@ def fit_training(
     memory: int | None,
     bf16: bool,
 ) -> Fit:
-    """The whole batch at once where it stays under ``memory`` bytes, else as many sequences at a
-    time as do, each as long as the longest to train on.
+    """Chooses the whole batch if it stays under ``memory`` bytes, else as many sequences at a time
+    as do, assuming that each is as long as the longest.
 
     Args:
         model: the encoder to train.
@@ -113,21 +119,38 @@ def fit_training(
     """
     batch = min(batch_size, max(examples, 1))
     documents = batch * (1 + negatives)
-    # weights, gradients and Adam's two moments in float32; autocast's copies of the weights
-    fixed = PROCESS + (16 + 2 * bf16) * sum(p.numel() for p in model.parameters())
-    query, passage = (
-        activation_bytes(model, max(texts, key=len, default=""), bf16=bf16)
-        for texts in (queries, passages)
-    )
+    # In float32: the weights; gradients and Adam's two moments of those that are trained. In bf16:
+    # autocast's copies of the weights.
+    weights = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = PROCESS + (4 + 2 * bf16) * weights + 12 * trained
+    query = activation_bytes(model, _longest(queries), bf16=bf16, role="query")
+    passage = activation_bytes(model, _longest(passages), bf16=bf16)
     whole = fixed + WHOLE_BATCH_OVERHEAD * (batch * query + documents * passage)
     each = FRAGMENTATION * max(query, passage)
-    fits = MINI_BATCH if memory is None else int((memory - fixed) / each)
-    if memory is not None and fits < 1:
-        least = f"{math.ceil((fixed + each) / 2**30 * 10) / 10:.1f}GB"
+    if _reads_bags(model):
+        fits, least = batch + documents, whole
+    else:
+        fits = MINI_BATCH if memory is None else int((memory - fixed) / max(each, 1))
+        least = fixed + each
+    if memory is not None and memory < least:
         raise RefineFastError(
-            f"memory: {memory / 2**30:.1f} GB is too little for this encoder; give at least {least}."
+            f"memory: {memory / 2**30:.1f} GB is too little for this encoder; "
+            f"give at least {math.ceil(least / 2**30 * 10) / 10:.1f}GB."
         )
     if fits >= batch + documents or (memory is not None and memory >= whole):
         return Fit(batch + documents, False, int(whole))
     at_once = min(fits, documents)  # of either side: more would change nothing
     return Fit(at_once, True, int(fixed + at_once * each))
+
+
+def _longest(texts: Iterable[str]) -> str:
+    return max(texts, key=len, default="")
+
+
+def _reads_bags(model: SentenceTransformer) -> bool:
+    """Whether the encoder reads a batch as one list of tokens, which no mini-batch can be cut
+    from: a static embedding, directly or in a route."""
+    from sentence_transformers.base.losses.gradcache import has_static_embedding_input
+
+    return has_static_embedding_input(model)

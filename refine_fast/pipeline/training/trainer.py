@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
@@ -25,12 +27,21 @@ if TYPE_CHECKING:
 CHECKPOINT_SECONDS = 60.0
 """Time between two checkpoints: the most that a kill costs, besides the step in progress."""
 
+_WEIGHTS = "model.safetensors"
+
 CHECKPOINT_COMPLETE = "complete"
 """An empty file that a checkpoint gets last, when everything else in it is on the disk."""
 
 
 def steps_of(examples: int, *, batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Number of full batches: a small last batch would weigh its few negatives like a full one."""
+    """Number of full batches: a small last batch would weigh its few negatives like a full one.
+
+    Args:
+        examples: number of training examples, at least 1.
+        batch_size: queries in a batch.
+        epochs: passes over the examples.
+        max_steps: upper limit; None: no limit.
+    """
     steps = max(1, math.floor(examples * epochs / min(batch_size, examples)))
     return steps if max_steps is None else min(steps, max_steps)
 
@@ -99,6 +110,7 @@ def train(
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         batch_sampler=_in_order,  # type: ignore[arg-type]
+        router_mapping={"query": "query", "document": "document"},
         learning_rate=lr,
         warmup_steps=math.ceil(warmup * steps),
         bf16=bf16,
@@ -146,8 +158,25 @@ class _OneDeviceArguments(SentenceTransformerTrainingArguments):
 
 
 class _Trainer(SentenceTransformerTrainer):
+    """Checkpoints hold the trained parameters only, whatever modules and adapters they are in."""
+
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Does nothing: the fused model gets a card of its own."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        trained = {name: p.detach().contiguous() for name, p in self._trained().items()}
+        save_file(trained, Path(output_dir) / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
+        with torch.no_grad():
+            for name, parameter in self._trained().items():
+                parameter.copy_(saved[name])
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 def _in_order(dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:

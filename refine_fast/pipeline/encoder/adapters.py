@@ -1,0 +1,105 @@
+"""LoRA adapters (Hu et al., arXiv 2106.09685) in training, through peft, and as a base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import RefineFastError
+from ...fuse import fuse
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that describes an adapter of peft's."""
+
+
+def add_lora(model: SentenceTransformer, rank: int) -> list[PeftModel]:
+    """Adds LoRA factors to every linear layer of each transformer, and freezes everything else.
+
+    Args:
+        model: the encoder, changed in place.
+        rank: of the factors; their product is scaled by 2, the usual ``alpha = 2 * rank``.
+
+    Returns:
+        One adapter for each transformer: ``save_pretrained`` writes it as peft does, and
+        ``merge_and_unload`` adds its product to the weights of ``model`` and removes it.
+
+    Raises:
+        RefineFastError: without peft, or if the encoder has no transformer.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise RefineFastError("lora: needs peft; pip install 'refine-fast[lora]'.") from None
+    transformers = _transformers(model)
+    if not transformers:
+        raise RefineFastError(
+            "lora: the encoder has no transformer whose layers could be adapted; leave out --lora."
+        )
+    model.requires_grad_(False)
+    config: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+    return [get_peft_model(transformer, LoraConfig(**config)) for transformer in transformers]
+
+
+def _transformers(model: nn.Module) -> list[Any]:
+    """The transformers of an encoder, without those that are part of another one."""
+    from transformers import PreTrainedModel
+
+    found: list[Any] = []
+    inner: set[nn.Module] = set()
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part not in inner:
+            found.append(part)
+            inner.update(part.modules())
+    return found
+
+
+def adapter_folder(folder: Path) -> Path | None:
+    """Where the adapter is if the encoder in ``folder`` is an adapter over a base; else None."""
+    return next((file.parent for file in sorted(folder.rglob(ADAPTER_CONFIG))), None)
+
+
+def base_of_adapter(adapter: Path) -> str:
+    """The folder or name of the base that an adapter says it belongs to.
+
+    Raises:
+        RefineFastError: if it says nothing.
+    """
+    try:
+        name = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return str(name["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RefineFastError(
+            f"model: {adapter / ADAPTER_CONFIG} names no base ({error}); merge the adapter with "
+            "peft's merge_and_unload and give the merged encoder."
+        ) from None
+
+
+def merge_adapter(base: Path, folder: Path, adapter: Path, out: Path) -> None:
+    """Writes the encoder that an adapter makes of its base.
+
+    Args:
+        base: folder of the base.
+        folder: the encoder that has the adapter: its tokenizer and its modules replace the base's.
+        adapter: ``folder`` or the subfolder of it that holds the adapter.
+        out: folder of the result; it must not exist.
+
+    Raises:
+        RefineFastError: if the adapter is not plain LoRA or does not fit the base.
+    """
+    place = out / adapter.relative_to(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    fuse(base, adapter, place, 1.0)
+    if (folder / "modules.json").is_file():
+        (place / "modules.json").unlink(missing_ok=True)  # the base's modules are not this one's
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.name.startswith(("adapter_", "README")):
+            target = out / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)

@@ -1,0 +1,104 @@
+"""Checks that an encoder can be trained and its result fused, before anything is spent on it."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...errors import RefineFastError
+from ...fuse.plan import make_plan
+from ..encoder.adapters import add_lora
+from .batches import Collator, Example
+from .loss import BatchLoss
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
+
+_QUERIES = ("where does the cat sleep", "how often is the seal of a pump replaced")
+_DOCUMENTS = (
+    "The cat sleeps on the warm stove in the kitchen all day.",
+    "The seal of the pump is replaced every six weeks by the crew of the first shift.",
+)
+
+
+def check_training(model: SentenceTransformer, folder: Path, *, lora: int | None = None) -> None:
+    """Takes one training step on two examples with a copy of the model, saves the copy to a
+    temporary folder, and plans its fusion with the base.
+
+    Args:
+        model: the base encoder; not changed.
+        folder: the folder that it was loaded from.
+        lora: rank of the adapter to train; None: every weight is trained.
+
+    Raises:
+        RefineFastError: if a step fails; the message says which and why.
+    """
+    tuned = copy.deepcopy(model)
+    adapters = [] if lora is None else add_lora(tuned, lora)
+    try:
+        gradients = _one_step(tuned)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RefineFastError(
+            f"model: {folder} cannot be trained ({type(error).__name__}: {reason}); "
+            "give another encoder."
+        ) from error
+    _require_trained_routes(tuned, gradients)
+    for adapter in adapters:
+        adapter.merge_and_unload()
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            tuned.save_pretrained(temporary, create_model_card=False)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RefineFastError(
+                f"model: {folder} can be trained but not saved ({type(error).__name__}: {reason}); "
+                "give another encoder."
+            ) from error
+        make_plan(folder, Path(temporary), [0.5])
+
+
+def _one_step(model: SentenceTransformer) -> dict[str, bool]:
+    """Trained parameter -> whether it got a gradient. Takes the step."""
+    examples = [Example(query, i, (), frozenset({i}), i) for i, query in enumerate(_QUERIES)]
+    batch = Collator(model, examples, _DOCUMENTS)([{"row": 0}, {"row": 1}])
+    device = model.device
+    sides = [
+        {
+            name.removeprefix(f"{role}_"): x.to(device) if isinstance(x, torch.Tensor) else x
+            for name, x in batch.items()
+            if name.startswith(f"{role}_")
+        }
+        for role in ("query", "document")
+    ]
+    BatchLoss(model, temperature=0.05)(sides, batch["label"].to(device)).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    torch.optim.AdamW(trained.values(), lr=1e-5).step()
+    for name, parameter in trained.items():
+        if not parameter.isfinite().all():
+            raise ArithmeticError(f"{name} became NaN or infinite")
+    return {name: p.grad is not None and bool(p.grad.any()) for name, p in trained.items()}
+
+
+def _require_trained_routes(model: nn.Module, gradients: dict[str, bool]) -> None:
+    """Every route of a router, or else the whole model, must have learned something."""
+    from sentence_transformers.base.modules import Router
+
+    parts = {
+        f"{name}.sub_modules.{route}.": f"its {route} route"
+        for name, module in model.named_modules()
+        if isinstance(module, Router)
+        for route in module.sub_modules
+    } or {"": "it"}
+    for prefix, what in parts.items():
+        names = [name for name in gradients if name.startswith(prefix)]
+        if names and not any(gradients[name] for name in names):
+            raise RefineFastError(
+                f"model: {what} gets no gradient, so training would change nothing; "
+                "give another encoder."
+            )
