@@ -84,7 +84,7 @@ def test_every_stage_of_the_pipeline(stage: str) -> None:
 @pytest.mark.parametrize(
     ("stage", "needs", "must_not_need"),
     [
-        ("chunk", "refine_fast.pipeline.corpus.file_formats", "refine_fast.mine"),
+        ("chunk", "refine_fast.pipeline.corpus.formats.pdf", "refine_fast.mine"),
         ("query", "refine_fast.pipeline.queries.synthetic", "refine_fast.pipeline.queries.llm"),
         ("llm_query", "refine_fast.pipeline.queries.llm.reply_parser", "refine_fast.fuse"),
         ("embed", "refine_fast.pipeline.encoder.encode", "refine_fast.mine"),

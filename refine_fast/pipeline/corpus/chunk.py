@@ -9,9 +9,11 @@ from .text import passage_text
 
 @dataclass(frozen=True)
 class Chunk:
-    """``document.text[start:end]`` with its title: the document's and, under a heading, that heading's.
+    """``document.text[start:end]`` with its title: the document's and, under a heading, that
+    heading's.
 
-    id: the document's where it is the document's only chunk, else "<document id>#<number from 0>". source: the document's.
+    id: the document's if it is the document's only chunk, else "<document id>#<number from 0>".
+    source: the document's.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Documents cut in chunks that the encoder reads whole, and duplicates removed."""
+"""Cuts documents into chunks that the encoder reads whole."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from ...errors import RefineFastError
 from ..progress import Progress
 from .chunk import Chunk
 from .documents import Document
-from .file_formats import markdown_headings
+from .formats.markdown import markdown_headings
 
 if TYPE_CHECKING:
     from semantic_text_splitter import MarkdownSplitter, TextSplitter
     from transformers import PreTrainedTokenizerBase
 
 
-# The splitter's time grows with the square of a text that has no paragraphs (2 MB: minutes); in windows it is linear.
 _WINDOW = 20_000
+"""Characters that are split at a time. The splitter's time grows with the square of a text without
+paragraphs (2 MB: minutes); in windows it is linear."""
 
 
 def chunk_documents(
@@ -30,43 +31,39 @@ def chunk_documents(
     max_tokens: int,
     progress: Progress | None = None,
 ) -> list[Chunk]:
-    """Chunks of at most ``max_tokens`` of the encoder's own tokens, special tokens and title included (a title takes at most half).
+    """Cuts every document into chunks of at most ``max_tokens``.
 
-    Cut at the highest of heading, paragraph, line, sentence and word that keeps a chunk within the limit, neighbours merged while they fit.
-    Leading and trailing blanks belong to no chunk, and a piece without a letter or digit makes none. A "passage" is one chunk, whole,
-    whatever its length. ``progress`` counts characters.
+    A cut is made at the highest of heading, paragraph, line, sentence and word that keeps the chunk
+    within the limit; neighbours are merged while they fit. Chunks are stripped, and pieces without
+    a letter or digit are dropped. A "passage" is one chunk, whatever its length.
+
+    Args:
+        documents: with distinct ids.
+        tokenizer: of the encoder.
+        max_tokens: special tokens and title included; a title takes at most half.
+        progress: counts characters.
+
+    Raises:
+        RefineFastError: if the id of a document is also that of a chunk of another one.
+        ValueError: if ``max_tokens`` leaves fewer than 16 tokens for the text.
     """
     count = _token_counter(tokenizer)
     room = max_tokens - tokenizer.num_special_tokens_to_add()
     if room < 16:
         raise ValueError(
-            f"max_tokens is {max_tokens}; it must be at least {16 + max_tokens - room}, 16 besides the special tokens"
+            f"max_tokens is {max_tokens}; it must be at least {16 + max_tokens - room}, "
+            "16 besides the special tokens"
         )
     splitter = cache(lambda markdown, capacity: _splitter(tokenizer, markdown, capacity))
     total, before = sum(len(document.text) for document in documents), 0
-    chunks = []
+    chunks: list[Chunk] = []
     for document in documents:
         if document.markup == "passage":
-            chunks.append(
-                Chunk(
-                    document.id,
-                    document.text,
-                    document.title,
-                    document.source,
-                    0,
-                    len(document.text),
-                )
-            )
+            chunks.append(_chunk(document, document.id, document.title, 0, document.text))
             continue
         headings = markdown_headings(document.text) if document.markup == "markdown" else []
         starts = [start for start, _ in headings]
-        titles = [
-            document.title,
-            *(
-                f"{document.title}: {heading}" if heading != document.title else heading
-                for _, heading in headings
-            ),
-        ]
+        titles = [document.title, *(_under(document.title, heading) for _, heading in headings)]
         capacity = max(room - max(map(count, titles)), room // 2)
         pieces: list[tuple[int, str]] = []
         for begin, window in _windows(document.text):
@@ -76,24 +73,24 @@ def chunk_documents(
         before += len(document.text)
         for number, (start, piece) in enumerate(pieces):
             id = document.id if len(pieces) == 1 else f"{document.id}#{number}"
-            chunks.append(
-                Chunk(
-                    id,
-                    piece,
-                    titles[bisect_right(starts, start)],
-                    document.source,
-                    start,
-                    start + len(piece),
-                )
-            )
+            chunks.append(_chunk(document, id, titles[bisect_right(starts, start)], start, piece))
     seen: set[str] = set()
     for chunk in chunks:
         if chunk.id in seen:
             raise RefineFastError(
-                f'docs: the id "{chunk.id}" is a document\'s and means a part of another one; give the first another id.'
+                f'docs: the id "{chunk.id}" is a document\'s and means a part of another one; '
+                "give the first another id."
             )
         seen.add(chunk.id)
     return chunks
+
+
+def _chunk(document: Document, id: str, title: str, start: int, text: str) -> Chunk:
+    return Chunk(id, text, title, document.source, start, start + len(text))
+
+
+def _under(title: str, heading: str) -> str:
+    return heading if heading == title else f"{title}: {heading}"
 
 
 def _pieces(
@@ -105,7 +102,8 @@ def _pieces(
 
 
 def _windows(text: str) -> Iterator[tuple[int, str]]:
-    """(offset, part) of at most _WINDOW characters, cut at the last paragraph, line or word that lies in the window's second half."""
+    """(offset, part) of at most _WINDOW characters, cut at the last paragraph, line or word in the
+    window's second half."""
     begin = 0
     while len(text) - begin > _WINDOW:
         half, end = begin + _WINDOW // 2, begin + _WINDOW
@@ -118,7 +116,7 @@ def _windows(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
-    # verbose=False: the piece that is measured may be longer than the encoder reads; that is why it is measured.
+    # verbose=False: no warning about a piece that is longer than the encoder reads.
     return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -1,30 +1,37 @@
-"""Documents in: a folder of files, a JSON lines file, a BEIR folder, a Hugging Face dataset on disk, or Python's own documentation."""
+"""Documents: files in a folder, tables, a BEIR folder, a saved dataset, or Python's own docs."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from ...errors import RefineFastError, RefineFastWarning
 from ...files import name_of, walk
 from ..progress import Progress
-from .file_formats import SUFFIXES, Markup, Unreadable, read_file
+from .columns import SAMPLE_ROWS, STANDARD_IDS, Columns, Fields, RowReader
+from .formats import files, tables
+from .formats.content import Markup, Unreadable
 from .jsonl import read_jsonl, text_field
 from .python_docs import python_docs
+
+SUFFIXES = (*files.SUFFIXES, *tables.SUFFIXES)
+"""Suffixes of the files that are read."""
 
 
 @dataclass(frozen=True)
 class Document:
     """One document, decoded.
 
-    id: unique; a file's path relative to the folder, a row's own id. source: where to find it, "file" or "file:line", relative to what the
-    user gave; no two documents share it. text: the decoded characters (line ends as in the file; HTML and PDF: the extracted text); every
-    offset counts in it. markup: where it may be cut: "text" at sentences, "markdown" at headings too, "passage" nowhere (a retrieval set
-    judges it whole).
+    id: unique; a file's path relative to the folder, a row's own id. source: where to find it,
+    "file" or "file:row", relative to what the user gave; no two documents share it. text: the
+    decoded characters (line ends as in the file; HTML, PDF and the like: the extracted text); every
+    offset counts in it. markup: where it may be cut (``formats.content``); a retrieval set judges a
+    "passage" whole.
     """
 
     id: str
@@ -34,48 +41,69 @@ class Document:
     markup: Markup = "text"
 
 
-def load_documents(path: Path | None, progress: Progress | None = None) -> list[Document]:
-    """The documents at ``path``, in a fixed order:
+@dataclass(frozen=True)
+class Reading:
+    """How to read what the documents do not say themselves.
+
+    encoding: of text files and tables; None: find it. columns: of tables. exclude: a file that is
+    not a document, although it lies in the folder. say: told in one line what was guessed.
+    """
+
+    encoding: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    exclude: Path | None = None
+    say: Callable[[str], None] | None = None
+
+
+def load_documents(
+    path: Path | None, progress: Progress | None = None, *, reading: Reading | None = None
+) -> list[Document]:
+    """The documents at ``path``, in a fixed order.
 
     - None: Python's own documentation (``python_docs``);
-    - a folder: its .txt, .md, .html and .pdf files at any depth, links followed, hidden files and folders left out; or one such file;
-    - a .jsonl or .jsonl.gz file of {"text", "title" (optional), "_id" | "id" | "doc_id" (optional)};
+    - a folder: its files of SUFFIXES at any depth, links followed, hidden files and folders left
+      out; or one such file;
     - a BEIR folder (corpus.jsonl[.gz]): its passages;
-    - a folder that ``datasets.Dataset.save_to_disk`` wrote, with the fields of JSON lines.
+    - a folder that ``datasets.Dataset.save_to_disk`` wrote.
 
-    What cannot be read, is empty or binary is named in a RefineFastWarning and skipped. Raises RefineFastError where nothing is left, and
-    for a malformed row: file, line, field. ``progress`` counts files.
+    A table gives one document a row. What cannot be read, is empty or binary is named in a
+    RefineFastWarning and skipped.
+
+    Args:
+        path: a folder, a file or None.
+        progress: counts files.
+        reading: how to read it.
+
+    Raises:
+        RefineFastError: if nothing is left, or for a malformed row: file, line, field.
     """
     if path is None:
         return [Document(*entry) for entry in python_docs()]
     if not path.exists():
         raise RefineFastError(
-            f"{path} does not exist; give a folder, a file or a dataset, or nothing for Python's own documentation."
+            f"{path} does not exist; give a folder, a file or a dataset, or nothing for Python's "
+            "own documentation."
         )
+    reading = Reading() if reading is None else reading
     if path.is_file():
-        documents = (
-            _jsonl(path, "text")
-            if path.name.endswith((".jsonl", ".jsonl.gz"))
-            else _files([(path, name_of(path.name))], progress)
-        )
-    elif corpus := next(
-        (
-            file
-            for suffix in (".jsonl", ".jsonl.gz")
-            if (file := path / f"corpus{suffix}").is_file()
-        ),
-        None,
-    ):
-        documents = _jsonl(corpus, "passage")
+        documents = _single_file(path, reading)
+    elif corpus := _beir_corpus(path):
+        documents = _passages(corpus)
     elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        documents = _dataset(path)
+        documents = _dataset(path, reading)
     else:
-        documents = _files(list(walk(path, _closed)), progress)
+        documents = _folder(path, reading, progress)
     if not documents:
         raise RefineFastError(
-            f"{path} holds no usable text; give a folder of {', '.join(SUFFIXES)} files, a JSONL file or a BEIR folder."
+            f"{path} holds no usable text; give a folder of {', '.join(SUFFIXES)} files, one such "
+            "file or a BEIR folder."
         )
     return documents
+
+
+def _beir_corpus(folder: Path) -> Path | None:
+    names = (folder / f"corpus.jsonl{packed}" for packed in ("", ".gz"))
+    return next((path for path in names if path.is_file()), None)
 
 
 def _closed(error: OSError) -> None:
@@ -83,78 +111,152 @@ def _closed(error: OSError) -> None:
     warnings.warn(message, RefineFastWarning, stacklevel=2)
 
 
-def _files(paths: Sequence[tuple[Path, str]], progress: Progress | None) -> list[Document]:
-    documents = []
+def _single_file(path: Path, reading: Reading) -> list[Document]:
+    if _suffix(path) is None:
+        raise RefineFastError(
+            f"{path} is of a kind that is not read; give a file of {', '.join(SUFFIXES)}."
+        )
+    try:
+        return _file(path, path.parent, name_of(path.name), reading)
+    except Unreadable as reason:
+        raise RefineFastError(f"{path} cannot be read: {reason}.") from None
+
+
+def _folder(root: Path, reading: Reading, progress: Progress | None) -> list[Document]:
+    documents: list[Document] = []
+    ids: set[str] = set()
     other: Counter[str] = Counter()
+    excluded = None if reading.exclude is None else reading.exclude.resolve()
+    paths = list(walk(root, _closed))
     for number, (path, name) in enumerate(paths):
         if progress is not None:
             progress(number, len(paths))
-        if path.suffix.lower() not in SUFFIXES:
+        if path.resolve() == excluded:
+            continue
+        if _suffix(path) is None:
             other[path.suffix.lower() or "no suffix"] += 1
             continue
         try:
-            content = read_file(path)
-        except Unreadable as reason:
-            warnings.warn(f"{path} is skipped: {reason}.", RefineFastWarning, stacklevel=3)
+            found = _file(path, root, name, reading)
+        except (Unreadable, RefineFastError) as reason:
+            message = f"{path} is skipped: {str(reason).removesuffix('.')}."
+            warnings.warn(message, RefineFastWarning, stacklevel=3)
             continue
-        documents.append(Document(name, content.title, content.text, name, content.markup))
+        if any(document.id in ids for document in found):  # tables that all count from 1
+            found = [replace(document, id=f"{name}:{document.id}") for document in found]
+        documents += found
+        ids.update(document.id for document in found)
     if other:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in other.most_common(5))
         warnings.warn(
-            f"{other.total()} files are skipped by their suffix ({kinds}); only {', '.join(SUFFIXES)} are read.",
+            f"{other.total()} files are skipped by their suffix ({kinds}); only "
+            f"{', '.join(SUFFIXES)} are read.",
             RefineFastWarning,
             stacklevel=3,
         )
     return documents
 
 
-def _jsonl(path: Path, markup: Markup) -> list[Document]:
-    return _rows(
-        ((f"{path.name}:{number}", row) for number, row in read_jsonl(path)), path.parent, markup
-    )
+def _suffix(path: Path) -> str | None:
+    """The suffix by which the file is read; None if it is not."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in files.SUFFIXES else tables.table_suffix(path)
 
 
-def _dataset(path: Path) -> list[Document]:
+def _file(path: Path, root: Path, name: str, reading: Reading) -> list[Document]:
+    """The documents in one file, called ``name`` in ``root``.
+
+    Raises:
+        Unreadable: if the file cannot be read.
+        RefineFastError: for a malformed row of a table.
+    """
+    if tables.table_suffix(path) is None:
+        content = files.read_file(path, reading.encoding)
+        return [Document(name, content.title, content.text, name, content.markup)]
+    rows = tables.read_table(path, reading.encoding)
+    return _guessed(((f"{name}:{place}", row) for place, row in rows), root, reading)
+
+
+def _dataset(path: Path, reading: Reading) -> list[Document]:
     import datasets
 
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:  # pyarrow, json and datasets each raise their own
         raise RefineFastError(
-            f"{path} looks like a dataset on disk but cannot be loaded ({error}); save it anew."
+            f"{path} looks like a dataset on disk but cannot be loaded ({error}); save it again."
         ) from None
     if isinstance(data, datasets.DatasetDict):
         if len(data) != 1:
             raise RefineFastError(
-                f"{path} holds the splits {sorted(data)}; give the folder of one, such as {path / sorted(data)[0]}."
+                f"{path} holds the splits {sorted(data)}; give the folder of one, such as "
+                f"{path / sorted(data)[0]}."
             )
         data = next(iter(data.values()))
-    return _rows(
-        ((f"{path.name}:{number}", row) for number, row in enumerate(data, 1)), path.parent, "text"
-    )
+    rows = ((f"{path.name}:{number}", row) for number, row in enumerate(data, 1))
+    return _guessed(rows, path.parent, reading)
 
 
-def _rows(
-    rows: Iterable[tuple[str, dict[str, Any]]], folder: Path, markup: Markup
+def _guessed(
+    rows: Iterator[tuple[str, dict[str, Any]]], folder: Path, reading: Reading
 ) -> list[Document]:
-    """One document a row; ``source`` ("file:line") serves as the id of a row without one."""
+    """Documents of rows whose columns may have any names."""
+    sample = list(islice(rows, SAMPLE_ROWS))
+    if not sample:
+        return []
+    reader = RowReader(
+        [row for _, row in sample], reading.columns, str(folder / sample[0][0]), reading.say
+    )
+    return _documents(chain(sample, rows), folder, reader.read, "text")
+
+
+def _passages(corpus: Path) -> list[Document]:
+    def read(row: dict[str, Any], where: str) -> Fields:
+        return Fields(
+            text_field(row, ("text",), where),
+            text_field(row, ("title",), where, default=""),
+            text_field(row, STANDARD_IDS, where, default=""),
+        )
+
+    rows = ((f"{corpus.name}:{number}", row) for number, row in read_jsonl(corpus))
+    return _documents(rows, corpus.parent, read, "passage")
+
+
+def _documents(
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    folder: Path,
+    read: Callable[[dict[str, Any], str], Fields],
+    markup: Markup,
+) -> list[Document]:
+    """One document a row; ``source`` ("file:row") serves as the id of a row without one."""
     documents: list[Document] = []
-    first: dict[str, str] = {}
-    blank = []
+    first: dict[str, Document] = {}
+    blank, repeated = [], []
     for source, row in rows:
         where = str(folder / source)
-        text = text_field(row, ("text",), where)
-        title = text_field(row, ("title",), where, default="")
-        id = text_field(row, ("_id", "id", "doc_id"), where, default=source)
-        if first.setdefault(id, source) != source:
-            raise RefineFastError(
-                f'{where}: the id "{id}" was used before, at {first[id]}; give every document its own.'
-            )
-        if not text.strip():
+        fields = read(row, where)
+        document = Document(fields.id or source, fields.title, fields.text, source, markup)
+        if not fields.text.strip():
             blank.append(where)
             continue
-        documents.append(Document(id, title, text, source, markup))
-    if blank:
-        message = f"{len(blank)} documents are skipped because their text is empty, the first at {blank[0]}."
-        warnings.warn(message, RefineFastWarning, stacklevel=4)
+        earlier = first.setdefault(document.id, document)
+        if earlier is document:
+            documents.append(document)
+        elif replace(document, source=earlier.source) == earlier:
+            repeated.append(where)
+        else:
+            raise RefineFastError(
+                f'{where}: the id "{document.id}" was used before, at {earlier.source}; give every '
+                "document its own."
+            )
+    for skipped, reason in (
+        (blank, "because their text is empty"),
+        (repeated, "because they repeat an earlier row"),
+    ):
+        if skipped:
+            warnings.warn(
+                f"{len(skipped)} documents are skipped {reason}, the first at {skipped[0]}.",
+                RefineFastWarning,
+                stacklevel=4,
+            )
     return documents

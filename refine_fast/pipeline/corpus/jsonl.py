@@ -1,4 +1,4 @@
-"""JSON lines, plain or gzipped: reading with the line named in every error, writing so that a reader never sees half a file."""
+"""JSON lines, plain or gzipped: every error names the line, and no reader sees half a file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ from ...files import atomic
 Record = TypeVar("Record")
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line that is not blank. Raises RefineFastError that names file and line."""
+def read_jsonl(path: Path, encoding: str = "utf-8-sig") -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line that is not blank.
+
+    Raises:
+        RefineFastError: for a malformed line; the message names file, line and remedy.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as lines:
+        with opener(path, "rt", encoding=encoding) as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise RefineFastError(
-                        f"{path}:{number} holds a JSON {type(row).__name__}; each line must be an object {{...}}."
+                        f"{path}:{number} holds a JSON {type(row).__name__}; "
+                        "each line must be an object {...}."
                     )
                 yield number, row
     except json.JSONDecodeError as error:
@@ -37,18 +42,33 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from None
     except UnicodeDecodeError as error:
         raise RefineFastError(
-            f"{path} is not UTF-8 after line {number} ({error.reason}); convert it with `iconv -t UTF-8`."
+            f"{path} is not {encoding.removesuffix('-sig').upper()} after line {number} "
+            f"({error.reason}); convert it with `iconv -t UTF-8`."
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise RefineFastError(
-            f"{path} cannot be read after line {number} ({error}); check that it exists and is complete."
+            f"{path} cannot be read after line {number} ({error}); "
+            "check that it exists and is complete."
         ) from None
 
 
 def text_field(
     row: dict[str, Any], names: tuple[str, ...], where: str, *, default: str | None = None
 ) -> str:
-    """The first of the fields ``names`` that the row has, as a string; a number is taken as its digits. Raises RefineFastError."""
+    """The first of the fields ``names`` that the row has, as a string.
+
+    An integer is taken as its digits. Half a surrogate pair, which JSON may carry and no tokenizer
+    can encode, becomes U+FFFD.
+
+    Args:
+        row: a JSON object.
+        names: the fields, the preferred one first.
+        where: "<file>:<line>", for messages.
+        default: returned if the row has none of the fields.
+
+    Raises:
+        RefineFastError: if the field is not a string, or is missing and ``default`` is None.
+    """
     for name in names:
         value = row.get(name)
         if value is None:
@@ -57,7 +77,6 @@ def text_field(
             raise RefineFastError(
                 f'{where}: the field "{name}" is {value!r:.80}; it must be a string.'
             )
-        # JSON may carry half a surrogate pair, which no tokenizer can encode.
         return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if default is None:
         raise RefineFastError(
@@ -67,20 +86,25 @@ def text_field(
 
 
 def read_records(path: Path, kind: type[Record]) -> list[Record]:
-    """The dataclass instances that ``write_records`` wrote."""
+    """The dataclass instances that ``write_records`` wrote.
+
+    Raises:
+        RefineFastError: if the fields of a line are not those of ``kind``.
+    """
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     records = []
     for number, row in read_jsonl(path):
         if row.keys() != names:
             raise RefineFastError(
-                f"{path}:{number} has the fields {sorted(row)}, not {sorted(names)}; delete it and run again."
+                f"{path}:{number} has the fields {sorted(row)}, not {sorted(names)}; "
+                "delete it and run again."
             )
         records.append(kind(**row))
     return records
 
 
 def write_records(path: Path, records: Iterable[Any]) -> None:
-    """One dataclass instance a line, under a temporary name until the file is whole and on disk."""
+    """Writes one dataclass instance a line; the file appears once it is whole and on disk."""
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Python's own documentation, which every machine with Python has: the embedded default corpus."""
+"""Python's own documentation: the default corpus, which every machine with Python has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ...errors import RefineFastError
 
-# Nothing that a reader of the library reference would look up.
+# Folders without anything that a reader of the library reference would look up.
 _LEFT_OUT = {
     "ensurepip",
     "idlelib",
@@ -25,7 +25,8 @@ _LEFT_OUT = {
 }
 
 
-# Shorter docstrings name a thing but say nothing that a question could be about. With the topics this leaves 1,500 to 2,000 chunks.
+# Shorter docstrings name a thing but say nothing that a question could be about. With the topics,
+# this leaves 1,500 to 2,000 chunks.
 _MIN_WORDS = 50
 
 
@@ -33,6 +34,8 @@ _Node = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Entry(NamedTuple):
+    """One topic or docstring; the fields are those of ``documents.Document``."""
+
     name: str
     title: str
     text: str
@@ -40,15 +43,21 @@ class Entry(NamedTuple):
 
 
 def python_docs() -> Iterator[Entry]:
-    """The topics of pydoc (the language reference), then the docstrings of the standard library's public modules, classes and functions.
+    """The topics of pydoc (the language reference), then the docstrings of the standard library's
+    public modules, classes and functions.
 
-    The library is parsed, never imported: nothing runs, and the same Python gives the same entries in the same order.
+    The library is parsed, never imported: no code runs, and the same Python gives the same entries
+    in the same order.
+
+    Raises:
+        RefineFastError: if pydoc's topics are not installed.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise RefineFastError(
-            "this Python comes without pydoc's topics; install the full standard library, or give a folder of documents."
+            "this Python lacks pydoc's topics; install the full standard library, or give a folder "
+            "of documents."
         ) from None
     for name, text in sorted(topics.items()):
         title = text.lstrip().partition("\n")[0].replace('"', "") or name

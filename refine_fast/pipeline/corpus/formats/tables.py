@@ -1,0 +1,179 @@
+"""Tables and records: one row in, one mapping of columns to values out."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ....errors import RefineFastError
+from ..jsonl import read_jsonl
+from .content import Unreadable, missing
+from .encoding import decode
+from .files import read_bytes
+
+Row = dict[str, Any]
+MAX_TABLE_BYTES = 1 << 30
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".parquet")
+"""Suffixes of the files that hold one document a row; all but the last two may end in .gz too."""
+
+
+def table_suffix(path: Path) -> str | None:
+    """The suffix in SUFFIXES that says how to read this file; None: it is not a table."""
+    name = path.name.lower()
+    packed = name.endswith(".gz")
+    name = name.removesuffix(".gz")
+    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    return None if packed and suffix in (".xlsx", ".parquet") else suffix
+
+
+def read_table(path: Path, encoding: str | None = None) -> Iterator[tuple[int | str, Row]]:
+    """(place, row) of every row that is not blank; the place is its number or line from 1.
+
+    A row maps column names to values. In JSON it is an object: in a list, alone in its file, or
+    under its id in an object of objects.
+
+    Raises:
+        RefineFastError: for a malformed row; the message names file, line and remedy.
+        Unreadable: if the file as a whole cannot be read.
+    """
+    suffix = table_suffix(path)
+    if suffix in (".jsonl", ".ndjson"):
+        yield from read_jsonl(path, encoding or "utf-8-sig")
+    elif suffix == ".json":
+        yield from _json(path, _text(path, encoding))
+    elif suffix in (".csv", ".tsv"):
+        yield from _delimited(path, _text(path, encoding), tabs=suffix == ".tsv")
+    elif suffix == ".xlsx":
+        yield from _sheets(path)
+    else:
+        yield from _parquet(path)
+
+
+def _text(path: Path, encoding: str | None) -> str:
+    data = read_bytes(path, MAX_TABLE_BYTES)
+    if path.suffix.lower() == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise Unreadable(f"it is not a complete gzip file ({error})") from None
+    return decode(path, data, encoding)
+
+
+def _json(path: Path, text: str) -> Iterator[tuple[int | str, Row]]:
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise Unreadable(f"it is not JSON ({error}); one object a line is .jsonl") from None
+    # {"data": [{...}, ...]} and the like
+    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
+    if len(lists) == 1 and lists[0] and all(isinstance(row, dict) for row in lists[0]):
+        value = lists[0]
+    if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
+        yield from ((key, {"id": key} | row) for key, row in value.items())
+    elif isinstance(value, dict):
+        yield 1, value
+    elif isinstance(value, list):
+        for number, row in enumerate(value, 1):
+            if isinstance(row, str):
+                row = {"text": row}
+            if not isinstance(row, dict):
+                raise RefineFastError(
+                    f"{path}:{number} holds a JSON {type(row).__name__}; each item of the list "
+                    "must be an object {...} or a string."
+                )
+            yield number, row
+    else:
+        raise Unreadable(f"it holds a JSON {type(value).__name__}, not a list of objects")
+
+
+def _delimited(path: Path, text: str, *, tabs: bool) -> Iterator[tuple[int, Row]]:
+    csv.field_size_limit(min(MAX_TABLE_BYTES, 2**31 - 1))
+    delimiter = "\t" if tabs else _delimiter(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    before, number = 0, 0
+    names: list[str] = []
+    try:
+        for cells in reader:
+            number, before = before + 1, reader.line_num  # a cell may hold line breaks
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not names:
+                names = _header(path, cells)
+                continue
+            if len(cells) > len(names) and any(cells[len(names) :]):
+                raise RefineFastError(
+                    f"{path}:{number} has {len(cells)} cells and the header {len(names)}; put "
+                    f"cells that hold {delimiter!r} in double quotes."
+                )
+            yield number, dict(zip(names, cells, strict=False))
+    except csv.Error as error:
+        raise RefineFastError(
+            f"{path}:{before + 1} is not CSV ({error}); close the double quotes, and write a quote "
+            'inside a cell as "".'
+        ) from None
+
+
+def _delimiter(text: str) -> str:
+    """The one of , ; tab and | that is the most frequent in the header, outside quotes."""
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    outside = "".join(header.split('"')[::2])
+    return max(",;\t|", key=outside.count)
+
+
+def _header(path: Path, cells: list[Any]) -> list[str]:
+    names = [" ".join(str(cell).split()) for cell in cells]
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise RefineFastError(f"{path}: two columns are named {twice[0]!r}; rename one.")
+    return names
+
+
+def _sheets(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of every sheet, the first that is not blank as its header."""
+    try:
+        import openpyxl
+    except ImportError:
+        raise missing("openpyxl", ".xlsx") from None
+    data = read_bytes(path, MAX_TABLE_BYTES)
+    try:
+        book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
+        sheets = [
+            (sheet.title, list(sheet.iter_rows(values_only=True))) for sheet in book.worksheets
+        ]
+    except Exception as error:  # BadZipFile, KeyError, XML errors, ...
+        raise Unreadable(f"it is not an Excel workbook ({type(error).__name__}: {error})") from None
+    for title, rows in sheets:
+        names: list[str] = []
+        for number, cells in enumerate(rows, 1):
+            if all(cell is None or not str(cell).strip() for cell in cells):
+                continue
+            if not names:
+                names = _header(path, ["" if cell is None else cell for cell in cells])
+                continue
+            place = str(number) if len(sheets) == 1 else f"{title}:{number}"
+            yield place, {n: cell for n, cell in zip(names, cells, strict=False) if n}
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise missing("pyarrow", ".parquet", "pipeline") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        raise Unreadable(f"it is not a Parquet file that pyarrow can read ({error})") from None
+    except OSError as error:
+        raise Unreadable(f"{error.strerror or error}; check the file") from None
