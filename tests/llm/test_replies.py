@@ -91,7 +91,7 @@ REPLIES = {
         {},
     ),
     "question without a mark": (json.dumps(["who built the oder lighthouse"]), "json", ["who built the oder lighthouse"], {}),
-    "speaks of the passage": (json.dumps(["According to the passage, who built it?", A]), "json", [A], {"speaks of the passage": 1}),
+    "speaks of the passage": (json.dumps(["According to the passage, who built it?", A]), "json", [A], {'refers to "the passage"': 1}),
     "German": (json.dumps(["Wann wurde der Leuchtturm an der Oder fertiggestellt?", A]), "json", [A], {"wrong language": 1}),
     "Chinese": (json.dumps(["奥得河灯塔是什么时候建成的?", A]), "json", [A], {"wrong language": 1}),
     "too many": (
@@ -140,7 +140,7 @@ REPLIES = {
         json.dumps(["What year is mentioned?", "What is this article about?", "Wer baute laut dem Text den Turm?", A]),
         "json",
         [A],
-        {"speaks of the passage": 3},
+        {'refers to "the passage"': 3},
     ),
     "kind in other letters": (json.dumps({"queries": [{"kind": "Keyword", "text": OIL}]}), "schema", [OIL], {}),
     "echo of the prompt": (json.dumps(["How do I get from the example to the exam?", A]), "json", [A], {"copy of the prompt": 1}),
