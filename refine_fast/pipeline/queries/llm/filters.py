@@ -175,7 +175,7 @@ def near_duplicates(texts: Iterable[str], *, threshold: float = 0.9) -> list[str
 
 
 def _words_and_pairs(text: str) -> set[str]:
-    """Marked with the text's numbers, so that texts with different numbers have nothing in common."""
+    """Marked with the text's numbers, so that texts with different numbers share none."""
     found = normalized_words(text).split()
     numbers = [word for word in found if any(c.isdigit() for c in word)]
     shingles = [*found, *(" ".join(pair) for pair in itertools.pairwise(found))]
