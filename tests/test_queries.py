@@ -12,18 +12,30 @@ from retrieval_sets import SMALL, folder_of
 from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.query import Query
-from refine_fast.pipeline.queries.synthetic import TURNS, synthesize_queries
+from refine_fast.pipeline.queries.synthetic import KINDS_IN_TURN, synthesize_queries
 from refine_fast.pipeline.queries.user import load_queries
 
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 
 TEXTS = {
-    "rivers#0": ("Rivers", "The Oder rises in the Czech mountains and runs to the Baltic Sea. Barges carry coal on it all year."),
-    "rivers#1": ("Rivers", "The Elbe passes Dresden and Hamburg on its way to the North Sea. Paddle steamers still run near Dresden."),
-    "glaciers": ("Glaciers", "A glacier forms where more snow falls than melts over many years. The Aletsch is the longest glacier."),
+    "rivers#0": (
+        "Rivers",
+        "The Oder rises in the Czech mountains and runs to the Baltic Sea. Barges carry coal on it all year.",
+    ),
+    "rivers#1": (
+        "Rivers",
+        "The Elbe passes Dresden and Hamburg on its way to the North Sea. Paddle steamers still run near Dresden.",
+    ),
+    "glaciers": (
+        "Glaciers",
+        "A glacier forms where more snow falls than melts over many years. The Aletsch is the longest glacier.",
+    ),
     "numbers": ("", "1 2 3 4."),
 }
-CHUNKS = [Chunk(id, text, title, id.partition("#")[0], 0, len(text)) for id, (title, text) in TEXTS.items()]
+CHUNKS = [
+    Chunk(id, text, title, id.partition("#")[0], 0, len(text))
+    for id, (title, text) in TEXTS.items()
+]
 
 
 def words(text: str) -> set[str]:
@@ -33,13 +45,17 @@ def words(text: str) -> set[str]:
 def test_synthetic_queries_come_from_their_chunk() -> None:
     queries = synthesize_queries(CHUNKS, seed=0, per_chunk=4)
     chunks = {chunk.id: chunk for chunk in CHUNKS}
-    assert {query.kind for query in queries} == set(TURNS)
+    assert {query.kind for query in queries} == set(KINDS_IN_TURN)
     for query in queries:
         assert words(query.text) <= words(chunks[query.chunk_id].passage), query
         if query.kind == "cloze":
             assert query.text in chunks[query.chunk_id].text
     assert Query("Glaciers", "glaciers", "title") in queries
-    shared = [query.text for query in queries if query.kind == "title" and query.chunk_id.startswith("rivers")]
+    shared = [
+        query.text
+        for query in queries
+        if query.kind == "title" and query.chunk_id.startswith("rivers")
+    ]
     assert len(shared) == 2
     assert all(text.startswith("Rivers ") and len(text) > len("Rivers ") for text in shared)
     assert not [query for query in queries if query.chunk_id == "numbers"]  # nothing to ask about
@@ -47,7 +63,9 @@ def test_synthetic_queries_come_from_their_chunk() -> None:
 
 def test_sentences_of_scripts_without_blanks() -> None:
     sentences = ["春天来了，河水上涨，渔民们在黎明时分出发。", "城市的旧港口建于一八七一年。"]
-    queries = synthesize_queries([Chunk("a", "".join(sentences), "", "a", 0, 35)], seed=0, per_chunk=4)
+    queries = synthesize_queries(
+        [Chunk("a", "".join(sentences), "", "a", 0, 35)], seed=0, per_chunk=4
+    )
     assert sorted(query.text for query in queries if query.kind == "cloze") == sorted(sentences)
 
 
@@ -55,33 +73,56 @@ def test_seeded_per_chunk() -> None:
     one, again, other = (synthesize_queries(CHUNKS, seed=seed) for seed in (1, 1, 2))
     assert one == again != other
     few = synthesize_queries(CHUNKS[:2], seed=1, per_chunk=1)
-    assert few == [query for query in synthesize_queries(CHUNKS, seed=1, per_chunk=1) if query.chunk_id.startswith("rivers")]
+    assert few == [
+        query
+        for query in synthesize_queries(CHUNKS, seed=1, per_chunk=1)
+        if query.chunk_id.startswith("rivers")
+    ]
     assert len(few) == 2
     assert synthesize_queries([], seed=0) == []
 
 
 def test_user_queries(tmp_path: Path) -> None:
     rows = [
-        {"text": "Where are paddle steamers?", "doc_id": "rivers"},  # a document cut in two: the chunk that fits best
+        {
+            "text": "Where are paddle steamers?",
+            "doc_id": "rivers",
+        },  # a document cut in two: the chunk that fits best
         {"text": "Which river carries coal?", "doc_id": "rivers#0"},
         {"text": "How does a glacier form?", "doc_id": "glaciers"},
         {"text": "Who?", "doc_id": "typo"},
     ]
     path = tmp_path / "queries.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.warns(RefineFastWarning, match=r'1 of 4 queries are skipped .* the first "typo" at .*queries.jsonl:4'):
+    with pytest.warns(
+        RefineFastWarning,
+        match=r'1 of 4 queries are skipped .* the first "typo" at .*queries.jsonl:4',
+    ):
         queries = load_queries(path, CHUNKS)
-    assert [(query.chunk_id, query.kind) for query in queries] == [("rivers#1", "user"), ("rivers#0", "user"), ("glaciers", "user")]
+    assert [(query.chunk_id, query.kind) for query in queries] == [
+        ("rivers#1", "user"),
+        ("rivers#0", "user"),
+        ("glaciers", "user"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"text": "Why?"}', r'queries.jsonl:1 has no field "doc_id" but only .*; add it'),
-        ('{"text": " ", "doc_id": "glaciers"}', r'queries.jsonl:1: the field "text" is empty; write the query or delete the line'),
-        ('{"text": 1.5, "doc_id": "glaciers"}', r'queries.jsonl:1: the field "text" is 1.5; it must be a string'),
-        ('{"text": "Why?", "doc_id": "typo"}', r'none of its 1 doc_ids is a document, the first being "typo" at .*such as \'rivers#0\''),
-        ("", r"it holds no queries"),
+        (
+            '{"text": " ", "doc_id": "glaciers"}',
+            r'queries.jsonl:1: the field "text" is empty; write the query or delete the row',
+        ),
+        (
+            '{"text": 1.5, "doc_id": "glaciers"}',
+            r'queries.jsonl:1: the field "text" is 1.5; it must be a string',
+        ),
+        (
+            '{"text": "Why?", "doc_id": "typo"}',
+            r'none of its 1 queries names a document, the first "typo" at .*such as \'rivers#0\'',
+        ),
+        ("", r"queries.jsonl holds no queries; add some"),
     ],
 )
 def test_bad_user_queries(tmp_path: Path, content: str, message: str) -> None:
@@ -94,16 +135,27 @@ def beir(folder: Path) -> Path:
     (folder / "qrels").mkdir()
     corpus = [{"_id": chunk.id, "text": chunk.text} for chunk in CHUNKS]
     (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
-    texts = {"q1": "Where is coal carried?", "q2": "How does a glacier form?", "q3": "how does a  glacier FORM?", "q4": "Unjudged?"}
-    (folder / "queries.jsonl").write_text("\n".join(json.dumps({"_id": id, "text": text}) for id, text in texts.items()))
+    texts = {
+        "q1": "Where is coal carried?",
+        "q2": "How does a glacier form?",
+        "q3": "how does a  glacier FORM?",
+        "q4": "Unjudged?",
+    }
+    (folder / "queries.jsonl").write_text(
+        "\n".join(json.dumps({"_id": id, "text": text}) for id, text in texts.items())
+    )
     header = "query-id\tcorpus-id\tscore\n"
-    (folder / "qrels" / "train.tsv").write_text(header + "q1\trivers#0\t1\nq1\trivers#1\t0\nq2\tglaciers\t1\n")
+    (folder / "qrels" / "train.tsv").write_text(
+        header + "q1\trivers#0\t1\nq1\trivers#1\t0\nq2\tglaciers\t1\n"
+    )
     (folder / "qrels" / "test.tsv").write_text(header + "q3\tglaciers\t1\n")
     return folder
 
 
 def test_beir_queries_that_the_test_asks_too_are_left_out(tmp_path: Path) -> None:
-    assert load_queries(beir(tmp_path), CHUNKS) == [Query("Where is coal carried?", "rivers#0", "user")]
+    assert load_queries(beir(tmp_path), CHUNKS) == [
+        Query("Where is coal carried?", "rivers#0", "user")
+    ]
     (tmp_path / "qrels" / "test.tsv").unlink()
     assert [query.chunk_id for query in load_queries(tmp_path, CHUNKS)] == ["rivers#0", "glaciers"]
 

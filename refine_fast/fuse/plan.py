@@ -14,7 +14,16 @@ from pathlib import Path
 
 from ..errors import RefineFastError
 from .adapter import Adapter, LowRank, is_adapter, read_adapter
-from .checkpoint import DTYPES, RAW, Checkpoint, Component, Entry, Header, parse_json, read_checkpoint
+from .checkpoint import (
+    DTYPES,
+    RAW,
+    Checkpoint,
+    Component,
+    Entry,
+    Header,
+    parse_json,
+    read_checkpoint,
+)
 from .names import match_names
 
 

@@ -1,4 +1,8 @@
-"""The fault server as a fixture, and chunks to ask it about."""
+"""The fault server as a fixture, and chunks to ask it about.
+
+The client waits 120 seconds for a reply, so that a busy machine repeats no call; tests of time-outs
+set their own limit and count nothing that a repeated call changes.
+"""
 
 import json
 import subprocess
@@ -13,6 +17,8 @@ import pytest
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.llm import LLMSettings
 
+MIX = {"question": 0.5, "keywords": 0.2, "claim": 0.15, "how-to": 0.15}
+
 
 class Endpoint:
     def __init__(self, port: int) -> None:
@@ -26,11 +32,15 @@ class Endpoint:
         return self._call("/stats", None)
 
     def settings(self, **changes: Any) -> LLMSettings:
-        return LLMSettings(**{"url": self.url, "models": ("tiny",), "timeout": 2.0, **changes})
+        return LLMSettings(
+            **{"url": self.url, "models": ("tiny",), "mix": MIX, "per_chunk": 4, **changes}
+        )
 
     def _call(self, path: str, body: Any) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(self.root + path, data), timeout=10) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(self.root + path, data), timeout=120
+        ) as answer:
             return json.load(answer)
 
 
@@ -38,18 +48,22 @@ class Endpoint:
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     command = [sys.executable, str(Path(__file__).parent / "server.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout
         assert process.stdin
         yield Endpoint(int(process.stdout.readline()))
         process.stdin.close()
-        process.wait(10)
+        process.wait(120)
 
 
 def make_chunks(count: int) -> list[Chunk]:
     text = "Harbour {i} was built by the city of Port {i}. Its crane lifts {i} tonnes and its quay is {i}0 metres long."
     texts = [text.format(i=i) for i in range(count)]
-    return [Chunk(f"c{i}", text, "", f"file{i // 10}", 0, len(text)) for i, text in enumerate(texts)]
+    return [
+        Chunk(f"c{i}", text, "", f"file{i // 10}", 0, len(text)) for i, text in enumerate(texts)
+    ]
 
 
 @pytest.fixture

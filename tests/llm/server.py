@@ -26,7 +26,13 @@ class Options:
     faults: float = 0.0
     kinds: tuple[str, ...] = FAULTS
     retry_after: str = "0.05"
-    stall: float = 30.0
+    stall: float = 3600.0
+    hold_after: int | None = None
+    """Good replies after which every further call waits until this is changed; None: no end."""
+    rules: tuple[str, ...] = ()
+    """What the model refuses or returns besides: "max_completion_tokens", "no system role",
+    "no temperature", "error with status 200", "parts", "only reasoning", "reasoning to the limit",
+    "inline reasoning to the limit"."""
     structured: str = "json_schema"
     """The strictest mode that is accepted; a stricter one is answered with the status ``rejection``."""
     rejection: int = 500
@@ -36,6 +42,8 @@ class Options:
     """Anything else is the answer to every call."""
     reply: str = ""
     """The text of every reply; empty: made from the passage."""
+    verdict: tuple[int, ...] = (1,)
+    """The numbers of the queries that pass, in every reply of the judge."""
     empty: float = 0.0
     """Share of the replies without any text."""
     usage: dict | None = None
@@ -56,7 +64,7 @@ class Server:
         self.calls: Counter[str] = Counter()
         self.bodies: list[dict] = []
         self.answers: dict[str, list[str]] = {}
-        self.working = self.in_flight = self.peak = 0
+        self.working = self.in_flight = self.peak = self.received = 0
         self.busy = 0.0
         self.first = self.last = self.changed = 0.0
         self.tokens, self.refilled = 0.0, time.monotonic()
@@ -81,18 +89,39 @@ class Server:
         finally:
             writer.close()
 
-    async def answer(self, method: str, path: str, head: bytes, body: dict, writer: asyncio.StreamWriter) -> bool:
+    async def answer(
+        self, method: str, path: str, head: bytes, body: dict, writer: asyncio.StreamWriter
+    ) -> bool:
         if path == "/options":
             self.options = dataclasses.replace(self.options, **body)
-            self.answers = json.loads(Path(self.options.answers).read_text()) if self.options.answers else {}
+            self.answers = (
+                json.loads(Path(self.options.answers).read_text()) if self.options.answers else {}
+            )
             return await self.send(writer, 200, {})
         if path == "/stats":
             calls = sum(self.served.values())
-            stats = {"served": calls, "distinct": len(self.served), "most": max(self.served.values(), default=0), "calls": self.calls}
-            stats |= {"peak": self.peak, "busy": self.busy, "seconds": self.last - self.first, "bodies": self.bodies}
+            stats = {
+                "served": calls,
+                "distinct": len(self.served),
+                "most": max(self.served.values(), default=0),
+                "calls": self.calls,
+            }
+            stats |= {
+                "received": self.received,
+                "peak": self.peak,
+                "busy": self.busy,
+                "seconds": self.last - self.first,
+                "bodies": self.bodies,
+            }
             return await self.send(writer, 200, stats)
         if path == "/v1/models":
-            model = {"id": "tiny", "object": "model", "created": 0, "owned_by": "us", **self.options.card}
+            model = {
+                "id": "tiny",
+                "object": "model",
+                "created": 0,
+                "owned_by": "us",
+                **self.options.card,
+            }
             return await self.send(writer, 200, {"object": "list", "data": [model]})
         if method == "GET":
             page = self.options.pages.get(path)
@@ -102,25 +131,48 @@ class Server:
     async def complete(self, head: bytes, body: dict, writer: asyncio.StreamWriter) -> bool:
         options = self.options
         self.bodies = [*self.bodies[-9:], body]
+        self.received += 1
         mode = body.get("response_format", {}).get("type", "plain")
         order = ["plain", "json_object", "json_schema"]
         if options.status != 200:
             echo = re.search(rb"authorization: (.*)\r", head, re.IGNORECASE)
-            return await self.send(writer, options.status, {"error": {"message": f"no: {echo[1].decode() if echo else ''}"}})
+            return await self.send(
+                writer,
+                options.status,
+                {"error": {"message": f"no: {echo[1].decode() if echo else ''}"}},
+            )
+        if refusal := refused(body, options.rules):
+            self.calls["rejected"] += 1
+            return await self.send(writer, *refusal)
         if order.index(mode) > order.index(options.structured):
             self.calls["rejected"] += 1
-            return await self.send(writer, options.rejection, {"error": {"message": "response_format is not supported"}})
-        fault = self.random.choice(options.kinds) if self.random.random() < options.faults else "none"
+            return await self.send(
+                writer,
+                options.rejection,
+                {"error": {"message": "response_format is not supported"}},
+            )
+        fault = (
+            self.random.choice(options.kinds) if self.random.random() < options.faults else "none"
+        )
         if options.rate and not self.take():
             fault = "429"
         self.calls[fault] += 1
         if fault == "429":
-            return await self.send(writer, 429, {"error": {"message": "slow down"}}, f"Retry-After: {options.retry_after}\r\n")
+            return await self.send(
+                writer,
+                429,
+                {"error": {"message": "slow down"}},
+                f"Retry-After: {options.retry_after}\r\n",
+            )
         async with self.free:
             await self.free.wait_for(lambda: self.working < options.slots)
             self.count(+1)
         try:
             await asyncio.sleep(options.stall if fault == "stall" else options.latency)
+            while (held := self.options.hold_after) is not None and sum(
+                self.served.values()
+            ) >= held:
+                await asyncio.sleep(0.01)
         finally:
             async with self.free:
                 self.count(-1)
@@ -132,10 +184,12 @@ class Server:
         user = body["messages"][-1]["content"]
         match = re.search(r"^Passage: (.*?)\n(?:Wanted|Queries):", user, re.DOTALL | re.MULTILINE)
         passage = match[1] if match else user
-        content = options.reply or ("" if self.random.random() < options.empty else self.write(passage, user))
+        content = options.reply or (
+            "" if self.random.random() < options.empty else self.write(passage, user)
+        )
         reply = {
             "id": "c", "object": "chat.completion", "created": 0, "model": body["model"],
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
+            "choices": [{"index": 0, **choice(content, options.rules)}],
             "usage": options.usage or {"prompt_tokens": len(user) // 4, "completion_tokens": len(content) // 4, "total_tokens": 0},
         }  # fmt: skip
         if fault == "garbage":
@@ -151,13 +205,20 @@ class Server:
 
     def write(self, passage: str, user: str) -> str:
         if "Queries:" in user:
-            return json.dumps({"answerable": [1]})
-        texts = self.answers.get(passage) if self.answers else [f"What is told of {passage.split('.')[0].strip()[:60]}?"]
+            return json.dumps({"answerable": self.options.verdict})
+        texts = (
+            self.answers.get(passage)
+            if self.answers
+            else [f"What is told of {passage.split('.')[0].strip()[:60]}?"]
+        )
         return json.dumps({"queries": [{"kind": "question", "text": text} for text in texts or []]})
 
     def take(self) -> bool:
         now = time.monotonic()
-        self.tokens = min(max(1.0, self.options.rate / 10), self.tokens + (now - self.refilled) * self.options.rate)
+        self.tokens = min(
+            max(1.0, self.options.rate / 10),
+            self.tokens + (now - self.refilled) * self.options.rate,
+        )
         self.refilled = now
         if self.tokens < 1:
             return False
@@ -171,11 +232,54 @@ class Server:
         self.last = self.changed = now
         self.working += step
 
-    async def send(self, writer: asyncio.StreamWriter, status: int, body: dict | str, headers: str = "") -> bool:
+    async def send(
+        self, writer: asyncio.StreamWriter, status: int, body: dict | str, headers: str = ""
+    ) -> bool:
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
         writer.write(head_of(status, len(data), headers) + data)
         await writer.drain()
         return True
+
+
+def refused(body: dict, rules: tuple[str, ...]) -> tuple[int, dict] | None:
+    """The status and the body with which a model refuses the form of a request."""
+
+    def error(message: str, status: int = 400, **fields: object) -> tuple[int, dict]:
+        return status, {"error": {"message": message, **fields}}
+
+    if "error with status 200" in rules:
+        return error("The provider has no credits left", 200, code=402)
+    if "max_completion_tokens" in rules and "max_tokens" in body:
+        return error("Unsupported parameter: use 'max_completion_tokens' instead of 'max_tokens'.")
+    if "no system role" in rules and any(m["role"] == "system" for m in body["messages"]):
+        return error("System role not supported")
+    if "no name for the system role" in rules and any(
+        m["role"] == "system" for m in body["messages"]
+    ):
+        return error("invalid request")
+    if "no temperature" in rules and "temperature" in body:
+        return error("'temperature' does not support 0.2 with this model.", param="temperature")
+    if "no extra" in rules and "enable_thinking" in body:
+        return error("Unrecognized request argument supplied: enable_thinking")
+    return None
+
+
+def choice(content: str, rules: tuple[str, ...]) -> dict:
+    """The finish reason and the message of a reply, in the form that the rules ask for."""
+    message: dict = {"role": "assistant", "content": content}
+    finish = "stop"
+    if "parts" in rules:
+        thought = {"type": "thinking", "thinking": [{"type": "text", "text": "1. Hm, what?"}]}
+        message["content"] = [thought, {"type": "text", "text": content}]
+    if "only reasoning" in rules:
+        message |= {"content": None, "reasoning_content": content}
+    if "reasoning to the limit" in rules:
+        message |= {"content": None, "reasoning": "Let me think. " * 50}
+        finish = "length"
+    if "inline reasoning to the limit" in rules:
+        message["content"] = "<think>\nLet me think. What would one ask? " * 20
+        finish = "length"
+    return {"finish_reason": finish, "message": message}
 
 
 def head_of(status: int, length: int, headers: str = "") -> bytes:

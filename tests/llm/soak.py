@@ -30,8 +30,8 @@ STAGE = """
 import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from conftest import make_chunks
-from refine_fast.pipeline.llm import LLMSettings, generate_queries
-settings = LLMSettings(sys.argv[2], ("tiny",), timeout=3 * float(sys.argv[5]), concurrency=64)
+from refine_fast.pipeline.queries.llm import LLMSettings, generate_queries
+settings = LLMSettings(sys.argv[2], ("tiny",), {"question": 1}, 4, timeout=3 * float(sys.argv[5]), concurrency=64)
 generate_queries(make_chunks(int(sys.argv[4])), settings, Path(sys.argv[3]))
 """
 
@@ -48,11 +48,25 @@ def limit(latency: float) -> float:
 def main(count: int, latency: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "replies.jsonl"
-        server = subprocess.Popen([sys.executable, str(HERE / "server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(
+            [sys.executable, str(HERE / "server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert server.stdout
         endpoint = Endpoint(int(server.stdout.readline()))
         endpoint.set(faults=FAULTS, latency=latency, stall=3.2 * latency, slots=PLACES)
-        command = [sys.executable, "-c", STAGE, str(HERE), endpoint.url, str(store), str(count), str(latency)]
+        command = [
+            sys.executable,
+            "-c",
+            STAGE,
+            str(HERE),
+            endpoint.url,
+            str(store),
+            str(count),
+            str(latency),
+        ]
 
         def lines() -> int:
             return store.read_bytes().count(b"\n") if store.exists() else 0
@@ -75,16 +89,38 @@ def main(count: int, latency: float) -> None:
             after, seconds, spent = endpoint.stats(), time.monotonic() - began, process.cpu_times()
             client.wait()
         end = endpoint.stats()
-        accepted = Counter(record["chunk"] for record in map(json.loads, store.read_text().splitlines()) if "error" not in record)
+        accepted = Counter(
+            record["chunk"]
+            for record in map(json.loads, store.read_text().splitlines())
+            if "error" not in record
+        )
         rate = (after["served"] - before["served"]) / seconds
         print("replies per chunk:", Counter(accepted.values()), "of", count, "chunks")
-        print("replies that the server sent:", end["served"], "distinct:", end["distinct"], "calls:", end["calls"])
-        print(f"{rate:.1f} replies a second over {seconds:.0f} s: {rate / limit(latency):.1%} of the limit, {limit(latency):.1f}")
-        print(f"places taken: {(after['busy'] - before['busy']) / (PLACES * seconds):.1%}, at most {end['peak']} calls open")
-        fifths = ", ".join(f"{memory[int(share * (len(memory) - 1))]:.0f}" for share in (0, 0.2, 0.4, 0.6, 0.8, 1))
-        print(f"client: {spent.user + spent.system - cpu.user - cpu.system:.0f} s of CPU; {fifths} MB")
+        print(
+            "replies that the server sent:",
+            end["served"],
+            "distinct:",
+            end["distinct"],
+            "calls:",
+            end["calls"],
+        )
+        print(
+            f"{rate:.1f} replies a second over {seconds:.0f} s: {rate / limit(latency):.1%} of the limit, {limit(latency):.1f}"
+        )
+        print(
+            f"places taken: {(after['busy'] - before['busy']) / (PLACES * seconds):.1%}, at most {end['peak']} calls open"
+        )
+        fifths = ", ".join(
+            f"{memory[int(share * (len(memory) - 1))]:.0f}" for share in (0, 0.2, 0.4, 0.6, 0.8, 1)
+        )
+        print(
+            f"client: {spent.user + spent.system - cpu.user - cpu.system:.0f} s of CPU; {fifths} MB"
+        )
         server.kill()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000, float(sys.argv[2]) if len(sys.argv) > 2 else 1.0)
+    main(
+        int(sys.argv[1]) if len(sys.argv) > 1 else 10_000,
+        float(sys.argv[2]) if len(sys.argv) > 2 else 1.0,
+    )

@@ -62,7 +62,9 @@ def test_half_of_the_calls_failing_opens_the_circuit_for_as_long_as_the_server_s
     assert limit == 2
 
 
-@pytest.mark.parametrize(("before", "openings"), [([], 3), ([None], 12)], ids=["never answered", "answered once"])
+@pytest.mark.parametrize(
+    ("before", "openings"), [([], 3), ([None], 12)], ids=["never answered", "answered once"]
+)
 def test_the_circuit_gives_up(before: list[None], openings: int) -> None:
     async def run() -> None:
         throttle = Throttle(8, pause=0.0)
@@ -127,7 +129,12 @@ def test_the_servers_wish_comes_before_our_own_waits() -> None:
 
 @pytest.mark.parametrize(
     ("limits", "calls", "reason"),
-    [(Limits(calls=7), 7, "max_calls"), (Limits(tokens=1000), 6, "max_tokens"), (Limits(cost=0.002), 9, "max_cost"), (Limits(), 50, None)],
+    [
+        (Limits(calls=7), 7, "max_calls"),
+        (Limits(tokens=1000), 6, "max_tokens"),
+        (Limits(cost=0.002), 9, "max_cost"),
+        (Limits(), 50, None),
+    ],
 )
 def test_a_budget_is_never_passed(limits: Limits, calls: int, reason: str | None) -> None:
     """Calls that reserve 100 + 100 tokens and use 100 + 50, eight at a time; prices 1 and 2 per million."""
@@ -154,7 +161,16 @@ def test_a_budget_is_never_passed(limits: Limits, calls: int, reason: str | None
 
 
 def record(key: str, **fields: object) -> dict[str, object]:
-    reply = {"key": key, "chunk": key, "model": "m", "text": "über " + key, "finish": "stop", "calls": 1, "tokens_in": 3, "tokens_out": 2}
+    reply = {
+        "key": key,
+        "chunk": key,
+        "model": "m",
+        "text": "über " + key,
+        "finish": "stop",
+        "calls": 1,
+        "tokens_in": 3,
+        "tokens_out": 2,
+    }
     return {**reply, **fields}
 
 
@@ -173,10 +189,16 @@ def test_what_was_appended_is_there_again(tmp_path: Path) -> None:
     with ReplyStore(path) as store:
         assert len(store) == 501
         assert [r["text"] for r in store.replies(["7", "nobody", "x"])] == ["über 7", "über x"]
-        assert (store.spent.calls, store.spent.tokens_in, store.spent.tokens_out) == (504, 1503, 1002)
+        assert (store.spent.calls, store.spent.tokens_in, store.spent.tokens_out) == (
+            504,
+            1503,
+            1002,
+        )
 
 
-def test_appends_of_one_moment_share_an_fsync_and_none_returns_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_appends_of_one_moment_share_an_fsync_and_none_returns_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, durable = os.fsync, []
     path = tmp_path / "replies.jsonl"
 
@@ -233,8 +255,12 @@ def test_a_failure_is_remembered_until_its_reply(tmp_path: Path) -> None:
 def test_a_damaged_line_and_a_second_writer_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "replies.jsonl"
     fill(path, record("a"))
-    with ReplyStore(path), pytest.raises(RefineFastError, match="another process is writing"), ReplyStore(path):
+    with (
+        ReplyStore(path),
+        pytest.raises(RefineFastError, match="another process is writing"),
+        ReplyStore(path),
+    ):
         pass
     path.write_text("no json\n" + json.dumps(record("b")) + "\n")
-    with pytest.raises(RefineFastError, match="line 1 is damaged"), ReplyStore(path):
+    with pytest.raises(RefineFastError, match="replies.jsonl:1 is damaged"), ReplyStore(path):
         pass

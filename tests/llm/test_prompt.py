@@ -16,7 +16,7 @@ from refine_fast.pipeline.queries.llm.generate import query_requests
 from refine_fast.pipeline.queries.llm.prompt import KINDS, Template, wanted
 
 HERE = "http://localhost:8000/v1"
-GOOD = {"url": HERE, "models": ("m",)}
+GOOD = {"url": HERE, "models": ("m",), "mix": {"question": 0.6, "claim": 0.4}, "per_chunk": 4}
 
 
 def test_the_default_prompt_keeps_its_prefix_and_carries_passage_title_and_wishes() -> None:
@@ -28,7 +28,11 @@ def test_the_default_prompt_keeps_its_prefix_and_carries_passage_title_and_wishe
     assert "Title: Harbours\nPassage: The quay.\nWanted: " in first[1]
     assert second[1].startswith("Passage: The {{ crane }}.\n")
     assert all(f"{w['count']} {w['kind']} (" in first[1] for w in wish)
-    examples = [json.loads(line) for line in default_prompt().splitlines() if line.startswith('{"queries": [{"kind": "')]
+    examples = [
+        json.loads(line)
+        for line in default_prompt().splitlines()
+        if line.startswith('{"queries": [{"kind": "')
+    ]
     assert len(examples) == 2
     for example in examples:
         assert all(q.keys() == {"kind", "text"} and q["kind"] in KINDS for q in example["queries"])
@@ -50,12 +54,17 @@ def test_the_mix_is_met_and_repeatable() -> None:
     ("text", "message"),
     [
         ("{% block user %}{{ passage }", "line 1"),
-        ("{% block user %}{{ nobody }}{% endblock %}", "'nobody' is undefined; the variables are passage, title, total, wanted"),
+        (
+            "{% block user %}{{ nobody }}{% endblock %}",
+            "'nobody' is undefined; the variables are passage, title, total, wanted",
+        ),
         ("no block", "no block 'user'"),
         ("{% block user %}{{ ''.__class__.__mro__[1].__subclasses__() }}{% endblock %}", "unsafe"),
     ],
 )
-def test_a_template_that_is_wrong(chunks: list[Chunk], tmp_path: Path, text: str, message: str) -> None:
+def test_a_template_that_is_wrong(
+    chunks: list[Chunk], tmp_path: Path, text: str, message: str
+) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text(text)
     with pytest.raises(RefineFastError, match=message):
@@ -73,7 +82,14 @@ def test_the_key_of_a_request_depends_on_all_that_decides_its_reply(chunks: list
     def key(i: int = 0, **changes: Any) -> str:
         return next(query_requests(chunks, [i], LLMSettings(**{**GOOD, **changes}))).key
 
-    changed = [{"models": ("n",)}, {"temperature": 0.5}, {"max_reply_tokens": 100}, {"per_chunk": 2}, {"mix": {"claim": 1.0}}]
+    changed = [
+        {"models": ("n",)},
+        {"temperature": 0.5},
+        {"max_reply_tokens": 100},
+        {"per_chunk": 2},
+        {"mix": {"claim": 1.0}},
+        {"extra": {"top_p": 0.9}},
+    ]
     keys = [key(), key(1), *(key(**change) for change in changed)]
     assert len(set(keys)) == len(keys)
     assert key() == key(url="http://elsewhere/v1", concurrency=3, max_calls=5, key_env="OTHER")
@@ -99,16 +115,21 @@ def test_every_prefix_of_the_order_is_spread(clustered: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"url": "localhost:8000"}, "is no endpoint"),
-        ({"url": "http://me:secret@host/v1"}, "put the key in the environment variable OPENAI_API_KEY"),
-        ({"url": "http://host/v1?key=secret"}, "carries credentials or parameters"),
+        ({"url": "localhost:8000"}, "llm must be a URL"),
+        (
+            {"url": "http://me:secret@host/v1"},
+            "put the key in the environment variable OPENAI_API_KEY",
+        ),
+        ({"url": "http://host/v1?key=secret"}, "holds credentials or parameters"),
         ({"key_env": "sk-secret"}, "keep the key in the variable"),
         ({"models": ()}, "no model named"),
-        ({"mix": {"question": 0.0}}, "is no mix"),
-        ({"mix": {"question": -1.0, "claim": 2.0}}, "is no mix"),
-        ({"per_chunk": 0}, "per_chunk: 0 is too small"),
-        ({"timeout": -1.0}, "timeout: -1.0 is too small"),
+        ({"mix": {"question": 0.0}}, "shares must be >= 0"),
+        ({"mix": {"question": -1.0, "claim": 2.0}}, "shares must be >= 0"),
+        ({"per_chunk": 0}, r"per_chunk must be > 0 \(got 0\)"),
+        ({"timeout": -1.0}, r"timeout must be > 0 \(got -1.0\)"),
         ({"max_cost": 5.0}, "needs prices"),
+        ({"extra": {"max_tokens": 5}}, "llm_extra: the field 'max_tokens' is set by other options"),
+        ({"url": "transformers", "extra": {"top_p": 1}}, "reads only 'chat_template_kwargs'"),
     ],
 )
 def test_settings_that_are_refused(change: dict[str, Any], message: str) -> None:

@@ -33,8 +33,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(["who built the harbour and when was the quay made longer"], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(
+        ["who built the harbour and when was the quay made longer"], trainer
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
@@ -48,7 +54,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(model: Path, **changes: Any) -> LLMSettings:
-    return LLMSettings(**{"url": IN_PROCESS, "models": (str(model),), "max_reply_tokens": 24, "temperature": 0.0, **changes})
+    return LLMSettings(
+        **{
+            "url": IN_PROCESS,
+            "models": (str(model),),
+            "max_reply_tokens": 24,
+            "temperature": 0.0,
+            "mix": {"question": 1.0},
+            "per_chunk": 4,
+            **changes,
+        }
+    )
 
 
 def test_in_process(tiny_model: Path, chunks: list[Chunk], tmp_path: Path) -> None:
@@ -62,7 +78,10 @@ def test_in_process(tiny_model: Path, chunks: list[Chunk], tmp_path: Path) -> No
 
 def test_a_batch_writes_what_single_prompts_write(tiny_model: Path) -> None:
     """Left padding, attention masks and the end of each row: prompts of unlike length, together and alone."""
-    requests = [Request(str(n), str(tiny_model), "", "who built the quay? " * n, {}, 12 + n, 0.0) for n in (1, 7, 3, 20)]
+    requests = [
+        Request(str(n), str(tiny_model), "", "who built the quay? " * n, {}, 12 + n, 0.0)
+        for n in (1, 7, 3, 20)
+    ]
     backend = LocalBackend()
     together = backend._generate(requests)
     alone = [backend._generate([request])[0] for request in requests]
@@ -83,13 +102,20 @@ def served(log: Path, *command: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = ["--host", "127.0.0.1", "--port", str(port)]
-    with log.open("w") as output, subprocess.Popen([sys.executable, "-m", *command, *where], stdout=output, stderr=output) as process:
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", *command, *where], stdout=output, stderr=output
+        ) as process,
+    ):
         for _ in range(900):
             assert process.poll() is None, log.read_text()[-2000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=1)
                 break
-            except urllib.error.HTTPError:  # transformers answers 500 where no cache of models exists
+            except (
+                urllib.error.HTTPError
+            ):  # transformers answers 500 where no cache of models exists
                 break
             except OSError:
                 time.sleep(0.1)
@@ -99,15 +125,21 @@ def served(log: Path, *command: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def transformers_serve(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    pytest.importorskip("fastapi", reason="transformers serve needs fastapi and uvicorn: pip install '.[test]'")
+def transformers_serve(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    pytest.importorskip(
+        "fastapi", reason="transformers serve needs fastapi and uvicorn: pip install '.[test]'"
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = ["transformers.cli.transformers", "serve", str(tiny_model), "--device", "cpu"]
     with served(tmp_path / "serve.log", *command) as url:
         yield url
 
 
-def test_transformers_serve(transformers_serve: str, tiny_model: Path, chunks: list[Chunk], tmp_path: Path) -> None:
+def test_transformers_serve(
+    transformers_serve: str, tiny_model: Path, chunks: list[Chunk], tmp_path: Path
+) -> None:
     """It takes response_format and ignores it: replies are nonsense that must be counted, not stored as queries."""
     here = settings(tiny_model, url=transformers_serve, concurrency=4, timeout=60.0)
     (report,) = probe(here)
@@ -125,8 +157,13 @@ def test_transformers_serve(transformers_serve: str, tiny_model: Path, chunks: l
 @pytest.fixture
 def llama_cpp(tiny_model: Path, tmp_path: Path) -> Iterator[str]:
     """llama-cpp-python's server on a random GGUF of the same shape and tokenizer."""
-    pytest.importorskip("llama_cpp.server.app", reason="opt-in: pip install 'llama-cpp-python[server]' (compiles for minutes)")
-    gguf = pytest.importorskip("gguf", reason="opt-in: pip install gguf, which writes the model's file")
+    pytest.importorskip(
+        "llama_cpp.server.app",
+        reason="opt-in: pip install 'llama-cpp-python[server]' (compiles for minutes)",
+    )
+    gguf = pytest.importorskip(
+        "gguf", reason="opt-in: pip install gguf, which writes the model's file"
+    )
     from transformers import AutoModelForCausalLM
 
     tokenizer = json.loads((tiny_model / "tokenizer.json").read_text())
@@ -142,8 +179,18 @@ def llama_cpp(tiny_model: Path, tmp_path: Path) -> Iterator[str]:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if token in ("<s>", "</s>") else gguf.TokenType.NORMAL for token in tokens])
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_token_types(
+        [
+            gguf.TokenType.CONTROL if token in ("<s>", "</s>") else gguf.TokenType.NORMAL
+            for token in tokens
+        ]
+    )
+    writer.add_token_merges(
+        [
+            merge if isinstance(merge, str) else " ".join(merge)
+            for merge in tokenizer["model"]["merges"]
+        ]
+    )
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template(TEMPLATE)
@@ -154,15 +201,28 @@ def llama_cpp(tiny_model: Path, tmp_path: Path) -> Iterator[str]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with served(tmp_path / "serve.log", "llama_cpp.server", "--model", str(tmp_path / "tiny.gguf"), "--n_ctx", "4096") as url:
+    with served(
+        tmp_path / "serve.log",
+        "llama_cpp.server",
+        "--model",
+        str(tmp_path / "tiny.gguf"),
+        "--n_ctx",
+        "4096",
+    ) as url:
         yield url
 
 
-def test_llama_cpp_server(llama_cpp: str, tiny_model: Path, chunks: list[Chunk], tmp_path: Path) -> None:
+def test_llama_cpp_server(
+    llama_cpp: str, tiny_model: Path, chunks: list[Chunk], tmp_path: Path
+) -> None:
     """It answers 500 to json_schema and enforces json_object with a schema: even a random model then writes what the schema says."""
     here = settings(tiny_model, url=llama_cpp, concurrency=4, timeout=60.0, max_reply_tokens=200)
     (report,) = probe(here)
-    assert report.structured == {"json_schema": "rejected", "json_object": "honoured", "plain": "answers"}
+    assert report.structured == {
+        "json_schema": "rejected",
+        "json_object": "honoured",
+        "plain": "answers",
+    }
     account = generate_queries(chunks[:6], here, tmp_path / "replies.jsonl")[1]
     assert (account.structured_output, account.replied, account.failed) == ("json_object", 6, 0)
     assert account.parsed == {"schema": 6}

@@ -24,18 +24,48 @@ REPLIES = {
     "schema, none found": ('{"queries": []}', "schema", [], {}),
     "fence": (f"```json\n{BOTH}\n```", "json", [A, B], {}),
     "fence without an end": (f"```json\n{BOTH}", "json", [A, B], {}),
-    "prose before and after": (f"Sure! Here are the queries:\n{BOTH}\nLet me know if you need more.", "json", [A, B], {}),
-    "reasoning first": (f"<think>The passage {{is}} about ... [1]</think>\n{BOTH}", "schema", [A, B], {}),
-    "reasoning without an end": ("<think>First I look at the lamp", "nothing", [], {"no query in the reply": 1}),
+    "prose before and after": (
+        f"Sure! Here are the queries:\n{BOTH}\nLet me know if you need more.",
+        "json",
+        [A, B],
+        {},
+    ),
+    "reasoning first": (
+        f"<think>The passage {{is}} about ... [1]</think>\n{BOTH}",
+        "schema",
+        [A, B],
+        {},
+    ),
+    "reasoning without an end": (
+        "<think>First I look at the lamp",
+        "nothing",
+        [],
+        {"no query in the reply": 1},
+    ),
     "list of texts": (json.dumps([A, B]), "json", [A, B], {}),
     "object of texts": (json.dumps({"queries": [A, B]}), "json", [A, B], {}),
-    "key of another name": (json.dumps({"questions": [{"question": A}, {"question": B}]}), "json", [A, B], {}),
-    "by kind": (json.dumps({"question": [A], "keywords": ["lighthouse lamp rape oil"]}), "json", [A, "lighthouse lamp rape oil"], {}),
+    "key of another name": (
+        json.dumps({"questions": [{"question": A}, {"question": B}]}),
+        "json",
+        [A, B],
+        {},
+    ),
+    "by kind": (
+        json.dumps({"question": [A], "keywords": ["lighthouse lamp rape oil"]}),
+        "json",
+        [A, "lighthouse lamp rape oil"],
+        {},
+    ),
     "numbered keys": (json.dumps({"1": A, "2": B}), "json", [A, B], {}),
     "query1, query2": (json.dumps({"query1": A, "query_2": B}), "json", [A, B], {}),
     "one object": (json.dumps({"kind": "question", "text": A}), "json", [A], {}),
     "nested twice": (json.dumps({"result": {"queries": [{"text": A}]}}), "json", [A], {}),
-    "another field": (json.dumps({"queries": [{"text": A, "kind": "question", "answer": "1908"}]}), "json", [A], {}),
+    "another field": (
+        json.dumps({"queries": [{"text": A, "kind": "question", "answer": "1908"}]}),
+        "json",
+        [A],
+        {},
+    ),
     "a line break in a string": (
         '{"queries": [{"kind": "question", "text": "When was the\nOder lighthouse completed?"}]}',
         "json",
@@ -46,7 +76,12 @@ REPLIES = {
     "single quotes": (f"{{'queries': ['{A}', '{B}']}}", "repaired", [A, B], {}),
     "cut by the length": (BOTH[:-10], "repaired", [A], {"cut off": 1}),
     "cut after the last text": (BOTH[:-3], "repaired", [A, B], {}),
-    "cut within the first text": ('{"queries": [{"kind": "question", "text": "When was', "repaired", [], {"cut off": 1}),
+    "cut within the first text": (
+        '{"queries": [{"kind": "question", "text": "When was',
+        "repaired",
+        [],
+        {"cut off": 1},
+    ),
     "bracket missing": (f'{{"queries": ["{A}", "{B}"', "repaired", [A, B], {}),
     "quote missing": (f'{{"queries": ["{A}, "{B}"]}}', "repaired", None, {}),
     "comment inside": (f'{{"queries": ["{A}", // the date\n"{B}"]}}', "repaired", [A, B], {}),
@@ -57,20 +92,60 @@ REPLIES = {
     "bullet points": (f"• {A}\n• {B}", "lines", [A, B], {}),
     "Q1:": (f"Q1: {A}\nQ2: {B}", "lines", [A, B], {}),
     "bold, in three layers": (f'1. **"{A}"**\n2. **{B}**', "lines", [A, B], {}),
-    "preamble, numbered": (f"Here are 2 questions:\n\n1. {A}\n2. {B}", "lines", [A, B], {"preamble": 1}),
-    "preamble, plain": (f"Here are two questions for you:\n{A}\n{B}", "lines", [A, B], {"preamble": 1}),
-    "preamble alone": ("Here are 2 questions:", "nothing", [], {"preamble": 1, "no query in the reply": 1}),
-    "preamble as an element": (json.dumps(["Here are 2 questions:", A]), "json", [A], {"preamble": 1}),
+    "preamble, numbered": (
+        f"Here are 2 questions:\n\n1. {A}\n2. {B}",
+        "lines",
+        [A, B],
+        {"preamble": 1},
+    ),
+    "preamble, plain": (
+        f"Here are two questions for you:\n{A}\n{B}",
+        "lines",
+        [A, B],
+        {"preamble": 1},
+    ),
+    "preamble alone": (
+        "Here are 2 questions:",
+        "nothing",
+        [],
+        {"preamble": 1, "no query in the reply": 1},
+    ),
+    "preamble as an element": (
+        json.dumps(["Here are 2 questions:", A]),
+        "json",
+        [A],
+        {"preamble": 1},
+    ),
     "plain lines": (f"{A}\n{B}", "lines", [A, B], {}),
-    "a number is no marker": ("3.5 tonnes of oil were burnt by which lamp?", "lines", ["3.5 tonnes of oil were burnt by which lamp?"], {}),
-    "a genus is no marker": ("E. coli in the well of which lighthouse?", "lines", ["E. coli in the well of which lighthouse?"], {}),
+    "a number is no marker": (
+        "3.5 tonnes of oil were burnt by which lamp?",
+        "lines",
+        ["3.5 tonnes of oil were burnt by which lamp?"],
+        {},
+    ),
+    "a genus is no marker": (
+        "E. coli in the well of which lighthouse?",
+        "lines",
+        ["E. coli in the well of which lighthouse?"],
+        {},
+    ),
     "empty": ("", "nothing", [], {"no query in the reply": 1}),
     "blank": (" \n\t ", "nothing", [], {"no query in the reply": 1}),
     "null": ("null", "lines", [], {"too short": 1}),
     "empty strings": (json.dumps({"queries": ["", "   ", A]}), "json", [A], {}),
-    "placeholders": (json.dumps({"queries": ["...", "<query 1>", "Question 2", A]}), "json", [A], {"empty": 3}),
+    "placeholders": (
+        json.dumps({"queries": ["...", "<query 1>", "Question 2", A]}),
+        "json",
+        [A],
+        {"empty": 3},
+    ),
     "one word": (json.dumps(["Stettin", A]), "json", [A], {"too short": 1}),
-    "an essay": (json.dumps(["What " + "about the lamp and the oil " * 12 + "?", A]), "json", [A], {"too long": 1}),
+    "an essay": (
+        json.dumps(["What " + "about the lamp and the oil " * 12 + "?", A]),
+        "json",
+        [A],
+        {"too long": 1},
+    ),
     "copy": (
         json.dumps(["Visitors climb 204 steps to the gallery, which is closed during storms.", A]),
         "json",
@@ -89,9 +164,24 @@ REPLIES = {
         ["Oder lights were oil-fired"],
         {},
     ),
-    "question without a mark": (json.dumps(["who built the oder lighthouse"]), "json", ["who built the oder lighthouse"], {}),
-    "speaks of the passage": (json.dumps(["According to the passage, who built it?", A]), "json", [A], {"speaks of the passage": 1}),
-    "German": (json.dumps(["Wann wurde der Leuchtturm an der Oder fertiggestellt?", A]), "json", [A], {"wrong language": 1}),
+    "question without a mark": (
+        json.dumps(["who built the oder lighthouse"]),
+        "json",
+        ["who built the oder lighthouse"],
+        {},
+    ),
+    "speaks of the passage": (
+        json.dumps(["According to the passage, who built it?", A]),
+        "json",
+        [A],
+        {'refers to "the passage"': 1},
+    ),
+    "German": (
+        json.dumps(["Wann wurde der Leuchtturm an der Oder fertiggestellt?", A]),
+        "json",
+        [A],
+        {"wrong language": 1},
+    ),
     "Chinese": (json.dumps(["奥得河灯塔是什么时候建成的?", A]), "json", [A], {"wrong language": 1}),
     "too many": (
         json.dumps([A, B, "How many steps lead up?", "Who closes the gallery?", "Where is it?"]),
@@ -102,9 +192,24 @@ REPLIES = {
     "numbers": ("[1, 2, 3]", "lines", [], {"empty": 1}),
     "nonsense": ("@@@@", "lines", [], {"empty": 1}),
     "deep nesting": ("[" * 5000, "nothing", [], {"no query in the reply": 1}),
-    "refusal": ("I can't help with that.", "nothing", [], {"refusal": 1, "no query in the reply": 1}),
-    "question and answer": (f"Q: {A}\nA: It was completed in 1908.\n\nQ: {B}\nA: Rape oil.", "lines", [A, B], {"beside the list": 2}),
-    "answer behind": (json.dumps([f"{A} Answer: 1908", f"{B} (asks for the fuel)"]), "json", [A, B], {}),
+    "refusal": (
+        "I can't help with that.",
+        "nothing",
+        [],
+        {"refusal": 1, "no query in the reply": 1},
+    ),
+    "question and answer": (
+        f"Q: {A}\nA: It was completed in 1908.\n\nQ: {B}\nA: Rape oil.",
+        "lines",
+        [A, B],
+        {"beside the list": 2},
+    ),
+    "answer behind": (
+        json.dumps([f"{A} Answer: 1908", f"{B} (asks for the fuel)"]),
+        "json",
+        [A, B],
+        {},
+    ),
     "answer behind, bare": (json.dumps([f"{A} 1908.", B]), "json", [B], {"carries its answer": 1}),
     "explained line by line": (
         f"1. {A}\n   - This asks for the date.\n2. {B}\n   - This asks for the fuel.",
@@ -113,38 +218,130 @@ REPLIES = {
         {"beside the list": 2},
     ),
     "on one line": (f"1. {A} 2. {B}", "lines", [A, B], {}),
-    "headings of the kinds": (f"**Questions:**\n- {A}\n\n**Claims:**\n- Oder lights were oil-fired", "lines", [A, LIT], {}),
-    "kind before each": (f"question: {A}\nkeywords: oder lighthouse lamp oil\nclaim: {LIT}", "lines", [A, OIL, LIT], {}),
+    "headings of the kinds": (
+        f"**Questions:**\n- {A}\n\n**Claims:**\n- Oder lights were oil-fired",
+        "lines",
+        [A, LIT],
+        {},
+    ),
+    "kind before each": (
+        f"question: {A}\nkeywords: oder lighthouse lamp oil\nclaim: {LIT}",
+        "lines",
+        [A, OIL, LIT],
+        {},
+    ),
     "bold kind before each": (f"**Question**: {A}\n**Claim 1:** {LIT}", "lines", [A, LIT], {}),
-    "YAML": (f"queries:\n  - kind: question\n    text: {A}\n  - kind: claim\n    text: {LIT}", "lines", [A, LIT], {"preamble": 1}),
-    "an object a line": (f'{{"kind": "question", "text": "{A}"}}\n{{"kind": "claim", "text": "{LIT}"}}', "json", [A, LIT], {}),
-    "an object a line, cut": (f'{{"text": "{A}"}}\n{{"kind": "question", "text": "What fu', "json", [A], {"cut off": 1}),
+    "YAML": (
+        f"queries:\n  - kind: question\n    text: {A}\n  - kind: claim\n    text: {LIT}",
+        "lines",
+        [A, LIT],
+        {"preamble": 1},
+    ),
+    "an object a line": (
+        f'{{"kind": "question", "text": "{A}"}}\n{{"kind": "claim", "text": "{LIT}"}}',
+        "json",
+        [A, LIT],
+        {},
+    ),
+    "an object a line, cut": (
+        f'{{"text": "{A}"}}\n{{"kind": "question", "text": "What fu',
+        "json",
+        [A],
+        {"cut off": 1},
+    ),
     "two fences": (f'```json\n["{A}"]\n```\nand\n```json\n["{B}"]\n```', "json", [A, B], {}),
     "JSON in a string": (json.dumps(BOTH), "schema", [A, B], {}),
     "Python": (f'```python\nqueries = ["{A}", "{B}"]\n```', "json", [A, B], {}),
-    "tool call": (f'<tool_call>{{"name": "f", "arguments": {BOTH}}}</tool_call>', "json", [A, B], {}),
+    "tool call": (
+        f'<tool_call>{{"name": "f", "arguments": {BOTH}}}</tool_call>',
+        "json",
+        [A, B],
+        {},
+    ),
     "marks of a chat template": (f"assistant: {A}<|im_end|>", "lines", [A], {}),
     "end of sequence": (f"1. {A}\n2. {B}</s>", "lines", [A, B], {}),
-    "reasoning without a beginning": (f"I look at the lamp first.\n</think>\n{A}", "lines", [A], {}),
+    "reasoning without a beginning": (
+        f"I look at the lamp first.\n</think>\n{A}",
+        "lines",
+        [A],
+        {},
+    ),
     "arrows and emoji": (f"→ {A}\n👉 {B}", "lines", [A, B], {}),
     "roman numbers": (f"i. {A}\nii. {B}", "lines", [A, B], {}),
-    "table": (f"| kind | text |\n|---|---|\n| question | {A} |", "lines", [], {"markup": 2, "empty": 1}),
-    "closing remark": (f"{A}\n{B}\nThese questions cover different facts.", "lines", [A, B], {"preamble": 1}),
-    "preamble without a colon": (f"Absolutely! Here you go\n{A}\n{B}", "lines", [A, B], {"preamble": 1}),
+    "table": (
+        f"| kind | text |\n|---|---|\n| question | {A} |",
+        "lines",
+        [],
+        {"markup": 2, "empty": 1},
+    ),
+    "closing remark": (
+        f"{A}\n{B}\nThese questions cover different facts.",
+        "lines",
+        [A, B],
+        {"preamble": 1},
+    ),
+    "preamble without a colon": (
+        f"Absolutely! Here you go\n{A}\n{B}",
+        "lines",
+        [A, B],
+        {"preamble": 1},
+    ),
     "title": (f"Generated queries\n\n{A}\n{B}", "lines", [A, B], {"preamble": 1}),
-    "says that there are none": ("No queries can be written.", "nothing", [], {"refusal": 1, "no query in the reply": 1}),
-    "refusal as an element": (json.dumps(["Unfortunately there is too little to ask."]), "json", [], {"refusal": 1}),
-    "loop": (json.dumps(["When was the the the the the the lamp?", A]), "json", [A], {"repeats itself": 1}),
-    "speaks of what is mentioned": (
-        json.dumps(["What year is mentioned?", "What is this article about?", "Wer baute laut dem Text den Turm?", A]),
+    "says that there are none": (
+        "No queries can be written.",
+        "nothing",
+        [],
+        {"refusal": 1, "no query in the reply": 1},
+    ),
+    "refusal as an element": (
+        json.dumps(["Unfortunately there is too little to ask."]),
+        "json",
+        [],
+        {"refusal": 1},
+    ),
+    "loop": (
+        json.dumps(["When was the the the the the the lamp?", A]),
         "json",
         [A],
-        {"speaks of the passage": 3},
+        {"repeats itself": 1},
     ),
-    "kind in other letters": (json.dumps({"queries": [{"kind": "Keyword", "text": OIL}]}), "schema", [OIL], {}),
-    "echo of the prompt": (json.dumps(["How do I get from the example to the exam?", A]), "json", [A], {"copy of the prompt": 1}),
-    "short Spanish": (json.dumps(["¿Cuándo se terminó el faro del Oder?", A]), "json", [A], {"wrong language": 1}),
-    "German keywords": ('{"queries": [{"kind": "keywords", "text": "Leuchtturm Rapsöl Lampe"}]}', "schema", [], {"wrong language": 1}),
+    "speaks of what is mentioned": (
+        json.dumps(
+            [
+                "What year is mentioned?",
+                "What is this article about?",
+                "Wer baute laut dem Text den Turm?",
+                A,
+            ]
+        ),
+        "json",
+        [A],
+        {'refers to "the passage"': 3},
+    ),
+    "kind in other letters": (
+        json.dumps({"queries": [{"kind": "Keyword", "text": OIL}]}),
+        "schema",
+        [OIL],
+        {},
+    ),
+    "echo of the prompt": (
+        json.dumps(["How do I get from the example to the exam?", A]),
+        "json",
+        [A],
+        {"copy of the prompt": 1},
+    ),
+    "short Spanish": (
+        json.dumps(["¿Cuándo se terminó el faro del Oder?", A]),
+        "json",
+        [A],
+        {"wrong language": 1},
+    ),
+    "German keywords": (
+        '{"queries": [{"kind": "keywords", "text": "Leuchtturm Rapsöl Lampe"}]}',
+        "schema",
+        [],
+        {"wrong language": 1},
+    ),
     "error page": ("<html><body>502 Bad Gateway</body></html>", "lines", [], {"markup": 1}),
 }
 
@@ -153,7 +350,9 @@ REPLIES = {
 def test_what_is_kept(name: str) -> None:
     reply, how, kept, dropped = REPLIES[name]
     prompt = 'Write like this: "How do I get from the example to the exam?"'
-    accepted = filters.accept(parse_queries(reply), PASSAGE, ["question", "keywords", "claim"], 4, prompt)
+    accepted = filters.accept(
+        parse_queries(reply), PASSAGE, ["question", "keywords", "claim"], 4, prompt
+    )
     texts = [" ".join(text.split()) for _, text in accepted.queries]
     assert accepted.how == how
     assert kept is None or texts == kept
@@ -161,7 +360,9 @@ def test_what_is_kept(name: str) -> None:
 
 
 def test_the_last_line_of_a_reply_that_was_cut() -> None:
-    accepted = filters.accept(parse_queries(f"1. {A}\n2. What fuel did the", cut=True), PASSAGE, ["question"], 4)
+    accepted = filters.accept(
+        parse_queries(f"1. {A}\n2. What fuel did the", cut=True), PASSAGE, ["question"], 4
+    )
     assert accepted.queries == [("question", A)]
     assert accepted.dropped == {"cut off": 1}
 
@@ -183,7 +384,13 @@ def test_verdicts_of_the_judge(reply: str, numbers: list[int] | None) -> None:
 
 def test_duplicates() -> None:
     year = "In which year of the nineteenth century was the old lighthouse of the harbour at Stettin lit for the first time, {}?"
-    texts = ["When was it built?", "when was it  built", year.format("1871"), year.format("1872"), year.format("1871 ") + " please"]
+    texts = [
+        "When was it built?",
+        "when was it  built",
+        year.format("1871"),
+        year.format("1872"),
+        year.format("1871 ") + " please",
+    ]
     assert filters.exact_duplicates(texts) == [None, "exact duplicate", None, None, None]
     assert filters.near_duplicates(texts) == [None, "near duplicate", None, None, "near duplicate"]
 
@@ -196,7 +403,9 @@ def test_round_trip_keeps_what_the_encoder_finds() -> None:
     similarity = documents[source] @ documents.T
     second = np.argsort(-similarity, axis=1)[:, 1]
     queries = documents[second]  # nearest to their neighbour, not to their source
-    rank = (queries @ documents.T > np.sum(queries * documents[source], axis=1, keepdims=True)).sum(axis=1)
+    rank = (queries @ documents.T > np.sum(queries * documents[source], axis=1, keepdims=True)).sum(
+        axis=1
+    )
     for top_n in (1, 3, 10):
         found = filters.found_by_retriever(queries, documents, source, top_n)
         assert found.tolist() == (rank < top_n).tolist()
@@ -205,10 +414,14 @@ def test_round_trip_keeps_what_the_encoder_finds() -> None:
 
 @pytest.mark.parametrize(("name", "most"), [(SMALL, 0), ("squad", 0.001), ("covidqa", 0.002)])
 def test_good_questions_pass(name: str, most: float) -> None:
-    """Every check at its worst: on good questions, each with the passage it was written for, so every drop is a mistake."""
+    """Every check at its worst: on good questions, each with the passage it was written for, so
+    every drop is a mistake."""
     folder = folder_of(name)
     corpus, queries = texts(folder, "corpus"), texts(folder, "queries")
     asked = pairs(folder, "train")
-    reasons = [(filters.check(queries[query], corpus[passage], "question"), queries[query]) for query, passage in asked]
+    reasons = [
+        (filters.check(queries[query], corpus[passage], "question"), queries[query])
+        for query, passage in asked
+    ]
     dropped = [(reason, query) for reason, query in reasons if reason]
     assert len(dropped) <= most * len(asked), dropped

@@ -150,7 +150,9 @@ def _endpoint_rows(url: str, models: str | None, key_env: str) -> Iterator[tuple
     """doctor's rows, one model each: (what, whether it works, what was found)."""
     from ..queries.llm import LLMSettings, probe
 
-    settings = LLMSettings(url, tuple((models or "").split(",")), key_env=key_env)
+    settings = LLMSettings(
+        url, tuple((models or "").split(",")), mix={"question": 1.0}, per_chunk=1, key_env=key_env
+    )
     for model, report in zip(settings.models, probe(settings), strict=True):
         if report.problem:
             yield f"llm {model}", False, report.problem
@@ -167,5 +169,6 @@ def _endpoint_rows(url: str, models: str | None, key_env: str) -> Iterator[tuple
         yield (
             f"llm {model}",
             True,
-            f"{served}; {modes}; {context}; {report.tokens_per_second:.0f} tokens/s",
+            f"{served}; accepts {report.form}; {modes}; {context}; "
+            f"{report.tokens_per_second:.0f} tokens/s",
         )

@@ -41,12 +41,12 @@ class NearDuplicates:
         """Adds the text unless a near duplicate is there. Returns whether it was added."""
         from datasketch import MinHash
 
-        shingles = self._shingles(text)
+        own = self._shingles(text)
         sketch = MinHash(num_perm=128)
-        sketch.update_batch([shingle.encode() for shingle in shingles])
+        sketch.update_batch([shingle.encode() for shingle in own])
         # Shingles are computed again rather than kept: those of a corpus need gigabytes.
         if any(
-            _jaccard(shingles, self._shingles(self._kept[at])) >= self._threshold
+            _jaccard(own, self._shingles(self._kept[at])) >= self._threshold
             for at in self._index.query(sketch)
         ):
             return False
@@ -63,7 +63,7 @@ def deduplicate(
     exact: the same text after ``normalize``. near: Jaccard similarity of at least ``threshold``
     over the sets of five words in a row (Lee et al. 2022, arXiv 2107.06499).
     """
-    distinct = NearDuplicates(_shingles, threshold)
+    distinct = NearDuplicates(shingles, threshold)
     kept: list[Chunk] = []
     seen = set()
     exact = near = 0
@@ -82,8 +82,8 @@ def deduplicate(
     return kept, Duplicates(exact, near)
 
 
-def _shingles(text: str) -> set[str]:
-    """Every five words in a row."""
+def shingles(text: str) -> set[str]:
+    """Every five words in a row of the normalized text; the whole text if it has fewer."""
     found = words(normalize(text))
     return {" ".join(found[at : at + 5]) for at in range(max(len(found) - 4, 1))}
 

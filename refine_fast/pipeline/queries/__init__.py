@@ -1,0 +1,1 @@
+"""Training queries: from the user, from the documents alone, or from a language model."""

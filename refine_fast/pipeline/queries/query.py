@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Query:
-    """A query that the chunk ``chunk_id`` answers. kind: "cloze", "title" or "span" (``synthesize_queries``), "user", or "llm:<kind>"."""
+    """A query that the chunk ``chunk_id`` answers."""
 
     text: str
     chunk_id: str
     kind: str
+    """"cloze", "title" or "span" (``synthesize_queries``), "user", or "llm:<kind>"."""

@@ -1,4 +1,4 @@
-"""The queries that are not trained on: whole documents at a time."""
+"""Splits queries by document into train, dev and held-out sets."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ from collections.abc import Sequence
 from ...errors import RefineFastError
 from ..corpus.beir import RetrievalSet
 from ..corpus.chunk import Chunk
+from ..corpus.text import normalize
 from .query import Query
+
+MIN_SOURCES = 20
+"""With fewer sources than this (one long file, say), the chunks are split instead."""
 
 
 def without(queries: Sequence[Query], texts: Sequence[str]) -> list[Query]:
-    """The queries whose words, case and spacing aside, are not among ``texts``: what may be trained on when those are the test queries."""
+    """The queries whose text is not among ``texts``, compared after ``normalize``.
 
-    def plain(text: str) -> str:
-        return " ".join(text.casefold().split())
-
-    taken = {plain(text) for text in texts}
-    return [query for query in queries if plain(query.text) not in taken]
+    Where ``texts`` are the test queries, the rest may be trained on.
+    """
+    excluded = {normalize(text) for text in texts}
+    return [query for query in queries if normalize(query.text) not in excluded]
 
 
 def held_out_set(
     chunks: Sequence[Chunk], queries: Sequence[Query], name: str = "held-out"
 ) -> RetrievalSet:
-    """All chunks as the corpus, ``queries`` (of ``split_by_document``) against it: each is answered by the chunk that it was made from."""
+    """All chunks as the corpus, and ``queries`` (of ``split_by_document``) against it.
+
+    Relevant to a query is the chunk that it was made from.
+    """
     return RetrievalSet(
         name,
         [chunk.id for chunk in chunks],
@@ -39,14 +45,24 @@ def held_out_set(
 def split_by_document(
     queries: Sequence[Query], chunks: Sequence[Chunk], shares: dict[str, float], *, seed: int
 ) -> dict[str, list[Query]]:
-    """{"train": ..., **{name: held out for it}}: whole documents at a time, so that no text that was trained on is asked about again.
+    """Splits whole documents, so that no query is about a text that was trained on.
 
-    A document is a chunk's ``source``; where fewer than 20 sources have queries (one long file, say), it is the chunk. Documents are drawn
-    in the order of a hash of (seed, source) and fill the parts in turn, until each has its share of the queries; the rest is "train". A
-    training query with the very words of a held-out one is dropped.
+    A document is a chunk's ``source``, or the chunk where fewer than ``MIN_SOURCES`` sources have
+    queries. Documents are drawn in the order of a hash of (seed, source) and fill the parts in
+    turn, until each has its share of the queries. A training query with the same text as a
+    held-out one is dropped.
+
+    Args:
+        queries: all queries.
+        chunks: all chunks.
+        shares: name of a held-out part -> its share of the queries.
+        seed: seed of the order.
+
+    Returns:
+        {"train": the rest, **{name: the part held out}}.
     """
     source_of = {chunk.id: chunk.source for chunk in chunks}
-    by_chunk = len({source_of[query.chunk_id] for query in queries}) < 20
+    by_chunk = len({source_of[query.chunk_id] for query in queries}) < MIN_SOURCES
     groups: dict[str, list[Query]] = {}
     for query in queries:
         groups.setdefault(query.chunk_id if by_chunk else source_of[query.chunk_id], []).append(
@@ -63,8 +79,11 @@ def split_by_document(
 
 
 def require_enough(queries: Sequence[Query]) -> None:
-    """Raises RefineFastError if there are fewer than two queries to train on: in-batch negatives
-    need a second document."""
+    """Refuses fewer than two queries to train on: in-batch negatives need a second document.
+
+    Raises:
+        RefineFastError: with the number and the remedy.
+    """
     if len(queries) < 2:
         raise RefineFastError(
             f"queries: {len(queries)} left to train on, too few to learn from; "

@@ -1,38 +1,68 @@
-"""Queries to train with: made from the chunks without an LLM, or the user's own."""
+"""Training queries made from the chunks without a language model."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from itertools import cycle, islice
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import cycle, islice, pairwise
+from typing import TYPE_CHECKING
+
+import regex
 
 from ..corpus.chunk import Chunk
-from ..corpus.text import words
+from ..corpus.text import CJK, UNSPACED, word_count
 from .query import Query
 
-# The kinds are dealt in turn, each chunk from a place of its own drawing.
-TURNS = ("cloze", "span", "cloze", "title")
+if TYPE_CHECKING:
+    from semantic_text_splitter import TextSplitter
+
+KINDS_IN_TURN = ("cloze", "span", "cloze", "title")
+"""Kinds rotate; each chunk starts at a random position."""
+
+MIN_SENTENCE_WORDS, MAX_SENTENCE_WORDS = 6, 60
+
+# Khmer and Tibetan stops, which sentencex does not split at. Thai and Lao have none, so that
+# blanks separate their clauses.
+_MORE_BOUNDARIES = regex.compile(r"(?<=[។៕།༎])\s*|(?<=[\p{Thai}\p{Lao}])\s+(?=[\p{Thai}\p{Lao}])")
+_RUN = regex.compile(
+    rf"(?V1)(?P<unspaced>[\w&&{UNSPACED}][[\w&&{UNSPACED}]\p{{M}}]*)"
+    rf"|(?P<word>(?<!\w)[[\w--_]--{UNSPACED}][\w--{UNSPACED}]+)"
+)
+_CJK = regex.compile(rf"(?V1){CJK}")
+_HIRAGANA = regex.compile(r"\p{Hiragana}+")
+
+_PHRASE_LENGTH = 12
+"""Longest phrase of a script without blanks; a Chinese or Japanese character counts twice."""
 
 
 def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: int = 2) -> list[Query]:
-    """At most ``per_chunk`` queries of each chunk without an LLM, of the kinds of TURNS, fewer where the chunk has not enough to offer:
+    """Makes queries without a language model, in any script.
 
-    - "cloze": a sentence of the chunk (the inverse cloze task of Lee et al. 2019, arXiv 1906.00300; the chunk stays whole, since finding
-      the words of a question in the passage is part of the task);
-    - "title": the title, and where several chunks share it, their own best term with it;
-    - "span": a few of the chunk's terms with the highest tf-idf, in the order of the text, as one types into a search box.
+    Kinds:
+        "cloze": a sentence of the chunk, which stays whole, since finding a question's words in
+            the passage is part of the task (inverse cloze task, Lee et al. 2019, arXiv 1906.00300).
+        "title": the title; where several chunks share it, with the chunk's own best term.
+        "span": 2 to 4 of the chunk's terms with the highest tf-idf, in the order of the text, as
+            typed into a search box. Where blanks do not separate words, a term is a short phrase
+            cut at word boundaries.
 
-    Seeded per chunk, so that a chunk's queries do not depend on the other chunks' draws. An LLM writes better ones: these teach the
-    collection's words, not how people ask.
+    These queries teach the collection's words, not how people ask; a language model writes better
+    ones.
+
+    Args:
+        chunks: the chunks.
+        seed: draws are seeded per chunk, so that they do not depend on the other chunks.
+        per_chunk: most queries of one chunk; fewer are made where a chunk does not offer enough.
     """
     terms = _salient_terms(chunks)
     sharing = Counter(chunk.title for chunk in chunks)
     queries = []
     for chunk, best in zip(chunks, terms, strict=True):
         rng = random.Random(f"{seed}:{chunk.id}")
-        first = rng.randrange(len(TURNS))
-        count = Counter(islice(cycle(TURNS), first, first + per_chunk))
+        first = rng.randrange(len(KINDS_IN_TURN))
+        count = Counter(islice(cycle(KINDS_IN_TURN), first, first + per_chunk))
         made = {
             "cloze": _cloze(chunk, count["cloze"], rng),
             "title": _title(chunk, best, sharing[chunk.title] > 1, count["title"], rng),
@@ -64,7 +94,7 @@ def _title(
 def _span(chunk: Chunk, best: list[str], count: int, rng: random.Random) -> list[str]:
     if len(best) < 3:
         return []
-    text = chunk.text.casefold()
+    text = chunk.text.lower()
     return [
         " ".join(sorted(rng.sample(best, rng.randint(2, min(4, len(best)))), key=text.find))
         for _ in range(count)
@@ -72,26 +102,32 @@ def _span(chunk: Chunk, best: list[str], count: int, rng: random.Random) -> list
 
 
 def _sentences(text: str) -> list[str]:
-    """The sentences of 6 to 60 words, line breaks taken out."""
+    """The sentences of 6 to 60 words, without line breaks."""
     from sentencex import segment
 
-    sentences = (" ".join(sentence.split()) for sentence in segment("en", text))
-    return [sentence for sentence in sentences if 6 <= len(words(sentence)) <= 60]
+    found = (
+        " ".join(part.split())
+        for sentence in segment("en", text)
+        for part in _MORE_BOUNDARIES.split(sentence)
+    )
+    return [
+        sentence
+        for sentence in found
+        if MIN_SENTENCE_WORDS <= word_count(sentence) <= MAX_SENTENCE_WORDS
+    ]
 
 
-def _salient_terms(chunks: Sequence[Chunk], most: int = 8) -> list[list[str]]:
-    """Of each chunk the words and pairs of words with the highest tf-idf, best first, no word twice."""
+def _salient_terms(chunks: Sequence[Chunk], limit: int = 8) -> list[list[str]]:
+    """For each chunk, at most ``limit`` terms with the highest tf-idf, best first.
+
+    No word occurs twice among a chunk's terms.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(
-        ngram_range=(1, 2),
-        stop_words="english",
-        token_pattern=r"(?u)\b[^\W_]\w+\b",
-        sublinear_tf=True,
-    )
+    vectorizer = TfidfVectorizer(analyzer=_terms, sublinear_tf=True)
     try:
         table = vectorizer.fit_transform(chunk.text for chunk in chunks)
-    except ValueError:  # no text has a word that is no stop word
+    except ValueError:  # no text has a term
         return [[] for _ in chunks]
     names = vectorizer.get_feature_names_out()
     best = []
@@ -101,7 +137,44 @@ def _salient_terms(chunks: Sequence[Chunk], most: int = 8) -> list[list[str]]:
             term = names[row.indices[at]]
             if not set(term.split()) & set(" ".join(terms).split()):
                 terms.append(term)
-            if len(terms) == most:
+            if len(terms) == limit:
                 break
         best.append(terms)
     return best
+
+
+def _terms(text: str) -> list[str]:
+    """Words and pairs of words without English stop words, and phrases of scripts without blanks.
+
+    Args:
+        text: any text; terms are in lower case.
+    """
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    words: list[str] = []
+    phrases: list[str] = []
+    for run in _RUN.finditer(text.lower()):
+        if run["unspaced"]:
+            phrases += _phrases(run["unspaced"])
+        elif run["word"] not in ENGLISH_STOP_WORDS:
+            words.append(run["word"])
+    return words + [" ".join(pair) for pair in pairwise(words)] + phrases
+
+
+def _phrases(run: str) -> Iterator[str]:
+    """Phrases of at most ``_PHRASE_LENGTH``, cut at word boundaries by the splitter's dictionary.
+
+    Hiragana alone, and single characters, carry no content.
+    """
+    for phrase in _phrase_splitter().chunks(run):
+        if len(phrase) > 1 and not _HIRAGANA.fullmatch(phrase):
+            yield phrase
+
+
+@cache
+def _phrase_splitter() -> TextSplitter:
+    from semantic_text_splitter import TextSplitter
+
+    return TextSplitter.from_callback(
+        lambda text: len(text) + len(_CJK.findall(text)), _PHRASE_LENGTH
+    )

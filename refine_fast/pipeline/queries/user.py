@@ -1,55 +1,71 @@
-"""The user's own queries."""
+"""The user's own queries, each assigned to the chunk that answers it."""
 
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import RefineFastError, RefineFastWarning
 from ..corpus.beir import load_beir
 from ..corpus.chunk import Chunk
-from ..corpus.jsonl import read_jsonl, text_field
+from ..corpus.dedup import shingles
+from ..corpus.text import normalize, words
 from .query import Query
 from .splits import without
+from .user_formats import Judgement, read_judgements
+
+MIN_CONTAINMENT = 0.8
+"""Share of the shorter text's shingles that the other must have for the two to be the same."""
 
 
 def load_queries(path: Path, chunks: Sequence[Chunk], split: str = "train") -> list[Query]:
-    """The user's queries: JSON lines of {"text", "doc_id"}, or a BEIR folder, of which ``qrels/<split>.tsv`` is used.
+    """The user's queries, from any file that ``user_formats`` reads.
 
-    One Query for each judgement above 0. ``doc_id`` names a chunk or a document; of a document cut in several chunks it takes the one with
-    the highest tf-idf similarity to the query. A BEIR question that another split asks too, word for word, is left out: it would be
-    trained on and tested with. A doc_id that is no chunk (removed as a duplicate, say) is counted in a RefineFastWarning; RefineFastError
-    if none is one, and for a malformed row: file, line, field.
+    A judgement names a chunk or a document by its id, or gives the text. Of a document that was cut
+    into several chunks, the chunk with the highest tf-idf similarity to the query counts. In a BEIR
+    folder, a query that another split asks too is left out: it would be trained on and tested with.
+
+    Args:
+        path: file or folder.
+        chunks: all chunks.
+        split: the file of ``qrels/`` in a BEIR folder.
+
+    Returns:
+        One query of kind "user" for each judgement that names a chunk.
+
+    Raises:
+        RefineFastError: if a row is malformed or no judgement names a chunk. The number of
+            judgements that name none (removed as a duplicate, say) is a RefineFastWarning.
     """
     if not path.exists():
         raise RefineFastError(
             f'{path} does not exist; give JSON lines of {{"text", "doc_id"}} or a BEIR folder.'
         )
-    judgements = list(_beir_judgements(path, split) if path.is_dir() else _jsonl_judgements(path))
-    find = _finder(chunks)
-    queries, missing = [], []
-    for text, doc_id, where in judgements:
-        if chunk := find(doc_id, text):
-            queries.append(Query(text, chunk.id, "user"))
-        else:
-            missing.append(f'"{doc_id}" at {where}')
-    if not queries:
-        found = (
-            f"none of its {len(missing)} doc_ids is a document, the first being {missing[0]}"
-            if missing
-            else "it holds no queries"
-        )
+    judgements = list(read_judgements(path, split))
+    found = _Finder(chunks).find(judgements)
+    missing = [item for item, chunk in zip(judgements, found, strict=True) if chunk is None]
+    if not judgements:
+        raise RefineFastError(f"{path} holds no queries; add some.")
+    if len(missing) == len(judgements):
         raise RefineFastError(
-            f"{path}: {found}; its doc_id must be ids of the documents, such as {chunks[0].id!r}."
+            f"{path}: none of its {len(missing)} queries names a document, the first "
+            f"{_named(missing[0])}; give ids of the documents, such as {chunks[0].id!r}, or their "
+            "texts."
         )
     if missing:
         warnings.warn(
-            f"{path}: {len(missing)} of {len(judgements)} queries are skipped because their doc_id is no document, the first {missing[0]}.",
+            f"{path}: {len(missing)} of {len(judgements)} queries are skipped because they name no "
+            f"document, the first {_named(missing[0])}.",
             RefineFastWarning,
             stacklevel=2,
         )
+    queries = [
+        Query(item.query, chunk.id, "user")
+        for item, chunk in zip(judgements, found, strict=True)
+        if chunk is not None
+    ]
     if path.is_dir():
         others = sorted(other.stem for other in path.glob("qrels/*.tsv") if other.stem != split)
         queries = without(
@@ -58,45 +74,68 @@ def load_queries(path: Path, chunks: Sequence[Chunk], split: str = "train") -> l
     return list(dict.fromkeys(queries))
 
 
-def _jsonl_judgements(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(query text, document id, where it stands) of every line."""
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        text = text_field(row, ("text",), where)
-        if not text.strip():
-            raise RefineFastError(
-                f'{where}: the field "text" is empty; write the query or delete the line.'
-            )
-        yield text, text_field(row, ("doc_id",), where), where
+def _named(judgement: Judgement) -> str:
+    return f'"{(judgement.doc_id or judgement.passage or "")[:60]}" at {judgement.where}'
 
 
-def _beir_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str]]:
-    judged = load_beir(folder, split)
-    row_of = {doc: row for row, doc in enumerate(judged.doc_ids)}
-    for id, text, grades in zip(judged.query_ids, judged.queries, judged.qrels, strict=True):
-        relevant = [doc for doc, grade in grades.items() if grade > 0]
-        for doc in sorted(relevant, key=lambda doc: row_of.get(doc, len(row_of))):
-            yield text, doc, f"query {id} of {split}"
+class _Finder:
+    """Finds the chunk of a judgement: by id, by the same text, by most of the text."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self._chunks = chunks
+        self._by_id = {chunk.id: chunk for chunk in chunks}
+        self._parts = defaultdict(list)
+        for chunk in chunks:
+            document, mark, number = chunk.id.rpartition("#")
+            if mark and number.isdigit():
+                self._parts[document].append(chunk)
+
+    def find(self, judgements: Sequence[Judgement]) -> list[Chunk | None]:
+        """The chunk of each judgement; None where there is none."""
+        found = [self._find_id(item) for item in judgements]
+        texts = {
+            item.passage
+            for item, chunk in zip(judgements, found, strict=True)
+            if chunk is None and item.passage
+        }
+        by_text = self._find_texts(sorted(texts)) if texts else {}
+        return [
+            chunk or _most_similar(item.query, by_text.get(item.passage or "", []))
+            for item, chunk in zip(judgements, found, strict=True)
+        ]
+
+    def _find_id(self, judgement: Judgement) -> Chunk | None:
+        id = judgement.doc_id or ""
+        return self._by_id.get(id) or _most_similar(judgement.query, self._parts.get(id, []))
+
+    def _find_texts(self, texts: Sequence[str]) -> dict[str, list[Chunk]]:
+        """For each text, the chunks with the same text, or else those that it shares most with."""
+        same: dict[str, Chunk] = {}
+        for chunk in self._chunks:
+            for text in (chunk.text, chunk.passage):
+                same.setdefault(normalize(text), chunk)
+        found = {text: [same[key]] for text in texts if (key := normalize(text)) in same}
+        # The index holds the texts, not the corpus, which may be much larger.
+        wanted = {text: shingles(text) for text in texts if text not in found}
+        index = defaultdict(list)
+        for text, own in wanted.items():
+            for shingle in own:
+                index[shingle].append(text)
+        for chunk in self._chunks if index else ():
+            own = shingles(chunk.text)
+            shared = Counter(text for shingle in own for text in index.get(shingle, ()))
+            for text, count in shared.items():
+                if count >= MIN_CONTAINMENT * min(len(own), len(wanted[text])):
+                    found.setdefault(text, []).append(chunk)
+        return found
 
 
-def _finder(chunks: Sequence[Chunk]) -> Callable[[str, str], Chunk | None]:
-    """(doc_id, query text) -> the chunk that is meant."""
+def _most_similar(query: str, candidates: Sequence[Chunk]) -> Chunk | None:
+    """The candidate with the highest tf-idf similarity to the query; None without candidates."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    by_id = {chunk.id: chunk for chunk in chunks}
-    parts = defaultdict(list)
-    for chunk in chunks:
-        document, mark, number = chunk.id.rpartition("#")
-        if mark and number.isdigit():
-            parts[document].append(chunk)
-
-    def find(doc_id: str, text: str) -> Chunk | None:
-        if doc_id in by_id or doc_id not in parts:
-            return by_id.get(doc_id)
-        candidates = parts[doc_id]
-        table = TfidfVectorizer(sublinear_tf=True).fit_transform(
-            [text, *(chunk.passage for chunk in candidates)]
-        )
-        return candidates[int((table[1:] @ table[0].T).toarray().argmax())]
-
-    return find
+    if len(candidates) < 2:
+        return next(iter(candidates), None)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, tokenizer=words, token_pattern=None)
+    table = vectorizer.fit_transform([query, *(chunk.passage for chunk in candidates)])
+    return candidates[int((table[1:] @ table[0].T).toarray().argmax())]

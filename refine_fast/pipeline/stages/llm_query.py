@@ -16,7 +16,7 @@ from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
 from ..encoder.encode import encode
 from ..encoder.load import load_encoder
-from ..queries.llm import Account, Progress, generate_queries
+from ..queries.llm import Account, CallProgress, generate_queries
 from ..queries.query import Query
 from .query import write_split
 
@@ -55,10 +55,10 @@ def _ask(context: RunContext, chunks: list[Chunk]) -> tuple[list[Query], Account
     embeddings = None
     if limited or settings.round_trip:
         embeddings = embed([chunk.passage for chunk in chunks], "document")
-    latest: list[Progress] = []
+    latest: list[CallProgress] = []
     with console.progress("asking the model") as advance:
 
-        def watch(state: Progress) -> None:
+        def watch(state: CallProgress) -> None:
             latest[:] = [state]
             cost = f", cost {state.cost:.4f}" if settings.price_in or settings.price_out else ""
             reused = f", {state.reused} reused" if state.reused else ""

@@ -1,17 +1,23 @@
 """Queries written by a language model: any OpenAI-compatible endpoint, or transformers in process.
 
-request -> http_backend | transformers_backend    one call, and what kind of failure it met
-throttle, budget      how many calls at a time, when to retry, when to stop, what it may cost
-reply_log             every paid reply on disk before it counts
-dispatch              requests -> replies, through the four above
-prompt, reply_parser, filters, coverage
-                      what is asked for, and which part of a reply becomes a query
-generate              the stage; probe: what doctor reports about an endpoint
+Public: ``LLMSettings`` says what is asked of whom; ``estimate`` counts the calls that remain;
+``generate_queries`` makes them and returns the queries with an ``Account``; ``probe`` checks an
+endpoint; ``default_prompt`` is the template to start from.
+
+Modules:
+    request, http_backend, transformers_backend: one call, and what kind of failure it met.
+    throttle, budget: how many calls run at a time, when to stop, what may be spent.
+    reply_log: every paid reply, on disk before it counts.
+    dispatch: requests to replies, through the four above.
+    prompt, reply_parser, filters, languages, coverage: what is asked for in which order, and which
+        part of a reply becomes a query.
+    generate, probe: the stage, and what ``doctor`` reports about an endpoint.
+    event_loop: runs both from synchronous code, in notebooks too.
 """
 
 from __future__ import annotations
 
-from .dispatch import Progress
+from .dispatch import CallProgress
 from .generate import Account, Estimate, estimate, generate_queries
 from .probe import EndpointReport, probe
 from .prompt import default_prompt
@@ -20,10 +26,10 @@ from .settings import IN_PROCESS, LLMSettings
 __all__ = [
     "IN_PROCESS",
     "Account",
+    "CallProgress",
     "EndpointReport",
     "Estimate",
     "LLMSettings",
-    "Progress",
     "default_prompt",
     "estimate",
     "generate_queries",

@@ -8,13 +8,24 @@ from dataclasses import dataclass
 
 @dataclass
 class Limits:
+    """Most calls, tokens (prompts and replies) and cost; None: no limit."""
+
     calls: int | None = None
     tokens: int | None = None
     cost: float | None = None
 
 
 class Budget:
-    """Spending that never passes its limits: a call reserves the most that it can cost before it is made, and settles after."""
+    """Spending that never passes its limits.
+
+    A call reserves the most that it can cost before it is made, and settles afterwards.
+
+    Args:
+        limits: the limits.
+        price_in: price of a million prompt tokens.
+        price_out: price of a million reply tokens.
+        calls: calls that were made before; likewise ``tokens_in`` and ``tokens_out``.
+    """
 
     def __init__(
         self,
@@ -33,10 +44,14 @@ class Budget:
 
     @property
     def cost(self) -> float:
+        """Cost of all settled calls."""
         return self.tokens_in * self._prices[0] + self.tokens_out * self._prices[1]
 
     async def reserve(self, tokens_in: int, tokens_out: int) -> str | None:
-        """None when the call may be made, otherwise the limit that forbids it. Waits while calls in flight may yet leave room."""
+        """Reserves a call with these tokens, or returns the name of the limit that forbids it.
+
+        Waits while calls in flight may still leave room.
+        """
         async with self._settled:
             while reason := self._exceeded(tokens_in, tokens_out):
                 if self._held[0] == 0:
@@ -47,7 +62,7 @@ class Budget:
         return None
 
     async def settle(self, reserved: tuple[int, int], used: tuple[int, int]) -> None:
-        """Puts what a call has used in the place of what it had reserved."""
+        """Replaces what a call had reserved, (tokens in, tokens out), by what it used."""
         async with self._settled:
             for i, amount in enumerate((1, *reserved)):
                 self._held[i] -= amount

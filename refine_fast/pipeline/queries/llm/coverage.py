@@ -1,4 +1,4 @@
-"""In which order chunks are asked about, so that whatever prefix the budget pays for covers the corpus."""
+"""The order of the chunks: whatever prefix the budget pays for covers the corpus."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ if TYPE_CHECKING:
 
 
 def spread(chunks: list[Chunk], *, seed: int, embeddings: np.ndarray | None = None) -> list[int]:
-    """Indices of all chunks: the clusters take turns, and each gives a chunk of the document that was drawn from least so far.
+    """Indices of all chunks, every prefix spread over clusters and documents.
 
-    ``embeddings`` (n, d): the chunks are put in sqrt(n) clusters by k-means; without them the documents alone spread the sample.
+    Clusters take turns; each gives a chunk of its document with the fewest chunks drawn so far.
+
+    Args:
+        chunks: n chunks.
+        seed: seed of the order within documents and of the clusters.
+        embeddings: (n, d), to form sqrt(n) clusters by k-means; without them, the documents alone
+            spread the order.
     """
     clusters = (
         np.zeros(len(chunks), dtype=np.int64) if embeddings is None else _clusters(embeddings, seed)
     )
     shuffled = np.random.default_rng(seed).permutation(len(chunks)).tolist()
-    waiting: dict[
-        int, dict[str, list[int]]
-    ] = {}  # cluster -> document -> its chunks, the next one last
+    # cluster -> document -> its chunks, the next one last
+    waiting: dict[int, dict[str, list[int]]] = {}
     for i in reversed(shuffled):
         waiting.setdefault(int(clusters[i]), {}).setdefault(chunks[i].source, []).append(i)
-    # Per cluster its documents by the draws from them so far; a count that other clusters have raised is put right when it comes up.
+    # Per cluster, its documents by the number of chunks drawn from them. A count that other
+    # clusters have raised is corrected when it reaches the top.
     heaps = {
         cluster: [(0, own[-1], name) for name, own in documents.items()]
         for cluster, documents in waiting.items()

@@ -1,15 +1,14 @@
-"""The stage: chunks in, queries out, with an account of every call, token and dropped candidate."""
+"""Chunks in, queries out, with an account of every call, token and dropped candidate."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +18,8 @@ from ..query import Query
 from . import filters
 from .budget import Budget, Limits
 from .coverage import spread
-from .dispatch import Progress, Watch, ask
+from .dispatch import CallProgress, IsUseful, Watch, ask
+from .event_loop import run
 from .http_backend import HttpBackend
 from .prompt import Template, judge_schema, query_schema, wanted
 from .reply_log import ReplyStore, Spent
@@ -29,13 +29,16 @@ from .settings import IN_PROCESS, LLMSettings
 from .throttle import Throttle
 from .transformers_backend import LocalBackend
 
-Encode = Callable[[list[str], str], np.ndarray]
-"""Texts and their role, "query" or "document", to unit rows (n, d) float32: the base encoder."""
+Encode = Callable[[list[str], Literal["query", "document"]], np.ndarray]
+"""The base encoder: (n texts, role) -> (n, d) float32, unit rows."""
 
 
 @dataclass
 class Account:
-    """What the report says about the stage. Calls, tokens and cost are those of the run folder over all its starts."""
+    """What the report says about the stage.
+
+    Calls, tokens and cost are those of the run folder, over all its starts.
+    """
 
     models: tuple[str, ...]
     chunks: int
@@ -47,41 +50,47 @@ class Account:
     tokens_in: int = 0
     tokens_out: int = 0
     cost: float | None = None
-    """None where no prices are given."""
+    """None without prices."""
     seconds: float = 0.0
     replies_per_second: float = 0.0
     structured_output: str | None = None
+    """The form in which each endpoint's model accepted the request, such as "json_schema"."""
     parsed: dict[str, int] = field(default_factory=dict)
     candidates: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     kept: int = 0
     unjudged: int = 0
-    """Of those kept: the judge was asked for and gave no verdict."""
+    """Of those kept, the queries on which the judge gave no verdict."""
     failures: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """The account as JSON values."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is still to be asked. Tokens by :func:`count_tokens`; ``tokens_out_most`` is the limit set for the replies."""
+    """The calls that remain, and what they cost. Tokens are those of ``count_tokens``."""
 
     calls: int
     tokens_in: int
     tokens_out: int
     tokens_out_most: int
+    """If every reply has its longest length."""
     cost: float | None
-    """None where no prices are given."""
+    """None without prices."""
     cost_most: float | None
     stops_after: int | None = None
-    """About how many of the calls a limit allows; None where no limit is in the way."""
+    """About how many of the calls the limits allow; None if they allow all."""
 
 
 def query_requests(
     chunks: list[Chunk], order: list[int], settings: LLMSettings
 ) -> Iterator[Request]:
-    """One request a chunk, in ``order``, made as it is drawn. The same chunk, prompt, model and parameters make the same request."""
+    """One request per chunk, in ``order``, made as it is drawn.
+
+    The same chunk, prompt, model and parameters make the same request.
+    """
     template = Template(settings.prompt)
     schema = query_schema(list(settings.mix))
     for i in order:
@@ -93,13 +102,23 @@ def query_requests(
         )
         model = settings.models[int(digest[:8], 16) % len(settings.models)]
         yield Request(
-            chunk.id, model, system, user, schema, settings.max_reply_tokens, settings.temperature
+            chunk.id,
+            model,
+            system,
+            user,
+            schema,
+            settings.max_reply_tokens,
+            settings.temperature,
+            settings.extra,
         )
 
 
 def estimate(chunks: list[Chunk], settings: LLMSettings, store: Path) -> Estimate:
-    """Before a token is spent: calls, tokens and cost of what the store has no reply to. A reply is taken to be 30 tokens a query and 20
-    around them. With ``judge`` there is a second call for each chunk: its prompt, the queries, and a short list of numbers."""
+    """Calls, tokens and cost of the requests without a reply in the store, before one is sent.
+
+    A reply counts 30 tokens per query and 20 around them. With ``judge`` there is a second call per
+    chunk: its prompt, the queries and a short list of numbers.
+    """
     known: set[str] = set()
     spent = Spent()
     if store.exists():
@@ -130,9 +149,9 @@ def estimate(chunks: list[Chunk], settings: LLMSettings, store: Path) -> Estimat
         (settings.max_cost, settings.cost(spent.tokens_in, spent.tokens_out), cost),
     )
     shares = [
-        max(0.0, limit - (used or 0)) / wanted
-        for limit, used, wanted in limits
-        if limit is not None and wanted
+        max(0.0, limit - (used or 0)) / needed
+        for limit, used, needed in limits
+        if limit is not None and needed
     ]
     stops_after = int(calls * min(shares)) if shares and min(shares) < 1 else None
     return Estimate(
@@ -149,13 +168,25 @@ def generate_queries(
     encode: Encode | None = None,
     watch: Watch | None = None,
 ) -> tuple[list[Query], Account]:
-    """Queries of kind "llm:<kind>", in the order of the chunks. ``store``: the JSONL file of replies; what it holds is not asked again.
+    """Asks the model about every chunk, and turns its replies into queries.
 
-    embeddings: the chunks' (n, d), to spread the sample when a limit is set; encode: needed where ``settings.round_trip`` is. Raises
-    RefineFastError when the endpoint is given up or when nothing at all was replied; the replies so far stay in the store.
+    Args:
+        chunks: n chunks.
+        settings: endpoint, models, request, limits and filters.
+        store: the JSONL file of replies; a request that has a reply there is not sent again.
+        embeddings: (n, d) float32 of the chunks, to spread the sample when a limit is set.
+        encode: the base encoder, which ``settings.round_trip`` needs.
+        watch: called with the progress after every reply.
+
+    Returns:
+        Queries of kind "llm:<kind>", in the order of the chunks, and the account.
+
+    Raises:
+        RefineFastError: if the endpoint is declared dead, its replies are useless, or no chunk got
+            a reply. Replies so far stay in the store.
     """
     if settings.round_trip and encode is None:
-        raise RefineFastError("round_trip: the filter needs the base encoder; pass encode.")
+        raise ValueError("round_trip needs encode, the base encoder")
     order = spread(chunks, seed=settings.seed, embeddings=embeddings)
     with ReplyStore(store) as replies:
         keys = {
@@ -169,28 +200,19 @@ def generate_queries(
             for i, request in requests
             if keys[request.key] == i and request.key not in replies
         )
-        state, mode = asyncio.run(
-            _ask(missing, Progress(len(keys), reused, reused), settings, replies, watch)
-        )
-        account = Account(
-            settings.models,
-            len(chunks),
-            sum(key in replies for key in keys),
-            reused,
-            state.failed,
-            state.stopped,
-        )
-        account.seconds, account.replies_per_second, account.structured_output = (
-            state.seconds,
-            state.rate,
-            mode,
-        )
+        progress = CallProgress(len(keys), reused, reused)
+        form = run(_ask(missing, progress, settings, replies, holds_queries, watch))
+        account = Account(settings.models, len(chunks), reused=reused)
+        account.replied = sum(key in replies for key in keys)
+        account.failed, account.stopped = progress.failed, progress.stopped
+        account.seconds, account.replies_per_second = progress.seconds, progress.rate
+        account.structured_output = form
         found = _candidates(chunks, keys, settings, replies, account)
         found = _deduplicated(found, settings.duplicates, account)
         if settings.round_trip and encode is not None:
             found = _round_trip(chunks, found, settings.round_trip, embeddings, encode, account)
         if settings.judge:
-            found = asyncio.run(_judged(chunks, found, settings, replies, account, watch))
+            found = run(_judged(chunks, found, settings, replies, account, watch))
         account.calls, account.tokens_in, account.tokens_out = (
             replies.spent.calls,
             replies.spent.tokens_in,
@@ -202,30 +224,41 @@ def generate_queries(
         )
     account.kept = len(found)
     if chunks and not account.replied:
-        why = (
-            next(iter(account.failures), account.stopped and f"stopped by {account.stopped}")
-            or "no call was made"
-        )
+        stopped = account.stopped and f"stopped by {account.stopped}"
+        why = next(iter(account.failures), stopped) or "no call was made"
         raise RefineFastError(
-            f"llm: no chunk got a reply from {settings.url} ({why}); run 'refine-fast doctor' on the endpoint."
+            f"llm: no chunk got a reply from {settings.url} ({why}); check the endpoint with "
+            "'refine-fast doctor --llm URL'."
         )
     return [Query(text, chunks[i].id, f"llm:{kind}") for i, kind, text in found], account
 
 
 def backend_for(settings: LLMSettings) -> Backend:
+    """The backend that the settings name."""
     if settings.url == IN_PROCESS:
         return LocalBackend()
     return HttpBackend(settings.url, settings.key(), settings.timeout)
 
 
+def holds_queries(text: str) -> bool:
+    """Whether queries can be read from a reply; under the schema, it may hold none."""
+    parsed = parse_queries(text)
+    return bool(parsed.candidates) or parsed.how == "schema"
+
+
+def _holds_verdicts(text: str) -> bool:
+    return parse_numbers(text) is not None
+
+
 async def _ask(
     requests: Iterator[Request],
-    state: Progress,
+    progress: CallProgress,
     settings: LLMSettings,
     replies: ReplyStore,
+    is_useful: IsUseful,
     watch: Watch | None,
-) -> tuple[Progress, str | None]:
-    """How far it came, and which structured output the server took."""
+) -> str | None:
+    """Sends the requests; the form in which the server accepted them, None in this process."""
     backend = backend_for(settings)
     spent = replies.spent
     budget = Budget(
@@ -236,22 +269,25 @@ async def _ask(
         tokens_in=spent.tokens_in,
         tokens_out=spent.tokens_out,
     )
+    throttle = Throttle(settings.concurrency)
     try:
-        await ask(requests, state, backend, replies, Throttle(settings.concurrency), budget, watch)
+        await ask(requests, progress, backend, replies, throttle, budget, is_useful, watch)
     except Failure as failure:
-        kept = (
-            f"{len(replies)} replies are kept, start again to go on"
+        remedy = (
+            f"{len(replies)} replies are kept; run the same command to resume"
             if len(replies)
-            else "'refine-fast doctor --llm URL' probes it"
+            else "check the endpoint with 'refine-fast doctor --llm URL'"
         )
-        raise RefineFastError(f"llm: {settings.url} was given up: {failure}; {kept}.") from None
+        raise RefineFastError(f"llm: stopped asking {settings.url}: {failure}; {remedy}.") from None
     finally:
         await backend.close()
-    return state, getattr(backend, "mode", None)
+    if not isinstance(backend, HttpBackend):
+        return None
+    return "; ".join(dict.fromkeys(map(str, backend.forms.values()))) or None
 
 
 Found = list[tuple[int, str, str]]
-"""(chunk, kind, text) of what is still a candidate."""
+"""(row of the chunk, kind, text) of each remaining candidate."""
 
 
 def _candidates(
@@ -264,7 +300,7 @@ def _candidates(
     found: Found = []
     parsed_by: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
-    prompt = _said(chunks[0], settings) if chunks else ""
+    prompt = _prompt_without_passage(chunks[0], settings) if chunks else ""
     for record in replies.replies(list(keys)):
         i = keys[record["key"]]
         parsed = parse_queries(record["text"], cut=record["finish"] == "length")
@@ -278,8 +314,8 @@ def _candidates(
     return found
 
 
-def _said(chunk: Chunk, settings: LLMSettings) -> str:
-    """What a request says besides its passage: instructions and examples."""
+def _prompt_without_passage(chunk: Chunk, settings: LLMSettings) -> str:
+    """The instructions and examples of a request."""
     (request,) = query_requests([chunk], [0], settings)
     text = f"{request.system} {request.user}"
     for own in filter(None, (chunk.text, chunk.title)):
@@ -329,7 +365,10 @@ async def _judged(
     account: Account,
     watch: Watch | None,
 ) -> Found:
-    """Drops what the model itself says the chunk does not answer; without a usable verdict a query stays, and is counted as unjudged."""
+    """Drops the queries that, by the model's own verdict, the chunk does not answer.
+
+    Without a usable verdict a query is kept and counted as unjudged.
+    """
     own: dict[int, list[int]] = {}
     for position, (i, _, _) in enumerate(found):
         own.setdefault(i, []).append(position)
@@ -346,14 +385,15 @@ async def _judged(
             judge_schema(),
             settings.max_reply_tokens,
             settings.temperature,
+            settings.extra,
         )
 
     missing = [i for i in own if request(i).key not in replies]
     reused = len(own) - len(missing)
-    state, _ = await _ask(
-        (request(i) for i in missing), Progress(len(own), reused, reused), settings, replies, watch
-    )
-    account.stopped = account.stopped or state.stopped
+    progress = CallProgress(len(own), reused, reused)
+    requests = (request(i) for i in missing)
+    await _ask(requests, progress, settings, replies, _holds_verdicts, watch)
+    account.stopped = account.stopped or progress.stopped
     verdicts: list[str | None] = [None] * len(found)
     for i, positions in own.items():
         record = next(replies.replies([request(i).key]), None)

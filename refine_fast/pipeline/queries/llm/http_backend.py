@@ -1,12 +1,17 @@
-"""Any OpenAI-compatible endpoint, through the openai client without its retries: what to do after a failure is policy.py's."""
+"""Any OpenAI-compatible endpoint, through the openai client without its retries.
+
+What to do after a failure is decided by dispatch and throttle.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import email.utils
+import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,26 +20,82 @@ import openai
 from .request import Failure, Reply, Request, count_tokens
 
 MODES = ("json_schema", "json_object", "plain")
-"""Ways of asking for JSON, the strictest first. Servers differ: some obey, some ignore, some answer 400 or 500."""
+"""Ways of asking for JSON, the strictest first. Servers differ: some obey, some ignore it, some
+answer 400 or 500."""
+
+MAX_REJECTED_REQUESTS = 3
+"""The server is declared unusable after this many requests of which it rejected every form."""
+
+_ABOUT_LIMIT = re.compile(
+    r"max_completion_tokens|max_tokens\W.*(?:not supported|unsupported|unrecognized|unknown|"
+    r"not permitted|unexpected|extra)",
+    re.IGNORECASE,
+)
+_ABOUT_SYSTEM_ROLE = re.compile(
+    r"system\W{0,3}(?:role|message|prompt|instruction)|role\W{0,3}system|developer instruction|"
+    r"roles must alternate|only user and (?:assistant|model) roles",
+    re.IGNORECASE,
+)
+_TOO_LONG = re.compile(r"context.?(?:length|window|size)|maximum context|too long", re.IGNORECASE)
 
 
-def response_format(mode: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """The request field of a mode. llama.cpp's servers take the schema beside ``json_object``."""
-    if mode == "json_schema":
-        return {
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "reply", "strict": True, "schema": schema},
-            }
-        }
-    if mode == "json_object":
-        return {"response_format": {"type": "json_object", "schema": schema}}
-    return {}
+@dataclass(frozen=True)
+class Form:
+    """How a request is put, which servers and models restrict in different ways."""
+
+    mode: str
+    """One of MODES."""
+    limit_field: str = "max_tokens"
+    """The field for the longest reply; newer OpenAI models take only "max_completion_tokens"."""
+    system_role: bool = True
+    """False: the system message is put before the user's, for models such as Gemma 2."""
+
+    def __str__(self) -> str:
+        role = () if self.system_role else ("no system role",)
+        limit = () if self.limit_field == "max_tokens" else (self.limit_field,)
+        return ", ".join((self.mode, *limit, *role))
+
+    def after(self, rejection: _Rejected, tried: set[Form]) -> Form | None:
+        """The form to try next; None when none is left.
+
+        What the rejection names is changed first. Otherwise the mode is lowered, and last, unless
+        the server itself failed, the system role and the limit's field are changed.
+        """
+        other_limit = {
+            "max_tokens": "max_completion_tokens",
+            "max_completion_tokens": "max_tokens",
+        }[self.limit_field]
+        candidates = []
+        if _ABOUT_LIMIT.search(str(rejection)):
+            candidates.append(replace(self, limit_field=other_limit))
+        if _ABOUT_SYSTEM_ROLE.search(str(rejection)):
+            candidates.append(replace(self, system_role=False))
+        candidates += [replace(self, mode=mode) for mode in MODES[MODES.index(self.mode) + 1 :]]
+        if not rejection.server_side:
+            candidates += [
+                replace(self, system_role=False),
+                replace(self, system_role=True, limit_field=other_limit),
+                replace(self, system_role=False, limit_field=other_limit),
+            ]
+        return next((form for form in candidates if form not in tried), None)
+
+    def response_format(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """The request field that asks for JSON. llama.cpp reads the schema of ``json_object``."""
+        if self.mode == "json_schema":
+            described = {"name": "reply", "strict": True, "schema": schema}
+            return {"response_format": {"type": "json_schema", "json_schema": described}}
+        if self.mode == "json_object":
+            return {"response_format": {"type": "json_object", "schema": schema}}
+        return {}
 
 
 class HttpBackend:
-    """The first request finds out, alone, which mode the server accepts; its reply counts like any other, and the calls that the server
-    rejected on the way, which cost nothing, do not count. No text that leaves this class holds the key."""
+    """An endpoint.
+
+    The first request to each model probes, alone, which form the model accepts. Its reply counts
+    like any other; rejected calls cost nothing and do not count. No text that leaves this class
+    holds the key.
+    """
 
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
         self._url = url
@@ -43,80 +104,126 @@ class HttpBackend:
         self._client = openai.AsyncOpenAI(
             base_url=url, api_key=key or "none", max_retries=0, timeout=timeout
         )
-        self._limit_name = (
-            "max_completion_tokens" if urlsplit(url).hostname == "api.openai.com" else "max_tokens"
-        )
-        self._finding_out = asyncio.Lock()
-        self.mode: str | None = None
+        own = urlsplit(url).hostname == "api.openai.com"
+        self._first_form = Form(MODES[0], "max_completion_tokens" if own else "max_tokens")
+        self._probing = asyncio.Lock()
+        self._rejected_requests = 0
+        self._fatal: Failure | None = None
+        self.forms: dict[str, Form] = {}
+        """Model -> the form that it accepts."""
 
     async def close(self) -> None:
+        """Closes the connections."""
         await self._client.close()
 
     async def complete(self, request: Request) -> Reply:
-        if self.mode is None:
-            async with self._finding_out:
-                if self.mode is None:
-                    return await self._find_mode(request)
-        return await self.call(request, self.mode)
+        """The reply to the request, in the form that the model accepts.
 
-    async def _find_mode(self, request: Request) -> Reply:
-        """Steps down where the server rejects the request as it stands. A 500 may be a rejection or chance: it is asked twice."""
-        for mode in MODES:
-            for again in (True, False):
-                try:
-                    reply = await self.call(request, mode)
-                except _Rejected as failure:
-                    if mode == MODES[-1]:
+        Raises:
+            Failure: if there is none.
+        """
+        if request.model not in self.forms:
+            async with self._probing:
+                if self._fatal is not None:  # another request found out while this one waited
+                    raise self._fatal
+                if request.model not in self.forms:
+                    try:
+                        return await self._find_form(request)
+                    except Failure as failure:
+                        self._fatal = failure if failure.kind == "fatal" else None
                         raise
-                    if failure.server_side and again:
-                        continue
-                    break
-                self.mode = mode
-                return reply
-        raise AssertionError("the last mode returns or raises")
+        return await self.call(request, self.forms[request.model])
 
-    async def call(self, request: Request, mode: str) -> Reply:
+    async def _find_form(self, request: Request) -> Reply:
+        """Tries forms until one is accepted. A 500 may be a rejection or chance: asked twice."""
+        form: Form | None = self._first_form
+        tried: set[Form] = set()
+        again: set[Form] = set()
+        while form is not None:
+            try:
+                reply = await self.call(request, form)
+            except _Rejected as failure:
+                rejection = failure
+                if failure.server_side and form not in again:
+                    again.add(form)
+                    continue
+                tried.add(form)
+                form = None if failure.too_long else form.after(failure, tried)
+                continue
+            self.forms[request.model] = form
+            return reply
+        self._rejected_requests += not rejection.server_side
+        if not self.forms and self._rejected_requests >= MAX_REJECTED_REQUESTS:
+            raise Failure("fatal", f"the server rejects every form of the request: {rejection}")
+        raise rejection
+
+    async def call(self, request: Request, form: Form) -> Reply:
+        """The reply to the request in this form.
+
+        Raises:
+            Failure: if there is none.
+        """
         fields: dict[str, Any] = {
             "model": request.model,
-            "messages": request.messages,
-            self._limit_name: request.max_tokens,
+            "messages": request.messages if form.system_role else request.messages_without_system,
+            form.limit_field: request.max_tokens,
         }
         if request.temperature is not None:
             fields["temperature"] = request.temperature
         try:
             async with asyncio.timeout(self._timeout):
-                # As extra_body, because the client would walk through every part of the schema at every call: a fifth of its time.
+                # As extra_body, since the client would walk through every part of the schema at
+                # every call: a fifth of its time.
                 completion = await self._client.chat.completions.create(
-                    **fields, extra_body=response_format(mode, request.schema)
+                    **fields, extra_body=form.response_format(request.schema) | dict(request.extra)
                 )
+            return self._reply(completion, request)
+        except _Rejected as failure:
+            raise _blame_option(failure, request) from None
+        except Failure:
+            raise
         except Exception as error:
-            raise self._failure(error) from None
-        return self._reply(completion, request)
+            raise _blame_option(self._failure(error), request) from None
 
     def _reply(self, completion: Any, request: Request) -> Reply:
+        choice: Any = next(iter(getattr(completion, "choices", None) or ()), None)
+        # Some gateways answer status 200 with an error in the body.
+        error = getattr(completion, "error", None) or getattr(choice, "error", None)
+        if error:
+            raise self._error_in_body(error)
         try:
-            choice = completion.choices[0]
-            text, finish = choice.message.content or "", str(choice.finish_reason)
-            if not isinstance(text, str):
-                raise TypeError
-        except (AttributeError, IndexError, TypeError):
+            message = choice.message
+            content, finish = _text(message.content), str(choice.finish_reason)
+        except (AttributeError, TypeError):
+            said = self.redact(str(completion))[:200]
             raise Failure(
-                "broken",
-                f"the server's answer is no chat completion: {self.redact(str(completion))[:200]}",
+                "broken", f"the server's answer is not a chat completion: {said}"
             ) from None
+        reasoning = next(
+            (
+                text
+                for name in ("reasoning_content", "reasoning")
+                if isinstance(text := getattr(message, name, None), str)
+            ),
+            "",
+        )
 
         def used(name: str, estimate: int) -> int:
-            told = getattr(completion.usage, name, None)  # whatever the server wrote there
-            return told if isinstance(told, int) and told > 0 else estimate
+            count = getattr(completion.usage, name, None)  # whatever the server wrote there
+            return count if isinstance(count, int) and count > 0 else estimate
 
-        tokens_in, tokens_out = (
-            used("prompt_tokens", request.tokens_in),
-            used("completion_tokens", count_tokens(text)),
-        )
-        return Reply(self.redact(text), finish, tokens_in, tokens_out)
+        tokens_in = used("prompt_tokens", request.tokens_in)
+        tokens_out = used("completion_tokens", count_tokens(content + reasoning))
+        if not content.strip() and finish != "length":
+            content = reasoning  # a server that takes the whole reply for reasoning
+        return Reply(self.redact(content), finish, tokens_in, tokens_out)
 
     async def models(self) -> list[dict[str, Any]]:
-        """What the endpoint says it serves."""
+        """The models that the endpoint lists.
+
+        Raises:
+            Failure: if it lists none.
+        """
         try:
             async with asyncio.timeout(self._timeout):
                 return [model.model_dump() for model in (await self._client.models.list()).data]
@@ -124,7 +231,7 @@ class HttpBackend:
             raise self._failure(error) from None
 
     async def page(self, path: str) -> Any:
-        """The JSON at ``path``, which begins where the API's own "/v1" does; None where there is none."""
+        """The JSON at ``path``, relative to where the API's own "/v1" is; None if there is none."""
         root = self._url.rstrip("/").removesuffix("/v1")
         try:
             async with asyncio.timeout(self._timeout):
@@ -133,43 +240,49 @@ class HttpBackend:
             return None
 
     def redact(self, text: str) -> str:
+        """The text without the key."""
         return text.replace(self._key, "***") if self._key else text
 
     def _failure(self, error: Exception) -> Failure:
         if isinstance(error, openai.APITimeoutError | TimeoutError):
             return Failure("busy", f"no reply within {self._timeout:g} s")
         if isinstance(error, openai.APIStatusError):
-            return self._status(error)
+            status = error.status_code
+            said = " ".join(str(error.message).split()).removeprefix(f"Error code: {status} - ")
+            wait = retry_after(error.response.headers)
+            return self._status(status, said, error.code, wait)
         if isinstance(error, openai.APIConnectionError):
-            cause = error.__cause__
+            cause = error.__cause__ or error
             return Failure(
                 "broken",
-                self.redact(
-                    f"the connection failed ({type(cause or error).__name__}: {cause or error})"
-                ),
+                self.redact(f"the connection failed ({type(cause).__name__}: {cause})"),
             )
-        if isinstance(
-            error, openai.OpenAIError | ValueError | TypeError | AttributeError
-        ):  # a body that is no JSON, or another JSON
+        # A body that is not JSON, or unexpected JSON.
+        if isinstance(error, openai.OpenAIError | ValueError | TypeError | AttributeError):
+            said = f"{type(error).__name__}: {error}"
             return Failure(
                 "broken",
-                self.redact(
-                    f"the server's answer is no chat completion ({type(error).__name__}: {error})"
-                )[:300],
+                self.redact(f"the server's answer is not a chat completion ({said})")[:300],
             )
         raise error
 
-    def _status(self, error: openai.APIStatusError) -> Failure:
-        status = error.status_code
-        said = " ".join(str(error.message).split()).removeprefix(f"Error code: {status} - ")
+    def _error_in_body(self, error: Any) -> Failure:
+        """The failure that an error under status 200 describes."""
+        fields = error if isinstance(error, dict) else {"message": str(error)}
+        code = str(fields.get("code"))
+        status = int(code) if code.isdigit() else 500
+        said = " ".join(str(fields.get("message") or fields).split())
+        return self._status(status, f"{said} (with status 200)", code, None)
+
+    def _status(self, status: int, said: str, code: str | None, wait: float | None) -> Failure:
         message = self.redact(f"HTTP {status}: {said[:300]}")
-        wait = retry_after(error.response.headers)
-        if status in (401, 402, 403) or error.code == "insufficient_quota":
+        if status in (401, 402, 403) or code == "insufficient_quota":
             return Failure("fatal", message)
         if status == 404:
             return Failure(
                 "fatal",
-                f"{message} (does the model's name match, and does the URL end as the server's does, mostly in /v1?)",
+                f"{message} (check the model's name, and that the URL ends as the server's does, "
+                "mostly in /v1)",
             )
         if status in (429, 503, 529):
             return Failure("busy", message, wait)
@@ -184,10 +297,47 @@ class _Rejected(Failure):
     def __init__(self, message: str, *, server_side: bool, retry_after: float | None) -> None:
         super().__init__("broken" if server_side else "wrong", message, retry_after)
         self.server_side = server_side
+        self.too_long = not server_side and _TOO_LONG.search(message) is not None
+
+
+def _blame_option(failure: Failure, request: Request) -> Failure:
+    """A fatal failure with the remedy, if a rejection names a field that the user set."""
+    if not isinstance(failure, _Rejected):
+        return failure
+    said = str(failure)
+    if request.temperature is not None and re.search(r"\btemperature\b", said):
+        return Failure("fatal", f"{said}; leave out --llm-temperature")
+    for name in request.extra:
+        if re.search(rf"\b{re.escape(name)}\b", said):
+            return Failure("fatal", f"{said}; correct or remove {name!r} in --llm-extra")
+    return failure
+
+
+def _text(content: Any) -> str:
+    """The text of a message: a string, or a list of parts of which those of type text count.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise TypeError
+    parts = (part if isinstance(part, dict) else {"type": "text", "text": part} for part in content)
+    return "".join(
+        part["text"]
+        for part in parts
+        if part.get("type") in (None, "text", "output_text") and isinstance(part.get("text"), str)
+    )
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait: ``retry-after-ms``, or ``Retry-After`` as a number or a date (RFC 9110, section 10.2.3)."""
+    """Seconds to wait: ``retry-after-ms``, or ``Retry-After`` as a number or a date.
+
+    Source: RFC 9110, section 10.2.3.
+    """
     with contextlib.suppress(TypeError, ValueError):
         return max(0.0, float(headers.get("retry-after-ms")) / 1000)  # type: ignore[arg-type]
     value = headers.get("retry-after")

@@ -1,16 +1,22 @@
-"""What ``doctor`` finds out about an endpoint, in four short calls and a few looks at what the server tells of itself."""
+"""What ``doctor`` reports about an endpoint.
+
+One request as the stage sends it, four short ones, and a look at what the server says about itself.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ....errors import RefineFastError
-from .http_backend import MODES, HttpBackend
+from ...corpus.chunk import Chunk
+from .dispatch import why_useless
+from .event_loop import run
+from .generate import holds_queries, query_requests
+from .http_backend import MODES, Form, HttpBackend
 from .prompt import query_schema
 from .request import Failure, Request
 from .settings import IN_PROCESS, LLMSettings
@@ -23,26 +29,45 @@ _CONTEXT_FIELDS = (
     "max_context_length",
     "n_ctx",
 )
-"""What servers call it; not n_ctx_train, which is what the model was trained for and not what its server runs it with."""
+"""What servers call it. Not n_ctx_train: the model was trained for it, its server may run less."""
+
+_PASSAGE = (
+    "The harbour's old crane lifts 12 tonnes. It was built in 1908 and is inspected every spring; "
+    "during inspections, ships are unloaded at the northern quay."
+)
 
 
 @dataclass(frozen=True)
 class EndpointReport:
+    """What was found out about one model at an endpoint."""
+
     reachable: bool
     served: bool | None = None
-    """None: the endpoint lists no models."""
+    """Whether the endpoint lists the model; None: it lists no models."""
+    form: str | None = None
+    """The form in which the model accepts requests, such as "json_schema, no system role"."""
     structured: dict[str, str] = dataclasses.field(default_factory=dict)
-    """json_schema, json_object, plain -> "honoured", "ignored" (no such JSON came) or "rejected"; plain: "answers" or "rejected"."""
+    """json_schema, json_object -> "honoured", "ignored" (other text came) or "rejected"; plain ->
+    "answers" or "rejected"."""
     context: int | None = None
+    """Tokens of prompt and reply together."""
     tokens_per_second: float | None = None
     problem: str | None = None
+    """Why the model cannot write queries; None if it can."""
 
 
 def probe(settings: LLMSettings) -> list[EndpointReport]:
-    """One report for each model named."""
+    """Sends a few requests to the endpoint.
+
+    Returns:
+        One report for each model of the settings.
+
+    Raises:
+        RefineFastError: if the settings name no endpoint.
+    """
     if settings.url == IN_PROCESS:
-        raise RefineFastError(f"llm: {IN_PROCESS} is no endpoint; doctor probes URLs.")
-    return asyncio.run(_probe_all(settings))
+        raise RefineFastError(f"llm: doctor probes URLs (got {IN_PROCESS}).")
+    return run(_probe_all(settings))
 
 
 async def _probe_all(settings: LLMSettings) -> list[EndpointReport]:
@@ -63,67 +88,78 @@ async def _probe(backend: HttpBackend, settings: LLMSettings, model: str) -> End
         if failure.kind == "fatal" and "404" not in str(failure):
             return EndpointReport(reachable=True, problem=str(failure))
     own = next((entry for entry in listed if entry.get("id") == model), {})
-    structured = {mode: await _honours(backend, settings, model, mode) for mode in MODES}
-    speed, problem = await _speed(backend, settings, model)
-    return EndpointReport(
-        True,
-        bool(own) if listed else None,
-        structured,
-        await _context(backend, own, model),
-        speed,
-        problem,
+    report = EndpointReport(True, bool(own) if listed else None)
+    problem = await _problem(backend, settings, model)
+    if model not in backend.forms:
+        return replace(report, problem=problem)
+    form = backend.forms[model]
+    structured = {
+        mode: await _honours(backend, settings, model, replace(form, mode=mode)) for mode in MODES
+    }
+    speed, failed = await _speed(backend, settings, model)
+    return replace(
+        report,
+        form=str(form),
+        structured=structured,
+        context=await _context(backend, own, model),
+        tokens_per_second=speed,
+        problem=problem or failed,
     )
 
 
-async def _honours(backend: HttpBackend, settings: LLMSettings, model: str, mode: str) -> str:
-    """The prompt says nothing of JSON: if it comes all the same, the server saw to it."""
-    schema = query_schema(["question"])
-    request = Request(
-        "probe",
-        model,
-        "",
-        "Ask one short question about rivers.",
-        schema,
-        128,
-        settings.temperature,
-    )
+async def _problem(backend: HttpBackend, settings: LLMSettings, model: str) -> str | None:
+    """Why the reply to a request of the stage is useless; None if queries can be read from it."""
+    chunk = Chunk("probe", _PASSAGE, "", "probe", 0, len(_PASSAGE))
+    (request,) = query_requests([chunk], [0], replace(settings, models=(model,)))
     try:
-        reply = await backend.call(request, mode)
+        return why_useless(await backend.complete(request), holds_queries)
+    except Failure as failure:
+        return str(failure)
+
+
+def _short_request(settings: LLMSettings, model: str, text: str, schema: dict[str, Any]) -> Request:
+    return Request("probe", model, "", text, schema, 128, settings.temperature, settings.extra)
+
+
+async def _honours(backend: HttpBackend, settings: LLMSettings, model: str, form: Form) -> str:
+    """Whether JSON comes although the prompt does not mention it: the server enforced it."""
+    schema = query_schema(["question"])
+    request = _short_request(settings, model, "Ask one short question about rivers.", schema)
+    try:
+        reply = await backend.call(request, form)
     except Failure:
         return "rejected"
-    if mode == "plain":
+    if form.mode == "plain":
         return "answers"
     try:
         value = json.loads(reply.text)
     except ValueError:
-        # A reply cut by its length shows by its beginning that the grammar holds.
-        return (
-            "honoured"
-            if reply.finish == "length" and reply.text.lstrip().startswith('{"queries')
-            else "ignored"
-        )
+        # The beginning of a reply that was cut shows that the grammar holds.
+        is_cut = reply.finish == "length" and reply.text.lstrip().startswith('{"queries')
+        return "honoured" if is_cut else "ignored"
     return "honoured" if isinstance(value, dict) and "queries" in value else "ignored"
 
 
 async def _speed(
     backend: HttpBackend, settings: LLMSettings, model: str
 ) -> tuple[float | None, str | None]:
-    """Tokens a second of one stream, the prompt's share included."""
-    request = Request(
-        "probe", model, "", "Count from one to sixty, in words.", {}, 128, settings.temperature
-    )
+    """(tokens per second of one stream, prompt processing included, why it failed)."""
+    request = _short_request(settings, model, "Count from one to sixty, in words.", {})
     start = time.perf_counter()
     try:
-        reply = await backend.call(request, "plain")
+        reply = await backend.call(request, replace(backend.forms[model], mode="plain"))
     except Failure as failure:
         return None, str(failure)
     return reply.tokens_out / (time.perf_counter() - start), None
 
 
 async def _context(backend: HttpBackend, own: dict[str, Any], model: str) -> int | None:
-    """Tokens of prompt and reply together: from the list of models (vLLM, OpenRouter), or else as the server runs it from the pages of
-    llama.cpp, Ollama (the model is loaded by now) and LM Studio."""
-    if found := _told(own):
+    """Tokens of prompt and reply together.
+
+    From the list of models (vLLM, OpenRouter), or else, as the server runs the model, from the
+    pages of llama.cpp, Ollama (the model is loaded by now) and LM Studio.
+    """
+    if found := _context_field(own):
         return found
     for path in ("/props", "/api/ps", "/api/v0/models"):
         page = await backend.page(path)
@@ -141,10 +177,10 @@ async def _context(backend: HttpBackend, own: dict[str, Any], model: str) -> int
             in (entry.get("id"), str(entry.get("name")).removesuffix(":latest"), entry.get("name"))
         ]
         for entry in (page.get("default_generation_settings"), *same):
-            if isinstance(entry, dict) and (found := _told(entry)):
+            if isinstance(entry, dict) and (found := _context_field(entry)):
                 return found
     return None
 
 
-def _told(entry: dict[str, Any]) -> int | None:
+def _context_field(entry: dict[str, Any]) -> int | None:
     return next((entry[name] for name in _CONTEXT_FIELDS if isinstance(entry.get(name), int)), None)

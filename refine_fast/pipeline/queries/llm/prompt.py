@@ -1,4 +1,7 @@
-"""From a template to the messages of a request. A template is a jinja2 file with the blocks ``system`` and ``user``."""
+"""From a template to the messages of a request.
+
+A template is a jinja2 file with the blocks ``system`` and ``user``.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,27 @@ from jinja2.sandbox import SandboxedEnvironment
 from ....errors import RefineFastError
 
 KINDS = {
-    "question": "a question as somebody would ask it who has the problem and has not read the passage",
+    "question": (
+        "a question as somebody would ask it who has the problem and has not read the passage"
+    ),
     "keywords": "two to six words, as typed into a search box",
     "claim": "a statement to be checked, in words of its own",
     "how-to": "a request for instructions, such as 'how to ...'",
 }
+"""Kind of query -> what the prompt says about it."""
 
 
 def default_prompt(name: str = "queries") -> str:
-    """The template that comes along: "queries", or "judge"."""
+    """The bundled template: "queries", or "judge"."""
     return (resources.files(__package__) / "prompts" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 class Template:
-    """``path`` None: the one that comes along under ``name``."""
+    """A user's template, or the bundled one under ``name``.
+
+    Raises:
+        RefineFastError: if the file cannot be read or is not such a template.
+    """
 
     def __init__(self, path: Path | None = None, *, name: str = "queries") -> None:
         self._path = path
@@ -41,7 +51,7 @@ class Template:
             )
         except (OSError, UnicodeDecodeError) as error:
             raise RefineFastError(
-                f"prompt: {path} cannot be read ({error}); give a text file."
+                f"prompt: {path} cannot be read ({error}); give a UTF-8 text file."
             ) from None
         except jinja2.TemplateSyntaxError as error:
             raise RefineFastError(
@@ -49,11 +59,16 @@ class Template:
             ) from None
         if "user" not in self._template.blocks:
             raise RefineFastError(
-                f"prompt: {path} has no block 'user'; start from what 'refine-fast prompt {name}' prints."
+                f"prompt: {path} has no block 'user'; start from the output of "
+                f"'refine-fast prompt {name}'."
             )
 
     def render(self, **variables: Any) -> tuple[str, str]:
-        """The system and the user message."""
+        """The system message (may be empty) and the user message.
+
+        Raises:
+            RefineFastError: if the template uses an unknown variable or fails otherwise.
+        """
         return self._block("system", variables), self._block("user", variables)
 
     def _block(self, name: str, variables: dict[str, Any]) -> str:
@@ -71,7 +86,11 @@ class Template:
 
 
 def wanted(mix: Mapping[str, float], count: int, draw: str) -> list[dict[str, Any]]:
-    """How many queries of which kind: ``count`` drawn from the mix, the same ones for the same ``draw``."""
+    """How many queries of which kind: ``count`` kinds drawn from the mix, seeded with ``draw``.
+
+    Returns:
+        One {"kind", "count", "meaning"} for each kind that was drawn, in the order of the mix.
+    """
     drawn = Counter(random.Random(draw).choices(list(mix), weights=list(mix.values()), k=count))
     return [
         {"kind": kind, "count": drawn[kind], "meaning": KINDS.get(kind, kind)}
@@ -81,7 +100,7 @@ def wanted(mix: Mapping[str, float], count: int, draw: str) -> list[dict[str, An
 
 
 def query_schema(kinds: list[str]) -> dict[str, Any]:
-    """JSON schema of a reply, within the subset that strict servers accept."""
+    """JSON schema of a reply with queries, within the subset that strict servers accept."""
     query = {
         "type": "object",
         "properties": {"kind": {"type": "string", "enum": kinds}, "text": {"type": "string"}},
@@ -92,6 +111,7 @@ def query_schema(kinds: list[str]) -> dict[str, Any]:
 
 
 def judge_schema() -> dict[str, Any]:
+    """JSON schema of the judge's reply."""
     return _object(answerable={"type": "array", "items": {"type": "integer"}})
 
 

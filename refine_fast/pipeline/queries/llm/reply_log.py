@@ -1,8 +1,9 @@
-"""Every reply that was paid for, on the disk before it counts.
+"""Every paid reply, on disk before it counts.
 
-One append-only JSONL file. A record is a reply or a failure, under the key of its request; the last record of a key holds. Records that
-arrive together share one write and one fsync (group commit), and :meth:`ReplyStore.append` returns after it: what was returned survives
-kill -9 and a power cut. A last line without its end was never returned; it is cut off when the file is opened again.
+One append-only JSONL file. A record is a reply or a failure, under the key of its request; the last
+record for a key wins. Records that arrive together share one write and one fsync (group commit),
+and :meth:`ReplyStore.append` returns after it: what was returned survives kill -9 and a power cut.
+An incomplete last line was never returned; it is cut off when the file is opened again.
 """
 
 from __future__ import annotations
@@ -21,13 +22,21 @@ from ....errors import RefineFastError
 
 @dataclass
 class Spent:
+    """Everything that the records of a store cost."""
+
     calls: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
 
 
 class ReplyStore:
-    """Holds the keys and a position each in memory (about 150 bytes a reply), the texts on disk."""
+    """The file of replies, a context manager that locks it.
+
+    Keys and positions are in memory (about 150 bytes per reply), texts on disk.
+
+    Raises:
+        RefineFastError: on entry, if another process has the file or a line is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,7 +54,8 @@ class ReplyStore:
         except BlockingIOError:
             self._file.close()
             raise RefineFastError(
-                f"{self.path}: another process is writing here; wait for it or give another --out."
+                f"{self.path}: another process is writing to this file; wait for it, or give "
+                "another --out."
             ) from None
         self._load()
         return self
@@ -63,8 +73,10 @@ class ReplyStore:
             try:
                 self._enter(json.loads(line), position)
             except (ValueError, KeyError, TypeError):
-                remedy = "delete that line, and its reply is asked for again"
-                raise RefineFastError(f"{self.path}: line {number} is damaged; {remedy}.") from None
+                raise RefineFastError(
+                    f"{self.path}:{number} is damaged; delete the line, and its reply is requested "
+                    "again."
+                ) from None
             position += len(line)
         self._end = position
 
@@ -86,7 +98,7 @@ class ReplyStore:
         return len(self._positions)
 
     def replies(self, keys: list[str]) -> Iterator[dict[str, Any]]:
-        """The records of these keys, one at a time; a key without a reply is left out."""
+        """The records of these keys, in their order; keys without a reply are left out."""
         with open(self.path, "rb") as file:
             for key in keys:
                 if key in self._positions:
@@ -94,7 +106,11 @@ class ReplyStore:
                     yield json.loads(file.readline())
 
     async def append(self, record: dict[str, Any]) -> None:
-        """Returns when the record is durable."""
+        """Writes a record, and returns when it is durable.
+
+        Raises:
+            RefineFastError: if it cannot be written.
+        """
         durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append((record, durable))
         if self._flusher is None or self._flusher.done():
@@ -112,7 +128,8 @@ class ReplyStore:
                 await asyncio.to_thread(self._write, b"".join(lines))
             except OSError as error:
                 failure = RefineFastError(
-                    f"{self.path}: cannot write a reply ({error.strerror}); free space and start again."
+                    f"{self.path}: a reply cannot be written ({error.strerror}); free disk space "
+                    "and run the same command again."
                 )
                 for _, durable in batch:
                     if not durable.cancelled():
@@ -130,6 +147,6 @@ class ReplyStore:
         os.fsync(self._file.fileno())
 
     async def drain(self) -> None:
-        """Waits for what is being written."""
+        """Waits until everything is written."""
         if self._flusher is not None:
             await self._flusher

@@ -1,7 +1,8 @@
-"""From the text of a reply to the queries in it, however the model has put them.
+"""From the text of a reply to the queries in it, in whatever form the model wrote them.
 
-In this order: JSON that follows the schema; any JSON, read with strict=False; JSON after json-repair; numbered, bulleted or plain lines.
-Markdown fences, reasoning between <think> tags, a chat template's own marks and prose around the JSON are set aside first.
+Read in this order: JSON that follows the schema; any JSON, with strict=False; JSON after
+json-repair; numbered, bulleted or plain lines. Markdown fences, reasoning, marks of chat templates
+and prose around the JSON are removed first.
 """
 
 from __future__ import annotations
@@ -18,97 +19,113 @@ import json_repair
 
 @dataclass(frozen=True)
 class Candidate:
+    """A text that may be a query."""
+
     text: str
     kind: str | None
-    """What the reply calls it; None where it says nothing."""
+    """The kind that the reply names; None where it names none."""
 
 
 @dataclass(frozen=True)
 class Parsed:
+    """The candidates of one reply."""
+
     candidates: list[Candidate]
     how: str
     """"schema", "json", "repaired", "lines" or "nothing"."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """What was left out on the way: "preamble", "refusal", "cut off" (the reply ended within it), "beside the list" (prose between or
-    under the marked lines: explanations, answers)."""
+    """What was left out: "preamble", "refusal", "cut off" (the reply ended within it), "beside the
+    list" (prose between or under the marked lines: explanations, answers)."""
 
 
 _TEXT_KEYS = ("text", "query", "question", "content", "value")
 
-
 _KIND_KEYS = ("kind", "type", "category")
 
+_REASONING_TAG = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis)"
 
-_THINKING = re.compile(
-    r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)|\A.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE
+_REASONING_OPENS = (
+    rf"<{_REASONING_TAG}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|"
+    r"<\|channel>thought\b|<\|channel\|>(?:analysis|commentary)\b"
 )
 
+_REASONING_CLOSES = (
+    rf"</{_REASONING_TAG}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|"
+    r"<channel\|>|<\|channel\|>final<\|message\|>|assistantfinal"
+)
+
+# Closed, never closed, or opened by the chat template before the reply.
+_REASONING = re.compile(
+    rf"(?:{_REASONING_OPENS}).*?(?:{_REASONING_CLOSES}|\Z)|\A.*?(?:{_REASONING_CLOSES})",
+    re.DOTALL | re.IGNORECASE,
+)
 
 _CHAT_MARK = re.compile(
-    r"<\|[^|>]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|\A\s*assistant\s*:", re.IGNORECASE
+    r"<\|[^|>]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|\A\s*assistant\s*:",
+    re.IGNORECASE,
 )
-
 
 _FENCE = re.compile(r"```\w*")
 
-
 _OPENING = re.compile(r"[{\[](?=\s*[\"'{\[\]}]|\s*$)")
 
-
 _MARKER = re.compile(
-    r"^(?:[-*+•–—→➤►▶●○■▪·✓👉]\s+|[(\[]?\d{1,3}[.):\]](?!\d)\s*|\(?[a-h][.)]\s+|[A-H]\)\s+|[ivx]{1,4}[.)]\s+|"
+    r"^(?:[-*+•–—→➤►▶●○■▪·✓👉]\s+|[(\[]?\d{1,3}[.):\]、．](?!\d)\s*|\(?[a-h][.)]\s+|"
+    r"[A-H]\)\s+|[ivx]{1,4}[.)]\s+|"
     r"(?i:Q|Query|Question|Text)\s*\d*\s*[:.)]\s*|#+\s*)"
 )
-
 
 _KIND = re.compile(
     r"[\W\d_]*(question|keyword|claim|how[-_ ]?to)s?(?: quer(?:y|ies))?[\W\d_]*?:[*_]*\s*",
     re.IGNORECASE,
 )
 
-
 _HEADING = re.compile(
-    r"[\W\d_]*(?:(?:kind|type)\W+)?(question|keyword|claim|how[-_ ]?to)s?(?: quer(?:y|ies))?[\W\d_]*",
+    r"[\W\d_]*(?:(?:kind|type)\W+)?(question|keyword|claim|how[-_ ]?to)s?"
+    r"(?: quer(?:y|ies))?[\W\d_]*",
     re.IGNORECASE,
 )
-
 
 _PREAMBLE = re.compile(
-    r"^(?:here(?:'s| is| are)|sure\b|certainly\b|absolutely\b|of course|okay\b|ok[,.!]|below (?:is|are)|the following|let me|note:|"
-    r"i (?:have|can|will|hope)\b(?!'t)|(?:generated |search |sample )*(?:queries|questions)\W*$|"
-    r"(?:these|the|all|both)(?: \w+)? (?:queries|questions) (?:are|cover|ask|focus|should|can|were)\b|hier sind|voici|aquí|claro)|[:：]$",
+    r"^(?:here(?:'s| is| are)|sure\b|certainly\b|absolutely\b|of course|okay\b|ok[,.!]|"
+    r"below (?:is|are)|the following|let me|note:|i (?:have|can|will|hope)\b(?!'t)|"
+    r"(?:generated |search |sample )*(?:queries|questions)\W*$|"
+    r"(?:these|the|all|both)(?: \w+)? (?:queries|questions) "
+    r"(?:are|cover|ask|focus|should|can|were)\b|"
+    r"hier sind|voici|aquí|claro)|[:：]$",
     re.IGNORECASE,
 )
-
 
 _REFUSAL = re.compile(
-    r"^(?:i'?m (?:sorry|unable)|i am (?:sorry|unable)|sorry\b|unfortunately\b|i (?:can'?t|can ?not|won'?t)\b|as an ai\b|"
-    r"no (?:suitable |relevant |further )?(?:queries|query|questions?) (?:can|could|is|are)\b|(?:there is )?not enough information\b)",
+    r"^(?:i'?m (?:sorry|unable)|i am (?:sorry|unable)|sorry\b|unfortunately\b|"
+    r"i (?:can'?t|can ?not|won'?t)\b|as an ai\b|"
+    r"no (?:suitable |relevant |further )?(?:queries|query|questions?) (?:can|could|is|are)\b|"
+    r"(?:there is )?not enough information\b)",
     re.IGNORECASE,
 )
 
-
 _AFTERTHOUGHT = re.compile(
-    r"(?<=[?？])[\s\"'*]*(?:\(.*\)|[-–—]*\s*(?:answer|antwort|réponse|respuesta|A)\s*:.*)$",
+    r"(?<=[?？؟])[\s\"'*]*(?:\(.*\)|[-–—]*\s*(?:answer|antwort|réponse|respuesta|A)\s*:.*)$",
     re.DOTALL | re.I,
 )
 
 
 def no_query(text: str) -> str | None:
-    """ "preamble" or "refusal" where the text is one."""
-    return (
-        "preamble"
-        if _PREAMBLE.search(text)
-        else "refusal"
-        if _REFUSAL.match(text.replace("’", "'"))
-        else None
-    )
+    """The reason "preamble" or "refusal" if the text is one, otherwise None."""
+    if _PREAMBLE.search(text):
+        return "preamble"
+    return "refusal" if _REFUSAL.match(text.replace("’", "'")) else None
 
 
 def parse_queries(text: str, *, cut: bool = False) -> Parsed:
-    """``cut``: the reply ended at its length limit, so its last line may be half a query."""
-    text = _spoken(text)
-    for how, value in _readings(text):
+    """The candidates in a reply.
+
+    Args:
+        text: the reply.
+        cut: whether it ended at its length limit, so that its last line may be half a query.
+    """
+    text = strip_reasoning(text)
+    for how, value in _json_candidates(text):
         candidates = _collect(value)
         if candidates and text.endswith(candidates[-1].text):  # its quote was never closed
             return Parsed(candidates[:-1], how, Counter({"cut off": 1}))
@@ -118,8 +135,8 @@ def parse_queries(text: str, *, cut: bool = False) -> Parsed:
 
 
 def parse_numbers(text: str) -> list[int] | None:
-    """The judge's reply: the numbers under "answerable"; None where there is no such list."""
-    for _, value in _readings(_spoken(text)):
+    """The numbers under "answerable" in the judge's reply; None if there is no such list."""
+    for _, value in _json_candidates(strip_reasoning(text)):
         numbers = value.get("answerable") if isinstance(value, dict) else value
         if isinstance(numbers, list):
             return [
@@ -130,12 +147,13 @@ def parse_numbers(text: str) -> list[int] | None:
     return None
 
 
-def _spoken(text: str) -> str:
-    return _CHAT_MARK.sub(" ", _THINKING.sub("", text)).strip()
+def strip_reasoning(text: str) -> str:
+    """The reply without its reasoning and without the marks of chat templates."""
+    return _CHAT_MARK.sub(" ", _REASONING.sub("", text)).strip()
 
 
-def _readings(text: str) -> Iterator[tuple[str, Any]]:
-    """The reply as JSON, each way that yields something, the most faithful first."""
+def _json_candidates(text: str) -> Iterator[tuple[str, Any]]:
+    """(how it was read, the JSON value), for each way that yields one, the most faithful first."""
     if (value := _load(text)) is not None:
         yield "schema" if _follows_schema(value) else "json", value
     bare = _FENCE.sub("\n", text)
@@ -150,17 +168,16 @@ def _load(text: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return (
-        _load(value)
-        if isinstance(value, str)
-        else value
-        if isinstance(value, dict | list)
-        else None
-    )
+    if isinstance(value, str):
+        return _load(value)
+    return value if isinstance(value, dict | list) else None
 
 
 def _sequence(text: str) -> Any:
-    """The JSON values in the text, such as an object a line, the last one repaired where it is cut; the value itself where it is one."""
+    """The JSON values in the text, such as one object per line, or the value if there is one.
+
+    The last one is repaired if it is cut.
+    """
     decoder = json.JSONDecoder(strict=False)
     values: list[Any] = []
     opening = _OPENING.search(text)
@@ -176,15 +193,12 @@ def _sequence(text: str) -> Any:
 
 
 def _repair(text: str) -> Any:
-    """Read by json-repair, prose behind the last bracket left out where as many are closed as are opened."""
+    """The text read by json-repair, without prose after the last bracket if brackets balance."""
     if all(text.count(opening) <= text.count(closing) for opening, closing in ("{}", "[]")):
         text = text[: max(text.rfind("}"), text.rfind("]")) + 1]
     try:
         return json_repair.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ):  # nested too deeply, in its later versions and earlier ones
+    except (ValueError, RecursionError):  # nested too deeply: later versions and earlier ones
         return None
 
 
@@ -205,7 +219,7 @@ def _follows_schema(value: Any) -> bool:
 
 
 def _collect(value: Any, kind: str | None = None, depth: int = 0) -> list[Candidate]:
-    """Every text in the value: strings of a list, the text of an object, and lists under the name of their kind."""
+    """Every text in the value: strings of a list, texts of objects, lists named after a kind."""
     if depth > 4:
         return []
     if isinstance(value, str):
@@ -230,18 +244,18 @@ def _collect(value: Any, kind: str | None = None, depth: int = 0) -> list[Candid
 
 
 def _singular(key: str) -> str | None:
-    """The kind that a list is named after: "questions" -> "question"; none for "1" or "result"."""
+    """The kind that a list is named after: "questions" -> "question"; None for "1" or "result"."""
     match = re.match(r"(question|keyword|claim|how[-_ ]?to)", key.lower())
-    return (
-        {"q": "question", "k": "keywords", "c": "claim", "h": "how-to"}[match[1][0]]
-        if match
-        else None
-    )
+    kinds = {"q": "question", "k": "keywords", "c": "claim", "h": "how-to"}
+    return kinds[match[1][0]] if match else None
 
 
 def _lines(text: str, cut: bool) -> Parsed:
-    """Marked lines where there are any, otherwise every line. A heading such as "Keywords:" gives its kind to what follows. Of marked
-    lines the outermost count: an explanation is indented under its query. Rests of JSON are no lines."""
+    """Marked lines where there are any, otherwise every line.
+
+    A heading such as "Keywords:" gives its kind to the lines below. Of marked lines the outermost
+    count, since explanations are indented under their query. Remains of JSON do not count.
+    """
     text = re.sub(r"(?<=\?)\s+(?=\(?\d{1,2}[.)]\s)", "\n", text)  # "1. ...? 2. ...?"
     rows = [row for row in text.splitlines() if re.search(r"[^\s`{}\[\]\",=]", row)]
     rows = [

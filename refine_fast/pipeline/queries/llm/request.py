@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question to one model. ``key`` is a hash of all that decides the reply: the rendered prompt with the chunk in it, the model and
-    the parameters that the user set. The form in which the server is asked for JSON is no part of it, for it is found out at run time."""
+    """One prompt for one model."""
 
     chunk_id: str
     model: str
@@ -22,14 +22,24 @@ class Request:
     schema: dict[str, Any]
     max_tokens: int
     temperature: float | None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """More request fields that the user set."""
 
     @cached_property
     def key(self) -> str:
-        parts = [self.model, self.system, self.user, self.schema, self.max_tokens, self.temperature]
+        """Hash of everything that decides the reply: prompt, model and the user's parameters.
+
+        The form in which the server accepts the request does not count; it is found at run time.
+        """
+        parts: list[Any] = [self.model, self.system, self.user, self.schema]
+        parts += [self.max_tokens, self.temperature]
+        if self.extra:  # replies that were paid for before this field existed keep their key
+            parts.append(dict(self.extra))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def messages(self) -> list[dict[str, str]]:
+        """The chat messages; an empty system message is left out."""
         return [
             {"role": role, "content": text}
             for role, text in (("system", self.system), ("user", self.user))
@@ -37,12 +47,20 @@ class Request:
         ]
 
     @property
+    def messages_without_system(self) -> list[dict[str, str]]:
+        """The same as one user message, for models without a system role."""
+        return [{"role": "user", "content": "\n\n".join(filter(None, (self.system, self.user)))}]
+
+    @property
     def tokens_in(self) -> int:
+        """Estimated tokens of the prompt."""
         return count_tokens(self.system) + count_tokens(self.user)
 
 
 @dataclass(frozen=True)
 class Reply:
+    """One reply of a model; ``finish`` is "stop", "length" or what the server calls it."""
+
     text: str
     finish: str
     tokens_in: int
@@ -50,8 +68,15 @@ class Reply:
 
 
 class Failure(Exception):
-    """A call without a reply. ``busy``: 429, 503, a time-out: ask less, later. ``broken``: 5xx, a lost connection, half a reply: ask again.
-    ``wrong``: this request will never do. ``fatal``: no request will."""
+    """A call without a reply.
+
+    kind:
+        "busy": 429, 503 or a time-out; send less, later.
+        "broken": 5xx, a lost connection or half a reply; try again.
+        "wrong": this request cannot succeed.
+        "fatal": no request can succeed.
+    retry_after: seconds that the server asks to wait.
+    """
 
     def __init__(
         self,
@@ -68,13 +93,22 @@ class Backend(Protocol):
     """A model that answers requests: over HTTP, or in this process."""
 
     async def complete(self, request: Request) -> Reply:
-        """The reply, or a :class:`Failure`."""
+        """The reply to the request.
+
+        Raises:
+            Failure: if there is none.
+        """
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Releases connections, or the model."""
+        ...
 
 
 def count_tokens(text: str) -> int:
-    """A careful estimate where the model's tokenizer is not at hand: 3.5 bytes a token. English has 4 to 4.5, German and source code about
-    3.5, Chinese 3 to 4; what the server reports replaces it as soon as there is a reply."""
+    """An upper estimate where the model's tokenizer is not at hand: 3.5 bytes per token.
+
+    English has 4 to 4.5, German and source code about 3.5, Chinese 3 to 4. The server's own count
+    replaces it with the first reply.
+    """
     return math.ceil(len(text.encode()) / 3.5) + 4

@@ -1,4 +1,4 @@
-"""What is asked of which model, and what it may cost: one immutable value, checked when it is made."""
+"""What is asked of which model, and what it may cost: one immutable value, checked when made."""
 
 from __future__ import annotations
 
@@ -7,96 +7,132 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ....errors import RefineFastError
 
 IN_PROCESS = "transformers"
-"""The ``url`` that means: generate in this process with transformers, on the GPU if there is one."""
+"""The ``url`` that generates in this process with transformers, on the GPU if there is one."""
 
-
-DEFAULT_MIX = {"question": 0.5, "keywords": 0.2, "claim": 0.15, "how-to": 0.15}
+OWN_FIELDS = {
+    "model",
+    "messages",
+    "response_format",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "stream",
+    "n",
+}
+"""Request fields that ``extra`` must not set."""
 
 
 @dataclass(frozen=True)
 class LLMSettings:
-    """The limits count everything that the store of replies has recorded, so a command that is repeated never spends more than it says.
-    Prices are in any currency per million tokens. The key is read from the environment when it is used, and is in no field."""
+    """An endpoint, its models, the request and the limits.
+
+    Limits count everything that the reply store has recorded, so a repeated command never spends
+    more than they allow. Prices are per million tokens, in any currency. The API key is read from
+    the environment when it is used, and no field holds it.
+
+    Raises:
+        RefineFastError: if a value cannot be used; the message names the field and the remedy.
+    """
 
     url: str
     models: tuple[str, ...]
-    """More than one: the chunks are split between them, by a hash of the chunk."""
+    """With more than one, a hash of each chunk decides which model gets it."""
+    mix: Mapping[str, float]
+    """Kind of query -> its share."""
+    per_chunk: int
+    """Queries asked for per chunk."""
     key_env: str = "OPENAI_API_KEY"
     prompt: Path | None = None
-    mix: Mapping[str, float] = field(default_factory=lambda: DEFAULT_MIX)
-    per_chunk: int = 4
     temperature: float | None = None
-    """None: what the server does by itself."""
+    """None: the server's default."""
     max_reply_tokens: int = 512
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """More fields of the request, such as {"reasoning_effort": "low"}."""
     concurrency: int = 64
     timeout: float = 120.0
-    """Seconds that one call may take in all."""
+    """Longest time of one call, in seconds."""
     max_calls: int | None = None
     max_tokens: int | None = None
     max_cost: float | None = None
     price_in: float = 0.0
     price_out: float = 0.0
     duplicates: Literal["near", "exact", "keep"] = "near"
-    """Which queries that say what an earlier one says are dropped: near ones and exact ones, exact ones, none."""
+    """Which duplicates of earlier queries are dropped: near and exact ones, exact ones, none."""
     round_trip: int = 0
-    """Keep a query only if the base encoder finds its chunk within this many; 0 turns the filter off."""
+    """Keep a query only if the base encoder ranks its chunk in the top N; 0 keeps all."""
     judge: bool = False
-    """Ask the model whether the chunk answers the query, one further call for each chunk."""
+    """Ask the model whether the chunk answers the query: one more call per chunk."""
     judge_prompt: Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.url != IN_PROCESS:
-            parts = urlsplit(self.url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise RefineFastError(
-                    f"llm: {self.url!r} is no endpoint; give a URL such as http://localhost:8000/v1, or {IN_PROCESS}."
-                )
-            if parts.username or parts.password or parts.query:
-                remedy = f"put the key in the environment variable {self.key_env}"
-                raise RefineFastError(
-                    f"llm: the URL of {parts.hostname} carries credentials or parameters; {remedy}."
-                )
-        if not re.fullmatch(
-            r"[A-Za-z_]\w*", self.key_env
-        ):  # most likely the key itself: not to be repeated
+            self._check_url()
+        # Most likely the key itself, so the value is not repeated.
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.key_env):
             raise RefineFastError(
-                "llm_key_env: this is no environment variable's name; give one, and keep the key in the variable."
+                "llm_key_env: the value is not the name of an environment variable; give the name, "
+                "and keep the key in the variable."
             )
         if not self.models or not all(self.models):
             raise RefineFastError("llm_model: no model named; add --llm-model NAME.")
         if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
             raise RefineFastError(
-                f"llm_mix: {dict(self.mix)} is no mix; give weights such as question=0.6,claim=0.4."
+                "llm_mix: shares must be >= 0 and not all 0, such as question=0.6,claim=0.4 "
+                f"(got {dict(self.mix)})."
             )
         for name in ("per_chunk", "max_reply_tokens", "concurrency", "timeout"):
             if getattr(self, name) <= 0:
-                raise RefineFastError(
-                    f"{name}: {getattr(self, name)} is too small; give a positive number."
-                )
+                raise RefineFastError(f"{name} must be > 0 (got {getattr(self, name)}).")
+        if taken := sorted(self.extra.keys() & OWN_FIELDS):
+            raise RefineFastError(
+                f"llm_extra: the field {taken[0]!r} is set by other options; remove it."
+            )
+        if self.url == IN_PROCESS and self.extra.keys() - {"chat_template_kwargs"}:
+            raise RefineFastError(
+                f"llm_extra: --llm {IN_PROCESS} reads only 'chat_template_kwargs'; remove the rest."
+            )
         if self.max_cost is not None and not (self.price_in or self.price_out):
             raise RefineFastError(
-                "max_cost: a cost limit needs prices; give --price-in and --price-out per million tokens."
+                "max_cost: a cost limit needs prices; add --price-in and --price-out, per million "
+                "tokens."
+            )
+
+    def _check_url(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise RefineFastError(
+                "llm must be a URL such as http://localhost:8000/v1, or "
+                f"{IN_PROCESS} (got {self.url!r})."
+            )
+        if parts.username or parts.password or parts.query:
+            raise RefineFastError(
+                f"llm: the URL of {parts.hostname} holds credentials or parameters; put the key in "
+                f"the environment variable {self.key_env}."
             )
 
     def key(self) -> str | None:
+        """The API key, or None if the environment has none.
+
+        Raises:
+            RefineFastError: if the value cannot be a key; an HTTP library would quote it.
+        """
         key = os.environ.get(self.key_env, "").strip()
-        if not re.fullmatch(r"[!-~]*", key):  # an HTTP library would quote it in its error
+        if not re.fullmatch(r"[!-~]*", key):
             raise RefineFastError(
-                f"{self.key_env}: its value holds spaces or other characters that no key has; set it anew."
+                f"{self.key_env}: the value holds blanks or other characters that no key has; "
+                "set it again."
             )
         return key or None
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
-        """None where no prices are given."""
-        return (
-            (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
-            if self.price_in or self.price_out
-            else None
-        )
+        """The price of these tokens; None without prices."""
+        if not (self.price_in or self.price_out):
+            return None
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6

@@ -1,9 +1,11 @@
-"""How many calls at a time, when to wait, when to give up, what may be spent.
+"""How many calls run at a time, when to wait and when to give up.
 
-Concurrency starts low, doubles with each window of calls that the server took (slow start), and after the first cut grows by an
-eighth. A few refusals are how one learns that the limit is near, and cost nothing: up to a tenth of a window is ignored, a quarter cuts
-the number of calls by a quarter. A refused call waits for its own Retry-After without a slot, so that a refusal now and then holds nobody
-up. When half of a window failed the circuit opens: everybody waits, at least as long as the longest Retry-After, then longer and longer.
+Concurrency starts low, doubles with each window of accepted calls (slow start), and grows by an
+eighth after the first cut. Occasional 429s are expected near the limit and are free: up to a tenth
+of a window is ignored, more than a quarter cuts the concurrency by a quarter. A refused call waits
+for its own Retry-After without a slot, so that a refusal now and then holds up nobody else. When
+half of a window has failed, the circuit opens: every call waits, at least for the longest
+Retry-After, and longer with each opening.
 """
 
 from __future__ import annotations
@@ -18,21 +20,30 @@ from dataclasses import dataclass
 
 from .request import Failure
 
-TRIES = 8
-"""Calls that may break before a request is given up until the next run. Where a seventh of all calls break at random, five tries leave
-one of 15,000 requests without a reply, eight one of five million; the waits between eight add up to a minute."""
+MAX_BROKEN = 8
+"""Give up on a request after this many broken calls, until the next run.
 
+Where a seventh of all calls break at random, five tries leave one of 15,000 requests without a
+reply, eight leave one of five million. The waits between eight add up to a minute.
+"""
 
-REFUSALS = 30
-"""Refusals are no fault of the request, but not even they go on for ever."""
+MAX_REFUSALS = 30
+"""Give up on a request after this many 429s."""
 
+MAX_WAIT = 120.0
+"""A Retry-After of more seconds than this is a quota, not a rate: the run stops with a message."""
 
-LONGEST_WAIT = 120.0
-"""A Retry-After beyond this many seconds is a quota, not a rate: the run stops and says so."""
+MAX_OPENINGS, MAX_OPENINGS_UNANSWERED = 12, 3
+"""Openings of the circuit in a row before the server is declared dead: about eight minutes for one
+that may be restarting, a few seconds for one that never replied and is most likely misnamed."""
 
 
 def delay(attempt: int, failure: Failure, first: float = 0.5) -> float:
-    """Seconds before the next try: what the server said, or 0.5, 1, 2, ... up to 30, with jitter to part what failed together."""
+    """Seconds before the next try of a request.
+
+    The server's Retry-After, or else 0.5, 1, 2, ... up to 30; with jitter, so that calls that
+    failed together do not return together.
+    """
     if failure.retry_after is not None:
         return failure.retry_after + random.uniform(0, 0.1)
     return min(30.0, first * 2**attempt) * random.uniform(0.5, 1.5)
@@ -49,7 +60,12 @@ class _Window:
 
 
 class Throttle:
-    """A semaphore whose size follows the server. ``pause``: seconds of the circuit breaker's first pause."""
+    """A semaphore whose size follows the server.
+
+    Args:
+        ceiling: most calls at a time.
+        pause: seconds of the circuit breaker's first pause.
+    """
 
     def __init__(self, ceiling: int, *, pause: float = 1.0) -> None:
         self.ceiling = ceiling
@@ -65,6 +81,7 @@ class Throttle:
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
+        """Waits for a place among the calls that run, and holds it."""
         while self._busy >= int(self.limit) or time.monotonic() < self._resume:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
@@ -87,7 +104,11 @@ class Throttle:
                 free -= 1
 
     def record(self, failure: Failure | None) -> None:
-        """Learns from a call that ended. Raises a fatal :class:`Failure` when the circuit has opened too often."""
+        """Learns from a call that ended; None is a reply.
+
+        Raises:
+            Failure: a fatal one, when the circuit has opened too often.
+        """
         window = self._window
         if failure is None or failure.kind == "wrong":  # the server works
             self._openings = 0
@@ -109,10 +130,8 @@ class Throttle:
         elif window.refused > window.seen / 4:
             self._cut(0.75)
         elif window.refused <= window.seen / 10:
-            self.limit = min(
-                self.ceiling,
-                self.limit * 2 if self._slow_start else self.limit + max(1.0, self.limit / 8),
-            )
+            step = self.limit if self._slow_start else max(1.0, self.limit / 8)
+            self.limit = min(self.ceiling, self.limit + step)
 
     def _cut(self, factor: float) -> None:
         self.limit = max(1.0, self.limit * factor)
@@ -120,8 +139,7 @@ class Throttle:
 
     def _open(self, retry_after: float, last: Failure | None) -> None:
         self._openings += 1
-        # A server that never answered is most likely misnamed; one that did may be restarting: about eight minutes.
-        if self._openings > (12 if self._succeeded else 3):
+        if self._openings > (MAX_OPENINGS if self._succeeded else MAX_OPENINGS_UNANSWERED):
             raise Failure(
                 "fatal", f"half of the calls fail, and waiting did not help (last: {last})"
             )

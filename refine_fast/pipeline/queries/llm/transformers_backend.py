@@ -1,4 +1,7 @@
-"""Generation in this process with transformers: no server, no key. Requests that wait together become one left-padded batch."""
+"""Generation in this process with transformers: no server, no key.
+
+Requests that wait together become one left-padded batch.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,18 @@ import asyncio
 import threading
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ....errors import RefineFastError
 from .request import Failure, Reply, Request
 
 
 class LocalBackend:
-    """``batch``: prompts generated together. One model at a time; it is loaded with the first request that names it."""
+    """One model at a time, loaded with the first request that names it.
+
+    Args:
+        batch: prompts that are generated together.
+    """
 
     def __init__(self, *, batch: int = 16) -> None:
         self._batch = batch
@@ -21,6 +30,12 @@ class LocalBackend:
         self._stop = threading.Event()
 
     async def complete(self, request: Request) -> Reply:
+        """The model's reply.
+
+        Raises:
+            Failure: if generation fails.
+            RefineFastError: if the model cannot be loaded.
+        """
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, reply))
         if self._worker is None or self._worker.done():
@@ -28,6 +43,7 @@ class LocalBackend:
         return await reply
 
     async def close(self) -> None:
+        """Stops generation and waits for it."""
         self._stop.set()
         if self._worker is not None:
             await asyncio.gather(self._worker, return_exceptions=True)
@@ -48,13 +64,10 @@ class LocalBackend:
                 replies: list[Reply | Exception] = list(
                     await asyncio.to_thread(self._generate, requests)
                 )
-            except (
-                RuntimeError,
-                ValueError,
-            ) as error:  # out of memory, a prompt beyond the model's positions
-                replies = [
-                    Failure("wrong", f"generation failed: {' '.join(str(error).split())[:300]}")
-                ] * len(same)
+            # Out of memory, or a prompt beyond the model's positions.
+            except (RuntimeError, ValueError) as error:
+                said = " ".join(str(error).split())[:300]
+                replies = [Failure("wrong", f"generation failed: {said}")] * len(same)
             except RefineFastError as error:
                 replies = [error] * len(same)
             for (_, future), reply in zip(same, replies, strict=True):
@@ -79,7 +92,8 @@ class LocalBackend:
             except (OSError, ValueError) as error:
                 why = " ".join(str(error).split())[:200]
                 raise RefineFastError(
-                    f"llm_model: {name} cannot be loaded ({why}); name a folder or a model on the hub."
+                    f"llm_model: {name} cannot be loaded ({why}); give a folder or the name of a "
+                    "model on the hub."
                 ) from None
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
@@ -103,15 +117,7 @@ class LocalBackend:
                 )
 
         tokenizer, model = self._load(requests[0].model)
-        if tokenizer.chat_template:
-            prompts = [
-                tokenizer.apply_chat_template(
-                    r.messages, tokenize=False, add_generation_prompt=True
-                )
-                for r in requests
-            ]
-        else:
-            prompts = ["\n\n".join([*(m["content"] for m in r.messages), ""]) for r in requests]
+        prompts = [_prompt(tokenizer, request) for request in requests]
         inputs = tokenizer(
             prompts,
             return_tensors="pt",
@@ -119,13 +125,13 @@ class LocalBackend:
             add_special_tokens=not tokenizer.chat_template,
         ).to(model.device)
         temperature = requests[0].temperature
-        sampling = (
-            {"do_sample": True, "temperature": temperature}
-            if temperature
-            else {"do_sample": False}
-            if temperature == 0
-            else {}
-        )
+        sampling: dict[str, Any] = {}
+        if temperature is not None:
+            sampling = (
+                {"do_sample": True, "temperature": temperature}
+                if temperature
+                else {"do_sample": False}
+            )
         with torch.inference_mode():
             output = model.generate(
                 **inputs,
@@ -134,24 +140,30 @@ class LocalBackend:
                 stopping_criteria=StoppingCriteriaList([Stopped()]),
                 **sampling,
             )
-        ends = {
-            tokenizer.eos_token_id,
-            *([end] if isinstance(end := model.generation_config.eos_token_id, int) else end or []),
-        }
-        masks, rows = (
-            inputs["attention_mask"].tolist(),
-            output[:, inputs["input_ids"].shape[1] :].tolist(),
-        )
-        return [
-            self._reply(tokenizer, *item, ends) for item in zip(requests, masks, rows, strict=True)
-        ]
+        end = model.generation_config.eos_token_id
+        ends = {tokenizer.eos_token_id, *([end] if isinstance(end, int) else end or ())}
+        masks = inputs["attention_mask"].tolist()
+        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [_reply(tokenizer, *item, ends) for item in zip(requests, masks, rows, strict=True)]
 
-    def _reply(
-        self, tokenizer: Any, request: Request, mask: list[int], row: list[int], ends: set[int]
-    ) -> Reply:
-        end = next((i for i, token in enumerate(row) if token in ends), None)
-        tokens = row[: request.max_tokens] if end is None else row[: min(end, request.max_tokens)]
-        finish = "length" if end is None or end > request.max_tokens else "stop"
-        return Reply(
-            tokenizer.decode(tokens, skip_special_tokens=True), finish, sum(mask), len(tokens)
-        )
+
+def _prompt(tokenizer: Any, request: Request) -> str:
+    """The chat template's prompt; plain paragraphs for a model without one."""
+    if not tokenizer.chat_template:
+        return "\n\n".join([*(message["content"] for message in request.messages), ""])
+    options = dict(request.extra.get("chat_template_kwargs", {}))
+    options |= {"tokenize": False, "add_generation_prompt": True}
+    try:
+        return tokenizer.apply_chat_template(request.messages, **options)
+    except TemplateError:  # Gemma 2 and others have no system role
+        return tokenizer.apply_chat_template(request.messages_without_system, **options)
+
+
+def _reply(
+    tokenizer: Any, request: Request, mask: list[int], row: list[int], ends: set[int]
+) -> Reply:
+    end = next((i for i, token in enumerate(row) if token in ends), None)
+    tokens = row[: request.max_tokens] if end is None else row[: min(end, request.max_tokens)]
+    finish = "length" if end is None or end > request.max_tokens else "stop"
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Reply(text, finish, sum(mask), len(tokens))

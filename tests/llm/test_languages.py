@@ -1,0 +1,155 @@
+"""What the filters make of good and bad queries, language by language."""
+
+import pytest
+
+from refine_fast.pipeline.queries.llm import filters
+from refine_fast.pipeline.queries.llm.languages import is_question
+
+# language -> (passage, question with a mark, question without one, keywords, statement)
+LANGUAGES = {
+    "Chinese": (
+        "粮仓的通风口每三小时打开一次，湿度超过百分之七十时由值班员手动关闭。温度计挂在北墙上，每周校准一次。",
+        "粮仓的通风口多久打开一次？",
+        "湿度多高时要关闭通风口",
+        "粮仓 湿度 通风",
+        "值班员负责粮仓里的温度计。",
+    ),
+    "Japanese": (
+        "穀物倉庫の換気口は三時間ごとに開きます。湿度が七十パーセントを超えると、当番が手で閉めます。温度計は北の壁にあり、毎週校正されます。",
+        "換気口の開く間隔は？",
+        "湿度が高いとき、だれが換気口を閉めますか",
+        "倉庫 換気 湿度",
+        "温度計は当番のものです。",
+    ),
+    "Korean": (
+        "곡물 창고의 환기구는 세 시간마다 열립니다. 습도가 칠십 퍼센트를 넘으면 당직자가 손으로 닫습니다. 온도계는 북쪽 벽에 있습니다.",
+        "환기구는 몇 시간마다 열리나요?",
+        "습도가 높으면 누가 환기구를 닫습니까",
+        "창고 환기구 습도",
+        "당직자가 온도계를 관리합니다.",
+    ),
+    "Thai": (
+        "ช่องระบายอากาศของยุ้งฉางเปิดทุกสามชั่วโมง เมื่อความชื้นเกินเจ็ดสิบเปอร์เซ็นต์ เจ้าหน้าที่เวรจะปิดด้วยมือ เทอร์โมมิเตอร์อยู่ที่ผนังด้านเหนือ",
+        "ใครปิดช่องระบายอากาศ?",
+        "ช่องลมของยุ้งเปิดบ่อยแค่ไหน",
+        "ยุ้งฉาง ความชื้น",
+        "เจ้าหน้าที่ดูแลเทอร์โมมิเตอร์",
+    ),
+    "Khmer": (
+        "រន្ធខ្យល់នៃជង្រុកបើករៀងរាល់បីម៉ោង។ ពេលសំណើមលើសចិតសិបភាគរយ អ្នកយាមបិទវាដោយដៃ។ ទែម៉ូម៉ែត្រនៅលើជញ្ជាំងខាងជើង។",
+        "តើរន្ធខ្យល់បើកញឹកញាប់ប៉ុនណា?",
+        "អ្នកណាបិទរន្ធខ្យល់ពេលសើម",
+        "ជង្រុក សំណើម",
+        "ឧបករណ៍នេះជារបស់អ្នកយាម។",
+    ),
+    "Burmese": (
+        "စပါးကျီ၏ လေဝင်ပေါက်ကို သုံးနာရီတိုင်း ဖွင့်သည်။ စိုထိုင်းဆ ခုနစ်ဆယ်ရာခိုင်နှုန်းကျော်လျှင် တာဝန်ကျသူက လက်ဖြင့် ပိတ်သည်။",
+        "လေဝင်ပေါက်ကို ဘယ်သူပိတ်သလဲ?",
+        "စပါးကျီကို ဘယ်အချိန် ဖွင့်သလဲ",
+        "စပါးကျီ စိုထိုင်းဆ",
+        "တာဝန်ကျသူသည် အိမ်သို့ပြန်သည်။",
+    ),
+    "Lao": (
+        "ຊ່ອງລົມຂອງສາງເຂົ້າເປີດທຸກສາມຊົ່ວໂມງ. ເມື່ອຄວາມຊຸ່ມເກີນເຈັດສິບສ່ວນຮ້ອຍ ຜູ້ຢູ່ເວນປິດດ້ວຍມື.",
+        "ຜູ້ໃດປິດຊ່ອງລົມ?",
+        "ຊ່ອງລົມເປີດທຸກຈັກຊົ່ວໂມງ",
+        "ສາງເຂົ້າ ຄວາມຊຸ່ມ",
+        "ຜູ້ຢູ່ເວນກັບເຮືອນ.",
+    ),
+    "Hindi": (
+        "अनाज गोदाम के रोशनदान हर तीन घंटे में खुलते हैं। नमी सत्तर प्रतिशत से अधिक होने पर पहरेदार उन्हें हाथ से बंद करता है।",
+        "रोशनदान कितने घंटों में खुलते हैं?",
+        "अधिक नमी में रोशनदान कौन बंद करता है",
+        "गोदाम नमी रोशनदान",
+        "पहरेदार रात में घर जाता है।",
+    ),
+    "Tamil": (
+        "தானியக் கிடங்கின் காற்றுத் துளைகள் மூன்று மணி நேரத்திற்கு ஒருமுறை திறக்கும். ஈரப்பதம் எழுபது சதவீதத்தைத் தாண்டினால் காவலர் கையால் மூடுவார்.",
+        "காற்றுத் துளைகளை யார் மூடுவார்?",
+        "கிடங்கின் துளைகள் எத்தனை மணிக்கு ஒருமுறை திறக்கின்றன",
+        "கிடங்கு ஈரப்பதம்",
+        "காவலர் இரவில் வீட்டுக்குச் செல்கிறார்.",
+    ),
+    "Arabic": (
+        "تُفتح فتحات التهوية في مخزن الحبوب كل ثلاث ساعات. إذا تجاوزت الرطوبة سبعين في المئة يغلقها الحارس باليد. ميزان الحرارة على الجدار الشمالي.",
+        "كم مرة تفتح فتحات التهوية؟",
+        "من يغلق الفتحات عند ارتفاع الرطوبة",
+        "رطوبة مخزن الحبوب",
+        "يعود الحارس إلى بيته ليلا.",
+    ),
+    "Hebrew": (
+        "פתחי האוורור של מחסן התבואה נפתחים כל שלוש שעות. כשהלחות עולה על שבעים אחוז השומר סוגר אותם ביד. מד החום על הקיר הצפוני.",
+        "כל כמה זמן נפתחים הפתחים?",
+        "מי סוגר את הפתחים כשלח",
+        "לחות מחסן תבואה",
+        "השומר הולך הביתה בלילה.",
+    ),
+    "Russian": (
+        "Вентиляционные люки зернохранилища открываются каждые три часа. Если влажность превышает семьдесят процентов, дежурный закрывает их вручную.",
+        "Кто закрывает люки?",
+        "Как часто открываются люки зернохранилища",
+        "влажность зернохранилище люки",
+        "Ночью дежурный уходит домой.",
+    ),
+    "Turkish": (
+        "Tahıl ambarının havalandırma kapakları üç saatte bir açılır. Nem yüzde yetmişi aşarsa nöbetçi onları elle kapatır. Termometre kuzey duvarındadır.",
+        "Kapakları kim kapatır?",
+        "Ambarın kapakları ne sıklıkla açılır",
+        "tahıl ambarı nem",
+        "Nöbetçi gece evine döner.",
+    ),
+    "Vietnamese": (
+        "Cửa thông gió của kho thóc mở ba giờ một lần. Khi độ ẩm vượt bảy mươi phần trăm, người trực đóng chúng bằng tay. Nhiệt kế treo trên tường phía bắc.",
+        "Ai đóng cửa thông gió?",
+        "Cửa thông gió của kho mở bao lâu một lần",
+        "độ ẩm kho thóc",
+        "Người trực về nhà vào ban đêm.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_good_queries_are_kept(language: str) -> None:
+    passage, marked, bare, keywords, _ = LANGUAGES[language]
+    assert filters.check(marked, passage, "question") is None
+    assert filters.check(bare, passage, "question") is None
+    assert filters.check(keywords, passage, "keywords") is None
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_bad_queries_are_dropped(language: str) -> None:
+    passage, marked, _, _, statement = LANGUAGES[language]
+    assert filters.check(statement, passage, "question") == "not a question"
+    whole = passage.split("。")[0].split("।")[0]
+    assert filters.check(whole, passage, "claim") in ("copy of the passage", "too long")
+    foreign = "Wie oft werden die Lüftungsklappen geöffnet?"
+    assert filters.check(foreign, passage, "question") == "wrong language"
+    assert filters.check(marked[0], passage, "question") in ("too short", "empty")
+
+
+def test_a_language_without_a_list_gets_the_benefit_of_the_doubt() -> None:
+    georgian = "მარცვლის საწყობის სავენტილაციო სარკმლები ყოველ სამ საათში იღება."
+    assert is_question("როდის იღება სარკმლები", georgian) is None
+    assert filters.check("როდის იღება სარკმლები", georgian, "question") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("Ogni quanto si cambiano le chiavi", True),
+        ("Le chiavi vecchie restano valide", False),
+        ("Von wem werden die Schlüssel gewechselt", True),
+        ("¿Cuándo se cambian las llaves", True),
+        ("Name the keeper of the keys", True),
+        ("The keeper changes the keys", False),
+    ],
+)
+def test_questions_without_a_mark(text: str, question: bool) -> None:
+    passages = {
+        "Ogni": "Le chiavi di firma vengono cambiate ogni novanta giorni dalla squadra operativa.",
+        "Le": "Le chiavi di firma vengono cambiate ogni novanta giorni dalla squadra operativa.",
+        "Von": "Die Signaturschlüssel werden alle neunzig Tage vom Betriebsteam gewechselt.",
+        "¿Cuándo": "Las llaves de firma se cambian cada noventa días por el equipo de operaciones.",
+    }
+    english = "The signing keys are changed every ninety days by the keeper and his team."
+    assert is_question(text, passages.get(text.split()[0], english)) is question
