@@ -1,7 +1,8 @@
-"""What the tests of band_topk on a CPU and on a GPU share: embeddings, rules and the comparison.
+"""What the tests of band_topk share: embeddings, rules and the comparison.
 
-The embeddings lie on a grid of multiples of 2^-12, or 2^-24 where the edges of the band matter: their inner products are then exact in
-float64 in any order of summation, so equality is exact and ties are real ties.
+The embeddings lie on a grid of multiples of 2^-12, or 2^-24 where the edges of the band matter:
+their inner products are then exact in float64 in any order of summation, so equality is exact and
+ties are real ties.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from typing import Any
 
 import pytest
 import torch
+from backends import Backend
 from hypothesis import strategies as st
 from torch import Tensor
 
 import refine_fast as rf
+from refine_fast import reference
 
 
 def unit_rows(rows: int, width: int, seed: int, bits: int = 12) -> Tensor:
-    x = torch.nn.functional.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=1)
+    x = torch.nn.functional.normalize(
+        torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
     return torch.round(x * 2**bits) / 2**bits
 
 
@@ -32,41 +37,63 @@ def tied(rows: int, count: int, width: int) -> tuple[Tensor, Tensor, list[Tensor
     if count > 20:
         docs[[10, 11, count - 1]] = docs[3].clone()
     generator = torch.Generator().manual_seed(2)
-    return queries, docs, [torch.randint(0, max(count, 1), (i % 5 if count else 0,), generator=generator) for i in range(rows)]
+    return (
+        queries,
+        docs,
+        [
+            torch.randint(0, max(count, 1), (i % 5 if count else 0,), generator=generator)
+            for i in range(rows)
+        ],
+    )
 
 
 def near_an_edge(edge: float, count: int) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
-    """Queries, documents and bands: the scores lie within 1e-7 of the bands' edges on both sides, which no screen can tell apart."""
+    """Queries, documents and bands: the scores lie within 1e-7 of the bands' edges on both sides,
+    which no screen can tell apart."""
     width = 40
     generator = torch.Generator().manual_seed(5)
     queries, docs = torch.zeros(16, width), torch.zeros(count, width)
     queries[:, 0], queries[:, 1] = 1, 2**-12
     docs[:, 0] = torch.round(torch.tensor(edge) * 2**20) / 2**20
-    docs[:, 1] = torch.randint(-2048, 2048, (count,), generator=generator) * 2.0**-24  # contributes multiples of 2^-36, up to 3e-8
+    # contributes multiples of 2^-36, up to 3e-8
+    docs[:, 1] = torch.randint(-2048, 2048, (count,), generator=generator) * 2.0**-24
     noise = torch.randint(-8, 8, (count, width - 2), generator=generator) * 2.0**-6
-    queries[:, 2:], docs[:, 2:] = torch.randint(-1, 2, (16, width - 2), generator=generator) * 2.0**-20, noise
+    queries[:, 2:], docs[:, 2:] = (
+        torch.randint(-1, 2, (16, width - 2), generator=generator) * 2.0**-20,
+        noise,
+    )
     scores = queries.double() @ docs.double().T
     exact = float(scores.median())
     assert (scores - exact).abs().max() < 1e-5
     assert ((scores - exact).abs() < 1e-7).sum() > 100
-    return queries, docs, [(exact, 2.0), (-2.0, exact), (exact, exact), (exact - 1e-7, exact + 1e-7)]
+    return (
+        queries,
+        docs,
+        [(exact, 2.0), (-2.0, exact), (exact, exact), (exact - 1e-7, exact + 1e-7)],
+    )
 
 
 @st.composite
 def searches(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
-    """Queries, documents, k and the other arguments of any search, edges that some score equals among them."""
-    rows, count, width = draw(st.integers(1, 20)), draw(st.integers(0, 700)), draw(st.integers(1, 80))
+    """Queries, documents, k and the other arguments of any search, edges that some score equals
+    among them."""
+    rows, count, width = (
+        draw(st.integers(1, 20)),
+        draw(st.integers(0, 700)),
+        draw(st.integers(1, 80)),
+    )
     seed, bits = draw(st.integers(0, 2**31)), draw(st.sampled_from([2, 6, 12]))
     queries, docs = unit_rows(rows, width, seed, bits), unit_rows(count, width, seed + 1, bits)
     scores = (queries.double() @ docs.double().T).flatten()
     edge = st.sampled_from(scores.tolist()) if count else st.just(0.0)
     nudge = st.sampled_from([0.0, 1e-7, -1e-7, 1e-16, 0.1, -0.1, 3.0])
     ids = st.lists(st.integers(0, count - 1), max_size=6) if count else st.just([])
+    ceilings = torch.tensor([draw(edge) for _ in range(rows)], dtype=torch.float64)
     rule = {
         "band": tuple(sorted((draw(edge) + draw(nudge), draw(edge) + draw(nudge)))),
         "skip": draw(st.integers(0, 12)),
         "exclude": [draw(ids) for _ in range(rows)],
-        "ceiling": torch.tensor([draw(edge) for _ in range(rows)], dtype=torch.float64) if draw(st.booleans()) else None,
+        "ceiling": draw(st.sampled_from([None, ceilings])),
         "order": draw(st.sampled_from(["skip_then_band", "band_then_skip"])),
         "select": draw(st.sampled_from(["hardest", "random"])),
         "seed": draw(st.integers(-(2**63), 2**63 - 1)),
@@ -75,15 +102,31 @@ def searches(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
 
 
 def assert_same(ours: rf.BandTopK, gold: tuple[Tensor, Tensor, Tensor]) -> None:
-    differing = (ours.ids != gold[0]).any(1).nonzero()
-    assert not len(differing), f"query {int(differing[0])}: {ours.ids[differing[0]].tolist()}, not {gold[0][differing[0]].tolist()}"
+    differing = (ours.ids != gold[0]).any(1).nonzero().flatten().tolist()
+    for row in differing[:1]:
+        pytest.fail(f"query {row}: {ours.ids[row].tolist()}, not {gold[0][row].tolist()}")
     assert torch.equal(ours.in_band, gold[2])
     torch.testing.assert_close(ours.scores, gold[1], rtol=0, atol=0, equal_nan=True)
 
 
+def search(backend: Backend, queries: Tensor, docs: Any, k: int, **rule: Any) -> rf.BandTopK:
+    """On the backend's device, the documents too if they are a tensor; the result on the CPU."""
+    docs = docs.to(backend.device) if isinstance(docs, Tensor) else docs
+    found = rf.band_topk(queries.to(backend.device), docs, k, **rule)
+    return rf.BandTopK(*(x.cpu() for x in found))
+
+
+def check(backend: Backend, queries: Tensor, docs: Tensor, k: int, **rule: Any) -> rf.BandTopK:
+    """Searches and compares with the float64 sort of reference.py."""
+    ours = search(backend, queries, docs, k, **rule)
+    assert_same(ours, reference.band_topk(queries, docs, k, **rule))
+    return ours
+
+
 @contextmanager
-def hears_ctrl_c() -> Iterator[None]:
-    """Ctrl-C after 0.3 s ends what runs. The thread that sends it runs at all because the GIL is released."""
+def interrupts() -> Iterator[None]:
+    """Ctrl-C after 0.3 s ends what runs. The thread that sends it runs at all because the GIL is
+    released."""
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         yield

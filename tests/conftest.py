@@ -10,13 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import CPU, Backend
 
 import refine_fast as rf
+from refine_fast import _native
+from refine_fast.ops import band_topk, band_topk_cuda, info_nce_operators
+from refine_fast.ops import info_nce as info_nce_module
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # tests/gpu then runs the Triton kernels on CPU tensors; read once, when triton is first imported
+    # tests/gpu then runs the Triton kernels on CPU tensors; read once, when triton is first
+    # imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored; the tests press it
+# a background job starts with Ctrl-C ignored; the tests press it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,9 +41,118 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     rf.force_isa(before)
 
 
+@pytest.fixture
+def uninitialized_is_nan() -> Iterator[None]:
+    """Fills what is allocated with NaN, or the largest integer: what a kernel does not write cannot
+    pass for an earlier result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def interpreted_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter keeps bf16 as its 16 bits and multiplies those as integers in
+    ``tl.dot``; this fixture makes it multiply the values."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+    dot = InterpreterBuilder.create_dot
+
+    def widened(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def create_dot(
+        self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object
+    ) -> object:
+        return dot(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that every loop of the Triton kernels runs more than once and ends ragged."""
+    from refine_fast.triton_kernels import info_nce, info_nce_plan
+
+    tile = info_nce_plan.Tiling(16, 32, 16, warps=4, stages=2)
+    monkeypatch.setattr(info_nce, "tiling", lambda capability, element_bytes: tile)
+    monkeypatch.setattr(info_nce_plan, "MIN_WAVE", 16)
+    monkeypatch.setattr(info_nce, "TARGET_PROGRAMS", 4)  # two splits of two tiles at 19 x 75
+
+
+@pytest.fixture
+def triton_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Runs info_nce over the Triton kernels: on a GPU where there is one, else interpreted, on CPU
+    tensors. Returns the device to put them on."""
+    pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
+    for name in ("uninitialized_is_nan", "interpreted_bf16", "small_tiles"):
+        request.getfixturevalue(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    monkeypatch.setattr(info_nce_operators, "_run_cpu", info_nce_operators._run_gpu)
+    return torch.device("cpu")
+
+
+@pytest.fixture(params=["reference", *rf.available_isas(), "triton"])
+def info_nce_backend(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Backend]:
+    """Runs a test of info_nce over every backend: plain torch, each CPU level, Triton."""
+    name, before = request.param, rf.isa()
+    if name == "triton":
+        yield Backend(name, request.getfixturevalue("triton_path"))
+    elif name == "reference":
+        monkeypatch.setattr(info_nce_module, "_has_kernel", lambda q: False)
+        yield Backend(name, CPU)
+    else:
+        rf.force_isa(name)
+        yield Backend(name, CPU)
+        rf.force_isa(before)
+
+
+EMULATED_SHARED = 163 << 10
+"""Bytes of shared memory of the emulated GPU, as of sm_80; the tile depends on it."""
+
+
+@pytest.fixture
+def cuda_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """Runs band_topk over the CUDA kernels: on a GPU where there is one, else emulated on CPU
+    tensors (tests/cuda_emulation)."""
+    request.getfixturevalue("uninitialized_is_nan")
+    if torch.cuda.is_available():
+        yield Backend("cuda", torch.device("cuda"))
+        return
+    cuda = _native.cuda_module()
+    if not hasattr(cuda, "emulate"):
+        pytest.skip(
+            "needs a GPU or the emulated CUDA extension:"
+            " pip install -e . -C cmake.define.REFINE_FAST_EMULATE_CUDA=ON"
+        )
+    monkeypatch.setattr(band_topk, "_search", band_topk_cuda.search)
+    yield Backend("cuda", CPU, cuda.emulate)
+    cuda.emulate(3, EMULATED_SHARED, -1)
+
+
+@pytest.fixture(params=[*rf.available_isas(), "cuda"])
+def band_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Runs a test of band_topk over every backend: each CPU level, CUDA (real or emulated)."""
+    if request.param == "cuda":
+        yield request.getfixturevalue("cuda_path")
+        return
+    before = rf.isa()
+    rf.force_isa(request.param)
+    yield Backend(request.param, CPU)
+    rf.force_isa(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """torch's products on a CPU round otherwise with another number of threads, and tiny ones spend their time in waking threads."""
+    """torch's products on a CPU round otherwise with another number of threads, and tiny ones spend
+    their time in waking threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,14 +170,21 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
-    """A random BERT of two layers under MiniLM's tokenizer, with dropout, in sentence-transformers' layout and with prompts."""
+    """A random BERT of two layers under MiniLM's tokenizer, with dropout, in sentence-transformers'
+    layout and with prompts."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as models
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    }
     BertModel(BertConfig(vocab_size=30522, **sizes)).save_pretrained(folder / "bert")
     AutoTokenizer.from_pretrained(minilm).save_pretrained(folder / "bert")
     transformer = models.Transformer(str(folder / "bert"), max_seq_length=96)

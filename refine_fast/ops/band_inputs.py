@@ -1,4 +1,4 @@
-"""What both searches of ``band_topk`` make of their arguments: shapes, rows of any container, room for the answer."""
+"""Argument checks, row access and output buffers shared by the CPU and CUDA searches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from torch import Tensor
 from .._native import DTYPES
 
 Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+DOC_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What queries and documents may be stored in."""
 
 
 class Rule(NamedTuple):
-    """What is asked of each row of scores: the arguments of ``refine_fast::band_topk`` after queries and docs, in their order."""
+    """Which documents each query takes: the arguments of ``refine_fast::band_topk`` after queries
+    and docs, in their order."""
 
     k: int
     lo: float
@@ -27,6 +31,7 @@ class Rule(NamedTuple):
     excluded: Tensor | None
     """int64, ascending within each query."""
     ceiling: Tensor | None
+    """(B,) float64."""
     random: bool
     seed: int
     band_first: bool
@@ -34,10 +39,12 @@ class Rule(NamedTuple):
 
 
 def ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of consecutive blocks of ``step`` among ``count``."""
     return ((begin, min(begin + step, count)) for begin in range(0, count, step))
 
 
 def outputs(rows: int, k: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialized ids (rows, k) int64, scores (rows, k) float32 and in_band (rows,) int64."""
     return (
         torch.empty((rows, k), dtype=torch.int64, device=device),
         torch.empty((rows, k), dtype=torch.float32, device=device),
@@ -46,59 +53,95 @@ def outputs(rows: int, k: int, device: torch.device | str) -> tuple[Tensor, Tens
 
 
 def shape(x: Any, name: str) -> tuple[int, int]:
+    """The (rows, columns) of a tensor, array or safetensors slice.
+
+    Raises:
+        ValueError: anything but two dimensions and at least one column.
+    """
     sizes = tuple(x.get_shape() if hasattr(x, "get_shape") else x.shape)
     if len(sizes) != 2 or sizes[1] == 0:
-        raise ValueError(f"{name} must have two dimensions, rows and at least one column, not the shape {sizes}")
+        raise ValueError(
+            f"{name} must have two dimensions and at least one column (got shape {sizes})"
+        )
     return sizes
 
 
 def check(queries: Any, docs: Any, rule: Rule) -> tuple[int, int, int]:
+    """Checks shapes and the rule's numbers; reads no row.
+
+    Returns:
+        B, N and D.
+
+    Raises:
+        ValueError: what does not fit, by name.
+    """
     (rows, width), (count, docs_width) = shape(queries, "queries"), shape(docs, "docs")
     if width != docs_width:
-        raise ValueError(f"queries have {width} columns and docs {docs_width}; embed both with the same model")
+        raise ValueError(
+            f"queries have {width} columns and docs {docs_width}; embed both with the same model"
+        )
     for name, value in (("k", rule.k), ("skip", rule.skip)):
         if not 0 <= value < 2**31:
-            raise ValueError(f"{name} must be 0 or more, not {value}")
+            raise ValueError(f"{name} must be an integer from 0 to 2**31 - 1 (got {value})")
     if not rule.lo <= rule.hi:
-        raise ValueError(f"the band ({rule.lo}, {rule.hi}) is empty: the lower edge comes first, and neither is NaN")
+        raise ValueError(f"band must be (lo, hi) with lo <= hi (got ({rule.lo}, {rule.hi}))")
     if rule.ceiling is not None and tuple(rule.ceiling.shape) != (rows,):
-        raise ValueError(f"ceiling must have one value for each of the {rows} queries, not the shape {tuple(rule.ceiling.shape)}")
+        raise ValueError(
+            f"ceiling must have one value for each of the {rows} queries"
+            f" (got shape {tuple(rule.ceiling.shape)})"
+        )
     return rows, count, width
 
 
 def upper_edges(rows: int, rule: Rule) -> Tensor:
-    """(rows,) float64 on the CPU: the upper edge of each query's band."""
+    """(rows,) float64 on the CPU: the upper edge of each query's band.
+
+    Raises:
+        ValueError: a ceiling that is NaN.
+    """
     edges = torch.full((rows,), rule.hi, dtype=torch.float64)
     if rule.ceiling is None:
         return edges
     if torch.isnan(rule.ceiling).any():
-        raise ValueError(f"ceiling of query {int(torch.isnan(rule.ceiling).nonzero()[0])} is NaN; give a number, or inf for none")
+        row = int(torch.isnan(rule.ceiling).nonzero()[0])
+        raise ValueError(f"ceiling of query {row} is NaN; give a number, or inf for no ceiling")
     return edges.minimum(rule.ceiling.to("cpu", torch.float64))
 
 
 def address(rows: Tensor) -> tuple[int, int, Tensor]:
-    """The pointer and row stride of a matrix whose columns are neighbours, and that matrix: ``rows``, or a copy."""
+    """The pointer and row stride of a matrix with adjacent columns, and the matrix: ``rows``, or
+    a copy where its columns are apart."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     return rows.data_ptr(), rows.stride(0), rows
 
 
 class Block:
-    """Rows begin .. end of a source as an address, while the context lasts."""
+    """Rows begin .. end of a source as an address, valid while the context lasts.
+
+    Raises:
+        TypeError: a dtype other than float32, bfloat16 and float16.
+        ValueError: rows that are not on the CPU.
+    """
 
     def __init__(self, source: Any, begin: int, end: int, name: str) -> None:
         rows = source[begin:end]
         if not isinstance(rows, Tensor):
             rows = np.asarray(rows)
         dtype = rows.dtype if isinstance(rows, Tensor) else _NUMPY.get(rows.dtype)
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"{name} are {rows.dtype}; give float32, bfloat16 or float16")
+        if dtype not in DOC_DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16 (got {rows.dtype})")
         if isinstance(rows, Tensor):
             if rows.device.type != "cpu":
-                raise ValueError(f"{name} are on {rows.device}; they must be on the CPU, or on the queries' GPU: pass {name}.cpu()")
+                raise ValueError(
+                    f"{name} are on {rows.device}; they must be on the CPU or on the queries' GPU:"
+                    f" pass {name}.cpu()"
+                )
             self.pointer, self.row_stride, rows = address(rows)
         else:
-            item, reach = rows.itemsize, [(n - 1) * stride for n, stride in zip(rows.shape, rows.strides, strict=True)]
-            self._first = rows.ctypes.data + sum(min(r, 0) for r in reach)  # where the source lies, in whatever order
+            item = rows.itemsize
+            reach = [(n - 1) * s for n, s in zip(rows.shape, rows.strides, strict=True)]
+            # the bytes of the source, whatever the order of its rows
+            self._first = rows.ctypes.data + sum(min(r, 0) for r in reach)
             self._last = rows.ctypes.data + sum(max(r, 0) for r in reach) + item
             if rows.strides[1] != item or rows.strides[0] % item:
                 rows = np.ascontiguousarray(rows)
@@ -109,15 +152,27 @@ class Block:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives the pages of a memory map back to the page cache, which would count as ours until the system is short of memory. The kernel
-        maps pages around a fault too: those before the block, which were given back with the block before, go once more."""
+        """Returns the pages of a memory map to the page cache; they would count as this process's
+        until the system runs short of memory. A fault also maps the pages around it, so those
+        before the block, which were returned with the block before, are returned again."""
         mapping = getattr(self._source, "_mmap", None)
-        if isinstance(self._source, np.memmap) and self._source.mode == "r" and mapping is not None and self.rows.size:
+        mapped = isinstance(self._source, np.memmap) and self._source.mode == "r"
+        if mapped and mapping is not None and self.rows.size:
             start = np.frombuffer(mapping, np.uint8).ctypes.data
             begin = max(0, self._first - start - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
             mapping.madvise(mmap.MADV_DONTNEED, begin, self._last - start - begin)
 
 
+class CopiedToCPU:
+    """A tensor on any device whose slices are copied to the CPU, for ``Block``."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.shape, self._rows = rows.shape, rows
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._rows[rows].cpu()
+
+
 _AROUND = 2 << 20
-"""The largest piece of a file that one fault maps."""
+"""The most bytes of a file that one fault maps."""
 _NUMPY = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16}

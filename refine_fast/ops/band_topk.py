@@ -1,4 +1,7 @@
-"""Exact hard negatives in a similarity band, without the similarity matrix (csrc/core/band_topk.h)."""
+"""Exact hard negatives in a similarity band, without the similarity matrix.
+
+Kernels: csrc/core/band_topk.h on CPUs, band_topk_cuda.py on GPUs.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,32 @@ import torch
 from torch import Tensor
 
 from .. import _core
+from ..errors import warn_once
 from . import band_topk_cuda
-from .band_inputs import Block, Progress, Rule, check, outputs, ranges, shape, upper_edges
+from .band_inputs import (
+    Block,
+    CopiedToCPU,
+    Progress,
+    Rule,
+    check,
+    outputs,
+    ranges,
+    shape,
+    upper_edges,
+)
 
 MEMORY = 48 << 20
-"""What one search holds besides its outputs, in bytes; more queries than fit are searched in turn."""
+"""Bytes that one search takes besides its outputs; more queries than fit are searched in turn."""
 BLOCK = 8 << 20
 """Bytes of documents that are read at a time."""
 
 
 class BandTopK(NamedTuple):
-    """ids (B, k) int64, most similar first, -1 where the band has too few; scores (B, k) float32, NaN there; in_band (B,) int64: how many
-    documents qualified."""
+    """The negatives of B queries.
+
+    ids (B, k) int64, most similar first, -1 where the band has too few; scores (B, k) float32, NaN
+    there; in_band (B,) int64, how many documents qualified.
+    """
 
     ids: Tensor
     scores: Tensor
@@ -43,45 +60,62 @@ def band_topk(
     normalize: bool = False,
     progress: Progress | None = None,
 ) -> BandTopK:
-    """Per query: leave out the excluded documents, drop the ``skip`` most similar, keep those in the band, take k. Replaces::
+    """Per query: leaves out the excluded documents, drops the ``skip`` most similar, keeps those in
+    the band, takes k. Replaces::
 
-        s = queries.double() @ docs.double().T                                  # (B, N), never built
+        s = queries.double() @ docs.double().T                                # (B, N), never built
         for i in range(B):
-            ranked = [j for j in s[i].sort(descending=True, stable=True).indices if j not in exclude[i]]
-            qualified = [j for j in ranked[skip:] if band[0] <= s[i, j] <= min(band[1], ceiling[i])]
+            ranked = s[i].sort(descending=True, stable=True).indices
+            ranked = [j for j in ranked if j not in exclude[i]][skip:]
+            hi = min(band[1], ceiling[i])
+            qualified = [j for j in ranked if band[0] <= s[i, j] <= hi]
             ids[i], in_band[i] = qualified[:k], len(qualified)
 
-    After fork() the CPU kernel runs on one thread in the child. torch's own parallel operations hang there if the parent has used
-    them, unless the child calls ``torch.set_num_threads(1)`` first, as the workers of a DataLoader do.
+    Memory beyond the outputs: 64 MiB, whatever B, N and k; on a GPU the workspace that
+    REFINE_FAST_WORKSPACE_MB allows. The pages of a numpy memory map are given back as they are
+    read; those of a file that another library maps (a safetensors slice) stay mapped until the
+    system runs short of memory.
+
+    After fork() the CPU kernel runs on one thread in the child. torch's own parallel operations
+    hang there if the parent has used them, unless the child calls ``torch.set_num_threads(1)``
+    first, as the workers of a DataLoader do.
 
     Args:
-        queries: (B, D), float32, bfloat16 or float16: a torch tensor, a numpy array or memory map, or anything with a shape whose slices
-            are one of these (``safe_open(...).get_slice(name)``). A tensor on a GPU is searched there.
-        docs: (N, D), likewise. Read in blocks of 8 MiB, so it may be larger than memory. For queries on a GPU: on the same GPU, or on the
-            CPU in any of these containers, from where it is streamed through pinned buffers.
+        queries: (B, D), float32, bfloat16 or float16: a torch tensor, a numpy array or memory map,
+            or anything with a shape whose slices are one of these
+            (``safe_open(...).get_slice(name)``). A tensor on a GPU is searched there; on a GPU
+            older than compute capability 8.0, or in a build without nvcc, it is searched on the
+            CPU after a RefineFastWarning that says what to install.
+        docs: (N, D), likewise. Read in blocks of 8 MiB, so it may be larger than memory. For
+            queries on a GPU: on the same GPU, or on the CPU in any of these containers, from where
+            it is streamed through pinned buffers.
         k: documents per query.
-        band: lo and hi, both inclusive, on the inner product: on the cosine if the rows are unit vectors or ``normalize`` is set. Rows of
-            other lengths are taken as they are.
+        band: lo and hi, both inclusive, on the inner product: on the cosine if the rows are unit
+            vectors or ``normalize`` is set. Rows of other lengths are taken as they are.
         skip: how many of the most similar documents to drop.
-        exclude: per query the ids that take no part (its positives), a list, set or array of any length; they do not count as skipped.
-        ceiling: (B,), a further upper bound per query, e.g. 0.95 times the similarity of its positive.
-        select: "hardest" takes the k most similar; "random" takes k at random, the smallest ``reference.hash64(seed, query, document)``.
+        exclude: per query the ids that take no part (its positives): a list, set or array of any
+            length. They do not count as skipped.
+        ceiling: (B,), a further upper bound per query, e.g. 0.95 times the similarity of its
+            positive.
+        select: "hardest" takes the k most similar; "random" takes k at random, those with the
+            smallest ``reference.hash64(seed, query, document)``.
         seed: of "random".
-        order: "skip_then_band" is REFINE's rule (arXiv 2410.12890, section 3.2): the skipped are the most similar of all;
-            "band_then_skip" is sentence-transformers': the most similar in the band.
-        normalize: divide each row by its norm first. A zero row stays zero, as in ``torch.nn.functional.normalize``.
+        order: "skip_then_band" is REFINE's rule (arXiv 2410.12890, section 3.2) and skips the most
+            similar of all; "band_then_skip" is sentence-transformers' and skips the most similar
+            in the band.
+        normalize: divides each row by its norm first. A zero row stays zero, as in
+            ``torch.nn.functional.normalize``.
         progress: called with (done, total), in documents times queries.
 
     Returns:
-        BandTopK(ids, scores, in_band), the same as a float64 sort of the given values whatever the ISA level, the number of threads
-        (``torch.set_num_threads``), the device and the container; on the queries' device. Memory beyond it: 64 MiB, whatever B, N and k;
-        on a GPU the workspace that REFINE_FAST_WORKSPACE_MB allows. The pages of a numpy memory map are given back as they are read; those
-        of a file that another library maps (a safetensors slice) stay mapped until the system is short of memory.
+        BandTopK(ids, scores, in_band) on the queries' device: the same as a float64 sort of the
+        given values, whatever the ISA level, the number of threads (``torch.set_num_threads``),
+        the device and the container.
 
     Raises:
-        ValueError: shapes that do not fit, k or skip below 0, lo above hi, an excluded id that is no document, NaN in ceiling, and NaN, Inf
-            or a norm above 1e18 in a row, which is named.
-        TypeError: another dtype; an excluded id that is no integer.
+        ValueError: shapes that do not fit; k or skip below 0; lo above hi; an excluded id without a
+            document; NaN in ceiling; NaN, infinity or a norm above 1e18 in a row, which is named.
+        TypeError: another dtype; an excluded id that is not an integer.
         torch.OutOfMemoryError: a GPU without room for the workspace.
     """
     rows, count = shape(queries, "queries")[0], shape(docs, "docs")[0]
@@ -89,17 +123,21 @@ def band_topk(
     ceiling = None if ceiling is None else torch.as_tensor(ceiling, dtype=torch.float64)
     lo, hi = (float(edge) for edge in band)
     if select not in ("hardest", "random"):
-        raise ValueError(f'select must be "hardest" or "random", not {select!r}')
+        raise ValueError(f'select must be "hardest" or "random" (got {select!r})')
     if order not in ("skip_then_band", "band_then_skip"):
-        raise ValueError(f'order must be "skip_then_band" or "band_then_skip", not {order!r}')
-    skip = min(skip, count)  # room is taken for as many
+        raise ValueError(f'order must be "skip_then_band" or "band_then_skip" (got {order!r})')
+    skip = min(skip, count)  # the search allocates room for as many
     seed = (seed + 2**63) % 2**64 - 2**63  # the op takes 64 bits, signed
-    rule = Rule(k, lo, hi, skip, offsets, excluded, ceiling, select == "random", seed, order == "band_then_skip", normalize)
-    device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
-    together = isinstance(queries, Tensor) and isinstance(docs, Tensor) and queries.device == docs.device
-    if together and device.type in ("cpu", "cuda") and progress is None:
-        return BandTopK(*_band_topk(queries.detach(), docs.detach(), *rule))
-    search = band_topk_cuda.search if device.type == "cuda" else _search
+    rule = Rule(
+        k, lo, hi, skip, offsets, excluded, ceiling, select == "random", seed,
+        order == "band_then_skip", normalize,
+    )  # fmt: skip
+    on_gpu = isinstance(queries, Tensor) and queries.device.type == "cuda"
+    if isinstance(queries, Tensor) and isinstance(docs, Tensor) and progress is None:
+        together = queries.device == docs.device
+        if together and (on_gpu or queries.device.type == "cpu"):
+            return BandTopK(*_band_topk(queries.detach(), docs.detach(), *rule))
+    search = _search_on_gpu if on_gpu else _search
     return BandTopK(*search(queries, docs, rule, progress))
 
 
@@ -119,12 +157,15 @@ def _band_topk(
     band_first: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _search(queries, docs, Rule(k, lo, hi, skip, offsets, excluded, ceiling, random, seed, band_first, normalize))
+    rule = Rule(
+        k, lo, hi, skip, offsets, excluded, ceiling, random, seed, band_first, normalize
+    )  # fmt: skip
+    return _search(queries, docs, rule)
 
 
 @_band_topk.register_kernel("cuda")
 def _(queries: Tensor, docs: Tensor, *rule: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return band_topk_cuda.search(queries, docs, Rule(*rule))
+    return _search_on_gpu(queries, docs, Rule(*rule))
 
 
 @_band_topk.register_fake
@@ -134,20 +175,39 @@ def _(queries: Tensor, docs: Tensor, *rule: Any) -> tuple[Tensor, Tensor, Tensor
     return outputs(rows, asked.k, queries.device)
 
 
-def _search(queries: Any, docs: Any, rule: Rule, progress: Progress | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _search_on_gpu(
+    queries: Tensor, docs: Any, rule: Rule, progress: Progress | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """On the GPU of ``queries``, or on the CPU where the GPU cannot search."""
+    missing = band_topk_cuda.missing_requirement(queries.device)
+    if missing is None:
+        return band_topk_cuda.search(queries, docs, rule, progress)
+    warn_once(f"band_topk searches {queries.device} tensors on the CPU: {missing}")
+    copied = CopiedToCPU(docs) if isinstance(docs, Tensor) else docs
+    found = _search(queries.cpu(), copied, rule, progress)
+    ids, scores, in_band = (x.to(queries.device) for x in found)
+    return ids, scores, in_band
+
+
+def _search(
+    queries: Any, docs: Any, rule: Rule, progress: Progress | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """On the CPU."""
     rows, count, width = check(queries, docs, rule)
-    k, lo, _, skip, offsets, excluded, _, random, seed, band_first, normalize = rule
     edges = upper_edges(rows, rule)
-    ids, scores, in_band = found = outputs(rows, k, "cpu")
-    threads = torch.get_num_threads()
-    spec = _core.BandSpec(width, k, skip, lo, random, seed % 2**64, band_first, normalize, threads)
+    ids, scores, in_band = found = outputs(rows, rule.k, "cpu")
+    spec = _core.BandSpec(
+        width, rule.k, rule.skip, rule.lo, rule.random, rule.seed % 2**64, rule.band_first,
+        rule.normalize, torch.get_num_threads(),
+    )  # fmt: skip
     step = _core.BandSearch.queries_within(spec, MEMORY)
     step = -(-rows // max(1, -(-rows // step)))  # equal shares
     for first in range(0, rows, max(step, 1)):
         last = min(first + step, rows)
-        row_offsets = 0 if offsets is None else offsets[first:].data_ptr()
-        row_ids = 0 if excluded is None else excluded.data_ptr()
-        search = _core.BandSearch(spec, first, last - first, edges[first:].data_ptr(), row_offsets, row_ids)
+        row_offsets = 0 if rule.offsets is None else rule.offsets[first:].data_ptr()
+        row_ids = 0 if rule.excluded is None else rule.excluded.data_ptr()
+        hi = edges[first:].data_ptr()
+        search = _core.BandSearch(spec, first, last - first, hi, row_offsets, row_ids)
         with Block(queries, first, last, "queries") as block:
             search.set_queries(block.pointer, block.dtype, block.row_stride)
         for begin, end in ranges(count, max(1, BLOCK // (4 * width))):
@@ -156,27 +216,33 @@ def _search(queries: Any, docs: Any, rule: Rule, progress: Progress | None = Non
             if progress is not None:
                 progress(first * count + (last - first) * end, rows * count)
         search.finish(ids[first:].data_ptr(), scores[first:].data_ptr(), in_band[first:].data_ptr())
-        del search  # before the next one takes its memory
+        del search  # frees its memory before the next one allocates
     return found
 
 
 def _ragged(exclude: Sequence[Any], rows: int, count: int) -> tuple[Tensor, Tensor]:
     """Offsets (rows + 1,) and ids, ascending within each row."""
     if len(exclude) != rows:
-        raise ValueError(f"exclude must have one list for each of the {rows} queries, not {len(exclude)}")
+        raise ValueError(
+            f"exclude must have one list for each of the {rows} queries (got {len(exclude)})"
+        )
     lists = [_ids(ids, row) for row, ids in enumerate(exclude)]
     lengths = np.array([len(ids) for ids in lists], dtype=np.int64)
     flat = np.concatenate(lists) if lists else np.empty(0, np.int64)
     row = np.repeat(np.arange(rows), lengths)
     if (wrong := np.flatnonzero((flat < 0) | (flat >= count))).size:
-        raise ValueError(f"exclude of query {row[wrong[0]]} names document {flat[wrong[0]]}, but the ids are 0 to {count - 1}")
+        raise ValueError(
+            f"exclude of query {row[wrong[0]]} names document {flat[wrong[0]]}, but the ids are"
+            f" 0 to {count - 1}"
+        )
     flat = flat[np.lexsort((flat, row))]
-    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))), torch.from_numpy(flat)
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    return torch.from_numpy(offsets), torch.from_numpy(flat)
 
 
 def _ids(ids: Any, row: int) -> np.ndarray:
     """A list, tuple, set, array or tensor of ids."""
     found = np.asarray([*ids] if isinstance(ids, Set) else ids).reshape(-1)
     if found.size and found.dtype.kind not in "iu":
-        raise TypeError(f"exclude of query {row} holds {found[0]!r}; give document ids, which are integers")
+        raise TypeError(f"exclude of query {row} must hold integer document ids (got {found[0]!r})")
     return found.astype(np.int64)

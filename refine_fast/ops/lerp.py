@@ -11,20 +11,40 @@ from .._native import DTYPES, cuda_module
 
 @torch.no_grad()
 def lerp_(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
-    """``base.copy_(torch.where(base == tuned, base, torch.lerp(base, tuned, weight)))``, in float32 for 16-bit types; float64 where base
-    is.
+    """Interpolates in place. Replaces::
 
-    base and tuned: the same shape and device, contiguous on the CPU, float16, bfloat16, float32 or float64, not necessarily the same.
-    Returns base.
+        base.copy_(torch.where(base == tuned, base, torch.lerp(base, tuned, weight)))
+
+    in float32 for 16-bit types and in float64 where base is.
+
+    Args:
+        base: float16, bfloat16, float32 or float64, on any device.
+        tuned: the same shape and device; may have another of these dtypes.
+        weight: the share of tuned.
+
+    Returns:
+        base. On a GPU without the CUDA extension, and for tensors that are not contiguous, by the
+        torch expression above.
+
+    Raises:
+        ValueError: different shapes or devices.
+        TypeError: another dtype.
     """
     if base.shape != tuned.shape or base.device != tuned.device:
         raise ValueError(
-            f"base {tuple(base.shape)} on {base.device} and tuned {tuple(tuned.shape)} on {tuned.device} differ in shape or device"
+            f"base and tuned must have the same shape and device (got {tuple(base.shape)} on"
+            f" {base.device} and {tuple(tuned.shape)} on {tuned.device})"
         )
     if base.dtype not in DTYPES or tuned.dtype not in DTYPES:
-        raise TypeError(f"base is {base.dtype} and tuned {tuned.dtype}; float16, bfloat16, float32 or float64 is needed")
+        raise TypeError(
+            "base and tuned must be float16, bfloat16, float32 or float64"
+            f" (got {base.dtype} and {tuned.dtype})"
+        )
     if base.is_contiguous() and tuned.is_contiguous():
-        arguments = (base.data_ptr(), DTYPES[base.dtype], tuned.data_ptr(), DTYPES[tuned.dtype], base.numel(), weight)
+        arguments = (
+            base.data_ptr(), DTYPES[base.dtype], tuned.data_ptr(), DTYPES[tuned.dtype],
+            base.numel(), weight,
+        )  # fmt: skip
         if base.is_cpu:
             _core.lerp(*arguments)
             return base

@@ -1,11 +1,11 @@
-"""Interpolation where the tensors are: the bits of the reference, on the GPU where there is one, and through fuse_into's lanes."""
+"""Interpolation where the tensors are: the bits of the reference, on the GPU where there is one,
+and through fuse_into's lanes."""
 
 from __future__ import annotations
 
 import ast
-import io
+import os
 from pathlib import Path
-from typing import IO, Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from refine_fast import _native, reference
 from refine_fast.errors import RefineFastError
-from refine_fast.fuse import fuse_into, into, pour
+from refine_fast.fuse import fuse_into, into, stream_to_device
 from refine_fast.ops.lerp import lerp_
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -27,22 +27,39 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 def emulated_lerp(base: torch.Tensor, tuned: torch.Tensor, weight: float) -> None:
     """The CUDA kernel over tests/cuda_emulation, on CPU tensors."""
     codes = _native.DTYPES
-    _native.cuda_module().lerp(base.data_ptr(), codes[base.dtype], tuned.data_ptr(), codes[tuned.dtype], base.numel(), weight, 0)
+    _native.cuda_module().lerp(
+        base.data_ptr(),
+        codes[base.dtype],
+        tuned.data_ptr(),
+        codes[tuned.dtype],
+        base.numel(),
+        weight,
+        0,
+    )
 
 
 def draw(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Normal numbers with the values that go wrong first: infinities, zeros of both signs, denormals, the largest."""
+    """Normal numbers with the values that go wrong first: infinities, zeros of both signs,
+    denormals, the largest."""
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 1e-40, -1e-7, 65504.0, 1.0], dtype=torch.float64)
+    special = torch.tensor(
+        [0.0, -0.0, float("inf"), float("-inf"), 1e-40, -1e-7, 65504.0, 1.0], dtype=torch.float64
+    )
     x[: min(n, 8)] = special[: min(n, 8)]
     return x.to(dtype)
 
 
 @pytest.mark.parametrize("base_dtype", FLOATS)
 @pytest.mark.parametrize("tuned_dtype", FLOATS)
-@pytest.mark.parametrize("n", [0, 1, 7, 8, 4099], ids=["none", "one", "less than a pack", "one pack", "a ragged tail"])
-def test_bits_of_the_reference(base_dtype: torch.dtype, tuned_dtype: torch.dtype, n: int, device: torch.device) -> None:
-    kernels = {"this device's": lerp_} | ({"emulated CUDA": emulated_lerp} if hasattr(_native.cuda_module(), "emulate") else {})
+@pytest.mark.parametrize(
+    "n", [0, 1, 7, 8, 4099], ids=["none", "one", "less than a pack", "one pack", "a ragged tail"]
+)
+def test_bits_of_the_reference(
+    base_dtype: torch.dtype, tuned_dtype: torch.dtype, n: int, device: torch.device
+) -> None:
+    kernels = {"this device's": lerp_} | (
+        {"emulated CUDA": emulated_lerp} if hasattr(_native.cuda_module(), "emulate") else {}
+    )
     for offset in (0, 1):  # 1: no access of 16 bytes is aligned
         for weight in (0.35, -0.2, 0.5, 1.0):
             base, tuned = draw(n + offset, base_dtype, 1), draw(n + offset, tuned_dtype, 2)
@@ -51,7 +68,9 @@ def test_bits_of_the_reference(base_dtype: torch.dtype, tuned_dtype: torch.dtype
             for name, interpolate in kernels.items():
                 found = base.to(device, copy=True)
                 interpolate(found[offset:], tuned.to(device)[offset:], weight)
-                same = (bits(found[offset:]) == bits(wanted[offset:])) | found[offset:].cpu().isnan().repeat_interleave(base.itemsize)
+                same = (bits(found[offset:]) == bits(wanted[offset:])) | found[
+                    offset:
+                ].cpu().isnan().repeat_interleave(base.itemsize)
                 assert same.all(), (name, offset, weight)
                 assert torch.equal(found.cpu().isnan()[offset:], wanted.isnan()[offset:])
 
@@ -61,32 +80,57 @@ class Small(nn.Module):
         super().__init__()
         for i, dtype in enumerate([*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2]):
             self.register_parameter(
-                f"weight{i}", nn.Parameter(torch.randn(37, 53, generator=torch.Generator().manual_seed(seed + i)).to(dtype))
+                f"weight{i}",
+                nn.Parameter(
+                    torch.randn(37, 53, generator=torch.Generator().manual_seed(seed + i)).to(dtype)
+                ),
             )
-        self.strided = nn.Parameter(torch.randn(16, 24, generator=torch.Generator().manual_seed(seed)).T)
+        self.strided = nn.Parameter(
+            torch.randn(16, 24, generator=torch.Generator().manual_seed(seed)).T
+        )
         self.register_buffer("steps", torch.arange(3))
 
 
 @pytest.fixture
 def small_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers of 1 KiB, so that a parameter takes many chunks."""
-    monkeypatch.setattr(pour, "BUFFER_BYTES", 1024)
+    monkeypatch.setattr(stream_to_device, "BUFFER_BYTES", 1024)
     monkeypatch.setattr(into, "BUFFER_BYTES", 1024)
 
 
-@pytest.mark.parametrize("tuned_dtype", [None, torch.bfloat16, torch.float8_e4m3fn], ids=["own dtypes", "bf16", "fp8"])
+@pytest.mark.parametrize(
+    "tuned_dtype", [None, torch.bfloat16, torch.float8_e4m3fn], ids=["own dtypes", "bf16", "fp8"]
+)
 @pytest.mark.parametrize("with_base", [False, True])
-def test_fuse_into(tuned_dtype: torch.dtype | None, with_base: bool, tmp_path: Path, small_lanes: None, device: torch.device) -> None:
+def test_fuse_into(
+    tuned_dtype: torch.dtype | None,
+    with_base: bool,
+    tmp_path: Path,
+    small_lanes: None,
+    device: torch.device,
+) -> None:
     model, tuned, base = Small(1).to(device), Small(2), Small(3)
     for name, module in (("tuned", tuned), ("base", base)):
         content = {key: value.contiguous() for key, value in module.state_dict().items()}
         if name == "tuned" and tuned_dtype is not None:
-            content = {key: value.to(tuned_dtype) if value.is_floating_point() else value for key, value in content.items()}
+            content = {
+                key: value.to(tuned_dtype) if value.is_floating_point() else value
+                for key, value in content.items()
+            }
         save_file(content, tmp_path / f"{name}.safetensors")
     start = base if with_base else Small(1)
-    fuse_into(model, tmp_path / "tuned.safetensors", 0.35, base=tmp_path / "base.safetensors" if with_base else None)
-    for (name, found), ours, theirs in zip(model.named_parameters(), start.parameters(), tuned.parameters(), strict=True):
-        wanted = reference.lerp(ours, theirs if tuned_dtype is None else theirs.to(tuned_dtype), 0.35)
+    fuse_into(
+        model,
+        tmp_path / "tuned.safetensors",
+        0.35,
+        base=tmp_path / "base.safetensors" if with_base else None,
+    )
+    for (name, found), ours, theirs in zip(
+        model.named_parameters(), start.parameters(), tuned.parameters(), strict=True
+    ):
+        wanted = reference.lerp(
+            ours, theirs if tuned_dtype is None else theirs.to(tuned_dtype), 0.35
+        )
         assert torch.equal(bits(found), bits(wanted)), name
     assert model.strided.stride() == (1, 24)
     assert torch.equal(model.steps.cpu(), torch.arange(3))
@@ -95,15 +139,18 @@ def test_fuse_into(tuned_dtype: torch.dtype | None, with_base: bool, tmp_path: P
 def test_a_failed_read_ends_the_others_and_is_raised(
     tmp_path: Path, small_lanes: None, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    save_file({key: value.contiguous() for key, value in Small(2).state_dict().items()}, tmp_path / "tuned.safetensors")
-    whole = Path.open
+    save_file(
+        {key: value.contiguous() for key, value in Small(2).state_dict().items()},
+        tmp_path / "tuned.safetensors",
+    )
+    stream = into.stream_to_device
 
-    def shorter(path: Path, mode: str = "r", buffering: int = -1) -> IO[Any]:
-        weights = buffering == 0  # headers are read with a buffer
-        return io.BytesIO() if weights else whole(path, mode, buffering)
+    def truncate_and_stream(*arguments: object) -> None:
+        os.truncate(tmp_path / "tuned.safetensors", 2048)
+        stream(*arguments)
 
-    monkeypatch.setattr(Path, "open", shorter)
-    with pytest.raises(RefineFastError, match="became shorter while it was read"):
+    monkeypatch.setattr(into, "stream_to_device", truncate_and_stream)
+    with pytest.raises(RefineFastError, match="was truncated while it was read"):
         fuse_into(Small(1).to(device), tmp_path / "tuned.safetensors")
 
 

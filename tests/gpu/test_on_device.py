@@ -1,6 +1,10 @@
-"""What only a GPU can show: real sizes, no host synchronization, capture in a CUDA graph, streams, bounded memory."""
+"""What only a GPU can show: real sizes, no host synchronization, capture in a CUDA graph, streams,
+bounded memory."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +13,10 @@ import torch.nn.functional as F
 import refine_fast as rf
 from refine_fast import reference
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def pair(B: int, N: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,12 +31,24 @@ def step(q: torch.Tensor, d: torch.Tensor, **options: object) -> tuple[torch.Ten
     return loss.detach(), *torch.autograd.grad(loss, (q, d))
 
 
-# 16 bits: e, the scaled q and the result, 2^-9 each at random; float32: cuBLAS sums of up to 5,000 terms, 72-bit logits, 2^-24 each
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-5), (torch.bfloat16, 3.5e-3), (torch.float16, 3.5e-3)])
-@pytest.mark.parametrize("shape", [(4096, 4096, 768), (1500, 5003, 384), (129, 700, 100)], ids=["square", "ragged", "D no multiple of 64"])
+# 16 bits: e, the scaled q and the result, 2^-9 each at random; float32: cuBLAS sums of up to 5,000
+# terms, 72-bit logits, 2^-24 each
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 3e-5), (torch.bfloat16, 3.5e-3), (torch.float16, 3.5e-3)],
+)
+@pytest.mark.parametrize(
+    "shape",
+    [(4096, 4096, 768), (1500, 5003, 384), (129, 700, 100)],
+    ids=["square", "ragged", "D no multiple of 64"],
+)
 @pytest.mark.parametrize("workspace", ["512", "16"])
 def test_equals_float64(
-    shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float, workspace: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    tolerance: float,
+    workspace: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("REFINE_FAST_WORKSPACE_MB", workspace)
     q, d = pair(*shape, dtype)
@@ -45,7 +64,13 @@ def test_equals_float64(
 def test_no_host_synchronization_and_equal_bits() -> None:
     q, d = pair(2048, 4096, 768, torch.bfloat16)
     ids = torch.arange(4096, device="cuda") // 2
-    options = {"symmetric": True, "margin": 0.1, "doc_ids": ids, "positives": ids[:2048], "hard": d.detach()[:2048, None]}
+    options = {
+        "symmetric": True,
+        "margin": 0.1,
+        "doc_ids": ids,
+        "positives": ids[:2048],
+        "hard": d.detach()[:2048, None],
+    }
     first = step(q, d, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -53,6 +78,22 @@ def test_no_host_synchronization_and_equal_bits() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+BAD_POSITIVE = """
+import torch, refine_fast as rf
+q = torch.randn(4, 8, device="cuda", requires_grad=True)
+rf.info_nce(q, q.detach(), positives=torch.tensor([0, 1, 2, -1], device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+def test_a_positive_outside_d_is_a_device_side_assertion() -> None:
+    """In a process of its own, since the assertion ends the CUDA context."""
+    done = subprocess.run([sys.executable, "-c", BAD_POSITIVE], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "positives must be rows of d" in done.stderr
+    assert "device-side assert" in done.stderr
 
 
 def test_captured_in_a_cuda_graph() -> None:
@@ -74,8 +115,8 @@ def test_captured_in_a_cuda_graph() -> None:
 
 @pytest.mark.parametrize("megabytes", [16, 128])
 def test_memory_stays_inside_the_workspace(megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peak beyond inputs and gradients: the workspace, the vectors of length B and N (here 20 float32 each), and what the allocator adds to
-    six large tensors."""
+    """Peak beyond inputs and gradients: the workspace, the vectors of length B and N (here 20
+    float32 each), and what the allocator adds to six large tensors."""
     monkeypatch.setenv("REFINE_FAST_WORKSPACE_MB", str(megabytes))
     q, d = pair(16_384, 16_384, 384, torch.bfloat16)
     step(q, d)  # cuBLAS takes its own workspace once
@@ -84,7 +125,9 @@ def test_memory_stays_inside_the_workspace(megabytes: int, monkeypatch: pytest.M
     before = torch.cuda.memory_allocated()
     found = step(q, d)
     gradients = sum(x.nbytes for x in found[1:])  # scaled in place by the upstream gradient
-    assert torch.cuda.max_memory_allocated() - before - gradients <= (megabytes << 20) + 16_384 * 2 * 20 * 4 + (6 << 20)
+    assert torch.cuda.max_memory_allocated() - before - gradients <= (
+        megabytes << 20
+    ) + 16_384 * 2 * 20 * 4 + (6 << 20)
 
 
 def clusters(rows: int, seed: int) -> torch.Tensor:
@@ -103,7 +146,9 @@ def test_band_topk_is_the_cpus(place: str, select: str) -> None:
     wanted = rf.band_topk(queries, docs, **rule)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # made there, searched there
-        found = rf.band_topk(queries.cuda(non_blocking=True), docs.cuda() if place == "on the GPU" else docs, **rule)
+        found = rf.band_topk(
+            queries.cuda(non_blocking=True), docs.cuda() if place == "on the GPU" else docs, **rule
+        )
     side.synchronize()
     assert torch.equal(found.ids.cpu(), wanted.ids)
     assert torch.equal(found.in_band.cpu(), wanted.in_band)

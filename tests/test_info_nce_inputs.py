@@ -1,0 +1,234 @@
+"""What info_nce refuses, what it falls back to, and the promises of its docstring."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import refine_fast as rf
+from refine_fast import errors, reference, triton_kernels
+from refine_fast.errors import RefineFastWarning
+from refine_fast.ops import info_nce as info_nce_module
+from refine_fast.ops import info_nce_operators as operators
+
+q, d = torch.randn(4, 8), torch.randn(6, 8)
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"q": q[:, :7]}, ValueError, r"q has shape \(4, 7\) and d \(6, 8\)"),
+    ({"q": q[0]}, ValueError, "q has shape"),
+    ({"d": d[:3]}, ValueError, "d has 3 rows for 4 queries"),
+    ({"positives": torch.arange(5)}, ValueError, r"positives has shape \(5,\)"),
+    (
+        {"positives": torch.tensor([0, 1, 2, 6])},
+        ValueError,
+        r"positives must be rows of d, 0 to 5 \(got 6\)",
+    ),
+    ({"positives": torch.tensor([0, 1, 2, -1])}, ValueError, r"positives must be .* \(got -1\)"),
+    (
+        {"positives": torch.arange(4.0)},
+        TypeError,
+        r"positives must be torch.int64 \(got torch.float32\)",
+    ),
+    ({"doc_ids": torch.arange(4)}, ValueError, "doc_ids has shape"),
+    ({"hard": torch.randn(4, 2, 7)}, ValueError, "hard has shape"),
+    ({"hard": torch.randn(4)}, ValueError, "hard has shape"),
+    (
+        {"hard_mask": torch.ones(4, 2, dtype=torch.bool)},
+        ValueError,
+        "hard_mask is given without hard",
+    ),
+    (
+        {"hard": torch.randn(4, 2, 8), "hard_mask": torch.ones(4, 3, dtype=torch.bool)},
+        ValueError,
+        "hard_mask has shape",
+    ),
+    (
+        {"hard": torch.randn(4, 2, 8), "hard_mask": torch.ones(4, 2)},
+        TypeError,
+        r"hard_mask must be torch.bool \(got torch.float32\)",
+    ),
+    ({"d": d.bfloat16()}, TypeError, "d is torch.bfloat16 and q torch.float32"),
+    ({"q": q.long(), "d": d.long()}, TypeError, "floating-point"),
+    ({"d": d.to("meta")}, ValueError, "d is on meta and q on cpu"),
+    ({"temperature": 0.0}, ValueError, r"temperature must be a positive number \(got 0.0\)"),
+    (
+        {"temperature": torch.tensor(-1.0)},
+        ValueError,
+        r"temperature must be a positive number \(got -1.0\)",
+    ),
+    ({"temperature": torch.ones(2)}, ValueError, r"temperature has shape \(2,\)"),
+    ({"temperature": math.nan}, ValueError, r"temperature must be a positive number \(got nan\)"),
+    ({"margin": math.nan}, ValueError, r"margin must be a number \(got NaN\)"),
+    ({"weight": torch.ones(3)}, ValueError, "weight has shape"),
+    (
+        {"widths": (4, 4, 8)},
+        ValueError,
+        r"widths must ascend from at least 1 to the 8 columns of q \(got \[4, 4, 8\]\)",
+    ),
+    ({"widths": (4,)}, ValueError, r"widths must ascend .* \(got \[4\]\)"),
+    ({"widths": (0, 8)}, ValueError, r"widths must ascend .* \(got \[0, 8\]\)"),
+    ({"widths": ()}, ValueError, r"widths must ascend .* \(got \[\]\)"),
+    (
+        {"widths": (4, 8), "width_weights": (1,)},
+        ValueError,
+        r"width_weights must hold one finite number for each .* \(got \[1.0\]\)",
+    ),
+    ({"width_weights": (1,)}, ValueError, "width_weights is given without widths"),
+    ({"reduction": "avg"}, ValueError, r"reduction must be .* \(got 'avg'\)"),
+    ({"q": q * math.nan}, ValueError, "row 0 of q holds NaN or infinity"),
+    (
+        {"d": torch.cat([d[:5], d[5:] * math.nan]), "doc_ids": torch.zeros(6, dtype=torch.int64)},
+        ValueError,
+        "row 5 of d holds NaN",
+    ),
+    (
+        {"q": q.abs(), "d": torch.cat([d[:5], d[5:].abs() * -math.inf])},
+        ValueError,
+        "row 5 of d holds NaN or infinity",  # although no logit is NaN
+    ),
+    (
+        {"hard": torch.cat([d[:4], d[:4] * math.nan], 1).reshape(4, 2, 8)},
+        ValueError,
+        r"row 1 of hard.flatten\(0, 1\) holds NaN",
+    ),
+    (
+        {"q": q * 1e30, "d": d * 1e30},
+        ValueError,
+        "the loss of row . is not finite: a product of q and d or hard overflows float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    BAD,
+    ids=[f"{next(iter(o))}-{i}" for i, (o, _, _) in enumerate(BAD)],
+)
+def test_bad_input(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        rf.info_nce(**{"q": q, "d": d, **options})
+
+
+INTERRUPTED = """
+import _thread, threading, time, torch, refine_fast as rf
+torch.set_num_threads(1)
+q, d = torch.randn(60_000, 64, requires_grad=True), torch.randn(60_000, 64)
+def interrupt():
+    global asked
+    asked = time.monotonic()
+    _thread.interrupt_main()
+rf.info_nce(q[:8], d[:8], symmetric=True)
+threading.Timer(0.5, interrupt).start()
+try:
+    rf.info_nce(q, d, symmetric=True)
+except KeyboardInterrupt:
+    print(time.monotonic() - asked)
+"""
+
+
+def test_an_interrupt_is_heard() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120
+    )
+    # 0.1 s on an idle machine; the whole call takes longer than the process may
+    assert float(done.stdout) < 5, done.stderr
+
+
+@pytest.mark.parametrize("bad", [-1, 6])
+def test_a_gpu_asserts_that_positives_are_rows_of_d(bad: int, triton_path: torch.device) -> None:
+    """On the device, without a host synchronization, so not as a ValueError."""
+    if triton_path.type == "cuda":
+        pytest.skip("the assertion ends the CUDA context; tests/gpu/test_on_device.py covers it")
+    positives = torch.tensor([0, 1, 2, bad])
+    with pytest.raises(RuntimeError, match="info_nce: positives must be rows of d"):
+        rf.info_nce(q, d, positives=positives)
+    with pytest.raises(RuntimeError, match="info_nce: positives must be rows of d"):
+        rf.info_nce(q.clone().requires_grad_(), d, positives=positives)
+
+
+@pytest.mark.parametrize("bad", [-1, 6])
+def test_no_kernel_reads_outside_d(
+    bad: int, triton_path: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the assertion, a positive outside d reads its first or last row, never beyond."""
+    monkeypatch.setattr(operators, "assert_values", lambda problem: None)
+    surroundings = torch.full((18, 8), math.nan, device=triton_path)
+    surroundings[6:12] = d.to(triton_path)
+    leaves = [q.to(triton_path).requires_grad_(), surroundings[6:12].requires_grad_()]
+    found = []
+    for own in (bad, min(max(bad, 0), 5)):
+        positives = torch.tensor([0, 1, 2, own], device=triton_path)
+        loss = rf.info_nce(*leaves, positives=positives, symmetric=True)
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(x.isfinite().all() for x in found[0])
+
+
+@pytest.fixture
+def warnings_forgotten() -> Iterator[None]:
+    """Forgets the warnings that are issued once a process."""
+    errors.warn_once.cache_clear()
+    yield
+    errors.warn_once.cache_clear()
+
+
+def test_a_device_without_its_kernels_runs_the_reference(
+    warnings_forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU stands for a GPU without triton."""
+    monkeypatch.setitem(info_nce_module.KERNEL_DEVICES, "cpu", "install triton")
+    leaves = [x.clone().requires_grad_() for x in (q, d)]
+    with pytest.warns(RefineFastWarning, match="plain torch reference on cpu.*: install triton"):
+        loss = rf.info_nce(*leaves)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RefineFastWarning)
+        assert torch.equal(rf.info_nce(*leaves), loss)
+        compiled = torch.compile(rf.info_nce, backend="aot_eager")
+        torch.testing.assert_close(compiled(*leaves), loss)
+    gold = reference.info_nce(*leaves)
+    assert torch.equal(loss, gold)
+    found, wanted = (torch.autograd.grad(x, leaves) for x in (loss, gold))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_what_the_triton_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernels, "find_spec", lambda name: object())
+    for version, enough in (("2.9.1+cu128", False), ("2.11.0", True), ("2.13.0+cpu", True)):
+        monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+        missing = triton_kernels.missing_requirement()
+        wanted = None if enough else "install torch 2.11 or newer (found 2.9.1+cu128)"
+        assert missing == wanted
+    monkeypatch.setattr(triton_kernels, "find_spec", lambda name: None)
+    assert triton_kernels.missing_requirement() == "install triton (pip install triton)"
+
+
+PEAK = """
+import re, sys, torch, refine_fast as rf
+from pathlib import Path
+N, isa, widths = int(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
+torch.set_num_threads(1)
+rf.force_isa(isa)
+def peak(): return int(re.findall(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[0])
+q, d = torch.randn(32, 8, requires_grad=True), torch.randn(N, 8, requires_grad=True)
+rf.info_nce(q, d[:64], widths=widths)
+Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
+before = peak()
+loss = rf.info_nce(q, d, widths=widths)
+print((peak() - before) * 1024 - q.nbytes - d.nbytes)
+"""
+
+
+@pytest.mark.parametrize("widths", [None, (4, 8)])
+def test_memory_is_what_the_docstring_says(isa: str, widths: tuple[int, ...] | None) -> None:
+    """24 MB of scores or m whole rows of them per width, and vectors of length N."""
+    N, rows = 2_000_000, {"scalar": 4, "avx2": 6, "neon": 8}.get(isa, 12)
+    command = [sys.executable, "-c", PEAK, str(N), isa, str(widths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    scores = 4 * rows * N * len(widths or [8])
+    assert int(done.stdout) <= max(24 << 20, scores) + 8 * N + (12 << 20)
