@@ -7,15 +7,30 @@ import torch
 
 from refine_fast import _core, reference
 
-FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
+FLOATS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.float8_e4m3fn: 4,
+    torch.float8_e5m2: 5,
+}
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# 0 and 1 must give an input back, the two sides of 1/2 take different formulas, the rest extrapolate
+# 0 and 1 must give an input back, the two sides of 1/2 take different formulas, the rest
+# extrapolate
 WEIGHTS = [0.0, 0.35, 0.49999999, 0.5, 0.65, 1.0, -0.25, 1.5]
 
 
 def native(base: torch.Tensor, tuned: torch.Tensor, weight: float) -> torch.Tensor:
     out = base.clone()
-    _core.lerp(out.data_ptr(), FLOATS[base.dtype], tuned.data_ptr(), FLOATS[tuned.dtype], out.numel(), weight)
+    _core.lerp(
+        out.data_ptr(),
+        FLOATS[base.dtype],
+        tuned.data_ptr(),
+        FLOATS[tuned.dtype],
+        out.numel(),
+        weight,
+    )
     return out
 
 
@@ -46,12 +61,21 @@ def test_bits_of_torch_lerp(isa: str, dtype: torch.dtype, weight: float) -> None
     assert_same_bits(native(wild, wilder, weight), reference.lerp(wild, wilder, weight))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 def test_reference_is_torch_lerp(dtype: torch.dtype) -> None:
-    """Away from equal values the reference is torch's own operator in that dtype, and ours with it."""
-    base, tuned = torch.randn(10_000, dtype=torch.float64).to(dtype), torch.randn(10_000, dtype=torch.float64).to(dtype)
+    """Away from equal values the reference is torch's own operator in that dtype, and ours with
+    it."""
+    base, tuned = (
+        torch.randn(10_000, dtype=torch.float64).to(dtype),
+        torch.randn(10_000, dtype=torch.float64).to(dtype),
+    )
     for weight in WEIGHTS:
-        assert_same_bits(native(base, tuned, weight), torch.where(base == tuned, base, torch.lerp(base, tuned, weight)))
+        assert_same_bits(
+            native(base, tuned, weight),
+            torch.where(base == tuned, base, torch.lerp(base, tuned, weight)),
+        )
 
 
 @pytest.mark.parametrize("base_type", FLOATS, ids=str)
@@ -81,10 +105,16 @@ def test_equal_stays_bit_equal(isa: str, dtype: torch.dtype, weight: float) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_fp8_conversion_is_torchs(dtype: torch.dtype) -> None:
-    """Every float16 value and its neighbours in float32 round to fp8 as torch rounds them, overflow and denormals included: weight 1 of
-    float32."""
+    """Every float16 value and its neighbours in float32 round to fp8 as torch rounds them, overflow
+    and denormals included: weight 1 of float32."""
     halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
-    values = torch.cat([halves, torch.nextafter(halves, torch.tensor(torch.inf)), torch.nextafter(halves, torch.tensor(-torch.inf))])
+    values = torch.cat(
+        [
+            halves,
+            torch.nextafter(halves, torch.tensor(torch.inf)),
+            torch.nextafter(halves, torch.tensor(-torch.inf)),
+        ]
+    )
     base = torch.zeros(len(values), dtype=dtype)
     assert_same_bits(native(base, values, 1.0), reference.lerp(base, values, 1.0))
 

@@ -1,4 +1,5 @@
-"""Layouts that transformers, sentence-transformers and PEFT write: fused, loaded again, and compared with torch."""
+"""Layouts that transformers, sentence-transformers and PEFT write: fused, loaded again, and
+compared with torch."""
 
 from __future__ import annotations
 
@@ -28,11 +29,19 @@ from refine_fast.errors import RefineFastError
 
 WEIGHT = 0.35
 
-SMALL: dict[str, Any] = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SMALL: dict[str, Any] = {
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MODELS = {
     "bert": lambda: BertModel(BertConfig(**SMALL)),
-    "modernbert": lambda: ModernBertModel(ModernBertConfig(**SMALL, **SPECIAL, cls_token_id=1, sep_token_id=2)),
+    "modernbert": lambda: ModernBertModel(
+        ModernBertConfig(**SMALL, **SPECIAL, cls_token_id=1, sep_token_id=2)
+    ),
     "qwen3": lambda: Qwen3Model(Qwen3Config(**SMALL, **SPECIAL, num_key_value_heads=2, head_dim=8)),
 }
 
@@ -42,7 +51,9 @@ def build(kind: str, seed: int) -> torch.nn.Module:
     return MODELS[kind]().eval()
 
 
-def assert_fused(found: torch.nn.Module, base: torch.nn.Module, tuned: torch.nn.Module, weight: float = WEIGHT) -> None:
+def assert_fused(
+    found: torch.nn.Module, base: torch.nn.Module, tuned: torch.nn.Module, weight: float = WEIGHT
+) -> None:
     theirs = tuned.state_dict()
     for name, t in base.state_dict().items():
         wanted = reference.lerp(t, theirs[name], weight) if t.is_floating_point() else t
@@ -54,16 +65,21 @@ def assert_fused(found: torch.nn.Module, base: torch.nn.Module, tuned: torch.nn.
 def test_transformers_layouts(tmp_path: Path, kind: str, shards: str) -> None:
     base, tuned = build(kind, 0), build(kind, 1)
     for model, name in ((base, "base"), (tuned, "tuned")):
-        model.save_pretrained(tmp_path / name, max_shard_size="5GB" if shards == "one file" else "20kB")
+        model.save_pretrained(
+            tmp_path / name, max_shard_size="5GB" if shards == "one file" else "20kB"
+        )
     report = rf.fuse(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", WEIGHT)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (shards == "shards")
     assert_fused(AutoModel.from_pretrained(tmp_path / "out"), base, tuned)
-    assert report.tensors.keys() == {name for name, t in base.state_dict().items() if t.is_floating_point()}
+    assert report.tensors.keys() == {
+        name for name, t in base.state_dict().items() if t.is_floating_point()
+    }
     assert report.not_finite == []
 
 
 def sentence_transformer(folder: Path, seed: int, minilm: Path) -> SentenceTransformer:
-    """MiniLM moved by noise, with the Dense and LayerNorm modules that some published models carry in subfolders."""
+    """MiniLM moved by noise, with the Dense and LayerNorm modules that some published models carry
+    in subfolders."""
     torch.manual_seed(seed)
     model = SentenceTransformer(str(minilm), device="cpu")
     width = model.get_embedding_dimension()
@@ -77,7 +93,10 @@ def sentence_transformer(folder: Path, seed: int, minilm: Path) -> SentenceTrans
 
 
 def test_sentence_transformers_with_modules_in_subfolders(tmp_path: Path, minilm: Path) -> None:
-    base, tuned = (sentence_transformer(tmp_path / name, seed, minilm) for name, seed in (("base", 0), ("tuned", 1)))
+    base, tuned = (
+        sentence_transformer(tmp_path / name, seed, minilm)
+        for name, seed in (("base", 0), ("tuned", 1))
+    )
     report = rf.fuse(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", WEIGHT)
     fused = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert_fused(fused, base, tuned)
@@ -86,7 +105,8 @@ def test_sentence_transformers_with_modules_in_subfolders(tmp_path: Path, minilm
     texts = ["a first sentence", "another one"]
     assert fused.encode(texts).shape == (2, 64)
 
-    # the same without a file: in place, twice over, the second time from the layout of older versions
+    # the same without a file: in place, twice over, the second time from the layout of older
+    # versions
     model = SentenceTransformer(str(tmp_path / "base"), device="cpu")
     for weight, folder in ((0.8, "tuned"), (WEIGHT, "older")):
         if folder == "older":
@@ -102,7 +122,10 @@ def test_sentence_transformers_with_modules_in_subfolders(tmp_path: Path, minilm
     assert (model.encode(texts) == fused.encode(texts)).all()
 
     # an encoder alone is not enough
-    with pytest.raises(RefineFastError, match=r"0_Transformer lacks the tensor '.*linear.bias' and 3 more of the loaded model"):
+    with pytest.raises(
+        RefineFastError,
+        match=r"0_Transformer lacks the tensor '.*linear.bias' and 3 more of the loaded model",
+    ):
         rf.fuse_into(model, tmp_path / "older" / "0_Transformer")
     assert_fused(model, base, tuned)
 
@@ -123,12 +146,23 @@ def test_fuse_into(tmp_path: Path, kind: str) -> None:
 
 
 def test_fuse_into_any_module(tmp_path: Path) -> None:
-    """A torch.nn.Sequential that is no SentenceTransformer, and files in a type that the model is not loaded in."""
-    base, tuned, model = (torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)) for _ in range(3))
+    """A torch.nn.Sequential that is no SentenceTransformer, and files in a type that the model is
+    not loaded in."""
+    base, tuned, model = (
+        torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)) for _ in range(3)
+    )
     for module, name in ((base, "base"), (tuned, "tuned")):
-        save_file({key: t.to(torch.float8_e4m3fn) for key, t in module.state_dict().items()}, tmp_path / f"{name}.safetensors")
+        save_file(
+            {key: t.to(torch.float8_e4m3fn) for key, t in module.state_dict().items()},
+            tmp_path / f"{name}.safetensors",
+        )
     rf.fuse_into(model, tmp_path / "tuned.safetensors", WEIGHT, base=tmp_path / "base.safetensors")
-    rf.fuse(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "out.safetensors", WEIGHT)
+    rf.fuse(
+        tmp_path / "base.safetensors",
+        tmp_path / "tuned.safetensors",
+        tmp_path / "out.safetensors",
+        WEIGHT,
+    )
     for name, t in load_file(tmp_path / "out.safetensors").items():
         assert torch.equal(model.state_dict()[name], t.float()), name
 
@@ -141,7 +175,9 @@ def test_fuse_into_any_module(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "the loaded model lacks the tensor 'encoder.layer.2"),
     ],
 )
-def test_fuse_into_changes_nothing_when_it_does_not_fit(tmp_path: Path, change: dict[str, int], message: str) -> None:
+def test_fuse_into_changes_nothing_when_it_does_not_fit(
+    tmp_path: Path, change: dict[str, int], message: str
+) -> None:
     torch.manual_seed(1)
     BertModel(BertConfig(**SMALL | change)).save_pretrained(tmp_path / "tuned")
     model = build("bert", 0)
@@ -151,16 +187,21 @@ def test_fuse_into_changes_nothing_when_it_does_not_fit(tmp_path: Path, change: 
 
 
 @pytest.mark.parametrize("side", ["base", "tuned"])
-@pytest.mark.parametrize("difference", ["prefix", "gamma", "prefix and gamma", "position_ids", "pooler", "cls", "head"])
+@pytest.mark.parametrize(
+    "difference", ["prefix", "gamma", "prefix and gamma", "position_ids", "pooler", "cls", "head"]
+)
 def test_published_and_resaved_names(tmp_path: Path, side: str, difference: str) -> None:
-    """How a published BGE, bert-base-uncased or ModernBERT and its re-saved fine-tune differ: each way is reconciled, and said."""
+    """How a published BGE, bert-base-uncased or ModernBERT and its re-saved fine-tune differ: each
+    way is reconciled, and said."""
     base, tuned = build("bert", 0), build("bert", 1)
     for model, name in ((base, "base"), (tuned, "tuned")):
         model.save_pretrained(tmp_path / name)
     content = load_file(tmp_path / side / "model.safetensors")
     if "gamma" in difference:
         content = {
-            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            ): t
             for name, t in content.items()
         }
     if "prefix" in difference:
@@ -175,14 +216,32 @@ def test_published_and_resaved_names(tmp_path: Path, side: str, difference: str)
         content |= {"head.norm.weight": torch.randn(32), "decoder.bias": torch.randn(200)}
     save_file(content, tmp_path / side / "model.safetensors", {"format": "pt"})
     report = rf.fuse(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", WEIGHT)
-    said = {"cls": ["cls.predictions"], "head": ["head.norm.weight", "decoder.bias"]}.get(difference, difference.split(" and "))
+    said = {"cls": ["cls.predictions"], "head": ["head.norm.weight", "decoder.bias"]}.get(
+        difference, difference.split(" and ")
+    )
     assert all(word in "\n".join(report.reconciled) for word in said)
-    out, ours = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
+    out, ours = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(tmp_path / "base" / "model.safetensors"),
+    )
     assert out.keys() == ours.keys()
     for name, t in ours.items():
-        plain = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        partner = tuned.state_dict().get(plain) if not (difference == "pooler" and "pooler" in name) else None
-        assert torch.equal(out[name], t if partner is None or not t.is_floating_point() else reference.lerp(t, partner, WEIGHT)), name
+        plain = (
+            name.removeprefix("bert.")
+            .replace("LayerNorm.gamma", "LayerNorm.weight")
+            .replace("LayerNorm.beta", "LayerNorm.bias")
+        )
+        partner = (
+            tuned.state_dict().get(plain)
+            if not (difference == "pooler" and "pooler" in name)
+            else None
+        )
+        assert torch.equal(
+            out[name],
+            t
+            if partner is None or not t.is_floating_point()
+            else reference.lerp(t, partner, WEIGHT),
+        ), name
 
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
@@ -216,7 +275,8 @@ def test_lora_adapter(tmp_path: Path, kind: str, variant: str) -> None:
     for name, t in base.state_dict().items():
         if t.is_floating_point():
             wanted = torch.lerp(t.double(), merged.state_dict()[name].double(), WEIGHT)
-            # float32 product of rank 4 and three roundings of values below 4: a few times 2^-23 of them
+            # float32 product of rank 4 and three roundings of values below 4: a few times 2^-23 of
+            # them
             assert (found[name].double() - wanted).abs().max() <= 1e-6, name
             changed += not torch.equal(t, found[name])
         if torch.equal(t, merged.state_dict()[name]):
@@ -242,25 +302,31 @@ def test_adapters_that_are_refused(tmp_path: Path) -> None:
     refused("DoRA", use_dora=True)
     refused("aLoRA", alora_invocation_tokens=[1])
     refused("LOHA", peft_type="LOHA")
-    refused("pissa_niter_4", init_lora_weights="pissa_niter_4")  # PEFT has changed the base before it trains these two
+    # PEFT has changed the base before it trains these two
+    refused("pissa_niter_4", init_lora_weights="pissa_niter_4")
     refused("olora", init_lora_weights="olora")
-    refused("no LoRA configuration", r="many")
-    refused("no LoRA configuration", rank_pattern=["query"])
-    refused("no LoRA configuration", alpha_pattern={"(": 2})
+    refused("is not a LoRA configuration", r="many")
+    refused("is not a LoRA configuration", rank_pattern=["query"])
+    refused("is not a LoRA configuration", alpha_pattern={"(": 2})
     refused("at rank 3", r=3)
     refused("at rank 0", rank_pattern={"query": 0})
     weights = load_file(tmp_path / "base" / "model.safetensors")
-    changed = {name: t.to(torch.int32) if "query.weight" in name else t for name, t in weights.items()}
+    changed = {
+        name: t.to(torch.int32) if "query.weight" in name else t for name, t in weights.items()
+    }
     save_file(changed, tmp_path / "base" / "model.safetensors")
     refused("query.weight, which is I32 .* dequantize")
     build("qwen3", 0).save_pretrained(tmp_path / "base")
     refused("which the base does not have")
-    (tmp_path / "good" / "adapter_model.safetensors").rename(tmp_path / "good" / "adapter_model.bin")
+    (tmp_path / "good" / "adapter_model.safetensors").rename(
+        tmp_path / "good" / "adapter_model.bin"
+    )
     refused("adapter_model.safetensors is missing: load the adapter with PEFT and save it again")
 
 
 def test_lora_over_float64(tmp_path: Path) -> None:
-    """The sum is taken in the width of the base: what an adapter does not change stays bit-equal."""
+    """The sum is taken in the width of the base: what an adapter does not change stays
+    bit-equal."""
     base = torch.randn(8, 6, dtype=torch.float64)
     save_file({"layer.weight": base}, tmp_path / "base.safetensors")
     a, b = torch.randn(2, 6), torch.randn(8, 2)
@@ -268,7 +334,9 @@ def test_lora_over_float64(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
-    save_file({"layer.lora_A.weight": a, "layer.lora_B.weight": b}, adapter / "adapter_model.safetensors")
+    save_file(
+        {"layer.lora_A.weight": a, "layer.lora_B.weight": b}, adapter / "adapter_model.safetensors"
+    )
     rf.fuse(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors", 1.0)
     found = load_file(tmp_path / "out.safetensors")["layer.weight"]
     assert torch.equal(found[:4], base[:4])

@@ -1,4 +1,5 @@
-"""A merge that is killed, or that runs out of disk, leaves the old output or the new one, and a killed one is gone on with."""
+"""A merge that is killed, or that runs out of disk, leaves the old output or the new one; a killed
+one is resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import refine_fast as rf
 from refine_fast import _core
 from refine_fast.errors import RefineFastError
-from refine_fast.fuse import merge, staging
+from refine_fast.fuse import atomic_output, merge
 
 KILLS = int(os.environ.get("REFINE_FAST_KILLS", "30"))
 
@@ -31,9 +32,14 @@ def save_model(folder: Path, seed: int, shards: int = 3, rows: int = 512) -> Pat
     folder.mkdir()
     weight_map = {}
     for i in range(shards):
-        save_file({f"{i}.{j}": torch.randn(rows, 256, generator=g) for j in range(3)}, folder / f"{i}.safetensors")
+        save_file(
+            {f"{i}.{j}": torch.randn(rows, 256, generator=g) for j in range(3)},
+            folder / f"{i}.safetensors",
+        )
         weight_map |= {f"{i}.{j}": f"{i}.safetensors" for j in range(3)}
-    (folder / "model.safetensors.index.json").write_text(str({"weight_map": weight_map}).replace("'", '"'))
+    (folder / "model.safetensors.index.json").write_text(
+        str({"weight_map": weight_map}).replace("'", '"')
+    )
     (folder / "config.json").write_text(f'{{"seed": {seed}}}')
     return folder
 
@@ -97,22 +103,25 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killable(monkeypatch: pytest.MonkeyPatch) -> None:
-    clean = staging.Staging.__exit__
+    clean = atomic_output.AtomicOutput.__exit__
 
-    def skip(self: staging.Staging, kind: type[BaseException] | None, *rest: object) -> None:
+    def skip(
+        self: atomic_output.AtomicOutput, kind: type[BaseException] | None, *rest: object
+    ) -> None:
         if kind is Killed:
             os.close(self._lock)
         else:
             clean(self, kind, *rest)
 
-    monkeypatch.setattr(staging.Staging, "__exit__", skip)
+    monkeypatch.setattr(atomic_output.AtomicOutput, "__exit__", skip)
     monkeypatch.setattr(merge, "_BATCH", 600_000)  # a tensor or two
 
 
 @pytest.mark.usefixtures("killable")
 @pytest.mark.parametrize("at", [0.15, 0.5, 0.9])
 def test_resume(tmp_path: Path, at: float) -> None:
-    """Killed at a part of the way, the next call writes only the rest, and its report is the whole."""
+    """Killed at a part of the way, the next call writes only the rest, and its report is the
+    whole."""
     base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
     whole = rf.fuse(base, tuned, tmp_path / "wanted", checksum=True)
 
@@ -128,14 +137,17 @@ def test_resume(tmp_path: Path, at: float) -> None:
     assert report.bytes_written == whole.bytes_written
     assert report.bytes_read < whole.bytes_read or at < 0.2
     assert report.tensors == whole.tensors
-    assert {Path(p).name: d for p, d in report.sha256.items()} == {Path(p).name: d for p, d in whole.sha256.items()}
+    assert {Path(p).name: d for p, d in report.sha256.items()} == {
+        Path(p).name: d for p, d in whole.sha256.items()
+    }
     assert sorted(os.listdir(tmp_path)) == ["base", "out", "tuned", "wanted"]
 
 
 @pytest.mark.usefixtures("killable")
 @pytest.mark.parametrize("change", ["weight", "input", "damage"])
 def test_no_resume_of_something_else(tmp_path: Path, change: str) -> None:
-    """Another weight, an input that was written since, a partial file that is too short: from the start, and right."""
+    """Another weight, an input that was written since, a partial file that is too short: from the
+    start, and right."""
     base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
 
     def stop(done: int, total: int) -> None:
@@ -158,10 +170,14 @@ def test_no_resume_of_something_else(tmp_path: Path, change: str) -> None:
 @pytest.mark.usefixtures("killable")
 def test_no_resume_with_another_scale_of_an_adapter(tmp_path: Path) -> None:
     """What is in adapter_config.json alone makes other weights too."""
-    save_file({f"{i}.weight": torch.randn(512, 256) for i in range(4)}, tmp_path / "base.safetensors")
+    save_file(
+        {f"{i}.weight": torch.randn(512, 256) for i in range(4)}, tmp_path / "base.safetensors"
+    )
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    factors = {f"{i}.lora_A.weight": torch.randn(2, 256) for i in range(4)} | {f"{i}.lora_B.weight": torch.randn(512, 2) for i in range(4)}
+    factors = {f"{i}.lora_A.weight": torch.randn(2, 256) for i in range(4)} | {
+        f"{i}.lora_B.weight": torch.randn(512, 2) for i in range(4)
+    }
     save_file(factors, adapter / "adapter_model.safetensors")
 
     def stop(done: int, total: int) -> None:
@@ -169,9 +185,16 @@ def test_no_resume_with_another_scale_of_an_adapter(tmp_path: Path) -> None:
             raise Killed
 
     for alpha, progress in ((2, stop), (4, None)):
-        (adapter / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": 2, "lora_alpha": {alpha}}}')
+        (adapter / "adapter_config.json").write_text(
+            f'{{"peft_type": "LORA", "r": 2, "lora_alpha": {alpha}}}'
+        )
         with pytest.raises(Killed) if progress else nullcontext():
-            report = rf.fuse(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors", progress=progress)
+            report = rf.fuse(
+                tmp_path / "base.safetensors",
+                adapter,
+                tmp_path / "out.safetensors",
+                progress=progress,
+            )
     assert report.resumed == 0
 
 
@@ -200,8 +223,11 @@ def test_replacing_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("killable")
 @pytest.mark.parametrize("how", [OSError, Killed])
-def test_stopped_between_the_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: type[BaseException]) -> None:
-    """The old output comes back: at once, or with the next call after a kill, even if that call fails."""
+def test_stopped_between_the_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: type[BaseException]
+) -> None:
+    """The old output comes back: at once, or with the next call after a kill, even if that call
+    fails."""
     base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
@@ -226,17 +252,22 @@ def test_stopped_between_the_two_steps(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(os.listdir(tmp_path)) == ["base", "out", "tuned"]
 
 
-def test_too_little_space_is_noticed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_noticed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4_000_000))
-    with pytest.raises(RefineFastError, match=r"takes 0.00 GB|takes .* GB, but the disk of .* has 0.00 GB free"):
+    with pytest.raises(
+        RefineFastError, match=r"takes 0.00 GB|takes .* GB, but the disk of .* has 0.00 GB free"
+    ):
         rf.fuse(base, tuned, tmp_path / "new" / "out")
     assert sorted(os.listdir(tmp_path)) == ["base", "tuned"]
 
 
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
-    """A limit on file sizes makes the writes fail midway, as a full disk does: one sentence, nothing left, the old output untouched."""
+    """A limit on file sizes makes the writes fail midway, as a full disk does: one sentence,
+    nothing left, the old output untouched."""
     base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
     script = (
         "import resource, sys, refine_fast as rf\n"
@@ -244,7 +275,12 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
         "try: rf.fuse(*sys.argv[1:4])\n"
         "except rf.errors.RefineFastError as e: print(e)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, base, tuned, tmp_path / "new" / "out"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, base, tuned, tmp_path / "new" / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "writing" in done.stdout, done.stderr
     assert "File too large" in done.stdout
     assert done.stdout.count("\n") == 1
@@ -253,17 +289,26 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that lost its room after the check: no space is left for the second file of a merge."""
+    """A disk that lost its room after the check: no space is left for the second file of a
+    merge."""
     base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode != 0:
+    if (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True
+        ).returncode
+        != 0
+    ):
         pytest.skip("needs the right to mount a tmpfs (a container without CAP_SYS_ADMIN has none)")
     try:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
         with pytest.raises(RefineFastError, match=r"/disk is a mount point"):
             rf.fuse(base, tuned, disk)
-        with pytest.raises(RefineFastError, match=r"reserving disk space for .*/disk/.*\.safetensors failed: No space left on device"):
+        with pytest.raises(
+            RefineFastError,
+            match=r"reserving disk space for .*/disk/.*\.safetensors failed: No space left",
+        ):
             rf.fuse(base, tuned, disk / "out")
         assert os.listdir(disk) == []
     finally:
@@ -272,26 +317,35 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", ["tuned", os.fsdecode(b"sp ace, \xc3\xbc and no UTF-8: \xff")])
 def test_an_input_that_shrinks(tmp_path: Path, name: str) -> None:
-    base, tuned = save_model(tmp_path / "base", 0, rows=4096), save_model(tmp_path / name, 1, rows=4096)
+    base, tuned = (
+        save_model(tmp_path / "base", 0, rows=4096),
+        save_model(tmp_path / name, 1, rows=4096),
+    )
 
     def cut(done: int, total: int) -> None:
         os.truncate(tuned / "2.safetensors", 100_000)
 
-    with pytest.raises(RefineFastError, match=rf"reading .*{name}/2\.safetensors failed: the file became shorter"):
+    with pytest.raises(
+        RefineFastError, match=rf"reading .*{name}/2\.safetensors failed: the file became shorter"
+    ):
         rf.fuse(base, tuned, tmp_path / f"{name}.out", progress=cut)
     assert sorted(os.listdir(tmp_path)) == sorted(["base", name])
 
 
 @pytest.mark.parametrize("who", ["its owner", "another"])
 def test_warm_pages_stay(who: str) -> None:
-    """What was in the page cache before is there after, cold or not the rest, also if the kernel tells us nothing of another's file."""
+    """What was in the page cache before is there after, cold or not the rest, also if the kernel
+    tells us nothing of another's file."""
     me = os.geteuid()
     if who == "another" and me != 0:
         pytest.skip("only root can become another user")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o777)
-        base, tuned = save_model(folder / "base", 0, shards=1, rows=16_384), save_model(folder / "tuned", 1, shards=1, rows=16_384)
+        base, tuned = (
+            save_model(folder / "base", 0, shards=1, rows=16_384),
+            save_model(folder / "tuned", 1, shards=1, rows=16_384),
+        )
         path = base / "0.safetensors"
         for file in (path, tuned / "0.safetensors"):
             file.chmod(0o644)
@@ -301,14 +355,18 @@ def test_warm_pages_stay(who: str) -> None:
             os.pread(file.fileno(), 4096, 20_000_000)
             before = resident(path)
             if len(before) == path.stat().st_size // 4096 + 1:
-                pytest.skip("this file system keeps its pages in memory (tmpfs); set TMPDIR to one on a disk")
+                pytest.skip(
+                    "this file system keeps its pages in memory (tmpfs); set TMPDIR to a folder on"
+                    " a disk"
+                )
         try:
             os.seteuid(65534 if who == "another" else me)
             rf.fuse(base, tuned, folder / "out")
         finally:
             os.seteuid(me)
         assert before <= resident(path)
-        assert len(resident(path)) < 2 * len(before) + 64  # and the rest of a cold file is gone again
+        # and the rest of a cold file is gone again
+        assert len(resident(path)) < 2 * len(before) + 64
         assert load_file(folder / "out" / "0.safetensors").keys() == {"0.0", "0.1", "0.2"}
 
 

@@ -1,7 +1,8 @@
-"""LoRA adapters as PEFT writes them (Hu et al., arXiv 2106.09685): the tuned weight of a layer is ``base + scale * B @ A``.
+"""LoRA adapters as PEFT writes them (Hu et al., arXiv 2106.09685): the tuned weight of a layer is
+``base + scale * B @ A``.
 
-Factors are read when their layer is merged, in float32, the scale multiplied into B; the product appears a few rows at a time while the
-base passes by.
+The factors are read when their layer is merged, in float32, with the scale multiplied into B; the
+product is computed a few rows at a time while the base streams by.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from .names import match_names
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
-# Initializations after which PEFT has other base weights than those on the disk
+MERGE_WITH_PEFT = "merge it with PEFT's merge_and_unload first"
+"""The remedy for adapters other than plain LoRA."""
+# initializations that change PEFT's base weights from those on the disk
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """tuned = base + scale * B @ A, A (rank, columns) and B (rows, rank) in an adapter's file; ``transposed``: the transpose of that."""
+    """tuned = base + scale * B @ A, A (rank, columns) and B (rows, rank) in an adapter's file;
+    ``transposed``: the transpose of that."""
 
     a: Entry
     b: Entry
@@ -41,7 +45,8 @@ class LowRank:
         return shape[::-1] if self.transposed else shape
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and scale * B, float32 and contiguous, whose product B @ A has the shape of the base."""
+        """A and scale * B, float32 and contiguous, whose product B @ A has the shape of the
+        base."""
         a, b = _load(self.a), _load(self.b)
         if self.transposed:
             a, b = b.T, a.T
@@ -50,7 +55,8 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """``low_rank``: base tensor name -> factors; ``whole``: base tensor name -> a tensor that replaces it (modules_to_save, biases)."""
+    """An adapter matched to its base. ``low_rank``: base tensor name -> factors; ``whole``: base
+    tensor name -> a tensor that replaces it (modules_to_save, biases)."""
 
     header: Header
     low_rank: dict[str, LowRank]
@@ -59,6 +65,7 @@ class Adapter:
 
 
 def is_adapter(path: Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
     return (path / "adapter_config.json").is_file()
 
 
@@ -67,15 +74,19 @@ def _load(entry: Entry) -> Tensor:
         file.seek(entry.offset)
         data = bytearray(file.read(entry.nbytes))
     if len(data) < entry.nbytes:
-        raise RefineFastError(f"{entry.file} became shorter while it was read")
+        raise RefineFastError(f"{entry.file} was truncated while it was read")
     if not data:
         return torch.empty(entry.shape)
     return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(entry.shape).float()
 
 
 def _patterns(config: dict[str, Any], name: str) -> list[tuple[re.Pattern[str], float]]:
-    """PEFT's rank_pattern and alpha_pattern: a key is a regular expression for the end of a module's name."""
-    return [(re.compile(rf"(.*\.)?({key})$"), float(value)) for key, value in (config.get(name) or {}).items()]
+    """PEFT's rank_pattern and alpha_pattern: a key is a regular expression for the end of a
+    module's name."""
+    return [
+        (re.compile(rf"(.*\.)?({key})$"), float(value))
+        for key, value in (config.get(name) or {}).items()
+    ]
 
 
 def _of(patterns: list[tuple[re.Pattern[str], float]], module: str, default: float) -> float:
@@ -83,39 +94,64 @@ def _of(patterns: list[tuple[re.Pattern[str], float]], module: str, default: flo
 
 
 def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
-    """The adapter in a folder, matched to the tensors of the base. Raises RefineFastError on anything that is not plain LoRA."""
+    """Reads the adapter in a folder and matches it to the tensors of the base.
+
+    Args:
+        path: a folder with adapter_config.json and adapter_model.safetensors.
+        base: the base's tensors, by name.
+
+    Raises:
+        RefineFastError: anything that is not plain LoRA, or does not fit the base.
+    """
     try:
         config = parse_json((path / "adapter_config.json").read_bytes())
         kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
         ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-        raise RefineFastError(f"{path / 'adapter_config.json'} is no LoRA configuration: {error}") from error
+        raise RefineFastError(
+            f"{path / 'adapter_config.json'} is not a LoRA configuration: {error}"
+        ) from error
     start = str(config.get("init_lora_weights")).lower()
-    variants = {"DoRA": config.get("use_dora"), "aLoRA": config.get("alora_invocation_tokens"), start: start.startswith(_CHANGES_BASE)}
+    variants = {
+        "DoRA": config.get("use_dora"),
+        "aLoRA": config.get("alora_invocation_tokens"),
+        start: start.startswith(_CHANGES_BASE),
+    }
     what = [kind] if kind != "LORA" else [name for name, active in variants.items() if active]
     if what:
-        raise RefineFastError(f"{path} is no plain LoRA adapter ({what[0]}): merge it with PEFT's merge_and_unload first")
+        raise RefineFastError(f"{path} is not a plain LoRA adapter ({what[0]}): {MERGE_WITH_PEFT}")
     weights = path / "adapter_model.safetensors"
     if not weights.is_file():
-        raise RefineFastError(f"{weights} is missing: load the adapter with PEFT and save it again, which writes safetensors")
+        raise RefineFastError(
+            f"{weights} is missing: load the adapter with PEFT and save it again, which writes"
+            " safetensors"
+        )
     header = read_header(weights)
     factors: dict[str, dict[str, Entry]] = {}
     whole: dict[str, Entry] = {}
     for entry in header.entries:
-        name = entry.name.removeprefix("base_model.model.").replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-        found = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?", name)
+        name = (
+            entry.name.removeprefix("base_model.model.")
+            .replace(".modules_to_save.", ".")
+            .replace(".base_layer.", ".")
+        )
+        found = re.fullmatch(
+            r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?", name
+        )
         if found:
             factors.setdefault(found[1], {})[found[2]] = entry
         elif "lora_" in name:
             raise RefineFastError(
-                f"{header.path}: adapter tensor {entry.name!r} is not plain LoRA: merge the adapter with PEFT's merge_and_unload first"
+                f"{header.path}: adapter tensor {entry.name!r} is not plain LoRA: {MERGE_WITH_PEFT}"
             )
         else:
             whole[name] = entry
     targets = {module: module + ".weight" for module in factors}
     match = match_names([*base], [*targets.values(), *whole])
     if match.extra:
-        raise RefineFastError(f"{header.path}: the adapter changes {match.extra[0]}, which the base does not have")
+        raise RefineFastError(
+            f"{header.path}: the adapter changes {match.extra[0]}, which the base does not have"
+        )
     base_name = {tuned: name for name, tuned in match.pairs.items()}
     low_rank = {}
     for module, pair in factors.items():
@@ -123,24 +159,43 @@ def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
         embedding = "lora_embedding_A" in pair
         kinds = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if not name or set(pair) != set(kinds):
-            raise RefineFastError(f"{header.path}: module {module!r} lacks one of {kinds[0]} and {kinds[1]}, or the base lacks its weight")
+            raise RefineFastError(
+                f"{header.path}: module {module!r} lacks one of {kinds[0]} and {kinds[1]}, or the"
+                " base lacks its weight"
+            )
         a, b = pair[kinds[0]], pair[kinds[1]]
         for entry in (a, b):
             if entry.dtype not in _DTYPES:
                 raise RefineFastError(
-                    f"{header.path}: adapter tensor {entry.name!r} has dtype {entry.dtype}; F32, BF16, F16 or F64 is needed"
+                    f"{header.path}: adapter tensor {entry.name!r} must be F32, BF16, F16 or F64"
+                    f" (got {entry.dtype})"
                 )
         r = _of(ranks, module, rank)
         if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == r > 0:
-            raise RefineFastError(f"{header.path}: module {module!r} has factors of shapes {a.shape} and {b.shape} at rank {r:g}")
+            raise RefineFastError(
+                f"{header.path}: module {module!r} has factors of shapes {a.shape} and {b.shape}"
+                f" at rank {r:g}"
+            )
         scale = _of(alphas, module, alpha) / (r**0.5 if config.get("use_rslora") else r)
         update = LowRank(a, b, scale, embedding or bool(config.get("fan_in_fan_out")))
         if base[name].shape != update.shape:
-            raise RefineFastError(f"{header.path}: module {module!r} changes {update.shape}, but {name} in the base is {base[name].shape}")
+            raise RefineFastError(
+                f"{header.path}: module {module!r} changes {update.shape}, but {name} in the base"
+                f" is {base[name].shape}"
+            )
         if base[name].storage is None:
             raise RefineFastError(
-                f"{header.path} changes {name}, which is {base[name].dtype} in {base[name].file}: dequantize the base first"
+                f"{header.path} changes {name}, which is {base[name].dtype} in {base[name].file}:"
+                " dequantize the base first"
             )
         low_rank[name] = update
-    notes = [f"adapter of rank {rank} over {len(low_rank)} tensors", *(note for note in match.notes if not note.endswith("kept"))]
-    return Adapter(header, low_rank, {base_name[name]: entry for name, entry in whole.items() if name in base_name}, notes)
+    notes = [
+        f"adapter of rank {rank} over {len(low_rank)} tensors",
+        *(note for note in match.notes if not note.endswith("kept")),
+    ]
+    return Adapter(
+        header,
+        low_rank,
+        {base_name[name]: entry for name, entry in whole.items() if name in base_name},
+        notes,
+    )

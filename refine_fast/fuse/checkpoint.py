@@ -1,7 +1,8 @@
-"""What lies in a checkpoint: safetensors headers and model folders, read as if they came from an enemy.
+"""Reads checkpoints: safetensors headers and model folders, treated as untrusted input.
 
-A header is trusted with nothing: its length, its JSON, each dtype, shape and offset is checked before a byte of data is read, by the rules
-of the safetensors reference implementation (``SafeTensorError``) and one more, that no key occurs twice.
+Nothing in a header is trusted: its length, its JSON, each dtype, shape and offset is checked before
+a byte of data is read, by the rules of the safetensors reference implementation
+(``SafeTensorError``) and one more, that no key occurs twice.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any, NoReturn
 
 from ..errors import RefineFastError
 
-# safetensors dtype -> (bits of an element, refine_fast::Storage: how it is interpolated; None: copied)
 DTYPES: dict[str, tuple[int, int | None]] = {
     "F32": (32, 0),
     "BF16": (16, 1),
@@ -33,14 +33,35 @@ DTYPES: dict[str, tuple[int, int | None]] = {
     **dict.fromkeys(["F6_E2M3", "F6_E3M2"], (6, None)),
     "F4": (4, None),
 }
-RAW = 6  # refine_fast::Storage::raw
+"""safetensors dtype -> (bits of an element, refine_fast::Storage or None for a copy)."""
+RAW = 6
+"""refine_fast::Storage::raw."""
 MAX_HEADER = 100_000_000
-WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite", ".xml", ".mlmodel")
+"""Bytes of a header that the format allows."""
+WEIGHT_SUFFIXES = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".onnx",
+    ".onnx_data",
+    ".gguf",
+    ".tflite",
+    ".xml",
+    ".mlmodel",
+)
+"""Weight files that fuse does not read."""
+
+
+_UNUSED_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor: where its bytes are."""
+    """One tensor and where its bytes are."""
 
     name: str
     dtype: str
@@ -51,12 +72,14 @@ class Entry:
 
     @property
     def storage(self) -> int | None:
+        """refine_fast::Storage, or None where the tensor is copied."""
         return DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True)
 class Header:
-    """One safetensors file: ``raw`` is all that precedes the data, ``entries`` the tensors in the order of their bytes."""
+    """One safetensors file: ``raw`` is everything before the data, ``entries`` the tensors in the
+    order of their bytes."""
 
     path: Path
     raw: bytes
@@ -74,13 +97,17 @@ class Component:
     index: Path | None = None
 
     def entries(self) -> Iterator[Entry]:
+        """Every tensor, shard by shard."""
         return (entry for shard in self.shards for entry in shard.entries)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder, or one file. Keys are paths relative to ``root``; ``left_out`` are weights in formats (or duplicates) that fuse does
-    not write."""
+    """A model folder, or one file.
+
+    ``components``: by path relative to ``root``; ``others``: the files to copy; ``left_out``:
+    weights that fuse does not write, in another format or duplicates.
+    """
 
     root: Path
     components: dict[str, Component]
@@ -88,28 +115,33 @@ class Checkpoint:
     left_out: list[str] = field(default_factory=list)
 
     def files(self) -> list[Path]:
+        """Every safetensors file that is read."""
         return [shard.path for component in self.components.values() for shard in component.shards]
 
 
 def _reject(path: Path, why: str) -> NoReturn:
-    raise RefineFastError(f"{path} is no valid safetensors file: {why}; download it or save it again")
+    raise RefineFastError(
+        f"{path} is not a valid safetensors file: {why}; download it or save it again"
+    )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = dict(pairs)
     if len(keys) != len(pairs):
         names = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice"
+        )
     return keys
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _integer(digits: str) -> int:
     if digits == "-0":  # a float to the reference implementation
-        raise ValueError("-0 is no integer")
+        raise ValueError("-0 is not an integer")
     return int(digits)
 
 
@@ -120,8 +152,17 @@ def _finite(digits: str) -> float:
 
 
 def parse_json(text: bytes) -> Any:
-    """Strict JSON: no key twice, no number out of range, no NaN, no unpaired surrogate. Raises ValueError."""
-    hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _finite, "parse_constant": _no_constant}
+    """Parses strict JSON.
+
+    Raises:
+        ValueError: a key that occurs twice, a number out of range, NaN, an unpaired surrogate, or
+            nesting that is too deep.
+    """
+    hooks: dict[str, Any] = {
+        "parse_int": _integer,
+        "parse_float": _finite,
+        "parse_constant": _no_constant,
+    }
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, **hooks)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -140,18 +181,30 @@ def _parse_entry(path: Path, name: str, info: object, data_start: int) -> Entry:
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         _reject(path, f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)) or not all(map(_is_size, accumulate(shape, mul))):
+    if (
+        not isinstance(shape, list)
+        or not all(map(_is_size, shape))
+        or not all(map(_is_size, accumulate(shape, mul)))
+    ):
         _reject(path, f"tensor {name!r} has the shape {str(shape)[:80]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         _reject(path, f"tensor {name!r} has the data_offsets {str(offsets)[:80]}")
     bits, nbytes = math.prod(shape) * DTYPES[dtype][0], offsets[1] - offsets[0]
     if bits != 8 * nbytes:
-        _reject(path, f"tensor {name!r} of dtype {dtype} and shape {shape} takes {bits / 8:.12g} bytes, but its data_offsets span {nbytes}")
+        _reject(
+            path,
+            f"tensor {name!r} of dtype {dtype} and shape {shape} takes {bits / 8:.12g} bytes, but"
+            f" its data_offsets span {nbytes}",
+        )
     return Entry(name, dtype, tuple(shape), path, data_start + offsets[0], nbytes)
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, fully validated. Raises RefineFastError."""
+    """Reads and fully validates the header of a safetensors file.
+
+    Raises:
+        RefineFastError: a file that cannot be read or breaks a rule of the format.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -160,7 +213,11 @@ def read_header(path: Path) -> Header:
             if size < 8:
                 _reject(path, f"it has {size} bytes, less than the 8 that give the header's length")
             if n > MAX_HEADER:
-                _reject(path, f"its header claims {n} bytes, more than the {MAX_HEADER} that the format allows")
+                _reject(
+                    path,
+                    f"its header claims {n} bytes, more than the {MAX_HEADER} that the format"
+                    " allows",
+                )
             if 8 + n > size:
                 _reject(path, f"its header claims {n} bytes, but the file ends after {size}")
             text = file.read(n)
@@ -175,13 +232,21 @@ def read_header(path: Path) -> Header:
     metadata = header.pop("__metadata__", None)
     if metadata is None:
         metadata = {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        _reject(path, "its __metadata__ is no map from text to text")
-    entries = sorted((_parse_entry(path, name, info, 8 + n) for name, info in header.items()), key=lambda e: (e.offset, e.nbytes))
+    texts = isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values())
+    if not texts:
+        _reject(path, "its __metadata__ is not a map from strings to strings")
+    entries = sorted(
+        (_parse_entry(path, name, info, 8 + n) for name, info in header.items()),
+        key=lambda e: (e.offset, e.nbytes),
+    )
     end = 8 + n
     for entry in entries:
         if entry.offset != end:
-            _reject(path, f"tensor {entry.name!r} starts at byte {entry.offset}, but the data before it ends at {end}")
+            _reject(
+                path,
+                f"tensor {entry.name!r} starts at byte {entry.offset}, but the data before it ends"
+                f" at {end}",
+            )
         end += entry.nbytes
     if end != size:
         _reject(path, f"its tensors end at byte {end}, but the file at {size}")
@@ -189,39 +254,53 @@ def read_header(path: Path) -> Header:
 
 
 def _check_inside(folder: Path, path: Path) -> None:
-    """A weight file must lie in its folder, or where the Hugging Face cache keeps the folder's files: snapshots/<rev>/x ->
-    ../../blobs/<hash>."""
+    """Requires a weight file to be in its folder, or where the Hugging Face cache keeps the
+    folder's files: snapshots/<rev>/x -> ../../blobs/<hash>."""
     homes = [folder.resolve()]
     if homes[0].parent.name == "snapshots":
         homes.append(homes[0].parent.parent / "blobs")
     if not any(path.resolve().is_relative_to(home) for home in homes):
-        raise RefineFastError(f"{path} is a link that leaves the model's folder: put the file itself there")
+        raise RefineFastError(
+            f"{path} is a link that leaves the model's folder: put the file itself there"
+        )
 
 
 def _read_index(index: Path, root: Path) -> Component:
     try:
         content = parse_json(index.read_bytes())
     except (ValueError, OSError) as error:
-        raise RefineFastError(f"{index} is no valid index: {str(error)[:200]}") from error
+        raise RefineFastError(f"{index} is not a valid index: {str(error)[:200]}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         raise RefineFastError(f"{index} has no weight_map from tensor names to file names")
     if not isinstance(content.get("metadata") or {}, dict):
-        raise RefineFastError(f"{index} has metadata that are no map from names to values")
+        raise RefineFastError(f"{index} has metadata that is not a map from names to values")
     shards = {}
     for file in sorted(set(weight_map.values())):
         path = index.parent / file
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
-            raise RefineFastError(f"{index} points outside its folder, at {file!r}: only plain file names are accepted")
+            raise RefineFastError(
+                f"{index} points outside its folder, at {file!r}: only plain file names are"
+                " accepted"
+            )
         if not os.path.isfile(path):
-            raise RefineFastError(f"{index} names the shard {file!r}, which is missing: download the model again")
+            raise RefineFastError(
+                f"{index} names the shard {file!r}, which is missing: download the model again"
+            )
         _check_inside(root, path)
         shards[file] = read_header(path)
     where: dict[str, str] = {}
     for file, shard in shards.items():
         for entry in shard.entries:
             if where.setdefault(entry.name, file) != file:
-                raise RefineFastError(f"{index.parent}: tensor {entry.name!r} is in two shards, {where[entry.name]!r} and {file!r}")
+                raise RefineFastError(
+                    f"{index.parent}: tensor {entry.name!r} is in two shards,"
+                    f" {where[entry.name]!r} and {file!r}"
+                )
     for name, file in weight_map.items():
         if where.get(name) != file:
             found = f"it is in {where[name]!r}" if name in where else "no shard has it"
@@ -229,11 +308,14 @@ def _read_index(index: Path, root: Path) -> Component:
     return Component(index.parent, list(shards.values()), index)
 
 
-def _read_component(folder: Path, names: list[str], root: Path) -> tuple[Component | None, set[str]]:
+def _read_component(
+    folder: Path, names: list[str], root: Path
+) -> tuple[Component | None, set[str]]:
     """The weights of one folder and the names of the files that they are read from."""
     files = [name for name in names if name.endswith(".safetensors")]
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
-    if "model.safetensors" in files or (len(files) == 1 and not indexes):  # as transformers prefers: one file before an index
+    # transformers also prefers one file to an index
+    if "model.safetensors" in files or (len(files) == 1 and not indexes):
         name = "model.safetensors" if "model.safetensors" in files else files[0]
         _check_inside(root, folder / name)
         return Component(folder, [read_header(folder / name)]), {name}
@@ -242,7 +324,8 @@ def _read_component(folder: Path, names: list[str], root: Path) -> tuple[Compone
         return component, {indexes[0], *(shard.path.name for shard in component.shards)}
     if files or indexes:
         raise RefineFastError(
-            f"{folder} has {len(files)} safetensors files and {len(indexes)} indexes: one model.safetensors or one index is needed"
+            f"{folder} has {len(files)} safetensors files and {len(indexes)} indexes; it must have"
+            " one model.safetensors or one index"
         )
     return None, set()
 
@@ -252,16 +335,22 @@ def _unreadable(error: OSError) -> NoReturn:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A model folder or one .safetensors file, every header validated. Raises RefineFastError."""
+    """Reads a model folder or one .safetensors file, and validates every header.
+
+    Raises:
+        RefineFastError: a path that cannot be read, or weights that are missing, ambiguous or
+            malformed.
+    """
     if os.path.isfile(path):
         if path.suffix in WEIGHT_SUFFIXES:
             raise RefineFastError(
-                f"{path} is no safetensors file: save the model again with model.save_pretrained(folder), which writes safetensors"
+                f"{path} is not a safetensors file: save the model again with"
+                " model.save_pretrained(folder), which writes safetensors"
             )
         return Checkpoint(path.parent, {".": Component(path.parent, [read_header(path)])})
     if not os.path.isdir(path):
         raise RefineFastError(
-            f"{path} does not exist, or may not be read: give a model folder or a .safetensors file"
+            f"{path} does not exist or cannot be read: give a model folder or a .safetensors file"
             " (`hf download NAME --local-dir FOLDER` fetches one)"
         )
     components, others, left_out = {}, [], []
@@ -270,13 +359,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             if (folder / name).is_symlink():
-                raise RefineFastError(f"{folder / name} is a link to a folder: put the folder itself there")
+                raise RefineFastError(
+                    f"{folder / name} is a link to a folder: put the folder itself there"
+                )
         component, used = _read_component(folder, names, path)
         relative = folder.relative_to(path)
         if component is not None:
             components[str(relative)] = component
         for name in sorted(set(names) - used):
-            if name.endswith((*WEIGHT_SUFFIXES, ".safetensors", ".safetensors.index.json", ".bin.index.json")):
+            if name.endswith((*WEIGHT_SUFFIXES, *_UNUSED_WEIGHTS)):
                 left_out.append(str(relative / name))
             else:
                 others.append(str(relative / name))
@@ -286,5 +377,5 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 f"{path} has no safetensors weights, only {left_out[0]}: convert them with"
                 f" AutoModel.from_pretrained({str(path)!r}).save_pretrained(FOLDER)"
             )
-        raise RefineFastError(f"{path} has no weights: no *.safetensors file is in it")
+        raise RefineFastError(f"{path} has no weights: it has no *.safetensors file")
     return Checkpoint(path, components, others, left_out)

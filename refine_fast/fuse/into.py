@@ -14,8 +14,8 @@ from ..ops.lerp import lerp_
 from .checkpoint import Checkpoint, Entry, read_checkpoint
 from .modules import folder_of_prefix
 from .names import match_names
-from .plan import Weights, some
-from .pour import BUFFER_BYTES, pour
+from .plan import Weights, first_and_count
+from .stream_to_device import BUFFER_BYTES, stream_to_device
 
 _DTYPES = {
     "F32": torch.float32,
@@ -28,35 +28,58 @@ _DTYPES = {
 
 
 def fuse_into(
-    model: nn.Module, tuned: str | Path, weight: float = 0.35, *, base: str | Path | None = None, weights: Mapping[str, float] | None = None
+    model: nn.Module,
+    tuned: str | Path,
+    weight: float = 0.35,
+    *,
+    base: str | Path | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> list[str]:
-    """``p += weight * (tuned - p)`` for every floating-point parameter and buffer of ``model``, in place, on the CPU or the GPU, ``tuned``
-    read from its files a few MiB at a time. With ``base`` (the files that the model was loaded from) the parameters become ``base + weight
-    * (tuned - base)`` whatever they were before, so that a sweep calls this once a weight: the same values as ``fuse`` followed by
+    """``p += weight * (tuned - p)`` for every floating-point parameter and buffer of a model, in
+    place, on the CPU or the GPU. ``tuned`` is read from its files a few MiB at a time.
+
+    With ``base`` the parameters become ``base + weight * (tuned - base)`` whatever they were
+    before, so that a sweep calls this once per weight: the same values as ``fuse`` followed by
     loading.
 
-    model: a transformers model or a SentenceTransformer; tuned, base: folders or .safetensors files; weights: as in ``fuse``, globs over
-    the model's parameter names. Returns the names that were reconciled. Raises RefineFastError before any parameter is changed.
+    Args:
+        model: a transformers model or a SentenceTransformer.
+        tuned: a model folder or a .safetensors file.
+        weight: the share of tuned.
+        base: the folder or file that the model was loaded from.
+        weights: as in ``fuse``, globs over the model's parameter names.
+
+    Returns:
+        Notes on the names that were reconciled.
+
+    Raises:
+        RefineFastError: files that do not fit the model, before any parameter is changed; a file
+            that is truncated while it is read.
     """
     notes: list[str] = []
     own_weights = Weights([weight], weights)
     targets = _targets(model)
     theirs = _partners(model, targets, read_checkpoint(Path(tuned)), notes)
     ours = {} if base is None else _partners(model, targets, read_checkpoint(Path(base)), [])
-    work: list[tuple[Tensor, tuple[Entry, ...], float]] = []
+    pieces: list[tuple[Tensor, tuple[Entry, ...], float]] = []
     seen = set()
     for name, target in targets.items():
         if name in theirs and target.data_ptr() not in seen:  # tied parameters once
             seen.add(target.data_ptr())
             sources = (theirs[name], ours[name]) if name in ours else (theirs[name],)
-            work.append((target.detach(), sources, own_weights.of(name)[0]))
+            pieces.append((target.detach(), sources, own_weights.of(name)[0]))
     own_weights.check_all_used()
-    flats = [target.contiguous().view(-1) for target, _, _ in work]
+    flats = [target.contiguous().view(-1) for target, _, _ in pieces]
     for device in {flat.device for flat in flats}:
-        here = ((flat, sources, own) for flat, (_, sources, own) in zip(flats, work, strict=True) if flat.device == device)
-        pour((chunk for tensor in here for chunk in _chunks(*tensor)), device)
-    for flat, (target, _, _) in zip(flats, work, strict=True):
-        if flat.data_ptr() != target.data_ptr():  # a strided parameter was worked on in a copy
+        here = (
+            (flat, sources, own)
+            for flat, (_, sources, own) in zip(flats, pieces, strict=True)
+            if flat.device == device
+        )
+        chunks = (chunk for tensor in here for chunk in _chunks(*tensor))
+        stream_to_device(chunks, device)
+    for flat, (target, _, _) in zip(flats, pieces, strict=True):
+        if flat.data_ptr() != target.data_ptr():  # a strided parameter was updated in a copy
             target.copy_(flat.view(target.shape))
     return notes
 
@@ -64,16 +87,24 @@ def fuse_into(
 def check_fuse_into(model: nn.Module, tuned: str | Path) -> list[str]:
     """Raises what ``fuse_into`` would raise for these files; reads headers only.
 
+    Args:
+        model: a transformers model or a SentenceTransformer.
+        tuned: a model folder or a .safetensors file.
+
     Returns:
         The names of tied parameters that the files hold more than once.
+
+    Raises:
+        RefineFastError: files that do not fit the model.
     """
     targets = _targets(model)
     pairs = _partners(model, targets, read_checkpoint(Path(tuned)), [])
     first: dict[int, Entry] = {}
     return [
-        name for name, entry in pairs.items()
+        name
+        for name, entry in pairs.items()
         if first.setdefault(targets[name].data_ptr(), entry) is not entry
-    ]  # fmt: skip
+    ]
 
 
 def _targets(model: nn.Module) -> dict[str, Tensor]:
@@ -82,8 +113,11 @@ def _targets(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
 
 
-def _partners(model: nn.Module, targets: dict[str, Tensor], checkpoint: Checkpoint, notes: list[str]) -> dict[str, Entry]:
-    """The tensor in the files for each of the model's, by the name there. A SentenceTransformer's modules have folders of their own."""
+def _partners(
+    model: nn.Module, targets: dict[str, Tensor], checkpoint: Checkpoint, notes: list[str]
+) -> dict[str, Entry]:
+    """The tensor in the files for each of the model's, by its name in the model. Each module of a
+    SentenceTransformer has its own folder."""
     parts = folder_of_prefix(model, checkpoint.root)
     pairs: dict[str, Entry] = {}
     for prefix, folder in parts.items():
@@ -91,34 +125,49 @@ def _partners(model: nn.Module, targets: dict[str, Tensor], checkpoint: Checkpoi
         if not own:
             continue
         if folder not in checkpoint.components:
-            raise RefineFastError(f"{checkpoint.root} has no weights in {folder!r}, which the loaded model needs")
-        entries = {entry.name: entry for entry in checkpoint.components[folder].entries() if entry.dtype in _DTYPES}
+            raise RefineFastError(
+                f"{checkpoint.root} has no weights in {folder!r}, which the loaded model needs"
+            )
+        entries = {
+            entry.name: entry
+            for entry in checkpoint.components[folder].entries()
+            if entry.dtype in _DTYPES
+        }
         match = match_names(own, entries)
         stored = {targets[own[name]].data_ptr() for name in match.pairs}
         missing = [name for name in match.missing if targets[own[name]].data_ptr() not in stored]
         if missing:  # not only under the name of a tied parameter
             raise RefineFastError(
-                f"{checkpoint.root / folder} lacks the tensor {some(missing)} of the loaded model"
+                f"{checkpoint.root / folder} lacks the tensor {first_and_count(missing)} of the"
+                " loaded model"
             )
         if match.extra:
-            raise RefineFastError(f"the loaded model lacks the tensor {some(match.extra)} of {checkpoint.root / folder}")
+            raise RefineFastError(
+                f"the loaded model lacks the tensor {first_and_count(match.extra)} of"
+                f" {checkpoint.root / folder}"
+            )
         notes += match.notes
         for name, partner in match.pairs.items():
             target, entry = targets[own[name]], entries[partner]
             if entry.shape != tuple(target.shape):
                 raise RefineFastError(
-                    f"tensor {own[name]!r} is {list(target.shape)} in the loaded model, but {list(entry.shape)} in {entry.file}"
+                    f"tensor {own[name]!r} is {list(target.shape)} in the loaded model, but"
+                    f" {list(entry.shape)} in {entry.file}"
                 )
             pairs[own[name]] = entry
     beyond = [name for name in targets if not name.startswith(tuple(parts))]
     if beyond:
-        raise RefineFastError(f"{checkpoint.root} has no module for the tensor {some(beyond)} of the loaded model")
+        raise RefineFastError(
+            f"{checkpoint.root} has no module for the tensor {first_and_count(beyond)} of the"
+            " loaded model"
+        )
     return pairs
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Elements [first, first + len(target)) of a flat parameter and where their values lie: tuned's, and base's where it is given."""
+    """Elements [first, first + len(target)) of a flat parameter and the files that hold their
+    values: tuned's and, if given, base's."""
 
     target: Tensor
     first: int
@@ -136,18 +185,21 @@ class _Chunk:
         return parts
 
     def read(self, buffer: Tensor) -> int:
+        """As ``Chunk.read``."""
         end = 0
         for source, part in zip(self.sources, self._parts(buffer), strict=True):
             data = part.view(torch.uint8)
             with source.file.open("rb", buffering=0) as file:
                 file.seek(source.offset + self.first * part.itemsize)
                 if file.readinto(data.numpy().data) != len(data):
-                    raise RefineFastError(f"{source.file} became shorter while it was read")
+                    raise RefineFastError(f"{source.file} was truncated while it was read")
             end = int(data.storage_offset()) + len(data)
         return end
 
     def apply(self, buffer: Tensor) -> None:
-        tuned, *base = (part.float() if part.itemsize == 1 else part for part in self._parts(buffer))
+        """As ``Chunk.apply``: interpolates the target."""
+        parts = self._parts(buffer)
+        tuned, *base = (part.float() if part.itemsize == 1 else part for part in parts)
         if self.target.itemsize == 1 and not base:
             base = [self.target.float()]
         if base:
@@ -159,4 +211,7 @@ class _Chunk:
 
 def _chunks(flat: Tensor, sources: tuple[Entry, ...], weight: float) -> Iterator[_Chunk]:
     step = BUFFER_BYTES // sum(_DTYPES[source.dtype].itemsize for source in sources) // 16 * 16
-    return (_Chunk(flat[first : first + step], first, sources, weight) for first in range(0, flat.numel(), step))
+    return (
+        _Chunk(flat[first : first + step], first, sources, weight)
+        for first in range(0, flat.numel(), step)
+    )

@@ -1,4 +1,5 @@
-"""Which tensor of the tuned model belongs to which of the base, where published and re-saved models name or keep them differently."""
+"""Matches the tensors of the tuned model to those of the base, which published and re-saved models
+name or keep differently."""
 
 from __future__ import annotations
 
@@ -6,20 +7,21 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-# Tensors that one of two copies of the same encoder may lack: buffers that newer transformers no longer store, the pooler that retrieval
-# does not use, and heads on top of the encoder.
 OPTIONAL = re.compile(
     r"(^|\.)(embeddings\.(position_ids|token_type_ids)|rotary_emb\.inv_freq)$"
     r"|(^|\.)(pooler|cls|lm_head|classifier|score|qa_outputs|predictions)\."
     r"|^(head|decoder\.bias|vocab_(transform|layer_norm|projector)|(discriminator|generator)_(predictions|lm_head))(\.|$)"
 )
-# LayerNorm's parameters in checkpoints converted from TensorFlow, bert-base-uncased first among them
+"""Tensors that one of two copies of an encoder may lack: buffers that newer transformers no longer
+store, the pooler, which retrieval does not use, and heads on top of the encoder."""
+# LayerNorm's parameters in checkpoints converted from TensorFlow, such as bert-base-uncased
 _TENSORFLOW = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 @dataclass
 class Match:
-    """``pairs``: base name -> tuned name; ``notes``: what was reconciled, for the report; ``missing``, ``extra``: what could not be."""
+    """Which tensors belong together. ``pairs``: base name -> tuned name; ``notes``: what was
+    reconciled, for the report; ``missing``, ``extra``: names that have no partner."""
 
     pairs: dict[str, str]
     notes: list[str] = field(default_factory=list)
@@ -43,23 +45,34 @@ def _current_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def match_names(base: Iterable[str], tuned: Iterable[str]) -> Match:
-    """Equal names belong together; what is left is tried with one prefix (``bert.``, ``model.``) added or removed throughout."""
+    """Equal names belong together; what is left is tried with one prefix (``bert.``, ``model.``)
+    added or removed throughout."""
     ours, theirs = _current_names(base), _current_names(tuned)
     match = Match({name: name for name in ours.keys() & theirs.keys()})
     left, right = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
     needed = [name for name in left if not OPTIONAL.search(name)]
     if needed and right:
-        sample = max(needed, key=lambda name: (name.count("."), name))  # the longest name, since a short one ends many others
+        # the longest name, since a short one ends many others
+        sample = max(needed, key=lambda name: (name.count("."), name))
         rest = max(right, key=lambda name: (name.count("."), name))
         candidates = [
-            *({name: prefix + name for name in left} for prefix in sorted(_prefixes(right, sample))),
+            *(
+                {name: prefix + name for name in left}
+                for prefix in sorted(_prefixes(right, sample))
+            ),
             *({prefix + name: name for name in right} for prefix in sorted(_prefixes(left, rest))),
         ]
-        best = max(candidates, key=lambda renamed: sum(b in left and t in right for b, t in renamed.items()), default={})
+        best = max(
+            candidates,
+            key=lambda renamed: sum(b in left and t in right for b, t in renamed.items()),
+            default={},
+        )
         renamed = {b: t for b, t in best.items() if b in left and t in right}
         if renamed:
             b, t = next(iter(renamed.items()))
-            prefix, side = (t.removesuffix(b), "tuned") if len(t) > len(b) else (b.removesuffix(t), "base")
+            prefix, side = (
+                (t.removesuffix(b), "tuned") if len(t) > len(b) else (b.removesuffix(t), "base")
+            )
             match.notes.append(f"{len(renamed)} names carry the prefix {prefix!r} in {side} only")
             match.pairs |= renamed
             left, right = left - renamed.keys(), right - set(renamed.values())
@@ -74,8 +87,13 @@ def match_names(base: Iterable[str], tuned: Iterable[str]) -> Match:
         else:
             match.extra.append(theirs[name])
     changed = [(ours[b] != b, theirs[t] != t) for b, t in match.pairs.items()]
-    for side, count in (("base", changed.count((True, False))), ("tuned", changed.count((False, True)))):
+    for side, count in (
+        ("base", changed.count((True, False))),
+        ("tuned", changed.count((False, True))),
+    ):
         if count:
-            match.notes.append(f"{count} names end in gamma and beta, for weight and bias, in {side} only")
+            match.notes.append(
+                f"{count} names end in gamma and beta, for weight and bias, in {side} only"
+            )
     match.pairs = {ours[b]: theirs[t] for b, t in match.pairs.items()}
     return match

@@ -1,5 +1,7 @@
-"""What a merge will do: every tensor of the output, where its two inputs lie and with which weight, decided and checked before a byte is
-written."""
+"""Plans a merge: where the two inputs of every output tensor are, and its weight.
+
+Everything is decided and checked before a byte is written.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,14 @@ from .checkpoint import (
 )
 from .names import match_names
 
+ARCHITECTURES = "give two models of the same architecture"
+"""The remedy where tensors of one input are missing in the other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor of the output: interpolated where ``tuned`` or ``low_rank`` is given and the type is a float, else copied from base."""
+    """One tensor of the output: interpolated if ``tuned`` or ``low_rank`` is given and the type is
+    a float, else copied from base."""
 
     name: str
     base: Entry
@@ -41,12 +47,13 @@ class Piece:
 
     @property
     def is_float(self) -> bool:
+        """Whether the tensor is interpolated."""
         return self.base.storage is not None
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the output: ``header``, then the pieces one after the other."""
+    """One file of the output: ``header``, then the pieces in order."""
 
     relative: Path
     header: bytes
@@ -54,11 +61,15 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
+        """The size of the file."""
         return len(self.header) + sum(piece.nbytes for piece in self.pieces)
 
 
 @dataclass
 class Plan:
+    """A whole merge: the shards to write, the index files by path, the headers of every input, and
+    notes for the report."""
+
     base: Checkpoint
     is_folder: bool
     shards: list[Shard] = field(default_factory=list)
@@ -68,21 +79,29 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """What one output takes on the disk."""
-        return sum(shard.nbytes for shard in self.shards) + sum((self.base.root / name).stat().st_size for name in self.base.others)
+        """The disk space of one output."""
+        copied = ((self.base.root / name).stat().st_size for name in self.base.others)
+        return sum(shard.nbytes for shard in self.shards) + sum(copied)
 
 
 class Weights:
-    """The weight of each tensor: the first glob that matches its name, else the output's own."""
+    """The weight of each tensor: the first glob that matches its name, else the output's own.
+
+    Raises:
+        RefineFastError: a weight that is not a finite number.
+    """
 
     def __init__(self, own: list[float], globs: Mapping[str, float] | None) -> None:
         for value in (*own, *(globs or {}).values()):
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-                raise RefineFastError(f"the weight {value!r} is no finite number; 0 gives base, 1 gives tuned")
+                raise RefineFastError(
+                    f"weight must be a finite number, 0 for base, 1 for tuned (got {value!r})"
+                )
         self._own, self._used = tuple(map(float, own)), set[str]()
         self._globs = {glob: float(weight) for glob, weight in (globs or {}).items()}
 
     def of(self, name: str) -> tuple[float, ...]:
+        """The weight of the tensor ``name`` in each output."""
         for glob, weight in self._globs.items():
             if fnmatchcase(name, glob):
                 self._used.add(glob)
@@ -90,13 +109,18 @@ class Weights:
         return self._own
 
     def check_all_used(self) -> None:
+        """Raises RefineFastError if ``of`` never used one of the globs."""
         for glob in self._globs:
             if glob not in self._used:
-                raise RefineFastError(f"weights: the pattern {glob!r} matches no tensor, or only tensors that an earlier pattern matches")
+                raise RefineFastError(
+                    f"weights: the pattern {glob!r} matches no tensor, or only tensors that an"
+                    " earlier pattern matches"
+                )
 
 
 def modules_of(root: Path) -> list[str]:
-    """The folders of a sentence-transformers model in the order of its modules; the root alone for a plain one."""
+    """The folders of a sentence-transformers model in the order of its modules; the root alone for
+    a plain one."""
     path = root / "modules.json"
     if not path.is_file():
         return ["."]
@@ -106,8 +130,11 @@ def modules_of(root: Path) -> list[str]:
         raise RefineFastError(f"{path} is malformed: {error}") from error
 
 
-def _tuned_component(relative: str, base: Checkpoint, tuned: Checkpoint, notes: list[str]) -> Component:
-    """The component of tuned that plays the part of base's: the same folder, or the same place in modules.json."""
+def _tuned_component(
+    relative: str, base: Checkpoint, tuned: Checkpoint, notes: list[str]
+) -> Component:
+    """The component of tuned that corresponds to base's: the same folder, or the same position in
+    modules.json."""
     found = tuned.components.get(relative)
     if found is None:
         theirs = dict(zip(modules_of(base.root), modules_of(tuned.root), strict=False))
@@ -115,11 +142,15 @@ def _tuned_component(relative: str, base: Checkpoint, tuned: Checkpoint, notes: 
         if found is not None:
             notes.append(f"{base.root / relative} is {found.folder} in tuned")
     if found is None:
-        raise RefineFastError(f"{tuned.root} has no weights in {relative!r}, where {base.root} has some: are both of one architecture?")
+        raise RefineFastError(
+            f"{tuned.root} has no weights in {relative!r}, but {base.root} has some:"
+            f" {ARCHITECTURES}"
+        )
     return found
 
 
-def some(names: list[str]) -> str:
+def first_and_count(names: list[str]) -> str:
+    """The first name, and how many more there are: "'a' and 3 more"."""
     return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
@@ -129,25 +160,36 @@ def _check_pair(base: Entry, tuned: Entry) -> None:
         if base.shape[1:] == tuned.shape[1:] and "embed" in base.name:
             why = ": the vocabularies differ; resize one model's token embeddings and save it again"
         shapes = f"{list(base.shape)} in {base.file}, but {list(tuned.shape)} in {tuned.file}"
-        raise RefineFastError(f"tensor {base.name!r} is {shapes}{why or ': the architectures differ'}")
+        raise RefineFastError(
+            f"tensor {base.name!r} is {shapes}{why or ': the architectures differ'}"
+        )
     if (base.storage is None) != (tuned.storage is None):
         types = f"{base.dtype} in {base.file}, but {tuned.dtype} in {tuned.file}"
-        raise RefineFastError(f"tensor {base.name!r} is {types}: dequantize the model and save it again")
+        raise RefineFastError(
+            f"tensor {base.name!r} is {types}: dequantize the model and save it again"
+        )
 
 
 def _pairs(component: Component, tuned: Component, notes: list[str]) -> dict[str, Entry]:
     entries = {entry.name: entry for entry in tuned.entries()}
     match = match_names((entry.name for entry in component.entries()), entries)
     if match.missing:
-        raise RefineFastError(f"{tuned.folder} lacks the tensor {some(match.missing)} of {component.folder}: are both of one architecture?")
+        raise RefineFastError(
+            f"{tuned.folder} lacks the tensor {first_and_count(match.missing)} of"
+            f" {component.folder}: {ARCHITECTURES}"
+        )
     if match.extra:
-        raise RefineFastError(f"{component.folder} lacks the tensor {some(match.extra)} of {tuned.folder}: are both of one architecture?")
+        raise RefineFastError(
+            f"{component.folder} lacks the tensor {first_and_count(match.extra)} of"
+            f" {tuned.folder}: {ARCHITECTURES}"
+        )
     notes += match.notes
     return {base: entries[name] for base, name in match.pairs.items()}
 
 
 def _header(header: Header, dtype: str | None) -> bytes:
-    """base's header as it is, so that offsets match; or one with every float tensor in ``dtype``."""
+    """base's header unchanged, so that offsets match; or one with every float tensor in
+    ``dtype``."""
     if dtype is None:
         return header.raw
     content: dict[str, object] = {"__metadata__": header.metadata} if header.metadata else {}
@@ -155,37 +197,61 @@ def _header(header: Header, dtype: str | None) -> bytes:
     for entry in header.entries:
         own = entry.dtype if entry.storage is None else dtype
         start, end = end, end + math.prod(entry.shape) * DTYPES[own][0] // 8
-        content[entry.name] = {"dtype": own, "shape": list(entry.shape), "data_offsets": [start, end]}
+        content[entry.name] = {
+            "dtype": own,
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def make_plan(
-    base_path: Path, tuned_path: Path, own_weights: list[float], globs: Mapping[str, float] | None = None, dtype: str | None = None
+    base_path: Path,
+    tuned_path: Path,
+    own_weights: list[float],
+    globs: Mapping[str, float] | None = None,
+    dtype: str | None = None,
 ) -> Plan:
-    """Reads and checks both checkpoints. Raises RefineFastError."""
-    if dtype is not None and (dtype not in DTYPES or DTYPES[dtype][1] is None):
-        raise RefineFastError(
-            f"dtype {dtype!r} is none of {', '.join(name for name, (_, storage) in DTYPES.items() if storage is not None)}"
-        )
+    """Reads and checks both checkpoints.
+
+    Args:
+        base_path: a model folder or a .safetensors file.
+        tuned_path: likewise, or the folder of a LoRA adapter.
+        own_weights: one per output.
+        globs: weights by tensor name, as in ``fuse``.
+        dtype: of the output's float tensors; default: base's.
+
+    Raises:
+        RefineFastError: anything that cannot be merged.
+    """
+    floats = [name for name, (_, storage) in DTYPES.items() if storage is not None]
+    if dtype is not None and dtype not in floats:
+        raise RefineFastError(f"dtype must be one of {', '.join(floats)} (got {dtype!r})")
     weights = Weights(own_weights, globs)
     base = read_checkpoint(base_path)
     for copied in (base.root / name for name in base.others):
         if not (copied.is_file() and os.access(copied, os.R_OK)):
-            raise RefineFastError(f"{copied} is no file that may be read, but every file of base is copied: mend it, or take it away")
+            raise RefineFastError(
+                f"{copied} cannot be read, and every file of base is copied; fix or remove it"
+            )
     plan = Plan(base, base_path.is_dir())
     adapter: Adapter | None = None
     if is_adapter(tuned_path):
-        # the adapter changes the encoder, which lies in the first folder with weights
+        # the adapter changes the encoder, which is in the first folder with weights
         adapted = next(iter(base.components))
-        adapter = read_adapter(tuned_path, {entry.name: entry for entry in base.components[adapted].entries()})
+        adapter = read_adapter(
+            tuned_path, {entry.name: entry for entry in base.components[adapted].entries()}
+        )
         plan.inputs.append(adapter.header)
         plan.notes += adapter.notes
     else:
         tuned = read_checkpoint(tuned_path)
         if plan.is_folder != tuned_path.is_dir():
-            raise RefineFastError(f"{base_path} and {tuned_path} must be two model folders or two .safetensors files")
+            raise RefineFastError(
+                f"{base_path} and {tuned_path} must be two model folders or two .safetensors files"
+            )
     used: list[Path] = []
     for relative, component in base.components.items():
         low_rank: dict[str, LowRank] = {}
@@ -222,24 +288,34 @@ def make_plan(
                 )
             plan.shards.append(Shard(shard.path.relative_to(base.root), header, pieces))
         if component.index is not None:
-            plan.indexes[component.index.relative_to(base.root)] = _index(component.index, [s.relative for s in plan.shards], plan, dtype)
+            plan.indexes[component.index.relative_to(base.root)] = _index(
+                component.index, plan, dtype
+            )
     if adapter is None:
-        unused = [name for name, component in tuned.components.items() if component.folder not in used]
+        unused = [
+            name for name, component in tuned.components.items() if component.folder not in used
+        ]
         if unused:
             raise RefineFastError(
-                f"{base_path} has no weights in {unused[0]!r}, where {tuned_path} has some: are both of one architecture?"
+                f"{base_path} has no weights in {unused[0]!r}, but {tuned_path} has some:"
+                f" {ARCHITECTURES}"
             )
     weights.check_all_used()
     return plan
 
 
-def _index(index: Path, names: list[Path], plan: Plan, dtype: str | None) -> bytes:
-    """base's index as it is; with another dtype its total_size changes."""
+def _index(index: Path, plan: Plan, dtype: str | None) -> bytes:
+    """base's index unchanged, except for its total_size with another dtype."""
     content = index.read_bytes()
     if dtype is None:
         return content
     parsed = parse_json(content)
     folder = index.parent.relative_to(plan.base.root)
-    total = sum(piece.nbytes for shard in plan.shards if shard.relative.parent == folder for piece in shard.pieces)
+    total = sum(
+        piece.nbytes
+        for shard in plan.shards
+        if shard.relative.parent == folder
+        for piece in shard.pieces
+    )
     parsed["metadata"] = {**(parsed.get("metadata") or {}), "total_size": total}
     return json.dumps(parsed, indent=2).encode() + b"\n"

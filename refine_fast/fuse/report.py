@@ -8,8 +8,12 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class TensorChange:
-    """``norm``: Frobenius norm of out - base; ``relative``: that over base's norm (0 for a base of zeros that stayed); ``not_finite``: how
-    many values of out are NaN or infinite; ``weight``: the weight applied."""
+    """What a merge did to one tensor.
+
+    ``weight``: the weight applied; ``norm``: Frobenius norm of out - base; ``relative``: that over
+    base's norm (0 for a base of zeros that did not change); ``not_finite``: how many values of out
+    are NaN or infinite.
+    """
 
     weight: float
     norm: float
@@ -21,10 +25,12 @@ class TensorChange:
 class FuseReport:
     """The outcome of one merge.
 
-    ``tensors``: every floating-point tensor, by name (prefixed by its folder where that is not the root); ``copied``: integer and bool
-    tensors, copied from base; ``unequal``: those of them that differ in tuned; ``reconciled``: names that were matched, kept or left out;
-    ``left_out``: files with weights in another format (they would have held base's weights); ``sha256``: path -> digest of every weight
-    file read or written, where asked for; ``resumed``: bytes that an earlier, killed run had written already.
+    ``tensors``: every floating-point tensor, by name (prefixed by its folder unless that is the
+    root); ``copied``: integer and bool tensors, copied from base; ``unequal``: those of them that
+    differ in tuned; ``reconciled``: names that were matched, kept or left out; ``left_out``: files
+    with weights in another format (they would have held base's weights); ``sha256``: path -> digest
+    of every weight file read or written, with ``checksum``; ``resumed``: bytes that an earlier,
+    killed run had already written.
     """
 
     out: Path
@@ -45,14 +51,19 @@ class FuseReport:
         return [name for name, change in self.tensors.items() if change.not_finite]
 
     def __str__(self) -> str:
+        read, written = self.bytes_read / 1e9, self.bytes_written / 1e9
+        rate = (read + written) / max(self.seconds, 1e-9)
         lines = [
             f"{self.out}: {len(self.tensors)} tensors fused, {len(self.copied)} copied;"
-            f" {self.bytes_read / 1e9:.2f} GB read, {self.bytes_written / 1e9:.2f} GB written in {self.seconds:.1f} s"
-            f" ({(self.bytes_read + self.bytes_written) / 1e9 / max(self.seconds, 1e-9):.2f} GB/s)"
+            f" {read:.2f} GB read, {written:.2f} GB written in {self.seconds:.1f} s"
+            f" ({rate:.2f} GB/s)"
         ]
         lines += [f"  name: {note}" for note in self.reconciled]
         lines += [f"  left out: {name} (it would hold base's weights)" for name in self.left_out]
         lines += [f"  differs in tuned, copied from base: {name}" for name in self.unequal]
-        lines += [f"  NaN or infinite: {name} ({self.tensors[name].not_finite} values)" for name in self.not_finite]
+        lines += [
+            f"  NaN or infinite: {name} ({self.tensors[name].not_finite} values)"
+            for name in self.not_finite
+        ]
         lines += [f"  sha256 {digest}  {name}" for name, digest in self.sha256.items()]
         return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""Output that appears at once or not at all.
+"""Output that appears all at once or not at all.
 
-Everything is written into ``.NAME.refine-fast``, beside the output and on the same disk, flushed, and renamed. Killed before the rename,
-the old output (or none) is what is there, and the next merge of the same inputs goes on from ``state.json``; killed after it, the new one.
+Everything is written into ``.NAME.refine-fast``, next to the output and on the same disk, flushed,
+and renamed. After a kill before the rename the old output (or none) is in place, and the next merge
+of the same inputs resumes from ``state.json``; after a later kill the new one is.
 """
 
 from __future__ import annotations
@@ -19,9 +20,16 @@ from ..errors import RefineFastError
 from ..files import atomic, fsync
 
 
-class Staging:
-    """One output being written. ``content`` is what the rename will move to ``final``; ``state`` what an earlier, killed run of the same
-    ``plan`` had finished. Use as a context manager: an exception removes everything that was written."""
+class AtomicOutput:
+    """One output being written; a context manager that removes everything it wrote if an exception
+    leaves it.
+
+    ``content`` is the path to write to, which ``publish`` moves to ``final``; ``state`` is what an
+    earlier, killed run of the same ``plan`` had finished.
+
+    Raises:
+        RefineFastError: another merge is writing ``final``.
+    """
 
     def __init__(self, final: Path, plan: str, *, is_folder: bool) -> None:
         self.final = final
@@ -31,7 +39,7 @@ class Staging:
         self._plan = plan
         self._is_folder = is_folder
 
-    def __enter__(self) -> Staging:
+    def __enter__(self) -> AtomicOutput:
         self._made = [parent for parent in self.folder.parents if not parent.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder, os.O_RDONLY)
@@ -39,7 +47,9 @@ class Staging:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            raise RefineFastError(f"another merge is writing {self.final}: wait for it, or give another output") from None
+            raise RefineFastError(
+                f"another merge is writing {self.final}: wait for it, or give another output"
+            ) from None
         self._restore()
         self.state = self._read_state()
         if not self.state:
@@ -76,16 +86,17 @@ class Staging:
             temporary.write_text(json.dumps({"plan": self._plan, "done": done}))
 
     def publish(self) -> None:
-        """Moves the content to its final name, in place of what was there, and clears up."""
+        """Moves the content to its final name, in place of what was there, and cleans up."""
         if self._is_folder:
             for folder, _, _ in os.walk(self.content):
                 fsync(Path(folder))
-            (self.folder / "state.json").unlink(missing_ok=True)  # what the exchange leaves here is the old output, nothing to go on from
+            # after the exchange this folder holds the old output: nothing to resume
+            (self.folder / "state.json").unlink(missing_ok=True)
             try:
                 self.content.rename(self.final)
-            except OSError:  # there is a folder with something in it
+            except OSError:  # a folder that is not empty exists there
                 if not _core.exchange_paths(os.fsencode(self.content), os.fsencode(self.final)):
-                    # a file system without exchange: two steps
+                    # the file system cannot exchange two names: two steps
                     self.final.rename(self._replaced)
                     self.content.rename(self.final)
         else:
