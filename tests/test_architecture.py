@@ -172,12 +172,40 @@ def test_isa_objects_export_one_table_each() -> None:
         ], f"{path.name} exports {symbols}"
 
 
-def test_stub_names_the_extension() -> None:
+def parameters(function: ast.FunctionDef) -> int:
+    """How many parameters a function has, self among them."""
+    arguments = function.args
+    return len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs)
+
+
+def bound(member: object) -> int:
+    """How many parameters a function of the extension has, by the signature that pybind11 writes
+    into its docstring."""
+    signature = member.__doc__.splitlines()[0]
+    (function,) = ast.parse(f"def {signature}: ...").body
+    return parameters(function)
+
+
+def test_stub_has_the_extensions_names_and_parameters() -> None:
     from refine_fast import _core
 
     tree = ast.parse((ROOT / "refine_fast" / "_core.pyi").read_text())
-    stub = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    assert stub == {name for name in dir(_core) if not name.startswith("__")}
+    stub, extension = {}, {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            stub[node.name] = parameters(node)
+        elif isinstance(node, ast.ClassDef):
+            methods = (item for item in node.body if isinstance(item, ast.FunctionDef))
+            stub |= {f"{node.name}.{method.name}": parameters(method) for method in methods}
+    for name in dir(_core):
+        member = getattr(_core, name)
+        if isinstance(member, type):
+            own = [key for key in vars(member) if key == "__init__" or not key.startswith("_")]
+            extension |= {f"{name}.{key}": bound(getattr(member, key)) for key in own}
+        elif not name.startswith("__"):
+            extension[name] = bound(member)
+    assert stub == extension
+    assert stub["info_nce"] == 24
 
 
 def test_import_is_light() -> None:
