@@ -1,4 +1,6 @@
-"""Adapt an embedding model to your own documents: REFINE (arXiv 2410.12890), with fused kernels for its three costly operations."""
+"""Adapts an embedding model to your own documents: REFINE (arXiv 2410.12890), with fused kernels
+for its three costly operations.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 
 
 def isa() -> str:
-    """The CPU level in force: scalar, avx2, avx512, avx512_bf16, amx or neon. The environment variable REFINE_FAST_ISA sets it at start.
+    """The CPU level in use: scalar, avx2, avx512, avx512_bf16, amx or neon. The environment
+    variable REFINE_FAST_ISA sets it at start.
 
     Raises:
         RefineFastError: REFINE_FAST_ISA names a level that is unknown or that this machine lacks.
@@ -29,13 +30,17 @@ def available_isas() -> list[str]:
 
 
 def force_isa(name: str) -> None:
-    """Runs every CPU kernel at the level ``name`` from now on. Raises ValueError if it is unknown or this machine lacks it."""
+    """Runs every CPU kernel at the level ``name`` from now on.
+
+    Raises:
+        ValueError: a level that is unknown or that this machine lacks.
+    """
     _core.force_isa(name)
 
 
 @cache
 def cuda_module() -> ModuleType | None:
-    """``refine_fast._cuda``, or None where it was not built."""
+    """``refine_fast._cuda``, or None if it was not built."""
     try:
         return importlib.import_module("refine_fast._cuda")
     except ImportError:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear completely or not at all, and folder walks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to: on success it becomes ``path``, all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves is overwritten by the rerun
+    """Yields a temporary path next to ``path`` to write to. On success it is flushed and renamed to
+    ``path``; on an exception it is removed."""
+    # always the same name, so that a rerun overwrites what a kill left
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         fsync(temporary)
@@ -23,13 +25,22 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def name_of(path: str | os.PathLike[str]) -> str:
-    """The path as text that can be written: bytes in it that are no UTF-8 become ``\\xe9``."""
+    """The path as printable text: bytes that are not UTF-8 become ``\\xe9``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[Path, str]]:
-    """(file, its path relative to ``root``) of all that is in a folder, in a fixed order: links followed, hidden files and folders left
-    out, each real folder and each real file once, so that a loop of links ends. ``onerror`` is told of a folder that cannot be read."""
+def walk(
+    root: Path, onerror: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[Path, str]]:
+    """Yields every file of a folder as (file, its path relative to ``root``), in a fixed order.
+
+    Follows links, leaves out hidden files and folders, and visits each real folder and each real
+    file once, so that a loop of links ends.
+
+    Args:
+        root: the folder.
+        onerror: called with the error of a folder that cannot be read.
+    """
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=onerror):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -46,7 +57,7 @@ def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterat
 
 
 def fsync(path: Path) -> None:
-    """Puts a file, or the names in a folder, on the disk itself."""
+    """Flushes a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,7 +66,7 @@ def fsync(path: Path) -> None:
 
 
 def fsync_all(path: Path) -> None:
-    """``fsync`` of a file, or of a folder and all that is in it."""
+    """``fsync`` of a file, or of a folder and everything in it."""
     for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
         fsync(item)
 
@@ -63,7 +74,8 @@ def fsync_all(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as JSON, all of the file or nothing."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

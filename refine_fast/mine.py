@@ -1,4 +1,4 @@
-"""Hard negatives for queries whose positives are known, in a band that can be fitted to the encoder."""
+"""Hard negatives for queries with known positives, in a band that can be fitted to the encoder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .ops.band_topk import Progress, band_topk
 
 
 class Mined(NamedTuple):
-    """ids (B, k), scores (B, k) and in_band (B,) as ``BandTopK``; band: the edges that were used."""
+    """ids (B, k), scores (B, k) and in_band (B,) as in ``BandTopK``; band: the edges used."""
 
     ids: Tensor
     scores: Tensor
@@ -34,10 +34,29 @@ def mine(
     normalize: bool = True,
     progress: Progress | None = None,
 ) -> Mined:
-    """k negatives per query by REFINE's rule (arXiv 2410.12890, section 3.2) on the cosine: without the positives, drop the ``skip`` most
-    similar documents, keep the band. ``band="auto"`` is ``calibrate_band``. Without ``normalize``, on the inner product. Arguments otherwise
-    as ``band_topk``."""
-    edges = calibrate_band(query_embeddings, doc_embeddings, positives, k=k, skip=skip, seed=seed, normalize=normalize) if band == "auto" else (band[0], band[1])
+    """k negatives per query by REFINE's rule (arXiv 2410.12890, section 3.2) on the cosine: leaves
+    out the positives, drops the ``skip`` most similar documents, keeps the band.
+
+    Args:
+        query_embeddings: (B, D).
+        doc_embeddings: (N, D).
+        positives: per query its rows of doc_embeddings.
+        band: lo and hi, or "auto" for ``calibrate_band``.
+        normalize: uses the cosine; without it, the inner product.
+        k, skip, select, seed, progress: as for ``band_topk``.
+    """
+    if band == "auto":
+        edges = calibrate_band(
+            query_embeddings,
+            doc_embeddings,
+            positives,
+            k=k,
+            skip=skip,
+            seed=seed,
+            normalize=normalize,
+        )
+    else:
+        edges = band[0], band[1]
     found = band_topk(
         query_embeddings,
         doc_embeddings,
@@ -65,38 +84,59 @@ def calibrate_band(
     seed: int = 0,
     normalize: bool = True,
 ) -> tuple[float, float]:
-    """A band for this encoder, whose cosines may lie anywhere: [0.5, 0.7] is empty for three queries in four under MiniLM.
+    """Fits a band to an encoder: the range of cosines differs between encoders, and [0.5, 0.7] is
+    empty for three queries in four under MiniLM.
 
-    hi is the lower quartile of the similarity of a query to its positives: what lies above is as similar as a quarter of the true answers,
-    and may be one that nobody marked. lo is the highest edge that leaves ``coverage`` of the queries k negatives below hi, after
-    ``skip``. Both from ``sample`` queries that have a positive, drawn with ``seed``.
+    hi is the lower quartile of the similarity of a query to its positives: documents above it are
+    as similar as a quarter of the true answers, and may be answers that nobody marked. lo is the
+    highest edge that leaves ``coverage`` of the queries k negatives below hi, after ``skip``.
 
-    Args: query_embeddings (B, D), doc_embeddings (N, D), positives: per query its rows of doc_embeddings.
-    Raises: ValueError if no query has a positive, too few have k other documents below hi, or a row holds NaN or Inf.
+    Args:
+        query_embeddings: (B, D).
+        doc_embeddings: (N, D).
+        positives: per query its rows of doc_embeddings.
+        skip: how many of the most similar documents to drop.
+        k: negatives per query, at least 1.
+        coverage: the share of queries that must have k negatives.
+        sample: how many of the queries that have a positive to use, drawn with ``seed``.
+        seed: of the sample.
+        normalize: uses the cosine; without it, the inner product.
+
+    Returns:
+        lo and hi.
+
+    Raises:
+        ValueError: no query has a positive, too few have k other documents below hi, or a row
+            holds NaN or infinity.
     """
     if k < 1:
-        raise ValueError(f"k is {k}; a band is fitted to at least 1 negative for each query")
+        raise ValueError(f"k must be an integer >= 1 (got {k})")
     known = np.array([i for i, rows in enumerate(positives) if len(rows)])
     if not known.size:
-        raise ValueError("no query has a positive, so there is nothing to calibrate the band on; give the band as two numbers")
+        raise ValueError(
+            "no query has a positive, so there is nothing to calibrate the band on; give the band"
+            " as two numbers"
+        )
     chosen = np.sort(np.random.default_rng(seed).permutation(known)[:sample])
     queries = _picked(query_embeddings, chosen, "queries", normalize)
     rows = [list(positives[i]) for i in chosen]
     repeated = np.repeat(np.arange(len(chosen)), [len(r) for r in rows])
-    similarity = (queries[repeated] * _picked(doc_embeddings, np.concatenate(rows), "docs", normalize)).sum(1)
-    hi = float(similarity.quantile(0.25))
+    answers = _picked(doc_embeddings, np.concatenate(rows), "docs", normalize)
+    hi = float((queries[repeated] * answers).sum(1).quantile(0.25))
     lowest = -1.0 if normalize else float(torch.finfo(torch.float32).min)
     hardest = band_topk(
         queries, doc_embeddings, k, band=(lowest, hi), skip=skip, exclude=rows, normalize=normalize
     )
     found = hardest.scores[:, -1].nan_to_num(lowest)
-    # With an unbounded similarity, "none found" is too far from the others to interpolate.
+    # with an unbounded similarity, "none found" is too far from the others to interpolate
     between = "linear" if normalize else "lower"
     lo = float(found.quantile(1 - coverage, interpolation=between))
     if lo <= lowest:
+        share = float((found > lowest).float().mean())
         raise ValueError(
-            f"only {float((found > lowest).float().mean()):.0%} of the queries have {k} documents below {hi:.3f} after skipping {skip}, "
-            f"and coverage asks for {coverage:.0%}; give the band as two numbers, or lower k or coverage"
+            f"only {share:.0%} of the queries have {k} documents below {hi:.3f} after skipping"
+            f" {skip}, and coverage asks for {coverage:.0%}; give the band as two numbers, or lower"
+            " k or coverage"
         )
     return lo, hi
 

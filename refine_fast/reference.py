@@ -1,7 +1,7 @@
 """The three operations in plain torch: what the kernels must equal.
 
-Gold for the tests (in float64), baseline for the benchmarks, and the path that runs where no kernel does. Every function here is allowed to
-build the matrix that its kernel must not.
+Gold for the tests (in float64), baseline for the benchmarks, and the path for devices without a
+kernel. Every function here may build the matrix that its kernel must not.
 """
 
 from __future__ import annotations
@@ -30,21 +30,33 @@ def info_nce(
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """``cross_entropy(q @ d.T / temperature, positives)`` over the columns that are negatives of the row, plus its own hard negatives.
+    """``cross_entropy(q @ d.T / temperature, positives)`` over the columns that are negatives of
+    the row, plus its own hard negatives.
 
-    q (B, D); d (N, D); positives (B,) default arange(B); doc_ids (N,) default arange(N): a column with the id of the row's positive is
-    no negative; hard (B, K, D), hard_mask (B, K) True where used; margin: a negative with s > s_positive + margin is dropped; symmetric:
-    the mean with the direction from each row's positive to the queries (a query whose positive has the same id is no negative; hard
-    negatives take no part). widths: the sum over them, weighted by width_weights (default 1), of the loss of q[:, :w], d[:, :w] and
-    hard[..., :w]. weight (B,): mean divides by its sum. Returns () or, with reduction "none", (B,).
+    Args:
+        q: (B, D). d: (N, D).
+        positives: (B,), default arange(B).
+        doc_ids: (N,), default arange(N): a column with the id of the row's positive is not a
+            negative.
+        hard: (B, K, D). hard_mask: (B, K), True where used.
+        margin: a negative with s > s_positive + margin is dropped.
+        symmetric: the mean with the direction from each row's positive to the queries. There, a
+            query whose positive has the same id is not a negative, and hard negatives take no part.
+        widths: the sum over them, weighted by width_weights (default 1), of the loss of q[:, :w],
+            d[:, :w] and hard[..., :w].
+        weight: (B,); the mean divides by its sum.
+
+    Returns:
+        () or, with reduction "none", (B,).
     """
     widths = [q.shape[1]] if widths is None else widths
     width_weights = [1.0] * len(widths) if width_weights is None else width_weights
     loss = torch.zeros(len(q), dtype=q.dtype, device=q.device)
     for width, width_weight in zip(widths, width_weights, strict=True):
         losses = info_nce_losses(
-            q[:, :width], d[:, :width], temperature=temperature, positives=positives, doc_ids=doc_ids,
-            hard=None if hard is None else hard[..., :width], hard_mask=hard_mask, margin=margin, symmetric=symmetric, normalize=normalize,
+            q[:, :width], d[:, :width], temperature=temperature, positives=positives,
+            doc_ids=doc_ids, hard=None if hard is None else hard[..., :width],
+            hard_mask=hard_mask, margin=margin, symmetric=symmetric, normalize=normalize,
         )  # fmt: skip
         loss = loss + width_weight * losses.mean(0)
     loss = loss if weight is None else loss * weight
@@ -66,7 +78,8 @@ def info_nce_losses(
     symmetric: bool = False,
     normalize: bool = False,
 ) -> Tensor:
-    """(1, B), or (2, B) if symmetric: each row's loss from the query's side and from its positive's."""
+    """(1, B), or (2, B) if symmetric: each row's loss from the query's side and from its
+    positive's."""
     if normalize:
         q, d = F.normalize(q, dim=-1), F.normalize(d, dim=-1)
         hard = None if hard is None else F.normalize(hard, dim=-1)
@@ -80,22 +93,25 @@ def info_nce_losses(
     def loss_over(scores: Tensor, dropped: Tensor, own: Tensor) -> Tensor:
         """-log of the share of column ``own`` among the columns that are not dropped."""
         dropped = (dropped | (scores.detach() > ceiling)).scatter(1, own[:, None], False)
-        return torch.logsumexp((scores / temperature).masked_fill(dropped, float("-inf")), dim=1) - s_pos / temperature
+        logits = (scores / temperature).masked_fill(dropped, float("-inf"))
+        return torch.logsumexp(logits, dim=1) - s_pos / temperature
 
     scores, dropped = s, ids == ids[positives][:, None]
     if hard is not None:
         scores = torch.cat([s, torch.einsum("bd,bkd->bk", q, hard)], dim=1)
-        unused = torch.zeros(hard.shape[:2], dtype=torch.bool, device=q.device) if hard_mask is None else ~hard_mask
+        unused = dropped.new_zeros(hard.shape[:2]) if hard_mask is None else ~hard_mask
         dropped = torch.cat([dropped, unused], dim=1)
     loss = loss_over(scores, dropped, positives)
     if not symmetric:
         return loss[None]
-    return torch.stack([loss, loss_over(s[:, positives].T, ids[positives] == ids[positives][:, None], rows)])
+    same = ids[positives] == ids[positives][:, None]
+    return torch.stack([loss, loss_over(s[:, positives].T, same, rows)])
 
 
 def hash64(seed: int, query: Tensor, doc: Tensor) -> Tensor:
-    """The order of ``select="random"``: splitmix64's finalizer over (seed, query, doc), as int64 that compares like the unsigned value.
-    int64 arithmetic wraps as uint64 does; >> is made logical by masking."""
+    """The order of ``select="random"``: splitmix64's finalizer over (seed, query, doc), as int64
+    that compares like the unsigned value. int64 arithmetic wraps as uint64 does; a mask makes >>
+    logical."""
 
     def mix(x: Tensor) -> Tensor:
         x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -121,12 +137,21 @@ def band_topk(
     order: str = "skip_then_band",
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per query: rank the documents by similarity (ties by lower id), leave out the excluded, drop the ``skip`` most similar, keep
-    ``lo <= s <= min(hi, ceiling)``, take k; with order "band_then_skip" the band first, then the skip.
+    """Per query: ranks the documents by similarity (ties by lower id), leaves out the excluded,
+    drops the ``skip`` most similar, keeps ``lo <= s <= min(hi, ceiling)``, takes k. Scores are
+    float64 inside.
 
-    queries (B, D), docs (N, D), exclude: per query the excluded ids, ceiling (B,). select "hardest": the k most similar; "random": the k
-    smallest ``hash64(seed, query, doc)``. Returns ids (B, k) int64 (most similar first; -1 where there are too few), scores (B, k) float32
-    (NaN there), in_band (B,) int64 = how many documents qualified. Scores are float64 inside.
+    Args:
+        queries: (B, D). docs: (N, D).
+        exclude: per query the excluded ids.
+        ceiling: (B,).
+        select: "hardest": the k most similar; "random": the k smallest
+            ``hash64(seed, query, doc)``.
+        order: "band_then_skip" applies the band first, then the skip.
+
+    Returns:
+        ids (B, k) int64, most similar first, -1 where there are too few; scores (B, k) float32, NaN
+        there; in_band (B,) int64, how many documents qualified.
     """
     queries, docs = queries.double(), docs.double()
     if normalize:
@@ -155,8 +180,9 @@ def band_topk(
 
 
 def lerp(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
-    """``base + weight * (tuned - base)`` in the dtype of ``base``: ``torch.lerp`` in float32 for the smaller types, one rounding. What is
-    equal in both stays as it is, where ``torch.lerp`` would make NaN of a mask's -inf and +0 of -0."""
+    """``base + weight * (tuned - base)`` in the dtype of ``base``: ``torch.lerp``, in float32 for
+    the smaller types, and one rounding. Values equal in both stay as they are; ``torch.lerp`` would
+    turn a mask's -inf into NaN and -0 into +0."""
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     a, b = base.to(wide), tuned.to(wide)
     return torch.where(a == b, a, torch.lerp(a, b, weight)).to(base.dtype)

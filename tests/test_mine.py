@@ -1,4 +1,5 @@
-"""mine and calibrate_band: REFINE's rule with the positives left out, and a band that fits the encoder."""
+"""mine and calibrate_band: REFINE's rule with the positives left out, and a band that fits the
+encoder."""
 
 from __future__ import annotations
 
@@ -13,30 +14,51 @@ from refine_fast.mine import calibrate_band, mine
 
 @pytest.fixture(scope="module")
 def embeddings() -> tuple[Tensor, Tensor, list[list[int]]]:
-    """60 queries around 400 documents in 40 topics; cosines to the positives near 0.8, to the topic near 0.5."""
+    """60 queries around 400 documents in 40 topics; cosines to the positives near 0.8, to the topic
+    near 0.5."""
     generator = torch.Generator().manual_seed(0)
     topics = torch.randn(40, 32, generator=generator)
     docs = topics.repeat(10, 1) + torch.randn(400, 32, generator=generator)
     positives = [[i] if i % 3 else [i, i + 40] for i in range(60)]
-    queries = torch.stack([docs[rows].mean(0) for rows in positives]) + 0.5 * torch.randn(60, 32, generator=generator)
+    queries = torch.stack([docs[rows].mean(0) for rows in positives]) + 0.5 * torch.randn(
+        60, 32, generator=generator
+    )
     return queries, docs, positives
 
 
 def test_mine_is_the_rule_on_the_cosine(embeddings: tuple[Tensor, Tensor, list[list[int]]]) -> None:
     queries, docs, positives = embeddings
-    found = mine(3 * queries, docs, positives, k=4, band=(0.2, 0.6), skip=2, select="random", seed=5)
-    gold = reference.band_topk(queries, docs, 4, band=(0.2, 0.6), skip=2, exclude=positives, select="random", seed=5, normalize=True)
+    found = mine(
+        3 * queries, docs, positives, k=4, band=(0.2, 0.6), skip=2, select="random", seed=5
+    )
+    gold = reference.band_topk(
+        queries,
+        docs,
+        4,
+        band=(0.2, 0.6),
+        skip=2,
+        exclude=positives,
+        select="random",
+        seed=5,
+        normalize=True,
+    )
     assert torch.equal(found.ids, gold[0])
     assert torch.equal(found.in_band, gold[2])
     assert found.band == (0.2, 0.6)
-    assert all(not set(ids) & set(own) for ids, own in zip(found.ids.tolist(), positives, strict=True))
+    assert all(
+        not set(ids) & set(own) for ids, own in zip(found.ids.tolist(), positives, strict=True)
+    )
 
 
-def test_auto_band_covers_what_it_promises(embeddings: tuple[Tensor, Tensor, list[list[int]]]) -> None:
+def test_auto_band_covers_what_it_promises(
+    embeddings: tuple[Tensor, Tensor, list[list[int]]],
+) -> None:
     queries, docs, positives = embeddings
     found = mine(queries, docs, positives, k=4, band="auto", skip=2)
     lo, hi = found.band
-    cosine = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(docs, dim=1).T
+    cosine = (
+        torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(docs, dim=1).T
+    )
     own = torch.cat([cosine[i, rows] for i, rows in enumerate(positives)])
     assert hi == pytest.approx(float(own.quantile(0.25)), abs=1e-6)
     full = (found.in_band >= 4).float().mean()
@@ -44,20 +66,27 @@ def test_auto_band_covers_what_it_promises(embeddings: tuple[Tensor, Tensor, lis
     assert (found.scores[found.ids >= 0] >= lo).all()
 
 
-def test_calibration_reads_any_container(embeddings: tuple[Tensor, Tensor, list[list[int]]]) -> None:
+def test_calibration_reads_any_container(
+    embeddings: tuple[Tensor, Tensor, list[list[int]]],
+) -> None:
     queries, docs, positives = embeddings
     band = calibrate_band(queries, docs, positives, skip=2, sample=20, seed=1)
-    assert calibrate_band(queries.numpy(), np.asarray(docs), positives, skip=2, sample=20, seed=1) == band
+    assert (
+        calibrate_band(queries.numpy(), np.asarray(docs), positives, skip=2, sample=20, seed=1)
+        == band
+    )
     assert calibrate_band(queries, docs, positives, skip=2, sample=20, seed=2) != band
 
 
-def test_calibration_says_when_it_cannot(embeddings: tuple[Tensor, Tensor, list[list[int]]]) -> None:
+def test_calibration_says_when_it_cannot(
+    embeddings: tuple[Tensor, Tensor, list[list[int]]],
+) -> None:
     queries, docs, positives = embeddings
     with pytest.raises(ValueError, match="no query has a positive"):
         calibrate_band(queries, docs, [[] for _ in positives])
     with pytest.raises(ValueError, match="only 0% of the queries have 500 documents below"):
         calibrate_band(queries, docs, positives, k=500)
-    with pytest.raises(ValueError, match="k is 0; a band is fitted to at least 1 negative for each query"):
+    with pytest.raises(ValueError, match=r"k must be an integer >= 1 \(got 0\)"):
         calibrate_band(queries, docs, positives, k=0)
     broken = queries.clone()
     broken[17, 3] = torch.nan

@@ -18,8 +18,12 @@ faiss = pytest.importorskip("faiss", reason="needs faiss: pip install '.[pipelin
 def clustered() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(50, 32, generator=generator)
-    docs = torch.nn.functional.normalize(centres.repeat(100, 1) + torch.randn(5000, 32, generator=generator), dim=1)
-    return torch.nn.functional.normalize(docs[:150] + 0.05 * torch.randn(150, 32, generator=generator), dim=1), docs
+    docs = torch.nn.functional.normalize(
+        centres.repeat(100, 1) + torch.randn(5000, 32, generator=generator), dim=1
+    )
+    return torch.nn.functional.normalize(
+        docs[:150] + 0.05 * torch.randn(150, 32, generator=generator), dim=1
+    ), docs
 
 
 def test_all_lists_are_the_exact_answer(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -38,15 +42,22 @@ def test_all_lists_are_the_exact_answer(clustered: tuple[torch.Tensor, torch.Ten
 def test_fewer_lists_lose_recall_and_say_so(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
     queries, docs = clustered
     index = build_index(docs, lists=40)
-    some = approximate_band_topk(index, queries, docs, 7, probes=1, band=(0.3, 0.6), skip=3, sample=150)
+    some = approximate_band_topk(
+        index, queries, docs, 7, probes=1, band=(0.3, 0.6), skip=3, sample=150
+    )
     exact = rf.band_topk(queries, docs, 7, band=(0.3, 0.6), skip=3)
-    shared = sum(len((set(a) - {-1}) & set(b)) for a, b in zip(exact.ids.tolist(), some.found.ids.tolist(), strict=True))
+    shared = sum(
+        len((set(a) - {-1}) & set(b))
+        for a, b in zip(exact.ids.tolist(), some.found.ids.tolist(), strict=True)
+    )
     assert some.recall == pytest.approx(shared / int((exact.ids >= 0).sum()))
     assert 0.1 < some.recall < 1
 
 
 @pytest.mark.parametrize("lists", [None, 20])
-def test_index_file(clustered: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, lists: int | None) -> None:
+def test_index_file(
+    clustered: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, lists: int | None
+) -> None:
     docs = clustered[1]
     write_index(docs, tmp_path / "corpus.faiss", lists=lists)
     _, ids = faiss.read_index(str(tmp_path / "corpus.faiss")).search(docs[:9].numpy(), 1)
@@ -56,12 +67,24 @@ def test_index_file(clustered: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 
 def test_nothing_to_find_is_no_loss(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
     queries, docs = clustered
-    assert approximate_band_topk(build_index(docs, lists=40), queries, docs, 7, probes=1, band=(2.0, 3.0)).recall == 1
+    assert (
+        approximate_band_topk(
+            build_index(docs, lists=40), queries, docs, 7, probes=1, band=(2.0, 3.0)
+        ).recall
+        == 1
+    )
 
 
 def test_errors(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
     queries, docs = clustered
-    with pytest.raises(RefineFastError, match="lists must be between 1 and the 5000 documents, not 0"):
+    with pytest.raises(
+        RefineFastError, match=r"lists must be from 1 to the number of documents, 5000 \(got 0\)"
+    ):
         build_index(docs, lists=0)
-    with pytest.raises(RefineFastError, match="index is a faiss IndexHNSWFlat; give one with inverted lists"):  # where faiss itself aborts
-        approximate_band_topk(faiss.IndexHNSWFlat(32, 8, faiss.METRIC_INNER_PRODUCT), queries, docs, 7, probes=1)
+    # where faiss itself aborts
+    with pytest.raises(
+        RefineFastError, match="index is a faiss IndexHNSWFlat; give one with inverted lists"
+    ):
+        approximate_band_topk(
+            faiss.IndexHNSWFlat(32, 8, faiss.METRIC_INNER_PRODUCT), queries, docs, 7, probes=1
+        )

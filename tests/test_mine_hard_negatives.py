@@ -1,7 +1,8 @@
-"""mine_hard_negatives beside sentence-transformers' own: the same rows wherever the rule is the same, and more where theirs gives up.
+"""mine_hard_negatives beside sentence-transformers' own: the same rows wherever the rule is the
+same, and more where theirs gives up.
 
-The cases are those of its tests/util/test_hard_negatives.py; the model is a table of word vectors, so no weights are needed.
-"""
+The cases are those of its tests/util/test_hard_negatives.py; the model is a table of word vectors,
+so no weights are needed."""
 
 from __future__ import annotations
 
@@ -45,11 +46,21 @@ OTHERS = [
 
 @pytest.fixture(scope="module")
 def model() -> SentenceTransformer:
-    words = sorted({word for text in [*itertools.chain(*FACTS), *OTHERS, "query :", "Copy 0 1 2 3"] for word in text.split()})
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
+    words = sorted(
+        {
+            word
+            for text in [*itertools.chain(*FACTS), *OTHERS, "query :", "Copy 0 1 2 3"]
+            for word in text.split()
+        }
+    )
+    tokenizer = Tokenizer(
+        WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = Whitespace()
     weights = np.random.default_rng(0).standard_normal((len(words) + 1, 24)).astype(np.float32)
-    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=weights)], device="cpu")
+    return SentenceTransformer(
+        modules=[StaticEmbedding(tokenizer, embedding_weights=weights)], device="cpu"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +71,22 @@ def single() -> Dataset:
 @pytest.fixture(scope="module")
 def several() -> Dataset:
     """Two positives a query, as two rows."""
-    return Dataset.from_dict({"question": [q for q, _ in FACTS] * 2, "answer": [f"Copy {i} {a}" for i in range(2) for _, a in FACTS]})
+    return Dataset.from_dict(
+        {
+            "question": [q for q, _ in FACTS] * 2,
+            "answer": [f"Copy {i} {a}" for i in range(2) for _, a in FACTS],
+        }
+    )
 
 
 class WordOverlap:
-    """A cross-encoder's interface over the share of common words, with a fraction that no two pairs share."""
+    """A cross-encoder's interface over the share of common words, with a fraction that no two pairs
+    share."""
 
     def predict(self, pairs: list[tuple[str, str]], **_: Any) -> torch.Tensor:
-        return torch.tensor([len(set(q.split()) & set(d.split())) / 8 + sum(map(ord, d)) / 1e5 for q, d in pairs])
+        return torch.tensor(
+            [len(set(q.split()) & set(d.split())) / 8 + sum(map(ord, d)) / 1e5 for q, d in pairs]
+        )
 
 
 def same(dataset: Dataset, model: SentenceTransformer, **arguments: Any) -> Dataset:
@@ -80,18 +99,33 @@ def same(dataset: Dataset, model: SentenceTransformer, **arguments: Any) -> Data
     assert len(mine) == len(other)
     for name in mine.column_names:
         for left, right in zip(mine[name], other[name], strict=True):
-            assert left == (pytest.approx(right, abs=1e-6) if name in ("score", "scores") else right)
+            assert left == (
+                pytest.approx(right, abs=1e-6) if name in ("score", "scores") else right
+            )
     return mine
 
 
 @pytest.mark.parametrize("pairs", ["single", "several"])
 @pytest.mark.parametrize("output_scores", [False, True])
-@pytest.mark.parametrize("output_format", ["triplet", "n-tuple", "labeled-pair", "labeled-list", "n-tuple-scores"])
-def test_formats(request: pytest.FixtureRequest, model: SentenceTransformer, output_format: str, output_scores: bool, pairs: str) -> None:
+@pytest.mark.parametrize(
+    "output_format", ["triplet", "n-tuple", "labeled-pair", "labeled-list", "n-tuple-scores"]
+)
+def test_formats(
+    request: pytest.FixtureRequest,
+    model: SentenceTransformer,
+    output_format: str,
+    output_scores: bool,
+    pairs: str,
+) -> None:
     dataset = request.getfixturevalue(pairs)
-    found = same(dataset, model, corpus=OTHERS, output_format=output_format, output_scores=output_scores)
+    found = same(
+        dataset, model, corpus=OTHERS, output_format=output_format, output_scores=output_scores
+    )
     unique = len(set(dataset["question"]))
-    assert len(found) == {"triplet": 3 * len(dataset), "labeled-pair": len(dataset) + 3 * unique}.get(output_format, len(dataset))
+    assert len(found) == {
+        "triplet": 3 * len(dataset),
+        "labeled-pair": len(dataset) + 3 * unique,
+    }.get(output_format, len(dataset))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +138,14 @@ def test_formats(request: pytest.FixtureRequest, model: SentenceTransformer, out
         {"range_max": 6, "absolute_margin": 0.1},
         {"range_max": 6, "relative_margin": 0.05},
         {"range_max": 6, "margin": 0.2},
-        {"range_min": 2, "absolute_margin": 0.05, "relative_margin": 0.1, "max_score": 0.9, "min_score": -0.5, "num_negatives": 2},
+        {
+            "range_min": 2,
+            "absolute_margin": 0.05,
+            "relative_margin": 0.1,
+            "max_score": 0.9,
+            "min_score": -0.5,
+            "num_negatives": 2,
+        },
         {"sampling_strategy": "random"},
         {"sampling_strategy": "random", "range_min": 1, "range_max": 7, "max_score": 0.7},
         {"include_positives": True},
@@ -113,48 +154,98 @@ def test_formats(request: pytest.FixtureRequest, model: SentenceTransformer, out
         {"query_prompt": "query : ", "corpus_prompt": "Copy 3 "},
         {"anchor_column_name": "answer", "positive_column_name": "question"},
         {"use_faiss": False, "faiss_batch_size": 2},
-        {"cross_encoder": WordOverlap(), "range_max": 5, "max_score": 0.9, "min_score": 0.2, "num_negatives": 2},
+        {
+            "cross_encoder": WordOverlap(),
+            "range_max": 5,
+            "max_score": 0.9,
+            "min_score": 0.2,
+            "num_negatives": 2,
+        },
         {"cross_encoder": WordOverlap(), "absolute_margin": 0.01, "num_negatives": 2},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("pairs", ["single", "several"])
-def test_rules(request: pytest.FixtureRequest, model: SentenceTransformer, pairs: str, arguments: dict[str, Any]) -> None:
-    same(request.getfixturevalue(pairs), model, corpus=OTHERS, output_scores=True, **{"output_format": "labeled-pair", **arguments})
+def test_rules(
+    request: pytest.FixtureRequest,
+    model: SentenceTransformer,
+    pairs: str,
+    arguments: dict[str, Any],
+) -> None:
+    same(
+        request.getfixturevalue(pairs),
+        model,
+        corpus=OTHERS,
+        output_scores=True,
+        **{"output_format": "labeled-pair", **arguments},
+    )
 
 
 @pytest.mark.parametrize("output_format", ["triplet", "n-tuple", "labeled-pair", "labeled-list"])
 def test_missing_negatives_are_reported(
-    capsys: pytest.CaptureFixture[str], model: SentenceTransformer, several: Dataset, output_format: str
+    capsys: pytest.CaptureFixture[str],
+    model: SentenceTransformer,
+    several: Dataset,
+    output_format: str,
 ) -> None:
     """The count and the share in the message are sentence-transformers' own."""
 
     def message(mine: Callable[..., Dataset]) -> str:
         capsys.readouterr()
-        mine(several, model=model, corpus=OTHERS, max_score=0.1, range_max=6, output_format=output_format, verbose=True)
-        return next(line for line in capsys.readouterr().out.splitlines() if "Could not find" in line).split(").")[0]
+        mine(
+            several,
+            model=model,
+            corpus=OTHERS,
+            max_score=0.1,
+            range_max=6,
+            output_format=output_format,
+            verbose=True,
+        )
+        return next(
+            line for line in capsys.readouterr().out.splitlines() if "Could not find" in line
+        ).split(").")[0]
 
     assert message(ours) == message(theirs)
 
 
 def test_finds_what_lies_beyond_the_window() -> None:
-    """The negatives below max_score come after 200 ranks: theirs looks at 4 + 30 of them and drops the row."""
+    """The negatives below max_score come after 200 ranks: theirs looks at 4 + 30 of them and drops
+    the row."""
     angle = torch.linspace(0, 1.5, 400)
     corpus = torch.stack([angle.cos(), angle.sin()], 1)
     texts = [f"text {i}" for i in range(400)]
     pairs = Dataset.from_dict({"anchor": ["query"], "positive": texts[:1]})
-    found = ours(pairs, None, corpus=texts, max_score=0.5, embeddings=(torch.tensor([[2.0, 0.0]]), corpus.numpy()), verbose=False)
+    found = ours(
+        pairs,
+        None,
+        corpus=texts,
+        max_score=0.5,
+        embeddings=(torch.tensor([[2.0, 0.0]]), corpus.numpy()),
+        verbose=False,
+    )
     first = int((angle.cos() > 0.5).sum())
     assert found["negative"] == texts[first : first + 3]
 
 
 def test_returns_every_row_that_has_enough() -> None:
-    """A row is missing where fewer than range_min + num_negatives documents besides its positives lie in the band, and nowhere else."""
+    """A row is missing where fewer than range_min + num_negatives documents besides its positives
+    lie in the band, and nowhere else."""
     generator = torch.Generator().manual_seed(0)
-    queries, corpus = (torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (200, 600))
+    queries, corpus = (
+        torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=1)
+        for n in (200, 600)
+    )
     texts = [f"text {i}" for i in range(600)]
-    pairs = Dataset.from_dict({"anchor": [f"query {i}" for i in range(200)], "positive": texts[:200]})
-    rule = {"min_score": 0.5, "max_score": 0.7, "range_min": 5, "num_negatives": 10, "output_format": "n-tuple"}
+    pairs = Dataset.from_dict(
+        {"anchor": [f"query {i}" for i in range(200)], "positive": texts[:200]}
+    )
+    rule = {
+        "min_score": 0.5,
+        "max_score": 0.7,
+        "range_min": 5,
+        "num_negatives": 10,
+        "output_format": "n-tuple",
+    }
     found = ours(pairs, None, corpus=texts, embeddings=(queries, corpus), verbose=False, **rule)  # type: ignore[arg-type]
     scores = queries.double() @ corpus.double().T
     scores[range(200), range(200)] = -1
@@ -163,17 +254,31 @@ def test_returns_every_row_that_has_enough() -> None:
     assert found["anchor"] == [f"query {i}" for i in enough.nonzero().flatten().tolist()]
 
 
-def test_the_papers_order_skips_the_most_similar_of_all(model: SentenceTransformer, single: Dataset) -> None:
-    arguments = {"corpus": OTHERS, "max_score": 0.5, "num_negatives": 1, "output_scores": True, "verbose": False}
+def test_the_papers_order_skips_the_most_similar_of_all(
+    model: SentenceTransformer, single: Dataset
+) -> None:
+    arguments = {
+        "corpus": OTHERS,
+        "max_score": 0.5,
+        "num_negatives": 1,
+        "output_scores": True,
+        "verbose": False,
+    }
     skipped_inside = ours(single, model, range_min=2, **arguments)
     skipped_first = ours(single, model, range_min=2, order="skip_then_band", **arguments)
     unskipped = ours(single, model, **arguments)
     assert skipped_inside["negative"] != skipped_first["negative"]
-    above = [s[0] for s in zip(skipped_first["negative"], unskipped["negative"], strict=True) if s[0] == s[1]]
+    above = [
+        s[0]
+        for s in zip(skipped_first["negative"], unskipped["negative"], strict=True)
+        if s[0] == s[1]
+    ]
     assert above, "where two documents lie above the band, the skip is used up there"
 
 
-def test_cache_is_shared_with_theirs(model: SentenceTransformer, single: Dataset, tmp_path: Path) -> None:
+def test_cache_is_shared_with_theirs(
+    model: SentenceTransformer, single: Dataset, tmp_path: Path
+) -> None:
     theirs(single, model, corpus=OTHERS, cache_folder=str(tmp_path), verbose=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(before) == 2
@@ -188,17 +293,22 @@ def test_cache_is_shared_with_theirs(model: SentenceTransformer, single: Dataset
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_negatives": 0}, "num_negatives must be at least 1"),
-        ({"range_min": -1}, "range_min must be 0 or more"),
+        ({"num_negatives": 0}, r"num_negatives must be an integer >= 1 \(got 0\)"),
+        ({"range_min": -1}, r"range_min must be an integer >= 0 \(got -1\)"),
         ({"range_min": 3, "range_max": 3}, "leave 0 ranks for 3 negatives"),
         ({"range_max": 2}, "leave 2 ranks for 3 negatives"),
         ({"output_format": "quintuple"}, "output_format must be one of"),
         ({"sampling_strategy": "best"}, "sampling_strategy must be"),
-        ({"embeddings": (torch.zeros(4, 3), torch.zeros(5, 3))}, "there are 5 unique anchors, but 4 embeddings"),
+        (
+            {"embeddings": (torch.zeros(4, 3), torch.zeros(5, 3))},
+            "there are 5 unique anchors, but 4 embeddings",
+        ),
     ],
     ids=str,
 )
-def test_errors(model: SentenceTransformer, single: Dataset, arguments: dict[str, Any], message: str) -> None:
+def test_errors(
+    model: SentenceTransformer, single: Dataset, arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         ours(single, model, verbose=False, **arguments)
     with pytest.raises(ValueError, match="the dataset is empty"):

@@ -1,4 +1,5 @@
-"""The fused losses beside sentence-transformers' own: same loss, same gradients, wherever the parents run."""
+"""The fused losses beside sentence-transformers' own: same loss, same gradients, wherever the
+parents run."""
 
 from __future__ import annotations
 
@@ -39,10 +40,15 @@ COVERED: dict[str, dict[str, Any]] = {
     "scale": {"scale": 100.0},
     "dot": {"similarity_fct": dot_score, "scale": 1.0},
     "queries": {"directions": ("query_to_doc", "query_to_query")},
-    "symmetric": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+    "symmetric": {
+        "directions": ("query_to_doc", "doc_to_query"),
+        "partition_mode": "per_direction",
+    },
 }
 PASSED_ON: dict[str, dict[str, Any]] = {
-    "all directions": {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")},
+    "all directions": {
+        "directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+    },
     "hardness": {"hardness_mode": "all_negatives", "hardness_strength": 5.0},
     "own similarity": {"similarity_fct": lambda a, b: cos_sim(a, b) ** 3},
 }
@@ -51,7 +57,10 @@ PASSED_ON: dict[str, dict[str, Any]] = {
 def embeddings(columns: int, rows: int = 12) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(rows, 24, generator=generator)
-    return [(query * (i < 2) + torch.randn(rows, 24, generator=generator)).requires_grad_() for i in range(columns)]
+    return [
+        (query * (i < 2) + torch.randn(rows, 24, generator=generator)).requires_grad_()
+        for i in range(columns)
+    ]
 
 
 @pytest.mark.parametrize("columns", [2, 3, 5])
@@ -79,9 +88,14 @@ def test_loss_and_gradients(case: str, columns: int, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("columns", [2, 3])
 def test_matryoshka(columns: int, minilm: Path) -> None:
-    """sentence-transformers' MatryoshkaLoss around its own loss, around ours, and widths in one pass: one loss, one gradient."""
+    """sentence-transformers' MatryoshkaLoss around its own loss, around ours, and widths in one
+    pass: one loss, one gradient."""
     model = SentenceTransformer(str(minilm), device="cpu").eval()
-    texts = (["a river", "boiling", "Hamlet"], ["the Loire", "100 degrees", "Shakespeare"], ["the Alps", "salt", "Goethe"])[:columns]
+    texts = (
+        ["a river", "boiling", "Hamlet"],
+        ["the Loire", "100 degrees", "Shakespeare"],
+        ["the Alps", "salt", "Goethe"],
+    )[:columns]
     features = lambda: [model.preprocess(list(column)) for column in texts]  # noqa: E731
     dims, dim_weights = [384, 128, 32], [1.0, 0.5, 2.0]
 
@@ -94,11 +108,20 @@ def test_matryoshka(columns: int, minilm: Path) -> None:
         return MatryoshkaLoss(model, kind(model), dims, dim_weights)(features(), torch.zeros(3))
 
     found = []
-    for loss in (lambda: by_theirs(MultipleNegativesRankingLoss), lambda: by_theirs(FUSED), in_one_pass):
+    for loss in (
+        lambda: by_theirs(MultipleNegativesRankingLoss),
+        lambda: by_theirs(FUSED),
+        in_one_pass,
+    ):
         model.zero_grad()
         value = loss()
         value.backward()
-        found.append((value.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        found.append(
+            (
+                value.detach(),
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+            )
+        )
     for value, grad in found[1:]:
         torch.testing.assert_close(value, found[0][0], rtol=1e-5, atol=0)
         assert (grad - found[0][1]).norm() < 1e-4 * found[0][1].norm()
@@ -111,13 +134,30 @@ def test_the_parents_arguments_and_errors() -> None:
         CACHED_FUSED(MODEL, directions=("up",))
     with pytest.raises(ValueError, match="at least 2"):
         FUSED(nn.Identity()).compute_loss_from_embeddings(embeddings(1), None)
-    parent, child = (kind(MODEL, mini_batch_size=7) for kind in (CachedMultipleNegativesRankingLoss, CACHED_FUSED))
+    parent, child = (
+        kind(MODEL, mini_batch_size=7)
+        for kind in (CachedMultipleNegativesRankingLoss, CACHED_FUSED)
+    )
     assert parent.get_config_dict() == child.get_config_dict()
 
 
 PAIRS = {
-    "anchor": ["a river in France", "the boiling point of water", "who wrote Hamlet", "capital of Japan", "speed of light", "moon landing"],
-    "positive": ["the Loire", "100 degrees Celsius", "William Shakespeare", "Tokyo", "299792 km/s", "Apollo 11 in 1969"],
+    "anchor": [
+        "a river in France",
+        "the boiling point of water",
+        "who wrote Hamlet",
+        "capital of Japan",
+        "speed of light",
+        "moon landing",
+    ],
+    "positive": [
+        "the Loire",
+        "100 degrees Celsius",
+        "William Shakespeare",
+        "Tokyo",
+        "299792 km/s",
+        "Apollo 11 in 1969",
+    ],
 }
 
 
@@ -126,19 +166,32 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return sum(float((a[name] - b[name]).square().sum()) for name in a) ** 0.5
 
 
-def trained(minilm: Path, kind: type[nn.Module], folder: Path, **settings: Any) -> dict[str, Tensor]:
+def trained(
+    minilm: Path, kind: type[nn.Module], folder: Path, **settings: Any
+) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = SentenceTransformer(str(minilm), device="cpu")
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(folder), max_steps=2, per_device_train_batch_size=6, learning_rate=1e-3, optim="sgd", seed=1, use_cpu=True,
-        save_strategy="no", report_to=[], disable_tqdm=True,
-    )  # fmt: skip
-    SentenceTransformerTrainer(model, arguments, Dataset.from_dict(PAIRS), loss=kind(model, **settings)).train()
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=6,
+        learning_rate=1e-3,
+        optim="sgd",
+        seed=1,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    SentenceTransformerTrainer(
+        model, arguments, Dataset.from_dict(PAIRS), loss=kind(model, **settings)
+    ).train()
     return {name: x.detach().clone() for name, x in model.named_parameters()}
 
 
 def test_interchangeable_in_the_trainer(minilm: Path, tmp_path: Path) -> None:
-    """Two steps with dropout on: the mini-batches of the cached losses replay its random numbers."""
+    """Two steps with dropout on: the mini-batches of the cached losses replay its random
+    numbers."""
     for parent, child, settings in (
         (MultipleNegativesRankingLoss, FUSED, {}),
         (CachedMultipleNegativesRankingLoss, CACHED_FUSED, {"mini_batch_size": 4}),
@@ -152,16 +205,29 @@ def test_interchangeable_in_the_trainer(minilm: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scaler", [1.0, 1000.0])
 def test_cached_gradients_through_the_encoder(minilm: Path, scaler: float) -> None:
-    """After sentence-transformers' test_cmnrl_same_grad: triplets, mini-batches of 2 that leave one over, an upstream gradient like a
-    GradScaler's. (The gradient cache that ignores the temperature, in tevatron, fails this.)"""
+    """After sentence-transformers' test_cmnrl_same_grad: triplets, mini-batches of 2 that leave one
+    over, an upstream gradient like a GradScaler's. (The gradient cache that ignores the
+    temperature, in tevatron, fails this.)"""
     model = SentenceTransformer(str(minilm), device="cpu").eval()
-    texts = (["aaa", "bbb", "ccc", "ddd", "eee"], ["aas", "bbs", "ccs", "dds", "ees"], ["xxx", "yyy", "zzz", "kkk", "fff"])
+    texts = (
+        ["aaa", "bbb", "ccc", "ddd", "eee"],
+        ["aas", "bbs", "ccs", "dds", "ees"],
+        ["xxx", "yyy", "zzz", "kkk", "fff"],
+    )
     found = []
-    for loss in (MultipleNegativesRankingLoss(model, scale=50.0), CACHED_FUSED(model, scale=50.0, mini_batch_size=2)):
+    for loss in (
+        MultipleNegativesRankingLoss(model, scale=50.0),
+        CACHED_FUSED(model, scale=50.0, mini_batch_size=2),
+    ):
         model.zero_grad()
         value = loss([model.preprocess(list(column)) for column in texts], torch.zeros(5)) * scaler
         value.backward()
-        found.append((value.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        found.append(
+            (
+                value.detach(),
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+            )
+        )
     (gold, gold_grad), (value, grad) = found
     torch.testing.assert_close(value, gold, rtol=1e-5, atol=0)
     assert (grad - gold_grad).norm() < 1e-4 * gold_grad.norm()
@@ -189,7 +255,8 @@ def run(world, rank, **settings):
 
 dist.init_process_group("gloo")
 for settings in ({}, {"directions": ("query_to_doc", "query_to_query")},
-                 {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}):
+                 {"directions": ("query_to_doc", "doc_to_query"),
+                  "partition_mode": "per_direction"}):
     value, grad = run(2, dist.get_rank(), **settings)
     whole, gold = run(1, 0, **settings)
     dist.all_reduce(value)
@@ -200,8 +267,17 @@ dist.destroy_process_group()
 
 
 def test_negatives_gathered_from_two_processes(tmp_path: Path) -> None:
-    """torchrun, gloo: each process has half of the batch and sees all of it; DDP's mean gradient is the single process's."""
+    """torchrun, gloo: each process has half of the batch and sees all of it; DDP's mean gradient is
+    the single process's."""
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "worker.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(tmp_path / "worker.py"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""Fusion of embeddings: a tuned encoder beside its frozen original, alone as a module and in a run's loss and product."""
+"""Fusion of embeddings: a tuned encoder beside its frozen original, alone as a module and in a
+run's loss and product."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from refine_fast.pipeline.training.loss import BatchLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PAGES = [topics[name][: 150 + 40 * (3 * i % 8)] for i, name in enumerate(sorted(topics)[:8])]  # a batch orders them by length
+# a batch orders them by length
+PAGES = [topics[name][: 150 + 40 * (3 * i % 8)] for i, name in enumerate(sorted(topics)[:8])]
 QUERIES = [page[:60] for page in PAGES]
 
 
@@ -44,18 +46,23 @@ def twin(tiny: Path) -> SentenceTransformer:
 
 def test_the_weighted_sum_of_unit_vectors(twin: SentenceTransformer, tiny: Path) -> None:
     """... with the prompts of the two: against float64; what float32 rounds of it is 2e-7."""
-    tuned, frozen = (unit(model, PAGES, prompt_name="query") for model in (tuned_from(tiny), load_encoder(tiny)))
+    tuned, frozen = (
+        unit(model, PAGES, prompt_name="query") for model in (tuned_from(tiny), load_encoder(tiny))
+    )
     assert np.abs(tuned - frozen).max() > 0.05
     for weight in (0, 0.35, 1):
         twin[0].weight = weight
         expected = weight * tuned + (1 - weight) * frozen
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-        np.testing.assert_allclose(twin.encode(PAGES, prompt_name="query"), expected, rtol=0, atol=2e-7)
+        np.testing.assert_allclose(
+            twin.encode(PAGES, prompt_name="query"), expected, rtol=0, atol=2e-7
+        )
     twin[0].weight = 0.35
 
 
 def test_encoders_that_give_no_unit_vectors(tiny: Path) -> None:
-    """Without their last module, Normalize, the lengths differ; the weight is that of the directions all the same."""
+    """Without their last module, Normalize, the lengths differ; the weight is that of the
+    directions all the same."""
     whole = TwinEncoder(tuned_from(tiny), load_encoder(tiny), 0.35).model("cpu")
     short = TwinEncoder(tuned_from(tiny), load_encoder(tiny), 0.35).model("cpu")
     for encoder in (short[0].tuned, short[0].frozen):
@@ -63,10 +70,15 @@ def test_encoders_that_give_no_unit_vectors(tiny: Path) -> None:
     np.testing.assert_allclose(short.encode(PAGES), whole.encode(PAGES), rtol=0, atol=2e-7)
 
 
-def test_saved_and_loaded_it_is_the_same_to_the_bit(twin: SentenceTransformer, tmp_path: Path) -> None:
+def test_saved_and_loaded_it_is_the_same_to_the_bit(
+    twin: SentenceTransformer, tmp_path: Path
+) -> None:
     twin.save_pretrained(str(tmp_path), create_model_card=False)
     expected = twin.encode_query(PAGES)
-    for loaded in (SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu"), load_encoder(tmp_path)):
+    for loaded in (
+        SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu"),
+        load_encoder(tmp_path),
+    ):
         assert np.array_equal(loaded.encode_query(PAGES), expected)
         assert loaded.prompts == twin.prompts
         assert loaded.max_seq_length == 96
@@ -74,7 +86,8 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(twin: SentenceTransformer, t
 
 
 def test_the_frozen_one_stays_frozen(tiny: Path) -> None:
-    """In a training of one's own: in evaluation mode, without gradients; the tuned one has them, and dropout."""
+    """In a training of one's own: in evaluation mode, without gradients; the tuned one has them,
+    and dropout."""
     twin = TwinEncoder(load_encoder(tiny), load_encoder(tiny).train(), 0.35).model("cpu")
     assert not any(module.training for module in twin[0].frozen.modules())
     twin.train()
@@ -87,26 +100,44 @@ def test_the_frozen_one_stays_frozen(tiny: Path) -> None:
 
 
 def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^weight is 1.5; it must be at least 0 and at most 1$"):
+    with pytest.raises(ValueError, match=r"^weight must be from 0 to 1 \(got 1.5\)$"):
         TwinEncoder(load_encoder(tiny), load_encoder(tiny), 1.5)
     other = load_encoder(tiny)
     other.tokenizer.add_tokens(["unheard-of"])
-    with pytest.raises(ValueError, match=r"^tuned and frozen have different vocabularies; they must read the same tokens$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^tuned and frozen have different vocabularies; they must read the same tokens$",
+    ):
         TwinEncoder(load_encoder(tiny), other)
 
 
 @pytest.mark.parametrize("mini_batch", [None, 3])
 def test_the_loss_of_a_run(tiny: Path, mini_batch: int | None) -> None:
-    """The frozen embeddings come with the batch; value and gradients are those of the plain formula in float64, through the tuned encoder
-    alone, with gradient caching too."""
-    frozen = [unit(load_encoder(tiny), texts, prompt_name=role) for role, texts in (("query", QUERIES), ("document", PAGES))]
-    examples = [batches.Example(query, i, ((i + 1) % 8,), frozenset({i}), 7 - i) for i, query in enumerate(QUERIES)]
+    """The frozen embeddings come with the batch; value and gradients are those of the plain formula
+    in float64, through the tuned encoder alone, with gradient caching too."""
+    frozen = [
+        unit(load_encoder(tiny), texts, prompt_name=role)
+        for role, texts in (("query", QUERIES), ("document", PAGES))
+    ]
+    examples = [
+        batches.Example(query, i, ((i + 1) % 8,), frozenset({i}), 7 - i)
+        for i, query in enumerate(QUERIES)
+    ]
     model = tuned_from(tiny).double().eval()
-    batch = batches.Collator(model, examples, PAGES, batches.Twin(0.35, frozen[0][::-1], frozen[1]))([{"row": i} for i in range(8)])
-    sides = [{k.removeprefix(f"{side}_"): v for k, v in batch.items() if k.startswith(f"{side}_")} for side in ("query", "document")]
+    batch = batches.Collator(
+        model, examples, PAGES, batches.Twin(0.35, frozen[0][::-1], frozen[1])
+    )([{"row": i} for i in range(8)])
+    sides = [
+        {k.removeprefix(f"{side}_"): v for k, v in batch.items() if k.startswith(f"{side}_")}
+        for side in ("query", "document")
+    ]
     loss = BatchLoss(model, 0.05, mini_batch, 0.35)(sides, batch["label"])
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
     model.zero_grad()
     fused = []
@@ -120,4 +151,6 @@ def test_the_loss_of_a_run(tiny: Path, mini_batch: int | None) -> None:
     largest = max(gradient.abs().max() for gradient in gradients.values())
     assert largest > 1e-5
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-6, atol=float(1e-8 * largest))
+        torch.testing.assert_close(
+            gradient, model.get_parameter(name).grad, rtol=1e-6, atol=float(1e-8 * largest)
+        )

@@ -1,4 +1,6 @@
-"""faiss, for corpora past brute force and for serving: an approximate ``band_topk``, and the index of a corpus as a file."""
+"""faiss, for corpora too large for brute force and for serving: an approximate ``band_topk``, and
+the index of a corpus as a file.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,34 @@ CHUNK = 64
 
 
 class Approximate(NamedTuple):
-    """found: as of ``band_topk``; in_band counts the candidates. recall: the share of the exact ids that it holds, over the queries that
-    were also searched exactly; 1 where there are none to hold."""
+    """found: as from ``band_topk``; in_band counts the candidates. recall: the share of the exact
+    ids that were found, over the queries that were also searched exactly; 1 if there are none."""
 
     found: BandTopK
     recall: float
 
 
 def build_index(docs: Any, *, lists: int | None = None, seed: int = 0) -> Any:
-    """A faiss index of the rows of docs (N, D) by inner product: exact (IndexFlatIP) or, with ``lists``, inverted lists around as many
-    k-means centres (IndexIVFFlat; about 4 sqrt(N) is usual)."""
+    """A faiss index by inner product: exact (IndexFlatIP) or, with ``lists``, of inverted lists
+    around k-means centres (IndexIVFFlat).
+
+    Args:
+        docs: (N, D), float32 after conversion.
+        lists: the number of centres, 1 to N; about 4 sqrt(N) is usual.
+        seed: of k-means.
+
+    Raises:
+        RefineFastError: lists out of range.
+    """
     import faiss
 
     rows = np.ascontiguousarray(docs, dtype=np.float32)
     index: Any = faiss.IndexFlatIP(rows.shape[1])
     if lists is not None:
         if not 1 <= lists <= len(rows):
-            raise RefineFastError(f"lists must be between 1 and the {len(rows)} documents, not {lists}")
+            raise RefineFastError(
+                f"lists must be from 1 to the number of documents, {len(rows)} (got {lists})"
+            )
         index = faiss.IndexIVFFlat(index, rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
         index.cp.seed = seed
         index.train(rows)
@@ -44,7 +57,8 @@ def build_index(docs: Any, *, lists: int | None = None, seed: int = 0) -> Any:
 
 
 def write_index(docs: Any, path: str | os.PathLike[str], *, lists: int | None = None) -> None:
-    """Writes ``build_index(docs)`` as the file ``path``, for ``faiss.read_index``; row i of docs is id i. Whole or not at all."""
+    """Writes ``build_index(docs)`` to ``path``, completely or not at all, for
+    ``faiss.read_index``. Row i of docs has id i."""
     import faiss
 
     with atomic(Path(path)) as temporary:
@@ -66,16 +80,31 @@ def approximate_band_topk(
     sample: int = 64,
     seed: int = 0,
 ) -> Approximate:
-    """``band_topk`` among the documents in the ``probes`` nearest inverted lists of each query, instead of all.
+    """``band_topk`` among the documents in the ``probes`` nearest inverted lists of each query,
+    instead of all.
 
-    The candidates of a query are what an IVF index of ``build_index(docs, lists=...)`` finds at or above the band's lower edge; the band,
-    the skip and the order are then exact on them. ``recall`` is measured against the exact search of ``sample`` queries drawn with
-    ``seed``. Rows are taken as they are: unit vectors for a band of cosines. Arguments otherwise as ``band_topk``.
+    The candidates of a query are what the index finds at or above the band's lower edge; the band,
+    the skip and the order are then exact on them.
+
+    Args:
+        index: as from ``build_index(docs, lists=...)``.
+        queries: (B, D). docs: (N, D). Rows are taken as they are: unit vectors for a band of
+            cosines.
+        probes: inverted lists to search per query.
+        k, band, skip, exclude, ceiling, order: as for ``band_topk``.
+        sample: how many queries, drawn with ``seed``, are also searched exactly, for ``recall``.
+        seed: of the sample.
+
+    Raises:
+        RefineFastError: an index without inverted lists.
     """
     import faiss
 
     if not isinstance(index, faiss.IndexIVF):
-        raise RefineFastError(f"index is a faiss {type(index).__name__}; give one with inverted lists, as of build_index(docs, lists=...)")
+        raise RefineFastError(
+            f"index is a faiss {type(index).__name__}; give one with inverted lists, as from"
+            " build_index(docs, lists=...)"
+        )
     rows, texts = np.ascontiguousarray(queries, dtype=np.float32), np.asarray(docs)
     ceiling = None if ceiling is None else torch.as_tensor(ceiling, dtype=torch.float64)
     nearest = faiss.SearchParametersIVF()
@@ -87,7 +116,9 @@ def approximate_band_topk(
         limits, _, ids = index.range_search(chunk, band[0] - 1e-4, params=nearest)
         for i, query in enumerate(chunk):
             own = np.sort(ids[limits[i] : limits[i + 1]])
-            left_out = None if exclude is None else [np.flatnonzero(np.isin(own, exclude[first + i]))]
+            left_out = (
+                None if exclude is None else [np.flatnonzero(np.isin(own, exclude[first + i]))]
+            )
             found = band_topk(
                 query[None],
                 texts[own],
@@ -98,7 +129,13 @@ def approximate_band_topk(
                 ceiling=None if ceiling is None else ceiling[first + i : first + i + 1],
                 order=order,
             )
-            parts.append(found._replace(ids=torch.where(found.ids < 0, found.ids, torch.from_numpy(np.append(own, -1))[found.ids])))
+            parts.append(
+                found._replace(
+                    ids=torch.where(
+                        found.ids < 0, found.ids, torch.from_numpy(np.append(own, -1))[found.ids]
+                    )
+                )
+            )
     found = BandTopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     checked = np.sort(np.random.default_rng(seed).permutation(len(rows))[:sample])
@@ -113,6 +150,8 @@ def approximate_band_topk(
         order=order,
     )
     wanted = [set(ids.tolist()) - {-1} for ids in exact.ids]
-    hit = sum(len(want & set(ids.tolist())) for want, ids in zip(wanted, found.ids[checked], strict=True))
+    hit = sum(
+        len(want & set(ids.tolist())) for want, ids in zip(wanted, found.ids[checked], strict=True)
+    )
     total = sum(map(len, wanted))
     return Approximate(found, hit / total if total else 1.0)

@@ -1,5 +1,6 @@
-"""sentence-transformers' ``mine_hard_negatives`` over ``band_topk``: the same signature and the same columns, every row that has enough
-negatives, without a similarity matrix."""
+"""sentence-transformers' ``mine_hard_negatives`` over ``band_topk``: the same signature, the same
+columns and every row that has enough negatives, without a similarity matrix.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
+"""The output formats of sentence-transformers."""
 
 
 def mine_hard_negatives(
@@ -60,25 +62,38 @@ def mine_hard_negatives(
     order: Literal["band_then_skip", "skip_then_band"] = "band_then_skip",
     embeddings: tuple[Any, Any] | None = None,
 ) -> Dataset:
-    """Negatives for a dataset of (anchor, positive) pairs; a drop-in for ``sentence_transformers.util.mine_hard_negatives`` (6.2), whose
-    documentation holds for every argument but these:
+    """Mines negatives for a dataset of (anchor, positive) pairs; a drop-in for
+    ``sentence_transformers.util.mine_hard_negatives`` (6.2).
 
-    range_max: None looks at the whole corpus and not at a few dozen ranks beyond range_min: a row is missing only where the corpus has too
-    few negatives. "random" still draws from as many ranks as there. A given range_max, and a cross_encoder that filters, mean what they
-    mean there.
-    use_faiss, faiss_batch_size: accepted and without effect; the search is always exact.
-    order: "band_then_skip" skips range_min documents among those that pass the filters, as there; "skip_then_band" skips the most similar
-    of all first, which is REFINE's rule (arXiv 2410.12890, section 3.2).
-    embeddings: of the unique anchors in their order and of the unique texts of corpus + positives in theirs, instead of ``model``
-    (pass None), of any length: scores are cosines.
+    Args:
+        range_max: None searches the whole corpus, not a few dozen ranks beyond range_min, so that a
+            row is missing only where the corpus has too few negatives. "random" still draws from as
+            many ranks as sentence-transformers does. A given range_max, and a cross_encoder that
+            filters, mean what they mean there.
+        use_faiss, faiss_batch_size: accepted and ignored; the search is always exact.
+        order: "band_then_skip" skips range_min documents among those that pass the filters, as
+            sentence-transformers does; "skip_then_band" skips the most similar of all first, which
+            is REFINE's rule (arXiv 2410.12890, section 3.2).
+        embeddings: those of the unique anchors and of the unique texts of corpus + positives, each
+            in order of first appearance, instead of ``model`` (pass None). Rows of any length:
+            scores are cosines.
 
-    Raises ValueError where sentence-transformers does, and for a model whose similarity is a distance.
+        Every other argument is documented in sentence-transformers.
+
+    Returns:
+        A dataset in ``output_format``.
+
+    Raises:
+        ValueError: as in sentence-transformers, and for a model whose similarity is a distance.
     """
     if len(dataset) == 0:
         raise ValueError("the dataset is empty; give at least one (anchor, positive) pair")
     columns = dataset.column_names
     if len(columns) < 2:
-        raise ValueError(f"the dataset has the column {columns} only; it needs one of anchors and one of positives")
+        raise ValueError(
+            f"the dataset has only the column {columns}; it needs one of anchors and one of"
+            " positives"
+        )
     anchor_column = anchor_column_name if anchor_column_name in columns else columns[0]
     positive_column = positive_column_name if positive_column_name in columns else columns[1]
     if as_triplets is not None:
@@ -86,23 +101,30 @@ def mine_hard_negatives(
         logger.warning("as_triplets is deprecated: output_format is set to %r", output_format)
     if output_format == "n-tuple-scores":
         output_format, output_scores = "n-tuple", True
-        logger.warning("output_format 'n-tuple-scores' is deprecated: use 'n-tuple' with output_scores=True")
+        logger.warning(
+            "output_format 'n-tuple-scores' is deprecated: use 'n-tuple' with output_scores=True"
+        )
     if margin is not None:
         absolute_margin = margin
         logger.warning("margin is deprecated: absolute_margin is set to %s", margin)
     if include_positives and output_format != "n-tuple":
         output_format = "n-tuple"
-        logger.warning("include_positives keeps the order of the ranking: output_format is set to 'n-tuple'")
+        logger.warning(
+            "include_positives keeps the order of the ranking: output_format is set to 'n-tuple'"
+        )
     if output_format not in FORMATS:
-        raise ValueError(f"output_format must be one of {', '.join(FORMATS)}, not {output_format!r}")
+        raise ValueError(
+            f"output_format must be one of {', '.join(FORMATS)} (got {output_format!r})"
+        )
     if sampling_strategy not in ("top", "random"):
-        raise ValueError(f'sampling_strategy must be "top" or "random", not {sampling_strategy!r}')
+        raise ValueError(f'sampling_strategy must be "top" or "random" (got {sampling_strategy!r})')
     if num_negatives < 1:
-        raise ValueError(f"num_negatives must be at least 1, not {num_negatives}")
+        raise ValueError(f"num_negatives must be an integer >= 1 (got {num_negatives})")
     if range_min < 0:
-        raise ValueError(f"range_min must be 0 or more, not {range_min}")
+        raise ValueError(f"range_min must be an integer >= 0 (got {range_min})")
 
-    anchors, answers = (list(dataset[column][:]) for column in (anchor_column, positive_column))  # [:]: not row by row
+    # [:]: not row by row
+    anchors, answers = (list(dataset[column][:]) for column in (anchor_column, positive_column))
     row_of_query, row_of_text = _numbered(anchors), _numbered([*(corpus or []), *answers])
     queries, texts = list(row_of_query), list(row_of_text)
     owned: list[dict[int, None]] = [{} for _ in queries]
@@ -115,34 +137,54 @@ def mine_hard_negatives(
     rescored = cross_encoder is not None and filtered
     window = range_max
     if window is None:  # sentence-transformers' own default
-        loose = absolute_margin is not None or relative_margin is not None or max_score is not None or rescored
+        loose = (
+            absolute_margin is not None
+            or relative_margin is not None
+            or max_score is not None
+            or rescored
+        )
         window = range_min + num_negatives * (10 if loose else 1) + most
     if window - range_min < num_negatives:
         left = max(window - range_min, 0)
-        raise ValueError(f"range_min={range_min} and range_max={window} leave {left} ranks for {num_negatives} negatives")
+        raise ValueError(
+            f"range_min={range_min} and range_max={window} leave {left} ranks for {num_negatives}"
+            " negatives"
+        )
 
     if embeddings is None:
         embeddings = _encode(
             model,  # type: ignore[arg-type]
             {"query": queries, "corpus": texts},
-            {"query": (query_prompt, query_prompt_name), "corpus": (corpus_prompt, corpus_prompt_name)},
+            {
+                "query": (query_prompt, query_prompt_name),
+                "corpus": (corpus_prompt, corpus_prompt_name),
+            },
             batch_size,
             use_multi_process,
             cache_folder,
             verbose,
         )
     encoded_queries, encoded_texts = (torch.as_tensor(x) for x in embeddings)
-    for rows, unique, name in ((encoded_queries, queries, "anchors"), (encoded_texts, texts, "texts")):
+    for rows, unique, name in (
+        (encoded_queries, queries, "anchors"),
+        (encoded_texts, texts, "texts"),
+    ):
         if len(rows) != len(unique):
-            raise ValueError(f"there are {len(unique)} unique {name}, but {len(rows)} embeddings of them")
+            raise ValueError(
+                f"there are {len(unique)} unique {name}, but {len(rows)} embeddings of them"
+            )
 
     if rescored:
         assert cross_encoder is not None
-        positive_scores = _predict(cross_encoder, queries, texts, positives, batch_size, use_multi_process)
+        positive_scores = _predict(
+            cross_encoder, queries, texts, positives, batch_size, use_multi_process
+        )
     else:
         owner = torch.tensor([i for i, rows in enumerate(positives) for _ in rows])
         flat = torch.tensor([row for rows in positives for row in rows])
-        cosines = torch.nn.functional.cosine_similarity(encoded_queries[owner].float(), encoded_texts[flat].float())
+        cosines = torch.nn.functional.cosine_similarity(
+            encoded_queries[owner].float(), encoded_texts[flat].float()
+        )
         positive_scores = list(cosines.split([len(rows) for rows in positives]))
 
     least = torch.stack([scores.min() for scores in positive_scores]).double()
@@ -154,15 +196,34 @@ def mine_hard_negatives(
     floor = -float("inf") if min_score is None else min_score
     exclude = None if include_positives else positives
 
-    if range_max is not None or rescored:  # the first ranks of the corpus, positives among them, then the filters
-        found = band_topk(encoded_queries, encoded_texts, window + most, band=(-float("inf"), float("inf")), skip=0, normalize=True)
+    # the first ranks of the corpus, positives among them, then the filters
+    if range_max is not None or rescored:
+        found = band_topk(
+            encoded_queries,
+            encoded_texts,
+            window + most,
+            band=(-float("inf"), float("inf")),
+            skip=0,
+            normalize=True,
+        )
         candidates = [ids[ids >= 0].tolist() for ids in found.ids]
         scores = [row[: len(ids)] for row, ids in zip(found.scores, candidates, strict=True)]
         if rescored:
             assert cross_encoder is not None
-            scores = _predict(cross_encoder, queries, texts, candidates, batch_size, use_multi_process)
+            scores = _predict(
+                cross_encoder, queries, texts, candidates, batch_size, use_multi_process
+            )
         ranked = [
-            _ranked(ids, row, () if exclude is None else exclude[i], floor, float(ceiling[i]), range_min, window, order)
+            _ranked(
+                ids,
+                row,
+                () if exclude is None else exclude[i],
+                floor,
+                float(ceiling[i]),
+                range_min,
+                window,
+                order,
+            )
             for i, (ids, row) in enumerate(zip(candidates, scores, strict=True))
         ]
     else:
@@ -182,7 +243,8 @@ def mine_hard_negatives(
             for ids, row in zip(found.ids.tolist(), found.scores.tolist(), strict=True)
         ]
     if sampling_strategy == "random":
-        for i, options in enumerate(ranked):  # draws as sentence-transformers does, so the same random.seed gives the same rows
+        # draws as sentence-transformers does, so the same random.seed gives the same rows
+        for i, options in enumerate(ranked):
             drawn = random.sample(range(max(len(options), num_negatives)), k=num_negatives)
             ranked[i] = [options[j] for j in sorted(drawn) if j < len(options)]
     negatives = [row[:num_negatives] for row in ranked]
@@ -215,10 +277,14 @@ def _encode(
     cache_folder: str | None,
     verbose: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Unit rows of the queries and of the corpus, through the cache files of sentence-transformers (same names, same content)."""
+    """Unit rows of the queries and of the corpus, through the cache files of sentence-transformers
+    (same names, same content)."""
     if model.similarity_fn_name not in ("cosine", "dot"):
         found = model.similarity_fn_name
-        raise ValueError(f"the model's similarity is {found}; set model.similarity_fn_name to cosine, which the filters are on")
+        raise ValueError(
+            f"the model's similarity is {found}; set model.similarity_fn_name to cosine, which the"
+            " filters use"
+        )
     pool = None
     encoded = []
     try:
@@ -233,7 +299,9 @@ def _encode(
                 encoded.append(np.load(file))
                 continue
             if use_multi_process and pool is None:
-                pool = model.start_multi_process_pool(None if isinstance(use_multi_process, bool) else use_multi_process)
+                pool = model.start_multi_process_pool(
+                    None if isinstance(use_multi_process, bool) else use_multi_process
+                )
             rows = encode(
                 texts[role],
                 prompt_name=prompt_name,
@@ -266,10 +334,14 @@ def _predict(
     """The cross-encoder's score of each query with each of its rows."""
     pool = None
     if use_multi_process:
-        pool = cross_encoder.start_multi_process_pool(None if isinstance(use_multi_process, bool) else use_multi_process)
+        pool = cross_encoder.start_multi_process_pool(
+            None if isinstance(use_multi_process, bool) else use_multi_process
+        )
     try:
         pairs = [(queries[i], texts[row]) for i, own in enumerate(rows) for row in own]
-        scores = cross_encoder.predict(pairs, batch_size=batch_size, convert_to_tensor=True, pool=pool)
+        scores = cross_encoder.predict(
+            pairs, batch_size=batch_size, convert_to_tensor=True, pool=pool
+        )
     finally:
         if pool is not None:
             cross_encoder.stop_multi_process_pool(pool)
@@ -277,11 +349,22 @@ def _predict(
 
 
 def _ranked(
-    ids: list[int], scores: Tensor, exclude: Sequence[int], floor: float, ceiling: float, range_min: int, range_max: int, order: str
+    ids: list[int],
+    scores: Tensor,
+    exclude: Sequence[int],
+    floor: float,
+    ceiling: float,
+    range_min: int,
+    range_max: int,
+    order: str,
 ) -> list[tuple[int, float]]:
-    """What remains of one query's candidates between the ranks range_min and range_max, best first."""
+    """What remains of one query's candidates between the ranks range_min and range_max, best
+    first."""
     left_out = set(exclude)
-    ranking = sorted(((i, s) for i, s in zip(ids, scores.tolist(), strict=True) if i not in left_out), key=lambda pair: -pair[1])
+    ranking = sorted(
+        ((i, s) for i, s in zip(ids, scores.tolist(), strict=True) if i not in left_out),
+        key=lambda pair: -pair[1],
+    )
     if order == "skip_then_band":
         ranking, range_min, range_max = ranking[range_min:range_max], 0, range_max - range_min
     return [(i, s) for i, s in ranking if floor <= s <= ceiling][range_min:range_max]
@@ -306,7 +389,9 @@ def _rows(
         "labeled-pair": ["anchor", "positive"],
         "labeled-list": ["anchor", "positive"],
     }[output_format]
-    label = {"labeled-pair": ("label", "score"), "labeled-list": ("labels", "scores")}.get(output_format, (None, "scores"))[output_scores]
+    label = {"labeled-pair": ("label", "score"), "labeled-list": ("labels", "scores")}.get(
+        output_format, (None, "scores")
+    )[output_scores]
     rows: dict[str, list] = {name: [] for name in (*names, label) if name is not None}
 
     def add(values: list, labels: Any, scores: Any) -> None:
@@ -315,7 +400,9 @@ def _rows(
         if label is not None:
             rows[label].append(scores if output_scores else labels)
 
-    for query, own, own_scores, found in zip(queries, positives, positive_scores, negatives, strict=True):
+    for query, own, own_scores, found in zip(
+        queries, positives, positive_scores, negatives, strict=True
+    ):
         found_texts, found_scores = [texts[i] for i, _ in found], [s for _, s in found]
         for row, score in zip(own, own_scores.tolist(), strict=True):
             if output_format == "triplet":
@@ -326,18 +413,35 @@ def _rows(
             elif output_format == "labeled-pair":
                 add([query, texts[row]], 1, score)
             elif output_format == "labeled-list" and found:
-                add([query, [texts[row], *found_texts]], [1] + [0] * len(found), [score, *found_scores])
+                add(
+                    [query, [texts[row], *found_texts]],
+                    [1] + [0] * len(found),
+                    [score, *found_scores],
+                )
         if output_format == "labeled-pair":
             for text, s in zip(found_texts, found_scores, strict=True):
                 add([query, text], 0, s)
     total = sum(len(own) for own in positives)
-    possible = {"triplet": total * num_negatives, "labeled-pair": len(queries) * num_negatives + pairs}
+    possible = {
+        "triplet": total * num_negatives,
+        "labeled-pair": len(queries) * num_negatives + pairs,
+    }
     return rows, possible.get(output_format, total)
 
 
-def _report(positive_scores: list[Tensor], negatives: list[list[tuple[int, float]]], missing: int, possible: int) -> None:
-    groups = [("Positive", torch.cat(positive_scores)), ("Negative", torch.tensor([s for row in negatives for _, s in row]))]
-    print(f"{'':10}{'count':>10}{'mean':>10}{'min':>10}{'25%':>10}{'50%':>10}{'75%':>10}{'max':>10}")
+def _report(
+    positive_scores: list[Tensor],
+    negatives: list[list[tuple[int, float]]],
+    missing: int,
+    possible: int,
+) -> None:
+    groups = [
+        ("Positive", torch.cat(positive_scores)),
+        ("Negative", torch.tensor([s for row in negatives for _, s in row])),
+    ]
+    print(
+        f"{'':10}{'count':>10}{'mean':>10}{'min':>10}{'25%':>10}{'50%':>10}{'75%':>10}{'max':>10}"
+    )
     for name, scores in groups:
         if len(scores):
             figures = [scores.mean(), *np.quantile(scores.numpy(), [0, 0.25, 0.5, 0.75, 1])]
@@ -345,5 +449,6 @@ def _report(positive_scores: list[Tensor], negatives: list[list[tuple[int, float
     if missing > 0:
         print(
             f"Could not find enough negatives for {missing} samples ({missing / possible:.2%}). "
-            "Raise max_score or range_max, or lower min_score, range_min or the margins, to find more."
+            "Raise max_score or range_max, or lower min_score, range_min or the margins, to find"
+            " more."
         )

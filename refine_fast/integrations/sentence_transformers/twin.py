@@ -1,4 +1,6 @@
-"""A fine-tuned encoder beside its frozen original: REFINE's fusion (arXiv 2410.12890) read as one of embeddings, not of weights."""
+"""A fine-tuned encoder beside its frozen original: REFINE's fusion (arXiv 2410.12890) read as a
+fusion of embeddings, not of weights.
+"""
 
 from __future__ import annotations
 
@@ -13,42 +15,63 @@ from torch.nn.functional import normalize
 
 
 def fuse_embeddings(tuned: Tensor, frozen: Tensor, weight: float) -> Tensor:
-    """``normalize(weight * normalize(tuned) + (1 - weight) * normalize(frozen))``, row by row: (n, d) each. Both sides are unit vectors, so
-    that ``weight`` means the same under every encoder."""
-    return normalize(weight * normalize(tuned, dim=-1) + (1 - weight) * normalize(frozen, dim=-1), dim=-1)
+    """``normalize(weight * normalize(tuned) + (1 - weight) * normalize(frozen))``, row by row;
+    both are (n, d). Both are scaled to unit length, so that ``weight`` means the same under every
+    encoder."""
+    mixed = weight * normalize(tuned, dim=-1) + (1 - weight) * normalize(frozen, dim=-1)
+    return normalize(mixed, dim=-1)
 
 
 class TwinEncoder(InputModule):
-    """Two encoders as one module: ``fuse_embeddings(tuned(text), frozen(text), weight)``, at the cost of two.
+    """Two encoders as one module: ``fuse_embeddings(tuned(text), frozen(text), weight)``, at twice
+    the cost.
 
-    tuned, frozen: models of one vocabulary, since both read the same tokens. The frozen one stays in evaluation mode and keeps no graph;
-    the tuned one trains under any loss, which sees the fused embedding. ``weight``: the share of the tuned embedding; it may be changed.
+    The frozen encoder stays in evaluation mode and keeps no graph; the tuned one trains under any
+    loss, which sees the fused embedding::
 
-        model = TwinEncoder(SentenceTransformer("base"), SentenceTransformer("base"), weight=0.35).model()
-        model.save_pretrained("twin")                                # twin/tuned and twin/frozen: two whole models
-        model = SentenceTransformer("twin", trust_remote_code=True)  # as for every class that is not sentence-transformers' own
+        base = SentenceTransformer("base")
+        model = TwinEncoder(base, SentenceTransformer("base"), weight=0.35).model()
+        model.save_pretrained("twin")  # twin/tuned and twin/frozen: two complete models
+        # trust_remote_code: for every class that is not sentence-transformers' own
+        model = SentenceTransformer("twin", trust_remote_code=True)
+
+    Args:
+        tuned: the encoder to train.
+        frozen: the original; must have the same vocabulary, since both read the same tokens.
+        weight: the share of the tuned embedding, 0 to 1; may be changed later.
+
+    Raises:
+        ValueError: a weight out of range, or two vocabularies.
     """
 
     config_file_name = "twin_config.json"
     config_keys = ["weight"]  # noqa: RUF012 - as the parent declares it
 
-    def __init__(self, tuned: SentenceTransformer, frozen: SentenceTransformer, weight: float = 0.35) -> None:
+    def __init__(
+        self, tuned: SentenceTransformer, frozen: SentenceTransformer, weight: float = 0.35
+    ) -> None:
         super().__init__()
         if not 0 <= weight <= 1:
-            raise ValueError(f"weight is {weight}; it must be at least 0 and at most 1")
+            raise ValueError(f"weight must be from 0 to 1 (got {weight})")
         if tuned.tokenizer.get_vocab() != frozen.tokenizer.get_vocab():
-            raise ValueError("tuned and frozen have different vocabularies; they must read the same tokens")
+            raise ValueError(
+                "tuned and frozen have different vocabularies; they must read the same tokens"
+            )
         self.tuned, self.frozen, self.weight = tuned, frozen.requires_grad_(False).eval(), weight
 
     def model(self, device: str | None = None) -> SentenceTransformer:
         """This module as a model, with the tuned model's prompts and similarity."""
         tuned = self.tuned
         return SentenceTransformer(
-            modules=[self], device=device, prompts=tuned.prompts,  # type: ignore[arg-type]
-            default_prompt_name=tuned.default_prompt_name, similarity_fn_name=tuned.similarity_fn_name,
-        )  # fmt: skip
+            modules=[self],
+            device=device,
+            prompts=tuned.prompts,  # type: ignore[arg-type]
+            default_prompt_name=tuned.default_prompt_name,
+            similarity_fn_name=tuned.similarity_fn_name,
+        )
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Adds the fused ``sentence_embedding`` to the tokenized features."""
         with torch.no_grad():
             frozen = self.frozen(dict(features))["sentence_embedding"]
         tuned = self.tuned(features)["sentence_embedding"]
@@ -59,41 +82,59 @@ class TwinEncoder(InputModule):
         return features
 
     def train(self, mode: bool = True) -> TwinEncoder:
+        """Sets the mode of the tuned encoder; the frozen one stays in evaluation mode."""
         super().train(mode)
         self.frozen.eval()
         return self
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Tokenizes as the tuned encoder does."""
         return self.tuned.preprocess(inputs, prompt=prompt, **kwargs)
 
     @property
     def tokenizer(self) -> Any:  # type: ignore[override]
+        """The tuned encoder's tokenizer."""
         return self.tuned.tokenizer
 
     @property
     def max_seq_length(self) -> int | None:
+        """The most tokens of a text, as the tuned encoder has it."""
         return self.tuned.max_seq_length
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        self.tuned.max_seq_length = value  # the frozen one reads what the tuned one's tokenizer has cut
+        # the tuned encoder's tokenizer truncates for both
+        self.tuned.max_seq_length = value
 
     def get_embedding_dimension(self) -> int | None:
+        """The width of the embeddings."""
         return self.tuned.get_embedding_dimension()
 
     def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
+        """Saves both encoders as complete models, and the weight."""
         for name, encoder in (("tuned", self.tuned), ("frozen", self.frozen)):
-            encoder.save_pretrained(str(Path(output_path, name)), create_model_card=False, safe_serialization=safe_serialization)
+            encoder.save_pretrained(
+                str(Path(output_path, name)),
+                create_model_card=False,
+                safe_serialization=safe_serialization,
+            )
         self.save_config(output_path)
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> TwinEncoder:  # type: ignore[override]
-        """kwargs: as for ``SentenceTransformer``: where to look, and how to load each of the two."""
-        place = {name: kwargs.pop(name) for name in ("token", "cache_folder", "revision", "local_files_only") if name in kwargs}
+        """Loads what ``save`` wrote. kwargs: as for ``SentenceTransformer``."""
+        place = {
+            name: kwargs.pop(name)
+            for name in ("token", "cache_folder", "revision", "local_files_only")
+            if name in kwargs
+        }
         config = cls.load_config(model_name_or_path, subfolder=subfolder, **place)
 
         def encoder(name: str) -> SentenceTransformer:
-            folder = cls.load_dir_path(model_name_or_path, subfolder=Path(subfolder, name).as_posix(), **place)
-            return SentenceTransformer(folder, device="cpu", local_files_only=True, **kwargs)  # the whole model moves later
+            folder = cls.load_dir_path(
+                model_name_or_path, subfolder=Path(subfolder, name).as_posix(), **place
+            )
+            # the caller moves the complete model
+            return SentenceTransformer(folder, device="cpu", local_files_only=True, **kwargs)
 
         return cls(encoder("tuned"), encoder("frozen"), **config)
