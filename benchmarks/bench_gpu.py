@@ -75,16 +75,19 @@ Contestants = Mapping[str, Callable[[], object]]
 
 
 def unit_rows(n: int, d: int) -> Tensor:
+    """(n, d) bfloat16 rows on the GPU that require a gradient."""
     return F.normalize(torch.randn(n, d, device="cuda"), dim=-1).bfloat16().requires_grad_()
 
 
 def train_step(
     loss: Callable[[Tensor, Tensor], Tensor], q: Tensor, d: Tensor
 ) -> Callable[[], object]:
+    """A call of the loss with its gradients."""
     return lambda: torch.autograd.grad(loss(q, d), (q, d))
 
 
 def cross_entropy(q: Tensor, d: Tensor) -> Tensor:
+    """The loss in plain torch, with the B x N matrix."""
     return F.cross_entropy(q @ d.T / 0.02, torch.arange(len(q), device=q.device))
 
 
@@ -138,6 +141,8 @@ def take_turns(contestants: Contestants, rounds: int) -> dict[str, list[float]]:
 
 
 def within(megabytes: int, run: Callable[[], object]) -> Callable[[], object]:
+    """``run`` with a workspace of so many megabytes."""
+
     def call() -> object:
         os.environ[VARIABLE] = str(megabytes)
         try:
