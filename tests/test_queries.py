@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,52 @@ def test_sentences_of_scripts_without_blanks() -> None:
         [Chunk("a", "".join(sentences), "", "a", 0, 35)], seed=0, per_chunk=4
     )
     assert sorted(query.text for query in queries if query.kind == "cloze") == sorted(sentences)
+
+
+# language -> two sentences, none of which may come apart
+TWO_SENTENCES = {
+    "Chinese": ("水库的闸门每年春天检修一次，由两名工人完成。", "洪水来临时，值班员要打开全部闸门。"),
+    "Japanese": ("貯水池の水門は毎年春に二人の作業員が点検します。", "洪水のときは当番がすべての水門を開けます。"),
+    "Korean": ("저수지의 수문은 매년 봄에 두 명이 함께 점검합니다. ", "홍수가 나면 당직자가 모든 수문을 바로 엽니다."),
+    "Thai": ("ประตูน้ำของอ่างเก็บน้ำได้รับการตรวจทุกฤดูใบไม้ผลิ ", "เมื่อน้ำท่วมเจ้าหน้าที่เวรต้องเปิดประตูน้ำทุกบาน"),
+    "Lao": ("ປະຕູນ້ຳຂອງອ່າງເກັບນ້ຳໄດ້ຮັບການກວດທຸກລະດູໃບໄມ້ປົ່ງ ", "ເມື່ອນ້ຳຖ້ວມຜູ້ຢູ່ເວນຕ້ອງເປີດປະຕູນ້ຳທຸກບານ"),
+    "Khmer": ("ទ្វារទឹកនៃអាងស្តុកទឹកត្រូវបានត្រួតពិនិត្យរៀងរាល់និទាឃរដូវ។", "ពេលទឹកជំនន់ អ្នកយាមត្រូវបើកទ្វារទឹកទាំងអស់។"),
+    "Burmese": ("ရေလှောင်ကန်၏ ရေတံခါးများကို နွေဦးတိုင်း စစ်ဆေးသည်။ ", "ရေကြီးလျှင် တာဝန်ကျသူက ရေတံခါးအားလုံးကို ဖွင့်ရမည်။"),
+    "Hindi": ("जलाशय के फाटकों की जाँच हर वसंत में होती है। ", "बाढ़ आने पर पहरेदार सभी फाटक खोल देता है।"),
+    "Tamil": ("நீர்த்தேக்கத்தின் மதகுகள் ஒவ்வொரு வசந்த காலத்திலும் இருவரால் சோதிக்கப்படுகின்றன. ", "வெள்ளம் வந்தால் காவலர் எல்லா மதகுகளையும் உடனே திறப்பார்."),
+    "Arabic, pointed": ("تُفحَص بوّابات الخزّان في كلّ ربيع من قِبل عاملَين. ", "عند الفيضان يفتح الحارس كلّ البوّابات فورًا."),
+    "Hebrew": ("שערי המאגר נבדקים בכל אביב על ידי שני עובדים. ", "בעת שיטפון השומר פותח מיד את כל השערים."),
+    "Russian": ("Затворы водохранилища проверяют каждую весну двое рабочих. ", "При паводке дежурный сразу открывает все затворы."),
+    "Turkish": ("Barajın kapakları her ilkbaharda iki işçi tarafından denetlenir. ", "Sel gelirse nöbetçi bütün kapakları hemen açar."),
+    "Vietnamese": ("Cửa xả của hồ chứa được hai công nhân kiểm tra mỗi mùa xuân. ", "Khi có lũ, người trực mở ngay tất cả các cửa."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", TWO_SENTENCES)
+def test_every_language_gets_sentences_and_whole_terms(language: str) -> None:
+    sentences = [sentence.strip() for sentence in TWO_SENTENCES[language]]
+    text = "".join(TWO_SENTENCES[language])
+    chunks = [Chunk(f"c{i}", text, "", f"c{i}", 0, len(text)) for i in range(8)]
+    queries = synthesize_queries(chunks, seed=0, per_chunk=4)
+    assert {query.text for query in queries if query.kind == "cloze"} == set(sentences)
+    spans = {query.text for query in queries if query.kind == "span"}
+    assert spans
+    for span in spans:
+        assert len(span) < 0.8 * len(text), "strings whole clauses together"
+        for term in span.split():
+            if language not in ("Chinese", "Japanese", "Thai", "Lao", "Khmer", "Burmese"):
+                assert term in words_of(text)
+                continue
+            end = text.index(term) + len(term)
+            assert unicodedata.category(term[0]) not in MARKS, "begins with a mark"
+            assert end == len(text) or unicodedata.category(text[end]) not in MARKS, "loses a mark"
+
+
+MARKS = ("Mn", "Mc", "Me")
+
+
+def words_of(text: str) -> list[str]:
+    return [word.strip(".,।") for word in text.lower().split()]
 
 
 def test_seeded_per_chunk() -> None:

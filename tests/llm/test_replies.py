@@ -36,6 +36,51 @@ REPLIES = {
         [A, B],
         {},
     ),
+    "reasoning in brackets": (
+        f"[THINK]What to ask?\nTwo things.[/THINK]{BOTH}",
+        "schema",
+        [A, B],
+        {},
+    ),
+    "reasoning in another tag": (
+        f"<seed:think>1. What to ask?</seed:think>\n1. {A}",
+        "lines",
+        [A],
+        {},
+    ),
+    "reasoning between diamonds": (
+        f"◁think▷Hm.\n- Two?◁/think▷1. {A}\n2. {B}",
+        "lines",
+        [A, B],
+        {},
+    ),
+    "harmony": (
+        "<|channel|>analysis<|message|>First a question {1}.<|end|><|start|>assistant"
+        f"<|channel|>final<|message|>{BOTH}<|return|>",
+        "schema",
+        [A, B],
+        {},
+    ),
+    "harmony, lines": (
+        "<|channel|>analysis<|message|>1. First a question.<|end|><|start|>assistant"
+        f"<|channel|>final<|message|>1. {A}\n2. {B}",
+        "lines",
+        [A, B],
+        {},
+    ),
+    "harmony without its marks": (
+        f"analysisWe need queries.assistantfinal1. {A}\n2. {B}",
+        "lines",
+        [A, B],
+        {},
+    ),
+    "a channel of thought": (f"<|channel>thought\n1. Hm?\n<channel|>{BOTH}", "schema", [A, B], {}),
+    "analysis without an end": (
+        "<|channel|>analysis<|message|>We need",
+        "nothing",
+        [],
+        {"no query in the reply": 1},
+    ),
     "reasoning without an end": (
         "<think>First I look at the lamp",
         "nothing",

@@ -1,0 +1,202 @@
+"""Queries from the files of other tools."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refine_fast.errors import RefineFastError, RefineFastWarning
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.user import load_queries
+from refine_fast.pipeline.queries.user_formats import read_judgements
+
+pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
+
+DOCUMENTS = {
+    "lathe": "The lathe of the northern shed turns shafts of up to four metres. It is oiled daily.",
+    "kiln": "The kiln burns bricks at a thousand degrees. A batch takes three days to cool down.",
+    "sieve": "Sand passes through the drum sieve twice. Stones are carted to the old quarry pond.",
+}
+QUERIES = {
+    "how long are the shafts": "lathe",
+    "when may the bricks be taken out": "kiln",
+    "where do stones end": "sieve",
+}
+CHUNKS = [Chunk(id, text, "", id, 0, len(text)) for id, text in DOCUMENTS.items()]
+ROWS = list(QUERIES.items())
+
+Write = Callable[[Path], Path]
+
+
+def lines(name: str, row: Callable[[str, str], dict[str, Any]]) -> Write:
+    def write(folder: Path) -> Path:
+        path = folder / name
+        text = "".join(json.dumps(row(*item), ensure_ascii=False) + "\n" for item in ROWS)
+        if name.endswith(".gz"):
+            path.write_bytes(gzip.compress(text.encode()))
+        else:
+            path.write_text(text)
+        return path
+
+    return write
+
+
+def table(name: str, header: list[str], row: Callable[[str, str], list[str]]) -> Write:
+    def write(folder: Path) -> Path:
+        path = folder / name
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if name.endswith("tsv") else ",")
+            writer.writerows([header, *(row(*item) for item in ROWS)])
+        return path
+
+    return write
+
+
+def parquet(row: Callable[[str, str], dict[str, Any]]) -> Write:
+    def write(folder: Path) -> Path:
+        import pyarrow
+        import pyarrow.parquet
+
+        path = folder / "pairs.parquet"
+        rows = [row(*item) for item in ROWS]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+
+    return write
+
+
+def llama_index(folder: Path, *, own_ids: bool = False) -> Path:
+    """own_ids: nodes are named by UUIDs that the documents do not have."""
+    name = (lambda id: f"node-{id}") if own_ids else str
+    value = {
+        "queries": {f"q{i}": query for i, (query, _) in enumerate(ROWS)},
+        "corpus": {name(id): text for id, text in DOCUMENTS.items()},
+        "relevant_docs": {f"q{i}": [name(id)] for i, (_, id) in enumerate(ROWS)},
+        "mode": "text",
+    }
+    path = folder / "dataset.json"
+    path.write_text(json.dumps(value, indent=2))
+    return path
+
+
+def gpl(folder: Path, part: str) -> Path:
+    """GPL's output folder, or one of its files."""
+    queries = [{"_id": f"g{i}", "text": query} for i, (query, _) in enumerate(ROWS)]
+    (folder / "qgen-queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    (folder / "qgen-qrels").mkdir()
+    qrels = "".join(f"g{i}\t{id}\t1\n" for i, (_, id) in enumerate(ROWS))
+    (folder / "qgen-qrels" / "train.tsv").write_text(f"query-id\tcorpus-id\tscore\n{qrels}")
+    hard = [
+        {"qid": f"g{i}", "pos": [id], "neg": {"bm25": ["kiln"]}} for i, (_, id) in enumerate(ROWS)
+    ]
+    (folder / "hard-negatives.jsonl").write_text("\n".join(map(json.dumps, hard)))
+    margins = [f"g{i}\t{id}\tkiln\t{m}\n" for i, (_, id) in enumerate(ROWS) for m in (3.2, 5.0)]
+    (folder / "gpl-training-data.tsv").write_text("".join(margins))
+    return folder / part
+
+
+def passage(id: str) -> dict[str, str]:
+    return {"docid": id, "title": "", "text": DOCUMENTS[id]}
+
+
+FORMATS: dict[str, Write] = {
+    "query and doc_id": lines("q.jsonl", lambda q, id: {"query": q, "doc_id": id}),
+    "list of doc_ids": lines("q.jsonl", lambda q, id: {"text": q, "doc_ids": [id]}),
+    "ndjson": lines("q.ndjson", lambda q, id: {"text": q, "doc_id": id}),
+    "gzip": lines("q.jsonl.gz", lambda q, id: {"text": q, "doc_id": id}),
+    "JSON lines named json": lines("q.json", lambda q, id: {"text": q, "doc_id": id}),
+    "FlagEmbedding": lines(
+        "q.jsonl", lambda q, id: {"query": q, "pos": [DOCUMENTS[id]], "neg": []}
+    ),
+    "tevatron": lines(
+        "q.jsonl",
+        lambda q, id: {
+            "query_id": "1",
+            "query": q,
+            "positive_passages": [passage(id)],
+            "negative_passages": [passage("kiln")],
+        },
+    ),
+    "tevatron, ids of another index": lines(
+        "q.jsonl", lambda q, id: {"query": q, "positive_passages": [{**passage(id), "docid": "17"}]}
+    ),
+    "tevatron 2": lines("q.jsonl", lambda q, id: {"query_text": q, "positive_document_ids": [id]}),
+    "anchor and positive": lines(
+        "q.jsonl", lambda q, id: {"anchor": q, "positive": DOCUMENTS[id], "negative": "x"}
+    ),
+    "anchor and positive ids": lines("q.jsonl", lambda q, id: {"anchor": q, "positive": id}),
+    "query and text": lines("q.jsonl", lambda q, id: {"query": q, "text": DOCUMENTS[id]}),
+    "another case and spacing": lines(
+        "q.jsonl", lambda q, id: {"query": q, "pos": [f"  {DOCUMENTS[id].upper()} "]}
+    ),
+    "with the heading before": lines(
+        "q.jsonl", lambda q, id: {"query": q, "pos": [f"Works manual, part 2. {DOCUMENTS[id]}"]}
+    ),
+    "csv of ids": table("q.csv", ["query", "doc_id"], lambda q, id: [q, id]),
+    "csv of texts": table(
+        "q.csv", ["anchor", "positive", "negative"], lambda q, id: [q, DOCUMENTS[id], "x"]
+    ),
+    "csv of a list": table("q.csv", ["query", "doc_ids"], lambda q, id: [q, json.dumps([id])]),
+    "tsv": table("q.tsv", ["query", "corpus-id"], lambda q, id: [q, id]),
+    "parquet of texts": parquet(lambda q, id: {"anchor": q, "positive": DOCUMENTS[id]}),
+    "parquet of lists": parquet(lambda q, id: {"query": q, "pos": [DOCUMENTS[id]], "neg": ["x"]}),
+    "llama_index": llama_index,
+    "llama_index, own ids": lambda folder: llama_index(folder, own_ids=True),
+    "GPL folder": lambda folder: gpl(folder, "."),
+    "GPL hard negatives": lambda folder: gpl(folder, "hard-negatives.jsonl"),
+    "GPL margins": lambda folder: gpl(folder, "gpl-training-data.tsv"),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(tmp_path: Path, name: str) -> None:
+    queries = load_queries(FORMATS[name](tmp_path), CHUNKS)
+    assert {query.text: query.chunk_id for query in queries} == QUERIES
+    assert len(queries) == len(QUERIES)
+
+
+def test_a_positive_that_was_cut_takes_the_chunk_nearest_to_the_query(tmp_path: Path) -> None:
+    whole = " ".join(DOCUMENTS.values())
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps({"query": q, "pos": [whole]}) + "\n" for q in QUERIES))
+    asked = {"when may the bricks be taken out": "kiln", "where do stones end": "sieve"}
+    found = {query.text: query.chunk_id for query in load_queries(path, CHUNKS)}
+    assert asked.items() <= found.items()
+
+
+def test_a_text_that_is_no_document_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "q.csv"
+    rows = [
+        ["query", "positive"],
+        ["a b", "Nobody has ever written this text."],
+        [ROWS[0][0], "lathe"],
+    ]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    with pytest.warns(RefineFastWarning, match=r'1 of 2 .* the first "Nobody has .*q.csv:2'):
+        assert [query.chunk_id for query in load_queries(path, CHUNKS)] == ["lathe"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("q.txt", "a", r"must be a BEIR folder or a file that ends in \.jsonl, .*\.parquet"),
+        ("q.csv", "name,doc_id\nx,lathe\n", r'q.csv:2 has no field "text" with the query'),
+        ("q.csv", "query,doc\nx,lathe\n", r'q.csv:2 has no field "doc_id" .*, or "positive"'),
+        ("q.json", '"text"', "must hold a JSON list of rows"),
+        ("q.json", "[1]", r"row 1 is a int; it must be an object"),
+        ("q.json", '{"queries": {}, "relevant_docs": {"a": ["lathe"]}}', 'query a has no text in "queries"'),
+        ("q.parquet", "no parquet", "q.parquet cannot be read as parquet"),
+        ("hard-negatives.jsonl", '{"qid": "1", "pos": ["a"], "neg": {}}', "put qgen-queries.jsonl"),
+    ],
+)  # fmt: skip
+def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RefineFastError, match=message):
+        list(read_judgements(tmp_path / name))
