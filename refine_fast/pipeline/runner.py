@@ -1,4 +1,4 @@
-"""A whole run, or its first stages: each stage is redone only when it must be."""
+"""A run: every stage in order, each redone only if something that it depends on changed."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .stages import run_stages
 
 
 def run(config: RunConfig, *, console: Console | None = None, until: str = "report") -> RunContext:
-    """Does the stages up to ``until`` that are not up to date.
+    """Does every stage up to ``until`` that is not up to date.
 
-    A run that was stopped, by Ctrl-C, an error or a kill, resumes when it is started again.
+    A run that was stopped by Ctrl-C, an error or a kill resumes when it is started again.
 
     Args:
         config: what to do; ``config.out`` is the run folder.
-        console: where progress and warnings go; stderr by default.
+        console: where messages go; stderr by default.
         until: name of the last stage, such as "query", "mine" or "train".
 
     Returns:
-        The context of the run: its ``model`` is the folder of the fused encoder, its ``report``
-        the content of report.json.
+        The context of the run: ``model`` is the folder of the fused encoder, ``report`` the content
+        of report.json.
 
     Raises:
         LockedError: if another process is using the run folder.
-        RefineFastError: if the input cannot be used; the message says why and what to do.
+        RefineFastError: if the input cannot be used; the message names the remedy.
     """
     console = Console() if console is None else console
     with RunFolder(config.out) as folder, console.warnings():

@@ -32,10 +32,10 @@ SAMPLE = 64
 """Chunks that are encoded to time the encoder on this machine."""
 
 TRAINING_OVER_ENCODING = 3.0
-"""Time of forward and backward over forward alone: the backward has twice the products."""
+"""Time of forward and backward relative to forward: the backward has twice the products."""
 
 CHECKPOINTS = 2 * 3
-"""Copies of the weights in two checkpoints, each with Adam's two moments."""
+"""Copies of the weights on disk: two checkpoints, each with Adam's two moments."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Plan:
     encoding_minutes: float
     disk_mb: float
     llm: dict[str, float | None] | None
-    """Calls, tokens and cost that remain at the language model; None without one."""
+    """Calls, tokens and cost that remain at the language model, if there is one."""
 
 
 def plan(config: RunConfig) -> Plan:
-    """What ``run(config)`` would do.
+    """Estimates what ``run(config)`` would do and take on this machine.
 
     Raises:
         RefineFastError: if the input cannot be used.
@@ -72,7 +72,7 @@ def plan(config: RunConfig) -> Plan:
     encoder = prepare_encoder(encoder_folder(config.model), options)
     context = RunContext(config, encoder, Console(quiet=True), options)
     documents, chunks, duplicates = cut_corpus(context)
-    # as many as a language model would be asked for
+    # A language model would be asked for as many.
     queries = split_queries(context, chunks, offline_queries(context, chunks))
     if config.llm is None:
         require_enough(queries["train"])
@@ -146,7 +146,7 @@ def show_plan(config: RunConfig, console: Console) -> None:
 
 
 def _remaining_calls(context: RunContext, chunks: list[Any]) -> dict[str, float | None]:
-    """The calls, tokens and cost that remain, before a token is spent."""
+    """Calls, tokens and cost that remain at the language model."""
     from ..queries.llm import estimate
 
     settings = context.config.llm_settings()
@@ -155,13 +155,13 @@ def _remaining_calls(context: RunContext, chunks: list[Any]) -> dict[str, float 
 
 
 def _estimate_rows(remaining: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The same as rows of the table."""
-    yield "calls to the model", f"{remaining['calls']:,}"
+    """The remaining calls as rows of the table."""
+    yield "LLM calls", f"{remaining['calls']:,}"
     tokens_out = f"about {remaining['tokens_out']:,} out, at most {remaining['tokens_out_most']:,}"
-    yield "tokens", f"{remaining['tokens_in']:,} in, {tokens_out}"
+    yield "LLM tokens", f"{remaining['tokens_in']:,} in, {tokens_out}"
     if remaining["cost"] is None:
-        yield "cost", "unknown without --price-in and --price-out"
+        yield "LLM cost", "unknown without --price-in and --price-out"
     else:
-        yield "cost", f"about {remaining['cost']:,.4f}, at most {remaining['cost_most']:,.4f}"
+        yield "LLM cost", f"about {remaining['cost']:,.4f}, at most {remaining['cost_most']:,.4f}"
     if remaining["stops_after"] is not None:
-        yield "a limit stops it", f"after about {remaining['stops_after']:,} calls"
+        yield "stopped by a limit", f"after about {remaining['stops_after']:,} calls"
