@@ -16,6 +16,7 @@ Subpackages and modules; each imports only those above it:
     reporting     report, figures, model card
     config, console, context, artifacts, engine
     stages        one module for each step of a run, and their order
+    preflight     tries what a run will do
     runner        a run
     commands      the other commands of the command line
 """

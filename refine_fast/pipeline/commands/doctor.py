@@ -17,12 +17,11 @@ from rich.text import Text
 from ..._native import available_isas, cuda_module, isa
 from ...errors import RefineFastError
 from ..console import Console
-from ..encoder.check import check_encoder
 from ..encoder.encode import has_fast_bf16
 from ..encoder.load import device, encoder_folder
 from ..encoder.options import EncoderOptions
 from ..encoder.prepare import prepare_encoder
-from ..training.check import check_training
+from ..preflight import try_encoder
 
 DISTRIBUTION = "refine-fast"
 
@@ -124,8 +123,7 @@ def _is_installed(package: Requirement) -> bool:
 def _encoder(name: str, trust_remote_code: bool) -> str:
     options = EncoderOptions(trust_remote_code=trust_remote_code)
     folder = prepare_encoder(encoder_folder(name), options)
-    model = check_encoder(folder, trust_remote_code=trust_remote_code)
-    check_training(model, folder)
+    model = try_encoder(folder, trust_remote_code=trust_remote_code)
     prompts = ", ".join(key for key, prompt in model.prompts.items() if prompt) or "none"
     dimensions = model.truncate_dim or model.get_embedding_dimension()
     return (

@@ -1,7 +1,7 @@
 """``refine-fast plan``: what a run would do and take.
 
-The documents are read and cut, and a few passages are encoded to time the machine. Nothing is
-written, and no language model is called.
+The documents are read and cut, the encoder is tried, and a few passages are encoded to time the
+machine. A language model gets one request, to see that it writes queries. Nothing is written.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ..context import RunContext
 from ..corpus.beir import load_beir
 from ..encoder.adapters import add_lora
 from ..encoder.encode import encode, has_fast_bf16
-from ..encoder.load import encoder_folder, load_encoder
+from ..encoder.load import encoder_folder
 from ..encoder.prepare import prepare_encoder
+from ..preflight import try_encoder, try_language_model
 from ..queries.splits import require_enough
 from ..stages.chunk import cut_corpus
 from ..stages.query import offline_queries, split_queries
@@ -71,6 +72,9 @@ def plan(config: RunConfig) -> Plan:
     options = config.encoder_options()
     encoder = prepare_encoder(encoder_folder(config.model), options)
     context = RunContext(config, encoder, Console(quiet=True), options)
+    model = try_encoder(encoder, trust_remote_code=context.trust_remote_code, lora=config.lora)
+    if settings := config.llm_settings():
+        try_language_model(settings, context.path(REPLIES), keep=False)
     documents, chunks, duplicates = cut_corpus(context)
     # A language model would be asked for as many.
     queries = split_queries(context, chunks, offline_queries(context, chunks))
@@ -93,7 +97,6 @@ def plan(config: RunConfig) -> Plan:
     encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in context.weights)
     encoded = len(chunks) + examples + encoders * scored
 
-    model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     if config.lora is not None:
         add_lora(model, config.lora)
     bf16 = has_fast_bf16(model.device) if context.bf16 is None else context.bf16
