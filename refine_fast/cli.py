@@ -154,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
         (
             "plan",
             plan,
-            "show what a run would do and cost, without spending anything",
+            "show what a run would do and cost, and try the encoder and the language model",
             "plan docs/ --out run --memory 8GB",
         ),
         (

@@ -35,7 +35,7 @@ PIPELINE_LAYERS = [
     {"reporting"},
     {"artifacts", "config_values", "console", "code_version"},
     {"config", "engine"},
-    {"context"},
+    {"context", "preflight"},
     {"stages"},
     {"runner"},
     {"commands"},

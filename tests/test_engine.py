@@ -1,4 +1,7 @@
-"""The stage engine: what is redone, why, and what a kill at any moment leaves. The stages here are tiny; test_run.py kills real ones."""
+"""The stage engine: what is redone, why, and what a kill at any moment leaves.
+
+The stages here are tiny; test_run.py kills real ones.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,8 @@ def test_why_names_the_files_of_a_folder(tmp_path: Path) -> None:
 def test_why_names_files_that_are_linked_in_closed_or_of_another_encoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder's documents are read through links, and so must its changes be; a file that cannot be read is skipped, not the run."""
+    """Documents are read through links, and so are their changes. A file that cannot be read is
+    skipped, not the run."""
     docs, elsewhere = tmp_path / "docs", tmp_path / "elsewhere"
     docs.mkdir()
     elsewhere.mkdir()
@@ -129,7 +133,8 @@ def test_why_names_files_that_are_linked_in_closed_or_of_another_encoding(
 
 
 def test_same_content_downstream_is_not_redone(tmp_path: Path, source: Path) -> None:
-    """Content decides, not time: an upstream stage that is redone to the same bytes leaves the stages after it alone."""
+    """Content decides, not time: a stage that is redone to the same bytes leaves later stages
+    alone."""
 
     def count(to: Path) -> None:
         (to / "count.txt").write_text(str(len((tmp_path / "run" / "upper.txt").read_text())))
@@ -157,8 +162,9 @@ def test_a_failed_stage_leaves_the_old_output(tmp_path: Path, source: Path) -> N
 
 
 def run_twins(run: Path, kill_at: int) -> int:
-    """Does a stage of two outputs in a child process that kills itself at its ``kill_at``-th fsync or rename (0: never): every moment at
-    which a write becomes durable or visible. Returns the number of moments passed, or -SIGKILL."""
+    """Does a stage of two outputs in a child process that kills itself at its ``kill_at``-th fsync
+    or rename (0: never): every moment at which a write becomes durable or visible. Returns the
+    number of moments passed, or -SIGKILL."""
 
     def work(to: Path) -> None:
         with (run / "log").open("a") as log:
@@ -194,7 +200,8 @@ def run_twins(run: Path, kill_at: int) -> int:
 
 
 def test_kill_at_every_write(tmp_path: Path) -> None:
-    """SIGKILL before each rename and fsync in turn; the rerun ends with whole outputs, and repeats no work that was finished."""
+    """SIGKILL before each rename and fsync in turn: the rerun ends with whole outputs and repeats
+    no work that was finished."""
     moments = run_twins(tmp_path / "whole", 0)
     assert 8 <= moments < 99
     for moment in range(1, moments + 1):

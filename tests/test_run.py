@@ -576,7 +576,7 @@ def test_too_few_queries(tmp_path: Path, tiny: Path, docs: Path, capsys) -> None
         )
 
 
-def test_doctor(tiny: Path, docs: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor(tiny: Path, docs: Path, capsys) -> None:
     assert main(["doctor", "--model", str(tiny), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["encoder"] == {
@@ -584,9 +584,6 @@ def test_doctor(tiny: Path, docs: Path, capsys, monkeypatch: pytest.MonkeyPatch)
         "found": f"{tiny}: 32 dimensions, 96 tokens, prompts: query, document",
     }
     assert main(["doctor", "--model", str(docs), "--quiet"]) == 2
-    monkeypatch.setattr("refine_fast.pipeline.commands.doctor._version", lambda package: None)
-    assert main(["doctor", "--model", str(tiny)]) == 0
-    assert "pip install 'refine-fast[pdf]' for pypdf" in capsys.readouterr().out
 
 
 def test_a_stage_reads_no_setting_that_it_does_not_declare(

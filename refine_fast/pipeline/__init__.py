@@ -1,4 +1,4 @@
-"""Documents in, an adapted encoder and a report out: REFINE (arXiv 2410.12890) as a pipeline.
+"""Adapts an encoder to unlabeled documents: REFINE (arXiv 2410.12890) as a pipeline.
 
     from refine_fast.pipeline import RunConfig, run
 
@@ -6,17 +6,19 @@
     result.model      # folder of the fused encoder, for SentenceTransformer(...)
     result.report     # report.json: what was gained and what was forgotten, with intervals
 
-Rooms, each importing only those before it:
+Subpackages and modules; each imports only those above it:
 
     corpus        documents, chunks, retrieval sets
     encoder       loading an encoder, texts to vectors
-    queries       synthetic queries, the user's own, and llm/: those that a language model writes
+    queries       synthetic queries, the user's own, and queries written by a language model
     training      batches, loss, trainer, memory plan
     evaluation    metrics, BM25, intervals
     reporting     report, figures, model card
     config, console, context, artifacts, engine
     stages        one module for each step of a run, and their order
-    runner        a whole run; commands: what else the command line offers
+    preflight     tries what a run will do
+    runner        a run
+    commands      the other commands of the command line
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "RunConfig", "plan", "run"]
 
-_HOME = {
+_SUBMODULE = {
     "Plan": ".commands.plan",
     "RunConfig": ".config",
     "plan": ".commands.plan",
@@ -39,9 +41,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: a run needs torch and transformers, a configuration does not."""
+    """Imports on first use, so that ``import refine_fast.pipeline`` stays light."""
     from importlib import import_module
 
-    if name not in _HOME:
+    if name not in _SUBMODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name], __name__), name)
+    return getattr(import_module(_SUBMODULE[name], __name__), name)

@@ -22,12 +22,8 @@ def requirement(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         *names, last = schema["enum"]
         return f"{', '.join(names)} or {last}"
-    kind = {
-        "integer": "an integer",
-        "number": "a number",
-        "boolean": "yes or no",
-        "string": "a path" if schema.get("format") == "path" else "a non-empty string",
-    }[schema["type"]]
+    kinds = {"integer": "an integer", "number": "a number", "boolean": "yes or no"}
+    kind = kinds.get(schema["type"], "a non-empty string" if "minLength" in schema else "text")
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<="}
     bounds = [f"{sign} {schema[name]:.10g}" for name, sign in signs.items() if name in schema]
     return " ".join([kind, " and ".join(bounds)]).rstrip()

@@ -76,8 +76,8 @@ class RunContext:
 
     @property
     def checks_forgetting(self) -> bool:
-        """Whether forgetting is checked on Python's documentation: no other set is given, and the
-        documentation is not what is trained on."""
+        """Whether forgetting is checked on Python's documentation: no other set is given, and
+        training uses other documents."""
         return self.config.ood is None and self.config.docs is not None
 
     @property

@@ -1,15 +1,15 @@
-"""A run folder whose stages are redone only when their input changed, and survive a kill.
+"""A run folder: redoes a stage only when its input changed, and survives a kill at any moment.
 
-A stage is a function from files and settings to files. manifest.json keeps, for each finished
-stage, the SHA-256 of what it read and wrote, its settings, and the version of its code. A stage
-whose record still matches is skipped; any other is redone, and the difference is the reason given.
+A stage is a function from files and settings to files. manifest.json records, for each finished
+stage, the SHA-256 of what it read and wrote, its settings and the version of its code. A stage
+whose record still matches is skipped. Any other is redone, and the difference is the reason given.
 What a stage writes passes through three states:
 
     .work/<stage>/            being written; kept after a kill while the key matches, so that
                               training finds its checkpoints
-    .work/<stage>/done.json   finished and fsynced, being moved: a redo log; after a kill here the
-                              moves are repeated and none of the work
-    <output>                  in place by rename, and in the manifest
+    .work/<stage>/done.json   finished and fsynced, being moved: a redo log; after a kill here only
+                              the moves are repeated
+    <output>                  renamed into place, and in the manifest
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class LockedError(RefineFastError):
 class Stage:
     """One step of a run.
 
-    ``work(folder)`` must write every output under ``folder``. What it reads must be declared:
-    ``files``, ``facts`` and ``settings``.
+    ``work(folder)`` writes every output under ``folder``. Everything that it reads is declared as
+    ``files``, ``facts`` or ``settings``.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Stage:
     """Files or folders, relative to the run folder."""
     work: Callable[[Path], None]
     files: Mapping[str, Path] = field(default_factory=dict)
-    """Label -> file or folder; a folder stands for its files."""
+    """Label -> file or folder; of a folder, every file counts."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Label -> text: inputs that are not files."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Stage:
 
 
 class RunFolder:
-    """The folder of one run, held by this process alone while the context lasts."""
+    """The folder of one run, locked by this process while the context is open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -86,7 +86,7 @@ class RunFolder:
         self._lock.close()
 
     def reasons(self, stage: Stage) -> list[str]:
-        """Why the stage must be (re)done; empty when its outputs are up to date."""
+        """Why the stage must be done, in a few words each; empty if its outputs are up to date."""
         record = self._manifest().get(stage.name)
         if record is None:
             return ["not done yet"]
@@ -101,7 +101,7 @@ class RunFolder:
         )
 
     def do(self, stage: Stage) -> float:
-        """Does the stage, whatever the manifest says, and returns its seconds.
+        """Does the stage even if it is up to date, and returns the seconds that it took.
 
         Resumes where a killed run stopped.
         """
@@ -128,7 +128,7 @@ class RunFolder:
         if manifest.pop(stage.name, None) is not None:
             write_json(self.path / "manifest.json", manifest)
         for name in stage.outputs:
-            if (folder / name).exists():  # else a killed run has moved it already
+            if (folder / name).exists():  # otherwise a killed run has moved it already
                 target = self.path / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.is_dir():
@@ -172,13 +172,13 @@ class RunFolder:
             try:
                 with path.open("rb") as file:
                     self._digests[known] = hashlib.file_digest(file, "sha256").hexdigest()
-            except PermissionError:  # a document that is skipped
+            except PermissionError:  # the stage skips such a document
                 self._digests[known] = "unreadable"
         return self._digests[known]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two keys of a stage, each in a few words."""
+    """What changed between two keys of a stage, in a few words each."""
     reasons = []
     for label, digests in new["files"].items():
         changed = _changed(old["files"].get(label, {}), digests)

@@ -1,34 +1,36 @@
-"""A whole run, or its first stages: each stage is redone only when it must be."""
+"""A run: every stage in order, each redone only if something that it depends on changed."""
 
 from __future__ import annotations
 
 from ..files import atomic
+from .artifacts import REPLIES
 from .config import RunConfig
 from .console import Console
 from .context import RunContext
 from .encoder.load import encoder_folder
 from .encoder.prepare import prepare_encoder
 from .engine import RunFolder
+from .preflight import try_encoder, try_language_model
 from .stages import run_stages
 
 
 def run(config: RunConfig, *, console: Console | None = None, until: str = "report") -> RunContext:
-    """Does the stages up to ``until`` that are not up to date.
+    """Does every stage up to ``until`` that is not up to date.
 
-    A run that was stopped, by Ctrl-C, an error or a kill, resumes when it is started again.
+    A run that was stopped by Ctrl-C, an error or a kill resumes when it is started again.
 
     Args:
         config: what to do; ``config.out`` is the run folder.
-        console: where progress and warnings go; stderr by default.
+        console: where messages go; stderr by default.
         until: name of the last stage, such as "query", "mine" or "train".
 
     Returns:
-        The context of the run: its ``model`` is the folder of the fused encoder, its ``report``
-        the content of report.json.
+        The context of the run: ``model`` is the folder of the fused encoder, ``report`` the content
+        of report.json.
 
     Raises:
         LockedError: if another process is using the run folder.
-        RefineFastError: if the input cannot be used; the message says why and what to do.
+        RefineFastError: if the input cannot be used; the message names the remedy.
     """
     console = Console() if console is None else console
     with RunFolder(config.out) as folder, console.warnings():
@@ -37,8 +39,12 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
         context = RunContext(config, encoder, console, options)
         with atomic(config.out / "config.yaml") as temporary:
             temporary.write_text(config.to_yaml(), encoding="utf-8")
+        tried = False
         for stage in run_stages(context):
             reasons = folder.reasons(stage)
+            if reasons and not tried:
+                _try_out(context, asks=stage.name in ("chunk", "query"))
+            tried |= bool(reasons) or stage.name == "train"
             if reasons:
                 console.say(f"{stage.name}: {'; '.join(reasons)}")
                 console.say(f"{stage.name}: done in {folder.do(stage):.1f} s")
@@ -47,3 +53,12 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
             if stage.name == until:
                 break
     return context
+
+
+def _try_out(context: RunContext, *, asks: bool) -> None:
+    """Raises RefineFastError for what cannot work, before the first stage starts."""
+    config = context.config
+    try_encoder(context.encoder, trust_remote_code=context.trust_remote_code, lora=config.lora)
+    settings = config.llm_settings()
+    if asks and settings is not None:
+        try_language_model(settings, context.path(REPLIES))

@@ -1,4 +1,4 @@
-"""What works on this machine: every line is tried, not looked up."""
+"""``refine-fast doctor``: what works on this machine. Every check runs what it reports."""
 
 from __future__ import annotations
 
@@ -6,38 +6,24 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
 
 from ..._native import available_isas, cuda_module, isa
 from ...errors import RefineFastError
 from ..console import Console
-from ..encoder.check import check_encoder
 from ..encoder.encode import has_fast_bf16
 from ..encoder.load import device, encoder_folder
 from ..encoder.options import EncoderOptions
 from ..encoder.prepare import prepare_encoder
-from ..training.check import check_training
+from ..preflight import try_encoder
 
-EXTRAS = {
-    "pipeline": (
-        "transformers",
-        "sentence-transformers",
-        "accelerate",
-        "datasets",
-        "faiss-cpu",
-        "rich",
-        "matplotlib",
-        "bm25s",
-    ),
-    "llm": ("openai", "jinja2", "json-repair", "py3langid", "scikit-learn"),
-    "pdf": ("pypdf",),
-    "gpu": ("triton",),
-}
+DISTRIBUTION = "refine-fast"
 
 
 def show_health(
@@ -86,23 +72,23 @@ def check(model: str, *, trust_remote_code: bool = False) -> Iterator[tuple[str,
         yield (
             "cuda",
             True,
-            f"{name}, {memory / 2**30:.0f} GiB; CUDA kernels {'built' if cuda_module() else 'not built, Triton serves'}",
+            f"{name}, {memory / 2**30:.0f} GiB; "
+            f"CUDA kernels {'built' if cuda_module() else 'not built, Triton kernels are used'}",
         )
     else:
-        yield "cuda", False, "no device: training runs on the CPU"
+        yield "cuda", False, "no device found; everything runs on the CPU"
     fast = has_fast_bf16(device())
     yield (
         "bf16",
         fast,
-        "in hardware: training and encoding use it" if fast else "not in hardware: float32 is used",
+        "supported by the hardware" if fast else "not supported by the hardware; fp32 is used",
     )
-    for extra, packages in EXTRAS.items():
-        missing = [name for name in packages if not _version(name)]
-        found = (
-            f"pip install 'refine-fast[{extra}]' for {', '.join(missing)}"
-            if missing
-            else ", ".join(packages)
-        )
+    for extra in extras():
+        packages = packages_of(extra)
+        missing = [str(package) for package in packages if not _is_installed(package)]
+        found = ", ".join(package.name for package in packages)
+        if missing:
+            found = f"pip install 'refine-fast[{extra}]' for {', '.join(missing)}"
         yield f"extra {extra}", not missing, found
     yield "memory", True, _memory()
     free = shutil.disk_usage(Path.cwd()).free
@@ -110,11 +96,34 @@ def check(model: str, *, trust_remote_code: bool = False) -> Iterator[tuple[str,
     yield "encoder", *_tried(lambda: _encoder(model, trust_remote_code))
 
 
+def extras() -> list[str]:
+    """The extras of this package that users install."""
+    provided = metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    return [extra for extra in provided if extra != "test"]
+
+
+def packages_of(extra: str) -> list[Requirement]:
+    """The packages that an extra adds on this platform."""
+    packages = []
+    for requirement in map(Requirement, requires(DISTRIBUTION) or ()):
+        marker = requirement.marker
+        if marker and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""}):
+            requirement.marker = None
+            packages.append(requirement)
+    return packages
+
+
+def _is_installed(package: Requirement) -> bool:
+    try:
+        return package.specifier.contains(version(package.name), prereleases=True)
+    except PackageNotFoundError:
+        return False
+
+
 def _encoder(name: str, trust_remote_code: bool) -> str:
     options = EncoderOptions(trust_remote_code=trust_remote_code)
     folder = prepare_encoder(encoder_folder(name), options)
-    model = check_encoder(folder, trust_remote_code=trust_remote_code)
-    check_training(model, folder)
+    model = try_encoder(folder, trust_remote_code=trust_remote_code)
     prompts = ", ".join(key for key, prompt in model.prompts.items() if prompt) or "none"
     dimensions = model.truncate_dim or model.get_embedding_dimension()
     return (
@@ -139,15 +148,8 @@ def _memory() -> str:
     return f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _endpoint_rows(url: str, models: str | None, key_env: str) -> Iterator[tuple[str, bool, str]]:
-    """doctor's rows, one model each: (what, whether it works, what was found)."""
+    """(what, whether it works, what was found) for each model of an endpoint."""
     from ..queries.llm import LLMSettings, probe
 
     settings = LLMSettings(
@@ -164,7 +166,7 @@ def _endpoint_rows(url: str, models: str | None, key_env: str) -> Iterator[tuple
         }[report.served]
         modes = ", ".join(f"{mode} {answer}" for mode, answer in report.structured.items())
         context = (
-            f"{report.context:,} tokens of context" if report.context else "context length not told"
+            f"{report.context:,} tokens of context" if report.context else "context length unknown"
         )
         yield (
             f"llm {model}",

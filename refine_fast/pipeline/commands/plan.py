@@ -1,7 +1,7 @@
 """``refine-fast plan``: what a run would do and take.
 
-The documents are read and cut, and a few passages are encoded to time the machine. Nothing is
-written, and no language model is called.
+The documents are read and cut, the encoder is tried, and a few passages are encoded to time the
+machine. A language model gets one request, to see that it writes queries. Nothing is written.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ..context import RunContext
 from ..corpus.beir import load_beir
 from ..encoder.adapters import add_lora
 from ..encoder.encode import encode, has_fast_bf16
-from ..encoder.load import encoder_folder, load_encoder
+from ..encoder.load import encoder_folder
 from ..encoder.prepare import prepare_encoder
+from ..preflight import try_encoder, try_language_model
 from ..queries.splits import require_enough
 from ..stages.chunk import cut_corpus
 from ..stages.query import offline_queries, split_queries
@@ -32,10 +33,10 @@ SAMPLE = 64
 """Chunks that are encoded to time the encoder on this machine."""
 
 TRAINING_OVER_ENCODING = 3.0
-"""Time of forward and backward over forward alone: the backward has twice the products."""
+"""Time of forward and backward relative to forward: the backward has twice the products."""
 
 CHECKPOINTS = 2 * 3
-"""Copies of the weights in two checkpoints, each with Adam's two moments."""
+"""Copies of the weights on disk: two checkpoints, each with Adam's two moments."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ class Plan:
     encoding_minutes: float
     disk_mb: float
     llm: dict[str, float | None] | None
-    """Calls, tokens and cost that remain at the language model; None without one."""
+    """Calls, tokens and cost that remain at the language model, if there is one."""
 
 
 def plan(config: RunConfig) -> Plan:
-    """What ``run(config)`` would do.
+    """Estimates what ``run(config)`` would do and take on this machine.
 
     Raises:
         RefineFastError: if the input cannot be used.
@@ -71,8 +72,11 @@ def plan(config: RunConfig) -> Plan:
     options = config.encoder_options()
     encoder = prepare_encoder(encoder_folder(config.model), options)
     context = RunContext(config, encoder, Console(quiet=True), options)
+    model = try_encoder(encoder, trust_remote_code=context.trust_remote_code, lora=config.lora)
+    if settings := config.llm_settings():
+        try_language_model(settings, context.path(REPLIES), keep=False)
     documents, chunks, duplicates = cut_corpus(context)
-    # as many as a language model would be asked for
+    # A language model would be asked for as many.
     queries = split_queries(context, chunks, offline_queries(context, chunks))
     if config.llm is None:
         require_enough(queries["train"])
@@ -93,7 +97,6 @@ def plan(config: RunConfig) -> Plan:
     encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in context.weights)
     encoded = len(chunks) + examples + encoders * scored
 
-    model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     if config.lora is not None:
         add_lora(model, config.lora)
     bf16 = has_fast_bf16(model.device) if context.bf16 is None else context.bf16
@@ -146,7 +149,7 @@ def show_plan(config: RunConfig, console: Console) -> None:
 
 
 def _remaining_calls(context: RunContext, chunks: list[Any]) -> dict[str, float | None]:
-    """The calls, tokens and cost that remain, before a token is spent."""
+    """Calls, tokens and cost that remain at the language model."""
     from ..queries.llm import estimate
 
     settings = context.config.llm_settings()
@@ -155,13 +158,13 @@ def _remaining_calls(context: RunContext, chunks: list[Any]) -> dict[str, float 
 
 
 def _estimate_rows(remaining: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The same as rows of the table."""
-    yield "calls to the model", f"{remaining['calls']:,}"
+    """The remaining calls as rows of the table."""
+    yield "LLM calls", f"{remaining['calls']:,}"
     tokens_out = f"about {remaining['tokens_out']:,} out, at most {remaining['tokens_out_most']:,}"
-    yield "tokens", f"{remaining['tokens_in']:,} in, {tokens_out}"
+    yield "LLM tokens", f"{remaining['tokens_in']:,} in, {tokens_out}"
     if remaining["cost"] is None:
-        yield "cost", "unknown without --price-in and --price-out"
+        yield "LLM cost", "unknown without --price-in and --price-out"
     else:
-        yield "cost", f"about {remaining['cost']:,.4f}, at most {remaining['cost_most']:,.4f}"
+        yield "LLM cost", f"about {remaining['cost']:,.4f}, at most {remaining['cost_most']:,.4f}"
     if remaining["stops_after"] is not None:
-        yield "a limit stops it", f"after about {remaining['stops_after']:,} calls"
+        yield "stopped by a limit", f"after about {remaining['stops_after']:,} calls"

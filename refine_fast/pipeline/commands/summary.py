@@ -1,4 +1,4 @@
-"""What each command shows at its end: a table for people, or the same facts as JSON."""
+"""What each command prints at its end: a table, or the same facts as JSON."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from ..queries.query import Query
 from ..reporting.format import HEADLINE, points
 
 COLUMNS = ("recall@1", "recall@3", "recall@10", "ndcg@10")
+"""The metrics in the tables."""
 
 
 def show_run(context: RunContext, command: str) -> None:
-    """After a whole run the before/after table, after a part of it the facts of its last stage."""
+    """After a whole run, prints the scores; after a part of it, facts of its last stage."""
     if command in ("run", "report"):
         return _show_scores(context)
     name = {"queries": CHUNK_FACTS, "mine": MINING_FACTS, "train": TRAINING_FACTS}[command]
@@ -44,7 +45,7 @@ def show_run(context: RunContext, command: str) -> None:
             facts[part.partition(".")[0]] = len(read_records(context.path(part), Query))
     shown = {name: value for name, value in facts.items() if name != "loss"}  # of every step
     context.console.result({"out": str(context.config.out), **facts}, facts_table(shown))
-    context.console.say(f"{command}: in {context.config.out}")
+    context.console.say(f"{command}: written to {context.config.out}")
 
 
 def _show_scores(context: RunContext) -> None:
@@ -86,7 +87,8 @@ def _show_scores(context: RunContext) -> None:
         tables.append(table)
         if change.high < 0:
             context.console.warn(
-                f"the fused model retrieves worse than the base on {title}; see report.html for the weights in between."
+                f"the fused model retrieves worse than the base on {title}; "
+                "see report.html for smaller weights."
             )
     context.console.result(value, *tables)
     context.console.say(f"the model is {context.model}, the report {context.path('report.html')}")
@@ -130,6 +132,7 @@ def show_evaluation(
 
 
 def show_fusion(base: Path, tuned: Path, out: Path, console: Console, **how: Any) -> None:
+    """Fuses two checkpoints with progress and prints the report; ``how`` as in ``fuse``."""
     start = time.perf_counter()
     with console.progress("fusing, MB") as progress:
 

@@ -1,0 +1,61 @@
+"""Tries in seconds what a run does in hours, so that nothing is spent on what cannot end well."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from .encoder.check import check_encoder
+from .training.check import check_training
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from .queries.llm import LLMSettings
+
+
+def try_encoder(
+    folder: Path, *, trust_remote_code: bool = False, lora: int | None = None
+) -> SentenceTransformer:
+    """Encodes two texts in each role, fuses the encoder with itself, and takes a training step.
+
+    Args:
+        folder: the folder of the base encoder, as ``prepare_encoder`` returned it.
+        trust_remote_code: whether to run Python code in the folder.
+        lora: rank of the adapter that will be trained; None: every weight will be.
+
+    Returns:
+        The encoder, unchanged.
+
+    Raises:
+        RefineFastError: if a run with this encoder would fail; the message says where.
+    """
+    model = check_encoder(folder, trust_remote_code=trust_remote_code)
+    check_training(model, folder, lora=lora)
+    return model
+
+
+def try_language_model(settings: LLMSettings, replies: Path, *, keep: bool = True) -> None:
+    """Sends each language model a request as a run sends it, unless ``replies`` has the reply.
+
+    Args:
+        settings: the models, and what is asked of them.
+        replies: the run's file of replies.
+        keep: whether the reply is added to the file: it then counts for the limits, and is not
+            paid for again.
+
+    Raises:
+        RefineFastError: if a model cannot be asked, or writes no query.
+    """
+    from .queries.llm.trial import try_models
+
+    if keep:
+        try_models(settings, replies)
+        return
+    with TemporaryDirectory() as folder:
+        store = Path(folder) / replies.name
+        if replies.exists():
+            shutil.copy(replies, store)
+        try_models(settings, store)

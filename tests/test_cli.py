@@ -1,0 +1,128 @@
+"""The command line: exit codes, errors as one sentence, progress on a terminal, notebooks."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+from rich.console import Console as RichConsole
+
+import refine_fast as rf
+from refine_fast import cli
+from refine_fast.pipeline import RunConfig, run
+from refine_fast.pipeline.commands import doctor
+from refine_fast.pipeline.console import Console
+
+ROOT = Path(__file__).parent.parent
+
+
+def perform(work) -> int:
+    """The exit code of a command that does ``work``."""
+    return cli.perform(
+        argparse.Namespace(work=lambda *_: work(), quiet=False, json=False, stopped="stopped")
+    )
+
+
+def test_an_error_of_the_system_names_the_file_and_the_remedy(tmp_path: Path, capsys) -> None:
+    assert perform(lambda: (tmp_path / "missing").read_text()) == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'missing'}: No such file or directory; "
+        "fix this and run the same command to resume.\n"
+    )
+
+
+def test_a_full_disk_is_an_error_of_the_system(capsys) -> None:
+    def write() -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x" * 10**6)
+
+    assert perform(write) == 1
+    assert "No space left on device; fix this and run the same" in capsys.readouterr().err
+
+
+def test_what_an_operation_refuses_is_one_sentence(capsys) -> None:
+    """Embeddings with NaN come from the user's encoder."""
+    bad = np.full((4, 8), np.nan, np.float32)
+    assert perform(lambda: rf.band_topk(bad, bad, 1)) == 2
+    line, end = capsys.readouterr().err.split("\n")
+    assert line.startswith("error: ")
+    assert "NaN" in line
+    assert line.endswith("; check the model, or use --precision fp32.")
+    assert end == ""
+
+
+def test_a_fault_of_ours_stays_a_traceback() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        perform(lambda: int("x"))
+
+
+def test_bars_inside_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The query stage embeds chunks while it asks the model."""
+    console = Console()
+    screen = io.StringIO()
+    console.err = RichConsole(file=screen, force_terminal=True, width=120)
+    with console.progress("asking the model") as outer:
+        outer(1, 2)
+        with console.progress("embedding") as inner:
+            inner(3, 4, note="fast")
+        outer(2, 2)
+    shown = screen.getvalue()
+    assert "asking the model" in shown
+    assert "embedding" in shown
+
+
+def test_nothing_moves_where_there_is_no_terminal(capsys) -> None:
+    with Console().progress("asking the model") as advance:
+        advance(1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_inside_an_event_loop(tiny: Path, tmp_path: Path) -> None:
+    """As in a notebook."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for name in sorted(topics)[:12]:
+        (docs / f"{name}.md").write_text(topics[name][:300], encoding="utf-8")
+
+    async def cell() -> None:
+        config = RunConfig(docs=docs, out=tmp_path / "run", model=str(tiny))
+        run(config, console=Console(quiet=True), until="query")
+
+    asyncio.run(cell())
+    assert (tmp_path / "run" / "queries.jsonl").exists()
+
+
+def test_doctor_knows_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their packages and lowest versions as pyproject.toml has them."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    optional = declared["project"]["optional-dependencies"]
+    assert set(doctor.extras()) == optional.keys() - {"test"}
+    for extra in doctor.extras():
+        own = [line.partition(";")[0].replace(" ", "") for line in optional[extra]]
+        assert sorted(map(str, doctor.packages_of(extra))) == sorted(map(normalized, own))
+
+
+def normalized(requirement: str) -> str:
+    return str(doctor.Requirement(requirement))
+
+
+def test_doctor_names_what_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"pypdf": "4.9", "openai": None}
+
+    def version_of(name: str) -> str:
+        if installed.get(name, "") is None:
+            raise PackageNotFoundError(name)
+        return installed.get(name) or version(name)
+
+    monkeypatch.setattr(doctor, "version", version_of)
+    monkeypatch.setattr(doctor, "_encoder", lambda name: "fine")
+    rows = {what: (works, found) for what, works, found in doctor.check("minilm")}
+    assert rows["extra pdf"] == (False, "pip install 'refine-fast[pdf]' for pypdf>=5.0")
+    assert rows["extra llm"] == (False, "pip install 'refine-fast[llm]' for openai>=1.60")

@@ -1,0 +1,60 @@
+"""What cannot work is refused before anything is spent: by plan, by doctor and by a run's start."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from refine_fast.cli import main
+from refine_fast.pipeline import runner
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for name in sorted(topics)[:12]:
+        (folder / f"{name}.md").write_text(topics[name][:300], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, tiny: Path) -> Path:
+    """An encoder with one NaN among its weights."""
+    folder = shutil.copytree(tiny, tmp_path / "damaged")
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.LayerNorm.weight"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_an_encoder_that_cannot_end_well(docs: Path, damaged: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    flags = [str(docs), "--out", str(out), "--model", str(damaged), "--quiet"]
+    for command in (["plan", *flags], ["run", *flags]):
+        assert main(command) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: model: {damaged} encodes a query to NaN or infinity; ")
+    assert not (out / "chunks.jsonl").exists()
+    assert main(["doctor", "--model", str(damaged)]) == 2
+    assert "NaN" in capsys.readouterr().out
+
+
+def test_a_run_that_is_up_to_date_tries_nothing(
+    docs: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(runner, "try_encoder", lambda *a, **k: tried.append(a))
+    command = ["queries", str(docs), "--out", str(tmp_path / "run"), "--model", str(tiny)]
+    for _ in range(2):
+        assert main([*command, "--quiet"]) == 0
+    assert len(tried) == 1
+    assert main([*command, "--quiet", "--queries-per-chunk", "3"]) == 0
+    assert len(tried) == 2
