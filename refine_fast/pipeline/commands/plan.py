@@ -73,7 +73,7 @@ def plan(config: RunConfig) -> Plan:
     context = RunContext(config, encoder, Console(quiet=True), options)
     documents, chunks, duplicates = cut_corpus(context)
     # as many as a language model would be asked for
-    queries = split_queries(context, chunks, offline_queries(context, chunks))
+    queries = split_queries(context, chunks, offline_queries(context, chunks, duplicates.twins))
     if config.llm is None:
         require_enough(queries["train"])
     examples = len(queries["train"])
