@@ -76,6 +76,12 @@ def test_labelled_documents_are_never_near_duplicates(minilm: Path, tmp_path: Pa
     assert [chunk.id for chunk in chunks] == ["P0", "P3", "P7", "rain", "bakery"]
     found = offline_queries(here, chunks, removed.twins)
     assert [query.chunk_id for query in found] == ["P3", "P7", "rain"]
+    # The same, where the queries give the texts.
+    texts = [{"query": item["text"], "pos": [(PAGES | OTHERS)[item["doc_id"]]]} for item in asked]
+    write(queries, texts)
+    with pytest.warns(RefineFastWarning, match=r"9 of 14 chunks"):
+        assert cut_corpus(here)[1] == chunks
+    assert offline_queries(here, chunks, {}) == found
 
 
 def test_queries_move_to_the_kept_twin(tiny: Path, tmp_path: Path) -> None:

@@ -56,9 +56,62 @@ def cut_corpus(context: RunContext) -> tuple[int, list[Chunk], Duplicates]:
     say = context.console.say
     reading = Reading(config.encoding, columns, exclude=config.queries, say=say)
     with context.console.progress("reading documents") as progress:
-from ..corpus.language import other_language
-from ..encoder.load import DEFAULT_ENCODER, document_tokenizer, load_encoder
-from ..queries.user_formats import read_judgements
+        documents = load_documents(config.docs, progress, reading=reading)
+    encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
+    if config.model == DEFAULT_ENCODER:
+        _check_language(documents)
+    _check_passages(context, encoder, documents)
+    chunks = cut(context, encoder, documents)
+    with context.console.progress("removing duplicates") as progress:
+        kept, duplicates = deduplicate(
+            chunks,
+            remove=config.dedup,
+            is_labelled=_labelled(config.queries, chunks),
+            progress=progress,
+        )
+    if duplicates.near:
+        message = (
+            f"{duplicates.near:,} of {len(chunks):,} chunks are removed as near duplicates of "
+            "others, such as pages made from one template; --dedup exact keeps them"
+        )
+        if duplicates.near >= MANY_NEAR_DUPLICATES * len(chunks):
+            warnings.warn(f"{message}.", RefineFastWarning, stacklevel=2)
+        else:
+            say(message)
+    if config.limit is not None:
+        kept = _whole_sources(kept, config.limit, config.seed)
+    if len(kept) < 2:
+        removed = duplicates.exact + duplicates.near
+        raise RefineFastError(
+            f"docs: {config.docs} gives {len(kept)} chunks of text"
+            + (f" after {removed} duplicates are removed" if removed else "")
+            + ", too few to learn from; give more documents"
+            + (", or keep the duplicates with --dedup keep." if removed else ".")
+        )
+    return len(documents), kept, duplicates
+
+
+def cut(
+    context: RunContext, encoder: SentenceTransformer, documents: Sequence[Document]
+) -> list[Chunk]:
+    """The chunks of ``documents``, as long as the encoder and ``--chunk-tokens`` allow."""
+    most = context.config.chunk_tokens
+    longest = min(most, encoder.max_seq_length or most)
+    with context.console.progress("cutting documents, characters") as progress:
+        return chunk_documents(
+            documents, document_tokenizer(encoder), max_tokens=longest, progress=progress
+        )
+
+
+def _check_language(documents: Sequence[Document]) -> None:
+    """Warns of documents that the bundled encoder was not trained for."""
+    language = other_language([document.text for document in documents])
+    if language is not None:
+        warnings.warn(
+            f"most documents are in {language}, and {DEFAULT_ENCODER} was trained on English only; "
+            "give a multilingual encoder, such as --model intfloat/multilingual-e5-small.",
+            RefineFastWarning,
+            stacklevel=3,
         )
 
 
