@@ -25,6 +25,7 @@ from .config_values import (
     Band,
     BeirFolders,
     Encoder,
+    Encoding,
     ExistingPath,
     Memory,
     Mix,
@@ -89,9 +90,27 @@ class RunConfig(BaseModel):
     out: AnyPath = _option(..., "run folder; created if missing, resumed if it exists", "FOLDER")
     docs: ExistingPath | None = _option(
         None,
-        "a folder of .txt, .md, .html and .pdf files, JSONL {text, title}, a BEIR folder or a "
-        "saved dataset",
+        "a folder of .txt, .md, .html, .pdf, .docx and .pptx files or of tables (.jsonl, .json, "
+        ".csv, .tsv, .xlsx, .parquet), one such file, a BEIR folder or a saved dataset",
         "DOCS",
+    )
+    encoding: Encoding | None = _option(
+        None, "encoding of the documents, such as windows-1251 (default: detected)", "NAME"
+    )
+    text_column: Name | None = _option(
+        None, "column of a table that holds the text (default: recognized by name)", "NAME"
+    )
+    title_column: Name | None = _option(
+        None, "column that holds the title (default: recognized by name)", "NAME"
+    )
+    id_column: Name | None = _option(
+        None, "column that holds the id (default: recognized by name)", "NAME"
+    )
+    dedup: Literal["near", "exact", "keep"] = _option(
+        "near",
+        "which duplicate chunks to remove: near (and exact), exact, or keep all; a chunk that "
+        "--queries names is never removed as a near duplicate",
+        "HOW",
     )
     model: Encoder = _option(
         DEFAULT_ENCODER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from pathlib import Path
@@ -49,6 +50,14 @@ def _existing(path: Path | None) -> Path | None:
     if path is not None and not path.exists():
         raise ValueError("does not exist; give the path of an existing file or folder")
     return path
+
+
+def _encoding(name: str) -> str:
+    try:
+        codecs.lookup(name)
+    except (LookupError, ValueError):
+        raise ValueError("must be an encoding that Python knows, such as windows-1251") from None
+    return name
 
 
 def _encoder(name: str) -> str:
@@ -136,6 +145,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 AnyPath = Annotated[Path, BeforeValidator(_path, json_schema_input_type=Path)]
 ExistingPath = Annotated[AnyPath, AfterValidator(_existing)]
+Encoding = Annotated[Name, AfterValidator(_encoding)]
 Encoder = Annotated[Name, AfterValidator(_encoder)]
 BeirFolders = Annotated[
     tuple[Path, ...] | None,

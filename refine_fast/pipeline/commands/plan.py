@@ -77,7 +77,7 @@ def plan(config: RunConfig) -> Plan:
         try_language_model(settings, context.path(REPLIES), keep=False)
     documents, chunks, duplicates = cut_corpus(context)
     # A language model would be asked for as many.
-    queries = split_queries(context, chunks, offline_queries(context, chunks))
+    queries = split_queries(context, chunks, offline_queries(context, chunks, duplicates.twins))
     if config.llm is None:
         require_enough(queries["train"])
     examples = len(queries["train"])

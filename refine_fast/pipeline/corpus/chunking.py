@@ -13,6 +13,7 @@ from ..progress import Progress
 from .chunk import Chunk
 from .documents import Document
 from .formats.markdown import markdown_headings
+from .text import passage_text
 
 if TYPE_CHECKING:
     from semantic_text_splitter import MarkdownSplitter, TextSplitter
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 _WINDOW = 20_000
 """Characters that are split at a time. The splitter's time grows with the square of a text without
 paragraphs (2 MB: minutes); in windows it is linear."""
+
+_BATCH = 1000
+"""Passages that are tokenized at a time."""
 
 
 def chunk_documents(
@@ -83,6 +87,25 @@ def chunk_documents(
             )
         seen.add(chunk.id)
     return chunks
+
+
+def truncated_passages(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    progress: Progress | None = None,
+) -> tuple[int, int]:
+    """The number of passages of more than ``max_tokens``, special tokens included, and the tokens
+    of the longest. ``progress`` counts documents."""
+    lengths: list[int] = []
+    for begin in range(0, len(documents), _BATCH):
+        batch = [d for d in documents[begin : begin + _BATCH] if d.markup == "passage"]
+        texts = [passage_text(document.title, document.text) for document in batch]
+        if texts:
+            lengths += map(len, tokenizer(texts, verbose=False)["input_ids"])
+        if progress is not None:
+            progress(begin + len(batch), len(documents))
+    return sum(length > max_tokens for length in lengths), max(lengths, default=0)
 
 
 def _chunk(document: Document, id: str, title: str, start: int, text: str) -> Chunk:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from ..progress import Progress
 from .chunk import Chunk
 from .text import normalize, words
 
+Remove = Literal["near", "exact", "keep"]
+"""Which duplicates are removed: near and exact ones, exact ones, or none."""
+
 
 @dataclass(frozen=True)
 class Duplicates:
-    """How many chunks ``deduplicate`` removed."""
+    """What ``deduplicate`` removed."""
 
     exact: int
     near: int
+    twins: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Id of a labelled chunk that was removed as an exact duplicate -> id of the kept one."""
 
 
 class NearDuplicates:
@@ -56,30 +62,53 @@ class NearDuplicates:
 
 
 def deduplicate(
-    chunks: Sequence[Chunk], *, threshold: float = 0.8, progress: Progress | None = None
+    chunks: Sequence[Chunk],
+    *,
+    remove: Remove = "near",
+    is_labelled: Callable[[Chunk], bool] = lambda _: False,
+    threshold: float = 0.8,
+    progress: Progress | None = None,
 ) -> tuple[list[Chunk], Duplicates]:
-    """The chunks without those that repeat an earlier one, and how many were removed.
+    """Keeps the chunks that repeat an earlier one.
 
     exact: the same text after ``normalize``. near: Jaccard similarity of at least ``threshold``
     over the sets of five words in a row (Lee et al. 2022, arXiv 2107.06499).
+
+    Args:
+        chunks: in order of preference.
+        remove: which duplicates to remove.
+        is_labelled: whether a query names the chunk. A labelled chunk is never removed as a near
+            duplicate: pages made from one template differ in the very facts that are asked about.
+        threshold: see above.
+        progress: counts chunks.
+
+    Returns:
+        The chunks that are kept, in order, and what was removed.
     """
+    if remove == "keep":
+        return list(chunks), Duplicates(0, 0)
     distinct = NearDuplicates(shingles, threshold)
     kept: list[Chunk] = []
-    seen = set()
+    seen: dict[bytes, str | None] = {}  # id of the chunk with this text; None: it was removed
+    twins: dict[str, str] = {}
     exact = near = 0
     for number, chunk in enumerate(chunks):
         if progress is not None:
             progress(number, len(chunks))
         digest = hashlib.blake2b(normalize(chunk.text).encode(), digest_size=16).digest()
-        if digest in seen:
+        twin = seen.get(digest)
+        labelled = is_labelled(chunk)
+        if twin is not None or (digest in seen and not labelled):
             exact += 1
-            continue
-        seen.add(digest)
-        if distinct.add(chunk.text):
+            if twin is not None and labelled:
+                twins[chunk.id] = twin
+        elif remove == "exact" or distinct.add(chunk.text) or labelled:
             kept.append(chunk)
+            seen[digest] = chunk.id
         else:
             near += 1
-    return kept, Duplicates(exact, near)
+            seen[digest] = None
+    return kept, Duplicates(exact, near, twins)
 
 
 def shingles(text: str) -> set[str]:

@@ -87,7 +87,7 @@ def load_documents(
     reading = Reading() if reading is None else reading
     if path.is_file():
         documents = _single_file(path, reading)
-    elif corpus := _beir_corpus(path):
+    elif corpus := beir_corpus(path):
         documents = _passages(corpus)
     elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         documents = _dataset(path, reading)
@@ -101,7 +101,8 @@ def load_documents(
     return documents
 
 
-def _beir_corpus(folder: Path) -> Path | None:
+def beir_corpus(folder: Path) -> Path | None:
+    """The file of the passages if the folder is in BEIR layout."""
     names = (folder / f"corpus.jsonl{packed}" for packed in ("", ".gz"))
     return next((path for path in names if path.is_file()), None)
 

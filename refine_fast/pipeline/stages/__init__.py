@@ -94,8 +94,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         "chunk",
         chunk,
         (CHUNKS, CHUNK_FACTS),
-        encoder | given(docs=config.docs),
-        "chunk_tokens limit seed",
+        encoder | given(docs=config.docs, queries=config.queries),
+        "chunk_tokens limit seed encoding text_column title_column id_column dedup model",
         facts=documentation if config.docs is None else None,
     )
     if config.llm is None:
@@ -103,7 +103,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             "query",
             query,
             split,
-            made(CHUNKS) | given(queries=config.queries) | judged,
+            made(CHUNKS, CHUNK_FACTS) | given(queries=config.queries) | judged,
             "queries_per_chunk held_out seed",
             facts=choice,
         )

@@ -2,62 +2,160 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...errors import RefineFastError
+from ...errors import RefineFastError, RefineFastWarning
 from ...files import write_json
 from ..artifacts import CHUNK_FACTS, CHUNKS
 from ..corpus.chunk import Chunk
-from ..corpus.chunking import chunk_documents
-from ..corpus.dedup import Duplicates, deduplicate
-from ..corpus.documents import Document, load_documents
+from ..corpus.chunking import chunk_documents, truncated_passages
+from ..corpus.columns import Columns
+from ..corpus.dedup import Duplicates, deduplicate, shingles
+from ..corpus.documents import Document, Reading, beir_corpus, load_documents
 from ..corpus.jsonl import write_records
-from ..encoder.load import document_tokenizer, load_encoder
+from ..corpus.language import other_language
+from ..encoder.load import DEFAULT_ENCODER, document_tokenizer, load_encoder
+from ..queries.user_formats import read_judgements
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
     from ..context import RunContext
+
+MANY_NEAR_DUPLICATES = 0.1
+"""Share of the chunks from which their removal is a warning."""
 
 
 def run(context: RunContext, folder: Path) -> None:
     """Writes the chunks, and how many documents and duplicates there were."""
     documents, chunks, duplicates = cut_corpus(context)
     write_records(folder / CHUNKS, chunks)
-    facts = {"documents": documents, "chunks": len(chunks), "duplicates": vars(duplicates)}
+    facts = {
+        "documents": documents,
+        "chunks": len(chunks),
+        "duplicates": {"exact": duplicates.exact, "near": duplicates.near},
+        "twins": duplicates.twins,
+    }
     write_json(folder / CHUNK_FACTS, facts)
 
 
 def cut_corpus(context: RunContext) -> tuple[int, list[Chunk], Duplicates]:
-    """The number of documents, their chunks, and what was removed as duplicates."""
+    """The number of documents, their chunks, and what was removed as duplicates.
+
+    Raises:
+        RefineFastError: if fewer than two chunks are left.
+    """
     config = context.config
+    columns = Columns(config.text_column, config.title_column, config.id_column)
+    say = context.console.say
+    reading = Reading(config.encoding, columns, exclude=config.queries, say=say)
     with context.console.progress("reading documents") as progress:
-        documents = load_documents(config.docs, progress)
-    chunks, duplicates = cut(context, documents)
-    if config.limit is not None:
-        chunks = _whole_sources(chunks, config.limit, config.seed)
-    if len(chunks) < 2:
-        raise RefineFastError(
-            f"docs: {config.docs} gives {len(chunks)} chunks of text, too few to learn from; "
-            "give more documents."
-        )
-    return len(documents), chunks, duplicates
-
-
-def cut(context: RunContext, documents: Sequence[Document]) -> tuple[list[Chunk], Duplicates]:
-    """The chunks of ``documents``, as long as the encoder and ``--chunk-tokens`` allow."""
+        documents = load_documents(config.docs, progress, reading=reading)
     encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
+    if config.model == DEFAULT_ENCODER:
+        _check_language(documents)
+    _check_passages(context, encoder, documents)
+    chunks = cut(context, encoder, documents)
+    with context.console.progress("removing duplicates") as progress:
+        kept, duplicates = deduplicate(
+            chunks,
+            remove=config.dedup,
+            is_labelled=_labelled(config.queries, chunks),
+            progress=progress,
+        )
+    if duplicates.near:
+        message = (
+            f"{duplicates.near:,} of {len(chunks):,} chunks are removed as near duplicates of "
+            "others, such as pages made from one template; --dedup exact keeps them"
+        )
+        if duplicates.near >= MANY_NEAR_DUPLICATES * len(chunks):
+            warnings.warn(f"{message}.", RefineFastWarning, stacklevel=2)
+        else:
+            say(message)
+    if config.limit is not None:
+        kept = _whole_sources(kept, config.limit, config.seed)
+    if len(kept) < 2:
+        removed = duplicates.exact + duplicates.near
+        raise RefineFastError(
+            f"docs: {config.docs} gives {len(kept)} chunks of text"
+            + (f" after {removed} duplicates are removed" if removed else "")
+            + ", too few to learn from; give more documents"
+            + (", or keep the duplicates with --dedup keep." if removed else ".")
+        )
+    return len(documents), kept, duplicates
+
+
+def cut(
+    context: RunContext, encoder: SentenceTransformer, documents: Sequence[Document]
+) -> list[Chunk]:
+    """The chunks of ``documents``, as long as the encoder and ``--chunk-tokens`` allow."""
     most = context.config.chunk_tokens
     longest = min(most, encoder.max_seq_length or most)
     with context.console.progress("cutting documents, characters") as progress:
-        chunks = chunk_documents(
+        return chunk_documents(
             documents, document_tokenizer(encoder), max_tokens=longest, progress=progress
         )
-    with context.console.progress("removing duplicates") as progress:
-        return deduplicate(chunks, progress=progress)
+
+
+def _check_language(documents: Sequence[Document]) -> None:
+    """Warns of documents that the bundled encoder was not trained for."""
+    language = other_language([document.text for document in documents])
+    if language is not None:
+        warnings.warn(
+            f"most documents are in {language}, and {DEFAULT_ENCODER} was trained on English only; "
+            "give a multilingual encoder, such as --model intfloat/multilingual-e5-small.",
+            RefineFastWarning,
+            stacklevel=3,
+        )
+
+
+def _check_passages(
+    context: RunContext, encoder: SentenceTransformer, documents: Sequence[Document]
+) -> None:
+    """Warns of passages of a retrieval set that the encoder does not read to their end."""
+    limit = encoder.max_seq_length
+    if limit is None:
+        return
+    with context.console.progress("measuring passages") as progress:
+        count, longest = truncated_passages(documents, document_tokenizer(encoder), limit, progress)
+    docs = context.config.docs
+    if count and docs is not None:
+        warnings.warn(
+            f"{count:,} of {len(documents):,} passages are longer than the {limit:,} tokens that "
+            f"the encoder reads (the longest has {longest:,}), and the rest of them is ignored; "
+            f"give {beir_corpus(docs)} as DOCS to split them into chunks, or an "
+            "encoder that reads more (--model).",
+            RefineFastWarning,
+            stacklevel=3,
+        )
+
+
+def _labelled(queries: Path | None, chunks: Sequence[Chunk]) -> Callable[[Chunk], bool]:
+    """Whether one of the user's queries names a chunk, by its id, its document's id or its text."""
+    judgements = [] if queries is None else list(read_judgements(queries))
+    known = {id for chunk in chunks for id in (chunk.id, _document_id(chunk))}
+    ids = {item.doc_id for item in judgements}
+    texts = {item.passage for item in judgements if item.passage and item.doc_id not in known}
+    parts = {shingle for text in texts for shingle in shingles(text)}
+
+    def is_labelled(chunk: Chunk) -> bool:
+        if chunk.id in ids or _document_id(chunk) in ids:
+            return True
+        # A text may be that of a whole document, of which the chunk is a part.
+        return bool(parts) and shingles(chunk.text) <= parts
+
+    return is_labelled
+
+
+def _document_id(chunk: Chunk) -> str:
+    document, mark, number = chunk.id.rpartition("#")
+    return document if mark and number.isdigit() else chunk.id
 
 
 def _whole_sources(chunks: Sequence[Chunk], limit: int, seed: int) -> list[Chunk]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..artifacts import CHUNKS, DEV, HELD_OUT, QUERIES
+from ...files import read_json
+from ..artifacts import CHUNK_FACTS, CHUNKS, DEV, HELD_OUT, QUERIES
 from ..corpus.beir import load_beir
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records, write_records
@@ -25,14 +27,25 @@ DEV_SHARE = 0.1
 def run(context: RunContext, folder: Path) -> None:
     """Writes the queries to train on, to choose the weight on, and to evaluate on."""
     chunks = read_records(context.path(CHUNKS), Chunk)
-    write_split(context, folder, chunks, offline_queries(context, chunks))
+    twins = read_json(context.path(CHUNK_FACTS))["twins"]
+    write_split(context, folder, chunks, offline_queries(context, chunks, twins))
 
 
-def offline_queries(context: RunContext, chunks: Sequence[Chunk]) -> list[Query]:
-    """The user's queries, or those made from the chunks without a language model."""
+def offline_queries(
+    context: RunContext, chunks: Sequence[Chunk], twins: Mapping[str, str]
+) -> list[Query]:
+    """The user's queries, or those made from the chunks without a language model.
+
+    ``twins``: id of a chunk that was removed as an exact duplicate -> id of the kept one, which
+    answers its queries.
+    """
     config = context.config
     if config.queries is not None:
-        return load_queries(config.queries, chunks)
+        by_id = {chunk.id: chunk for chunk in chunks}
+        removed = [replace(by_id[twin], id=id) for id, twin in twins.items() if twin in by_id]
+        queries = load_queries(config.queries, [*chunks, *removed])
+        moved = (replace(q, chunk_id=twins.get(q.chunk_id, q.chunk_id)) for q in queries)
+        return list(dict.fromkeys(moved))
     return synthesize_queries(chunks, seed=config.seed, per_chunk=config.queries_per_chunk)
 
 
