@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -195,3 +197,34 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
     )
     encoder.save_pretrained(str(folder / "encoder"))
     return folder / "encoder"
+
+
+@pytest.fixture(scope="session")
+def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty pages of the Python language reference."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in sorted(topics)[:30]:
+        (folder / f"{name}.md").write_text(topics[name][:600], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Path, docs: Path) -> Path:
+    """An uninterrupted run at one thread, to copy and to compare with."""
+    from small_runs import SMALL
+
+    from refine_fast.pipeline import RunConfig, run
+    from refine_fast.pipeline.console import Console
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(RunConfig(out=out, docs=docs, model=str(tiny), **SMALL), console=Console(quiet=True))
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to change."""
+    return shutil.copytree(whole, tmp_path / "run")

@@ -1,0 +1,145 @@
+"""The command line over a finished run: what each command shows, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from refine_fast.cli import main
+from refine_fast.pipeline.encoder.load import load_encoder
+from refine_fast.pipeline.training.memory import MINI_BATCH
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
+
+
+@pytest.mark.parametrize(
+    ("command", "fact"),
+    [("queries", "chunks"), ("mine", "band"), ("train", "steps"), ("report", "sets")],
+)
+def test_every_stage_has_a_command(copied: Path, capsys, command: str, fact: str) -> None:
+    assert main([command, "--out", str(copied), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert fact in json.loads(captured.out)
+    assert "not done yet" not in captured.err
+    assert main([command, "--out", str(copied)]) == 0
+    assert {"sets": "recall@3"}.get(fact, fact) in capsys.readouterr().out
+
+
+def test_json_on_stdout(copied: Path, capsys) -> None:
+    assert main(["run", "--out", str(copied), "--json", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["weight"] == 0.35
+    assert result["report"] == str(copied / "report.html")
+    assert set(result["sets"]["in_domain"]["systems"]) == {"BM25", "base", "fine-tuned", "fused"}
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("spoil", ["empty", "binary"])
+def test_documents_without_text(tmp_path: Path, tiny: Path, spoil: str, capsys) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "page.md").write_bytes(b"" if spoil == "empty" else bytes(range(256)) * 40)
+    assert main(["run", str(folder), "--model", str(tiny), "--out", str(tmp_path / "run")]) == 2
+    assert f"error: {folder} holds no usable text" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_encoder(tmp_path: Path, docs: Path, capsys) -> None:
+    assert main(["run", str(docs), "--model", str(docs), "--out", str(tmp_path / "run")]) == 2
+    assert (
+        f"error: model: {docs} holds neither config.json nor modules.json; give the folder of an encoder."
+        in capsys.readouterr().err
+    )
+
+
+def test_eval_names_its_models_whole(whole: Path, tiny: Path, tmp_path: Path, capsys) -> None:
+    """At 80 columns: two runs' models differ in the middle of their paths."""
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("q\td0\t1\n")
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{i}", "text": f"river {i}"}) + "\n" for i in range(3))
+    )
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "river 0"}))
+    models = [str(tiny), str(whole / "model")]
+    assert main(["eval", *models, "--data", str(tmp_path)]) == 0
+    cells = [
+        line.split("│")[1].strip()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("│")
+    ]
+    assert "".join(cells) == "BM25" + "".join(models)
+
+
+def test_index_finds_what_the_model_finds(copied: Path, capsys) -> None:
+    import faiss
+
+    assert main(["index", str(copied)]) == 0
+    index = faiss.read_index(str(copied / "index" / "vectors.faiss"))
+    ids = json.loads((copied / "index" / "ids.json").read_text())
+    chunks = [json.loads(line) for line in (copied / "chunks.jsonl").open()]
+    assert ids == [chunk["id"] for chunk in chunks]
+    from refine_fast.pipeline.encoder.encode import encode
+
+    passage = f"{chunks[5]['title']} {chunks[5]['text']}"
+    vector = encode(load_encoder(copied / "model"), [passage], role="document")
+    assert index.search(vector, 1)[1][0, 0] == 5
+
+
+def test_plan_writes_nothing(tmp_path: Path, tiny: Path, docs: Path, whole: Path, capsys) -> None:
+    flags = [
+        "--model",
+        str(tiny),
+        "--queries-per-chunk",
+        "2",
+        "--chunk-tokens",
+        "64",
+        "--batch-size",
+        "8",
+        "--json",
+        "--quiet",
+    ]
+    assert main(["plan", str(docs), "--out", str(tmp_path / "run"), *flags]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "run").exists()
+    assert plan["chunks"] == sum(1 for _ in (whole / "chunks.jsonl").open())
+    assert plan["training_queries"] == sum(1 for _ in (whole / "queries.jsonl").open())
+    assert plan["steps"] == json.loads((whole / "training.json").read_text())["steps"]
+    assert plan["mini_batch"] == MINI_BATCH
+    assert 0.88 < plan["training_gb"] < 1
+
+
+def test_too_few_queries(tmp_path: Path, tiny: Path, docs: Path, capsys) -> None:
+    """plan refuses what run would refuse later."""
+    query = {
+        "text": "which document answers this?",
+        "doc_id": min(path.name for path in docs.iterdir()),
+    }
+    (tmp_path / "queries.jsonl").write_text(json.dumps(query))
+    flags = [
+        str(docs),
+        "--out",
+        str(tmp_path / "run"),
+        "--model",
+        str(tiny),
+        "--queries",
+        str(tmp_path / "queries.jsonl"),
+        "--quiet",
+    ]
+    for command in ("plan", "run"):
+        assert main([command, *flags]) == 2
+        assert (
+            "queries: 0 left to train on, too few to learn from; give more documents or --queries."
+            in capsys.readouterr().err
+        )
+
+
+def test_doctor(tiny: Path, docs: Path, capsys) -> None:
+    assert main(["doctor", "--model", str(tiny), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["encoder"] == {
+        "works": True,
+        "found": f"{tiny}: 32 dimensions, 96 tokens, prompts: query, document",
+    }
+    assert main(["doctor", "--model", str(docs), "--quiet"]) == 2
