@@ -140,6 +140,6 @@ def test_doctor(tiny: Path, docs: Path, capsys) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["encoder"] == {
         "works": True,
-        "found": f"{tiny}: 32 dimensions, 96 tokens, prompts: query, document",
+        "found": f"{tiny}: 32 dimensions, 96 tokens, prompts: query, document, cosine similarity",
     }
     assert main(["doctor", "--model", str(docs), "--quiet"]) == 2

@@ -135,7 +135,9 @@ def _known(name: str) -> str | None:
     """The codec to read files with that are labelled ``name``; None if there is none."""
     try:
         codecs.lookup(name)
-        bytes(4).decode(name)  # "undefined", which broken templates declare, is a codec that refuses
+        bytes(4).decode(
+            name
+        )  # "undefined", which broken templates declare, is a codec that refuses
     except (LookupError, UnicodeError):
         return None
     return _SUPERSETS.get(codecs.lookup(name).name, name.lower())
