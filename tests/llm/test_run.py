@@ -1,5 +1,6 @@
 """``refine-fast`` with ``--llm``: the command line, a run folder, HTTP."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ import pytest
 from retrieval_sets import SMALL, folder_of, pairs, texts
 
 from refine_fast.cli import main
+from refine_fast.pipeline.config import RunConfig
 from refine_fast.pipeline.corpus.chunk import Chunk
-from refine_fast.pipeline.queries.llm import generate_queries
+from refine_fast.pipeline.queries.llm import LLMSettings, generate_queries
 
 Endpoint = Any  # conftest's
 
@@ -366,3 +368,24 @@ def test_the_key_is_nowhere(
     assert b"***" in written[out / "replies.jsonl"]
     assert key not in said.out + said.err
     assert not [path for path, data in written.items() if key.encode() in data]
+
+
+def test_extra_fields_and_defaults(
+    endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["queries", str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url]
+    command += ["--llm-model", "tiny"]
+    assert main([*command, "--llm-extra", '{"reasoning_effort": "low"}']) == 0
+    assert {body["reasoning_effort"] for body in endpoint.stats()["bodies"]} == {"low"}
+    assert main(["queries", "--out", str(tmp_path / "run")]) == 0  # from its own config.yaml
+    assert "query: up to date" in capsys.readouterr().err
+    assert main([*command, "--llm-extra", "low"]) == 2
+    assert "llm_extra must be a JSON object" in capsys.readouterr().err
+
+
+def test_settings_and_config_have_the_same_defaults() -> None:
+    settings = RunConfig(out="run", llm="http://localhost/v1", llm_model="m").llm_settings()
+    assert settings is not None
+    for field in dataclasses.fields(LLMSettings):
+        if field.default is not dataclasses.MISSING:
+            assert getattr(settings, field.name) == field.default, field.name
