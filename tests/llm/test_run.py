@@ -26,7 +26,10 @@ def docs(tmp_path: Path) -> Path:
     folder = tmp_path / "docs"
     folder.mkdir()
     for i in range(12):
-        text = f"Harbour {i} was built by the city of Port {i}. Its crane lifts {i} tonnes and its quay is {i}0 metres long."
+        text = (
+            f"Harbour {i} was built by the city of Port {i}. "
+            f"Its crane lifts {i} tonnes and its quay is {i}0 metres long."
+        )
         (folder / f"{i}.md").write_text(f"# Harbour {i}\n\n{text}\n")
     return folder
 
@@ -227,7 +230,8 @@ def asked_by_people(folder: Path) -> dict[str, list[str]]:
 def test_what_people_asked_comes_through_http(
     endpoint: Endpoint, tmp_path: Path, name: str
 ) -> None:
-    """The endpoint answers each chunk with the train questions on it: what arrives are those, less what was dropped with a reason."""
+    """The endpoint answers each chunk with the train questions on it: what arrives are those, less
+    what was dropped with a reason."""
     folder = folder_of(name)
     asked = asked_by_people(folder)
     corpus = {passage: text.strip() for passage, text in texts(folder, "corpus").items()}
@@ -250,7 +254,8 @@ def test_what_people_asked_comes_through_http(
 def test_the_same_queries_make_the_same_model_over_http_and_from_a_file(
     endpoint: Endpoint, tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole pipeline, twice: with people's questions on 60 passages as --queries, and with an endpoint that answers with them."""
+    """The whole pipeline, twice: with people's questions on 60 passages as --queries, and with an
+    endpoint that answers with them."""
     folder = folder_of(SMALL)
     asked = asked_by_people(folder)
     corpus = list(texts(folder, "corpus").items())[:60]
@@ -316,7 +321,8 @@ def test_the_key_is_nowhere(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither in a file of the run folder nor on the terminal, though the server echoes it in its replies and in its refusal."""
+    """Neither in a file of the run folder nor on the terminal, though the server echoes it in its
+    replies and in its refusal."""
     key = f"sk-{uuid.uuid4().hex}"
     monkeypatch.setenv("MY_KEY", f"{key}\n")  # as from a file; the line break is no part of it
     out = tmp_path / "run"
