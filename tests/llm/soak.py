@@ -6,8 +6,8 @@ The server works on 64 calls at a time, each for LATENCY seconds, a stalled one 
 (the client gives up after 3); a 429 takes no place. Of seven faults one is a 429 and one a stall: a
 call that takes a place gets a good reply with probability 0.8 / (1 - 0.2 / 7), and holds the place
 for LATENCY * (1 + 2.2 * (0.2 / 7) / (1 - 0.2 / 7)). The limit is what the server sends per second
-if no place is ever empty: 64 times the one by the other. Measured after the last kill, from 5 s after
-the first 64 replies (the climb to 64).
+if no place is ever empty: 64 times the one by the other. Measured after the last kill, from 5 s
+after the first 64 replies (the climb to 64).
 
 Prints replies per chunk, repeated replies, throughput against the limit, and the client's memory
 over the measured stretch. On two cores (AMD EPYC) with LATENCY 0.5: one reply per chunk, 237

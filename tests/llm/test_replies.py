@@ -11,7 +11,8 @@ from refine_fast.pipeline.queries.llm.reply_parser import parse_numbers, parse_q
 
 PASSAGE = (
     "The Oder lighthouse was finished in 1908 by the harbour board of Stettin. Its lamp burnt rape "
-    "oil until 1931, when an electric arc replaced it. Visitors climb 204 steps to the gallery, which is closed during storms."
+    "oil until 1931, when an electric arc replaced it. Visitors climb 204 steps to the gallery, "
+    "which is closed during storms."
 )
 A, B = "When was the Oder lighthouse completed?", "What fuel did the old lamp use?"
 LIT, OIL = "Oder lights were oil-fired", "oder lighthouse lamp oil"
