@@ -1,4 +1,5 @@
 """Queries: made without an LLM, and the user's own."""
+# ruff: noqa: E501 - tables of texts
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from .config_values import (
     Encoder,
     Encoding,
     ExistingPath,
+    JsonObject,
     Memory,
     Mix,
     Name,
@@ -145,7 +146,9 @@ class RunConfig(BaseModel):
     )
 
     queries: ExistingPath | None = _option(
-        None, "your own queries: JSONL {text, doc_id}, or a BEIR folder (train)", "FILE"
+        None,
+        "your own queries: JSONL {text, doc_id}, a BEIR folder (train), or a file of another tool",
+        "FILE",
     )
     queries_per_chunk: int = _option(2, "synthetic queries made for each chunk", "N", ge=1)
     llm: Name | None = _option(
@@ -168,6 +171,11 @@ class RunConfig(BaseModel):
         None, "sampling temperature (default: the server's own)", "T", ge=0
     )
     llm_reply_tokens: int = _option(512, "longest reply, in tokens", "N", ge=16)
+    llm_extra: JsonObject = _option(
+        {},
+        'more fields of each request, such as \'{"reasoning_effort": "low"}\'',
+        "JSON",
+    )
     llm_concurrency: int = _option(
         64, "calls at a time; fewer where the server asks for it", "N", ge=1
     )
@@ -339,6 +347,7 @@ class RunConfig(BaseModel):
             per_chunk=self.queries_per_chunk,
             temperature=self.llm_temperature,
             max_reply_tokens=self.llm_reply_tokens,
+            extra=self.llm_extra,
             concurrency=self.llm_concurrency,
             timeout=self.llm_timeout,
             max_calls=self.max_calls,

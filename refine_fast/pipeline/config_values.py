@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import re
 from pathlib import Path
@@ -127,6 +128,16 @@ def _mix(value: Any) -> tuple[tuple[str, float], ...]:
         raise ValueError("must be kinds and shares, such as question=0.6,claim=0.4") from None
 
 
+def _json_object(value: Any) -> dict[str, Any]:
+    try:
+        fields = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError("must be a JSON object, such as '{\"top_p\": 0.9}'")
+    return fields
+
+
 def _memory(value: Any) -> int | None:
     if value is None:
         return None
@@ -159,6 +170,10 @@ Weights = Annotated[
     tuple[float, ...], BeforeValidator(_weights, json_schema_input_type=str | list[float])
 ]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names, json_schema_input_type=str | list[str])]
+JsonObject = Annotated[
+    dict[str, Any],
+    BeforeValidator(_json_object, json_schema_input_type=str | dict[str, Any]),
+]
 Mix = Annotated[
     tuple[tuple[str, float], ...],
     BeforeValidator(_mix, json_schema_input_type=str | dict[str, float]),

@@ -59,7 +59,10 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
 
 
 def make_chunks(count: int) -> list[Chunk]:
-    text = "Harbour {i} was built by the city of Port {i}. Its crane lifts {i} tonnes and its quay is {i}0 metres long."
+    text = (
+        "Harbour {i} was built by the city of Port {i}. "
+        "Its crane lifts {i} tonnes and its quay is {i}0 metres long."
+    )
     texts = [text.format(i=i) for i in range(count)]
     return [
         Chunk(f"c{i}", text, "", f"file{i // 10}", 0, len(text)) for i, text in enumerate(texts)

@@ -1,7 +1,8 @@
-"""An OpenAI-compatible server on loopback that misbehaves as told; run as a script, so that it shares no interpreter with the client.
+"""An OpenAI-compatible server on loopback that misbehaves as told.
 
-Prints its port. GET /stats: what it served; POST /options: a JSON object of Options to change. A fault is drawn per call with a seeded
-generator, so a call that is repeated draws anew.
+Run as a script, so that it shares no interpreter with the client. Prints its port. GET /stats: what
+it served. POST /options: a JSON object of Options to change. A fault is drawn per call with a
+seeded generator, so a repeated call draws anew.
 """
 
 import asyncio
@@ -34,7 +35,8 @@ class Options:
     "no temperature", "error with status 200", "parts", "only reasoning", "reasoning to the limit",
     "inline reasoning to the limit"."""
     structured: str = "json_schema"
-    """The strictest mode that is accepted; a stricter one is answered with the status ``rejection``."""
+    """The strictest mode that is accepted; a stricter one is answered with the status
+    ``rejection``."""
     rejection: int = 500
     rate: float = 0.0
     """Calls a second beyond which it answers 429; 0: no limit."""
@@ -190,7 +192,11 @@ class Server:
         reply = {
             "id": "c", "object": "chat.completion", "created": 0, "model": body["model"],
             "choices": [{"index": 0, **choice(content, options.rules)}],
-            "usage": options.usage or {"prompt_tokens": len(user) // 4, "completion_tokens": len(content) // 4, "total_tokens": 0},
+            "usage": options.usage or {
+                "prompt_tokens": len(user) // 4,
+                "completion_tokens": len(content) // 4,
+                "total_tokens": 0,
+            },
         }  # fmt: skip
         if fault == "garbage":
             return await self.send(writer, 200, '{"id": "c", "choices": [{"mess')
@@ -283,7 +289,8 @@ def choice(content: str, rules: tuple[str, ...]) -> dict:
 
 
 def head_of(status: int, length: int, headers: str = "") -> bytes:
-    return f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n{headers}\r\n".encode()
+    lines = f"HTTP/1.1 {status} X", "Content-Type: application/json", f"Content-Length: {length}"
+    return ("\r\n".join(lines) + f"\r\n{headers}\r\n").encode()
 
 
 async def main() -> None:

@@ -1,14 +1,18 @@
-"""10,000 chunks, a fifth of the calls faulty, five kill -9, once by hand: python tests/llm/soak.py [CHUNKS] [LATENCY]
+"""10,000 chunks, a fifth of the calls faulty, five kill -9; run by hand.
 
-The server works on 64 calls at a time, each for LATENCY seconds, a stalled one for 3.2 times that (the client gives up after 3); a 429
-takes no place. Of seven faults one is a 429 and one a stall: a call that takes a place is answered well with probability
-0.8 / (1 - 0.2 / 7) and holds it for LATENCY * (1 + 2.2 * (0.2 / 7) / (1 - 0.2 / 7)). The limit is what the server then sends in a second
-if no place is ever empty: 64 times the one by the other. Measured after the last kill, from 5 s after the first 64 replies (the climb to
-64) on.
+    python tests/llm/soak.py [CHUNKS] [LATENCY]
 
-Prints replies per chunk, repeated replies, throughput against the limit, and the client's memory over the measured stretch.
-On two cores (AMD EPYC) with LATENCY 0.5: one reply a chunk, 237 repeated (at most 64 in flight at each kill), 94.1 replies a second of 99.0
-(95.1%), 274 to 288 MB.
+The server works on 64 calls at a time, each for LATENCY seconds, a stalled one for 3.2 times that
+(the client gives up after 3); a 429 takes no place. Of seven faults one is a 429 and one a stall: a
+call that takes a place gets a good reply with probability 0.8 / (1 - 0.2 / 7), and holds the place
+for LATENCY * (1 + 2.2 * (0.2 / 7) / (1 - 0.2 / 7)). The limit is what the server sends per second
+if no place is ever empty: 64 times the one by the other. Measured after the last kill, from 5 s
+after the first 64 replies (the climb to 64).
+
+Prints replies per chunk, repeated replies, throughput against the limit, and the client's memory
+over the measured stretch. On two cores (AMD EPYC) with LATENCY 0.5: one reply per chunk, 237
+repeated (at most 64 in flight at each kill), 94.1 replies per second of 99.0 (95.1%), 274 to
+288 MB.
 """
 
 import json
@@ -31,7 +35,10 @@ import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from conftest import make_chunks
 from refine_fast.pipeline.queries.llm import LLMSettings, generate_queries
-settings = LLMSettings(sys.argv[2], ("tiny",), {"question": 1}, 4, timeout=3 * float(sys.argv[5]), concurrency=64)
+timeout = 3 * float(sys.argv[5])
+settings = LLMSettings(
+    sys.argv[2], ("tiny",), {"question": 1}, 4, timeout=timeout, concurrency=64
+)
 generate_queries(make_chunks(int(sys.argv[4])), settings, Path(sys.argv[3]))
 """
 
@@ -105,10 +112,12 @@ def main(count: int, latency: float) -> None:
             end["calls"],
         )
         print(
-            f"{rate:.1f} replies a second over {seconds:.0f} s: {rate / limit(latency):.1%} of the limit, {limit(latency):.1f}"
+            f"{rate:.1f} replies per second over {seconds:.0f} s: "
+            f"{rate / limit(latency):.1%} of the limit, {limit(latency):.1f}"
         )
         print(
-            f"places taken: {(after['busy'] - before['busy']) / (PLACES * seconds):.1%}, at most {end['peak']} calls open"
+            f"places taken: {(after['busy'] - before['busy']) / (PLACES * seconds):.1%}, "
+            f"at most {end['peak']} calls open"
         )
         fifths = ", ".join(
             f"{memory[int(share * (len(memory) - 1))]:.0f}" for share in (0, 0.2, 0.4, 0.6, 0.8, 1)

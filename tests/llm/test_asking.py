@@ -68,7 +68,7 @@ def test_each_fault_is_outlived(
     endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, kind: str
 ) -> None:
     endpoint.set(faults=0.3, kinds=[kind])
-    # A stalled call is given up after a second; so may be a slow one, whose repetition does no harm.
+    # A stalled call is given up after a second; a slow one may be too, and is repeated.
     settings = endpoint.settings(concurrency=8, **({"timeout": 1.0} if kind == "stall" else {}))
     _, account = generate_queries(chunks[:30], settings, tmp_path / "replies.jsonl")
     assert account.replied == 30
@@ -262,7 +262,8 @@ def test_the_key_stays_secret(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A server that echoes the key in its replies and in its errors; every log at its most talkative."""
+    """A server that echoes the key in its replies and in its errors; every log at its most
+    talkative."""
     key = f"sk-{uuid.uuid4().hex}"
     monkeypatch.setenv("MY_KEY", key)
     caplog.set_level(logging.DEBUG)
@@ -328,7 +329,10 @@ def test_judge_and_round_trip(endpoint: Endpoint, chunks: list[Chunk], tmp_path:
 def test_duplicates_are_dropped_as_asked(
     endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, duplicates: Any, kept: int
 ) -> None:
-    long = "In which year was the old lighthouse of the harbour at Stettin lit for the first time by its keeper"
+    long = (
+        "In which year was the old lighthouse of the harbour at Stettin lit for the first time "
+        "by its keeper"
+    )
     endpoint.set(reply=json.dumps([f"{long}?", f"{long}, please?"]))
     settings = endpoint.settings(duplicates=duplicates)
     assert generate_queries(chunks[:3], settings, tmp_path / "replies.jsonl")[1].kept == kept

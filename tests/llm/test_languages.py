@@ -1,4 +1,5 @@
 """What the filters make of good and bad queries, language by language."""
+# ruff: noqa: E501 - tables of texts
 
 import pytest
 

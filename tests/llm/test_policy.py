@@ -137,7 +137,8 @@ def test_the_servers_wish_comes_before_our_own_waits() -> None:
     ],
 )
 def test_a_budget_is_never_passed(limits: Limits, calls: int, reason: str | None) -> None:
-    """Calls that reserve 100 + 100 tokens and use 100 + 50, eight at a time; prices 1 and 2 per million."""
+    """Calls that reserve 100 + 100 tokens and use 100 + 50, eight at a time; prices 1 and 2 per
+    million."""
 
     async def run() -> tuple[Budget, set[str | None]]:
         budget = Budget(limits, 1.0, 2.0)
@@ -262,5 +263,5 @@ def test_a_damaged_line_and_a_second_writer_are_refused(tmp_path: Path) -> None:
     ):
         pass
     path.write_text("no json\n" + json.dumps(record("b")) + "\n")
-    with pytest.raises(RefineFastError, match="replies.jsonl:1 is damaged"), ReplyStore(path):
+    with pytest.raises(RefineFastError, match=r"replies.jsonl:1 is damaged"), ReplyStore(path):
         pass

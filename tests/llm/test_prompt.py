@@ -97,7 +97,8 @@ def test_the_key_of_a_request_depends_on_all_that_decides_its_reply(chunks: list
 
 @pytest.mark.parametrize("clustered", [False, True])
 def test_every_prefix_of_the_order_is_spread(clustered: bool) -> None:
-    """Ten topics of very unlike size, five documents each: a sample of ten meets every topic, one of fifty nearly every document."""
+    """Ten topics of very unlike size, five documents each: a sample of ten meets every topic, one
+    of fifty nearly every document."""
     rng = np.random.default_rng(0)
     topics = np.repeat(np.arange(10), [400, 200, 100, 50, 25, 20, 20, 20, 20, 20])
     chunks = [Chunk(str(i), str(i), "", f"{topic}-{i % 5}", 0, 1) for i, topic in enumerate(topics)]

@@ -1,4 +1,7 @@
-"""Against models that really generate: tiny, random, made on the spot. They write nonsense; what is tested is that it comes through."""
+"""Against models that really generate: tiny, random, made on the spot.
+
+They write nonsense; what is tested is that it comes through.
+"""
 
 import contextlib
 import json
@@ -19,7 +22,10 @@ from refine_fast.pipeline.queries.llm import IN_PROCESS, LLMSettings, generate_q
 from refine_fast.pipeline.queries.llm.request import Request
 from refine_fast.pipeline.queries.llm.transformers_backend import LocalBackend
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +52,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2,
         max_position_embeddings=4096, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -77,7 +84,8 @@ def test_in_process(tiny_model: Path, chunks: list[Chunk], tmp_path: Path) -> No
 
 
 def test_a_batch_writes_what_single_prompts_write(tiny_model: Path) -> None:
-    """Left padding, attention masks and the end of each row: prompts of unlike length, together and alone."""
+    """Left padding, attention masks and the end of each row: prompts of unlike length, together and
+    alone."""
     requests = [
         Request(str(n), str(tiny_model), "", "who built the quay? " * n, {}, 12 + n, 0.0)
         for n in (1, 7, 3, 20)
@@ -97,7 +105,8 @@ def test_a_model_that_is_not_there(chunks: list[Chunk], tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def served(log: Path, *command: str) -> Iterator[str]:
-    """The URL of an endpoint that the Python module and arguments ``command`` open on a free port of loopback."""
+    """The URL of an endpoint that the Python module and arguments ``command`` open on a free port
+    of loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -140,7 +149,8 @@ def transformers_serve(
 def test_transformers_serve(
     transformers_serve: str, tiny_model: Path, chunks: list[Chunk], tmp_path: Path
 ) -> None:
-    """It takes response_format and ignores it: replies are nonsense that must be counted, not stored as queries."""
+    """It takes response_format and ignores it: replies are nonsense that must be counted, not
+    stored as queries."""
     here = settings(tiny_model, url=transformers_serve, concurrency=4, timeout=60.0)
     (report,) = probe(here)
     assert report.reachable
@@ -215,7 +225,8 @@ def llama_cpp(tiny_model: Path, tmp_path: Path) -> Iterator[str]:
 def test_llama_cpp_server(
     llama_cpp: str, tiny_model: Path, chunks: list[Chunk], tmp_path: Path
 ) -> None:
-    """It answers 500 to json_schema and enforces json_object with a schema: even a random model then writes what the schema says."""
+    """It answers 500 to json_schema and enforces json_object with a schema: even a random model
+    then writes what the schema says."""
     here = settings(tiny_model, url=llama_cpp, concurrency=4, timeout=60.0, max_reply_tokens=200)
     (report,) = probe(here)
     assert report.structured == {

@@ -10,8 +10,9 @@ from refine_fast.pipeline.queries.llm import filters
 from refine_fast.pipeline.queries.llm.reply_parser import parse_numbers, parse_queries
 
 PASSAGE = (
-    "The Oder lighthouse was finished in 1908 by the harbour board of Stettin. Its lamp burnt rape oil until 1931, when an electric "
-    "arc replaced it. Visitors climb 204 steps to the gallery, which is closed during storms."
+    "The Oder lighthouse was finished in 1908 by the harbour board of Stettin. Its lamp burnt rape "
+    "oil until 1931, when an electric arc replaced it. Visitors climb 204 steps to the gallery, "
+    "which is closed during storms."
 )
 A, B = "When was the Oder lighthouse completed?", "What fuel did the old lamp use?"
 LIT, OIL = "Oder lights were oil-fired", "oder lighthouse lamp oil"
@@ -428,7 +429,10 @@ def test_verdicts_of_the_judge(reply: str, numbers: list[int] | None) -> None:
 
 
 def test_duplicates() -> None:
-    year = "In which year of the nineteenth century was the old lighthouse of the harbour at Stettin lit for the first time, {}?"
+    year = (
+        "In which year of the nineteenth century was the old lighthouse of the harbour at Stettin "
+        "lit for the first time, {}?"
+    )
     texts = [
         "When was it built?",
         "when was it  built",
