@@ -22,6 +22,8 @@ from .queries.query import Query
 
 CHUNKS, CHUNK_FACTS = "chunks.jsonl", "chunks.json"
 """Every Chunk; the number of documents, of chunks and of removed duplicates."""
+TWINS = "twins.json"
+"""Id of a labelled chunk that was removed as an exact duplicate -> id of the kept one."""
 QUERIES, DEV, HELD_OUT = "queries.jsonl", "dev.jsonl", "held_out.jsonl"
 """Queries to train on, to choose the weight on, and to evaluate on."""
 REPLIES, ACCOUNT = "replies.jsonl", "llm.json"

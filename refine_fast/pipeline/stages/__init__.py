@@ -33,6 +33,7 @@ from ..artifacts import (
     SETS,
     TRAINING_FACTS,
     TUNED,
+    TWINS,
     score_file,
 )
 from ..context import RunContext
@@ -93,7 +94,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
     yield stage(
         "chunk",
         chunk,
-        (CHUNKS, CHUNK_FACTS),
+        (CHUNKS, CHUNK_FACTS, TWINS),
         encoder | given(docs=config.docs, queries=config.queries),
         "chunk_tokens limit seed encoding text_column title_column id_column dedup model",
         facts=documentation if config.docs is None else None,
@@ -103,7 +104,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             "query",
             query,
             split,
-            made(CHUNKS, CHUNK_FACTS) | given(queries=config.queries) | judged,
+            made(CHUNKS, TWINS) | given(queries=config.queries) | judged,
             "queries_per_chunk held_out seed",
             facts=choice,
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...errors import RefineFastError, RefineFastWarning
 from ...files import write_json
-from ..artifacts import CHUNK_FACTS, CHUNKS
+from ..artifacts import CHUNK_FACTS, CHUNKS, TWINS
 from ..corpus.chunk import Chunk
 from ..corpus.chunking import chunk_documents, truncated_passages
 from ..corpus.columns import Columns
@@ -40,9 +40,9 @@ def run(context: RunContext, folder: Path) -> None:
         "documents": documents,
         "chunks": len(chunks),
         "duplicates": {"exact": duplicates.exact, "near": duplicates.near},
-        "twins": duplicates.twins,
     }
     write_json(folder / CHUNK_FACTS, facts)
+    write_json(folder / TWINS, dict(duplicates.twins))
 
 
 def cut_corpus(context: RunContext) -> tuple[int, list[Chunk], Duplicates]:

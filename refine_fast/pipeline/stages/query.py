@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...files import read_json
-from ..artifacts import CHUNK_FACTS, CHUNKS, DEV, HELD_OUT, QUERIES
+from ..artifacts import CHUNKS, DEV, HELD_OUT, QUERIES, TWINS
 from ..corpus.beir import load_beir
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records, write_records
@@ -27,7 +27,7 @@ DEV_SHARE = 0.1
 def run(context: RunContext, folder: Path) -> None:
     """Writes the queries to train on, to choose the weight on, and to evaluate on."""
     chunks = read_records(context.path(CHUNKS), Chunk)
-    twins = read_json(context.path(CHUNK_FACTS))["twins"]
+    twins = read_json(context.path(TWINS))
     write_split(context, folder, chunks, offline_queries(context, chunks, twins))
 
 
