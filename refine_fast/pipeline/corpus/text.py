@@ -16,7 +16,8 @@ UNSPACED = rf"[{CJK}||{SOUTHEAST_ASIAN}]"
 
 # One character with its combining marks and the consonants stacked below it (Khmer, Burmese).
 _CLUSTER = rf"[\w&&{UNSPACED}](?:[\u17d2\u1039]\w|[\p{{M}}\u200c\u200d])*"
-_SPACED_WORD = rf"[\w--{UNSPACED}](?:[\w--{UNSPACED}]|[\p{{M}}\u200c\u200d])*"
+_SPACED = rf"[[\w\p{{N}}]--{UNSPACED}]"  # \p{N}: "x²" is one word
+_SPACED_WORD = rf"{_SPACED}(?:{_SPACED}|[\p{{M}}\u200c\u200d])*"
 _WORD = regex.compile(rf"(?V1){_CLUSTER}|{_SPACED_WORD}")
 _IS_CJK = regex.compile(rf"(?V1){CJK}")
 _IS_UNSPACED = regex.compile(rf"(?V1){UNSPACED}")

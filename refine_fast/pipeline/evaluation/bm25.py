@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from ..corpus.beir import RetrievalSet
+from ..corpus.terms import search_terms
 from .metrics import DEPTH, score_ranking
 from .scores import Scores
 
 
 def score_bm25(data: RetrievalSet) -> Scores:
-    """Scores BM25 (bm25s, Lucene's variant, k1 = 1.5, b = 0.75) over English stems without stop
-    words. A passage that shares no term with the query is not retrieved."""
+    """Scores BM25 (bm25s, Lucene's variant, k1 = 1.5, b = 0.75) over ``search_terms``.
+
+    A passage that shares no term with the query is not retrieved.
+    """
     import bm25s
 
     ranked = np.full((len(data.queries), DEPTH), -1)
-    docs = _terms(data.docs)
+    docs = search_terms(data.docs)
     if any(docs):  # bm25s rejects an empty vocabulary
         index = bm25s.BM25()
         index.index(docs, show_progress=False)
-        for row, terms, own in zip(ranked, _terms(data.queries), data.own_rows, strict=True):
+        for row, terms, own in zip(ranked, search_terms(data.queries), data.own_rows, strict=True):
             if not terms:
                 continue
             scores = index.get_scores(terms)
@@ -30,17 +31,3 @@ def score_bm25(data: RetrievalSet) -> Scores:
             best = best[scores[best] > 0]
             row[: len(best)] = best
     return score_ranking(data.ids_at(ranked), data.qrels)
-
-
-def _terms(texts: Sequence[str]) -> list[list[str]]:
-    """The stems of each text."""
-    import bm25s
-    import Stemmer
-
-    return bm25s.tokenize(
-        texts,
-        stopwords="en",
-        stemmer=Stemmer.Stemmer("english"),
-        return_ids=False,
-        show_progress=False,
-    )
