@@ -200,6 +200,9 @@ ENCODERS: dict[str, Make] = {
         prompts={"query": "search_query: ", "document": "search_document: "},
         truncate_dim=16,
     ),
+    "NomicBERT": layered(
+        plain("NomicBertConfig", "NomicBertModel", **SMALL), "mean", dtype=torch.bfloat16
+    ),
     "ModernBERT": layered(MODERNBERT, "cls", "normalize"),
     "Qwen3-Embedding": layered(
         QWEN3, "lasttoken", "normalize", dtype=torch.bfloat16, prompts={"query": INSTRUCTION}

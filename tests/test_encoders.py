@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from refine_fast.errors import RefineFastError
-from refine_fast.fuse import fuse, fuse_into
+from refine_fast.fuse import fuse
 from refine_fast.pipeline.encoder.adapters import add_lora
 from refine_fast.pipeline.encoder.check import check_encoder
 from refine_fast.pipeline.encoder.encode import compares_by_cosine, encode
+from refine_fast.pipeline.encoder.fused import load_fused
 from refine_fast.pipeline.encoder.load import document_tokenizer, encoder_folder, load_encoder
 from refine_fast.pipeline.encoder.options import EncoderOptions
 from refine_fast.pipeline.encoder.prepare import prepare_encoder
@@ -68,14 +69,13 @@ def test_the_product_is_what_was_scored(name: str, tmp_path: Path, minilm: Path)
     tune(model, tmp_path)
     for code in base.glob("*.py"):
         shutil.copy(code, tmp_path / "tuned")
-    scored = load_encoder(base, trust_remote_code=trust)
-    before = rows(scored)
-    fuse_into(scored, tmp_path / "tuned", 0.35, base=base)
-    after = rows(scored)
+    before = rows(load_encoder(base, trust_remote_code=trust))
+    tuned = tmp_path / "tuned"
+    after = rows(load_fused(base, tuned, 0.35, trust_remote_code=trust))
     for old, new in zip(before, after, strict=True):  # both sides have learned
         assert np.abs(new - old).max() > 1e-4
 
-    fuse(base, tmp_path / "tuned", tmp_path / "product", 0.35)
+    fuse(base, tuned, tmp_path / "product", 0.35)
     product = load_encoder(tmp_path / "product", trust_remote_code=trust)
     for row, expected in zip(rows(product), after, strict=True):
         np.testing.assert_array_equal(row, expected)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ...errors import RefineFastError
-from ...fuse.into import fuse_into
 from .encode import encode
+from .fused import load_fused
 from .load import load_encoder
 
 if TYPE_CHECKING:
@@ -60,5 +60,10 @@ def check_encoder(folder: Path, *, trust_remote_code: bool = False) -> SentenceT
             f"model: {folder} has query embeddings of {widths['query']} and document embeddings of "
             f"{widths['document']} dimensions; they must have the same number."
         )
-    fuse_into(model, folder, base=folder)
+    fused = load_fused(folder, folder, 0.5, trust_remote_code=trust_remote_code)
+    if not np.array_equal(encode(fused, _TEXTS, role="document", bf16=False), vectors):
+        raise RefineFastError(
+            f"model: {folder} fused with itself is not the same encoder; its files hold other "
+            "values than the loaded model; give another copy."
+        )
     return model

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from ...errors import RefineFastWarning
 from ...files import write_json
-from ...fuse import fuse_into
 from ..artifacts import (
     CHUNKS,
     DEV,
@@ -23,7 +22,7 @@ from ..artifacts import (
 from ..corpus.beir import RetrievalSet, load_beir
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
-from ..encoder.load import load_encoder
+from ..encoder.fused import load_fused
 from ..encoder.twin import load_twin
 from ..evaluation.bm25 import score_bm25
 from ..evaluation.evaluate import score
@@ -86,8 +85,4 @@ def encoder_at(context: RunContext, weight: float) -> SentenceTransformer:
         return load_twin(
             tuned, context.encoder, weight, trust_remote_code=context.trust_remote_code
         )
-    model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
-    if weight > 0:
-        # With ``base``, the values are rounded to the base's type, as ``fuse`` rounds the product.
-        fuse_into(model, tuned, weight, base=context.encoder)
-    return model
+    return load_fused(context.encoder, tuned, weight, trust_remote_code=context.trust_remote_code)

@@ -1,0 +1,85 @@
+"""Whole runs over encoders that are not the usual one: what the report says is what the product
+does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encoders import ENCODERS
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from refine_fast.cli import main
+from refine_fast.pipeline import RunConfig, run
+from refine_fast.pipeline.artifacts import read_scores
+from refine_fast.pipeline.console import Console
+from refine_fast.pipeline.encoder.encode import encode
+from refine_fast.pipeline.encoder.load import load_encoder
+from refine_fast.pipeline.evaluation.evaluate import score
+from refine_fast.pipeline.stages.score import encoder_at, retrieval_sets
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS = {
+    "XLM-R, bf16": {"lora": 2, "query_prompt": "find: ", "document_prompt": "text: "},
+    "Router": {},
+    "dot product": {"fusion": "weights"},
+    "Nomic": {"fusion": "embeddings"},
+}
+
+
+def documents(folder: Path) -> Path:
+    things = ("pump", "valve", "boiler", "lathe", "crane", "furnace", "mixer", "press")
+    places = ("harbour", "quarry", "bakery", "dairy")
+    with (folder / "docs.jsonl").open("w") as file:
+        for i in range(32):
+            thing, place = things[i % 8], places[i // 8]
+            text = f"The {thing} of the {place} takes {i + 3} tonnes a day. Its crew rests at noon."
+            file.write(json.dumps({"_id": f"d{i}", "title": f"{place} {thing}", "text": text}))
+            file.write("\n")
+    return folder / "docs.jsonl"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_report_is_of_the_product(kind: str, tmp_path: Path, minilm: Path) -> None:
+    torch.manual_seed(0)
+    ENCODERS[kind](tmp_path / "base", minilm)
+    config = RunConfig(
+        out=tmp_path / "run",
+        docs=documents(tmp_path),
+        model=str(tmp_path / "base"),
+        curve=(0, 1),
+        band=(-1, 1),
+        skip=2,
+        max_steps=2,
+        batch_size=8,
+        lr=1e-2,
+        ood=(),
+        precision="fp32",
+        **KINDS[kind],
+    )
+    context = run(config, console=Console(quiet=True))
+    product, scored = load_encoder(context.model), encoder_at(context, 0.35)
+    for role in ("query", "document"):
+        ours, theirs = (
+            encode(model, ["a pump", "the mill rests"], role=role, bf16=False)
+            for model in (product, scored)
+        )
+        np.testing.assert_array_equal(ours, theirs)
+    for name, data in retrieval_sets(context).items():
+        scored = read_scores(context.out, 0.35)[name]
+        again = score(product, data, bf16=False)
+        for metric, values in scored.per_query.items():
+            np.testing.assert_array_equal(again.per_query[metric], values)
+    if "lora" in KINDS[kind]:
+        adapter = load_file(context.out / "adapter" / "adapter_model.safetensors")
+        assert all("lora_" in tensor for tensor in adapter)
+        served = SentenceTransformer(str(context.model), device="cpu")
+        assert (served.prompts["query"], served.prompts["document"]) == ("find: ", "text: ")
+        weights = load_file(context.model / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+        assert main(["index", str(context.out), "--quiet"]) == 0
