@@ -1,8 +1,19 @@
-def lerp(base: int, base_type: int, tuned: int, tuned_type: int, n: int, weight: float, stream: int) -> None: ...
+def lerp(
+    base: int, base_type: int, tuned: int, tuned_type: int, n: int, weight: float, stream: int
+) -> None: ...
 
 class BandSearch:
     def __init__(
-        self, d: int, k: int, skip: int, lo: float, random: bool, seed: int, band_first: bool, normalize: bool, block: int
+        self,
+        d: int,
+        k: int,
+        skip: int,
+        lo: float,
+        random: bool,
+        seed: int,
+        band_first: bool,
+        normalize: bool,
+        block: int,
     ) -> None: ...
     def bytes(self, rows: int) -> int: ...
     def begin(

@@ -1,4 +1,5 @@
-"""The architecture as checks: imports run one way, the include rules of csrc hold, the ISA objects leak no symbol, the stub is true."""
+"""The architecture as checks: imports run one way, csrc keeps its include rules, the ISA objects
+leak no symbol, the stub matches the extension."""
 
 from __future__ import annotations
 
@@ -119,14 +120,16 @@ def test_no_file_is_over_500_lines() -> None:
 SOURCES = {".py", ".pyi", ".cc", ".h", ".cu", ".sh"}
 
 
-# What the files of each folder may include. Only kernels/ is shared by the ISA levels and the algorithms.
+# What the files of each folder may include. Only kernels/ is shared by the ISA levels and the
+# algorithms.
 _STANDARD = r"[a-z_0-9]+"
 _POSIX = r"cpuid\.h|omp\.h|pthread\.h|sys/[a-z_]+\.h|unistd\.h|fcntl\.h|errno\.h|linux/[a-z_]+\.h"
 INCLUDES = {
     "csrc/kernels": r"kernels/[a-z_0-9]+\.h|cstdint",
     "csrc/isa": r"immintrin\.h|arm_neon\.h|kernels/[a-z_0-9]+\.h|isa/[a-z_0-9]+\.h|cstdint|cstddef",
     "csrc/core": rf"core/[a-z_0-9]+\.h|kernels/[a-z_0-9]+\.h|{_STANDARD}|{_POSIX}",
-    "csrc/cuda": rf"kernels/types\.h|core/numeric\.h|cuda/[a-z_0-9]+\.h|{_STANDARD}|cuda[a-z_0-9]*\.h|mma\.h",
+    "csrc/cuda": r"kernels/types\.h|core/numeric\.h|cuda/[a-z_0-9]+\.h|"
+    rf"{_STANDARD}|cuda[a-z_0-9]*\.h|mma\.h",
     "csrc/bindings": r".*",
     "tests/cuda_emulation": rf"cuda_runtime\.h|machine\.h|ucontext\.h|{_STANDARD}",
 }
@@ -151,7 +154,7 @@ def test_every_folder_of_csrc_has_include_rules() -> None:
 
 
 def test_isa_objects_export_one_table_each() -> None:
-    """A weak symbol compiled with AVX-512 can be merged into baseline code and crash an older CPU."""
+    """A weak symbol compiled with AVX-512 may be merged into baseline code, and crash older CPUs."""
     objects = sorted((ROOT / "build").rglob("refine_fast_isa.dir/csrc/isa/*.o"))
     if not objects:
         pytest.skip("no build tree here (a wheel install); .ci/run installs editable and checks it")

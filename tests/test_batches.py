@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
 
 
 def test_a_batch_counts_every_document_once(tiny: Path) -> None:
-    """Two queries share document 3, and 3 and 5 both answer the first: nothing that answers a query is its negative."""
+    """Two queries share document 3, and 3 and 5 both answer the first: nothing that answers a
+    query is its negative."""
     examples = [
         batches.Example("a", 3, (7,), frozenset({3, 5}), 0),
         batches.Example("b", 3, (5, 7), frozenset({3}), 1),
@@ -34,7 +35,8 @@ def test_a_batch_counts_every_document_once(tiny: Path) -> None:
 
 
 def test_gradient_caching_changes_nothing_but_memory(tiny: Path) -> None:
-    """Three sequences at a time give the gradients of the whole batch, in float64, where the order of the sums does not show."""
+    """Three sequences at a time give the gradients of the whole batch; in float64, where the order
+    of the sums does not show."""
     pages = [topics[name][:300] for name in sorted(topics)[:8]]
     examples = [
         batches.Example(page[:60], i, ((i + 1) % 8,), frozenset({i}), i)
@@ -80,10 +82,14 @@ def test_a_memory_budget(copied: Path, capsys) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("words", [60, 300])
 def test_the_plan_counts_what_the_backward_keeps(minilm: Path, words: int, bf16: bool) -> None:
-    """Of the text, not of the longest that the encoder reads. By hand, for each of BERT's layers and tokens (Korthikanti et al. 2022, arXiv
-    2205.05198, section 4.1, without dropout, with attention that keeps no scores): the inputs of two layer norms in float32; the inputs of
-    the four products, q, k, v and both sides of the activation; the input of q, k and v narrowed for each of them. Left out, at most 6%:
-    the softmax's sums, embeddings, masks, pooling."""
+    """The activations of this text, not of the longest that the encoder reads.
+
+    By hand, for each of BERT's layers and tokens (Korthikanti et al. 2022, arXiv 2205.05198,
+    section 4.1, without dropout, with attention that keeps no scores): the inputs of two layer
+    norms in float32; the inputs of the four products, q, k, v and both sides of the activation;
+    the input of q, k and v narrowed for each of them. Left out, at most 6%: the softmax's sums,
+    embeddings, masks, pooling.
+    """
     model, text, width = load_encoder(minilm), "house " * words, 2 if bf16 else 4
     tokens = model.preprocess([text])["input_ids"].shape[1]
     assert tokens == min(words + 2, 256)

@@ -49,8 +49,8 @@ def test_documents_without_text(tmp_path: Path, tiny: Path, spoil: str, capsys) 
 def test_a_folder_that_is_no_encoder(tmp_path: Path, docs: Path, capsys) -> None:
     assert main(["run", str(docs), "--model", str(docs), "--out", str(tmp_path / "run")]) == 2
     assert (
-        f"error: model: {docs} holds neither config.json nor modules.json; give the folder of an encoder."
-        in capsys.readouterr().err
+        f"error: model: {docs} holds neither config.json nor modules.json; "
+        "give the folder of an encoder." in capsys.readouterr().err
     )
 
 

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
 
 
 def _killed(config: RunConfig, at: str) -> None:
-    """A run that kills itself in stage ``at``: when its work is written and nothing of it is recorded; training in its eighth step."""
+    """A run that kills itself in stage ``at``: when its work is written and nothing of it is
+    recorded; training in its eighth step."""
     from transformers import TrainerCallback
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -65,8 +66,9 @@ def kill_at(stage: str, config: RunConfig) -> None:
 
 
 def test_kill_9_in_each_stage(tmp_path: Path, tiny: Path, docs: Path, whole: Path) -> None:
-    """A chain of runs over one folder, each killed one stage further on: what they leave in the end has the very bytes of the run that was
-    never interrupted. Training is killed between two checkpoints, so this is also the equality of a resumed training."""
+    """A chain of runs over one folder, each killed one stage further on, leaves the very bytes of
+    the run that was never interrupted. Training is killed between two checkpoints, so this also
+    covers a resumed training."""
     config = RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **SMALL)
     for stage in STAGES:
         kill_at(stage, config)
@@ -79,8 +81,9 @@ def test_kill_9_in_each_stage(tmp_path: Path, tiny: Path, docs: Path, whole: Pat
 def test_fusion_of_embeddings(
     copied: Path, whole: Path, tiny: Path, docs: Path, tmp_path: Path, capsys
 ) -> None:
-    """Over the folder of a run with the other fusion, what the loss decides is redone; killed in training and in the assembly, it ends with
-    the same bytes. The product is the sum of the two encoders under every command."""
+    """Over the folder of a run with the other fusion, what the loss decides is redone. Killed in
+    training and in the assembly, it ends with the same bytes. The product is the sum of the two
+    encoders under every command."""
     killed = RunConfig(
         out=shutil.copytree(copied, tmp_path / "killed"),
         docs=docs,
@@ -139,6 +142,6 @@ def test_two_runs_into_one_folder(copied: Path, capsys) -> None:
     with engine.RunFolder(copied):
         assert main(["run", "--out", str(copied)]) == 3
     assert (
-        f"is in use by another process ({os.getpid()}); wait for it to finish or give another --out."
-        in capsys.readouterr().err
+        f"is in use by another process ({os.getpid()}); "
+        "wait for it to finish or give another --out." in capsys.readouterr().err
     )

@@ -1,5 +1,5 @@
-"""The README's Python blocks, each run as it stands, in a folder with a real model as ``base``, a changed
-copy of it as ``tuned``, and a few documents in ``docs``."""
+"""The README's Python blocks, each run as it stands, in a folder with a real model as ``base``,
+a changed copy of it as ``tuned``, and a few documents in ``docs``."""
 
 from __future__ import annotations
 
