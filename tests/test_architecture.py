@@ -154,7 +154,7 @@ def test_every_folder_of_csrc_has_include_rules() -> None:
 
 
 def test_isa_objects_export_one_table_each() -> None:
-    """A weak symbol compiled with AVX-512 may be merged into baseline code, and crash older CPUs."""
+    """A weak symbol compiled with AVX-512 may be merged into baseline code and crash older CPUs."""
     objects = sorted((ROOT / "build").rglob("refine_fast_isa.dir/csrc/isa/*.o"))
     if not objects:
         pytest.skip("no build tree here (a wheel install); .ci/run installs editable and checks it")

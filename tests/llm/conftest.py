@@ -72,3 +72,9 @@ def make_chunks(count: int) -> list[Chunk]:
 @pytest.fixture
 def chunks() -> list[Chunk]:
     return make_chunks(120)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardly a wait between the tries of a request; how long they are is test_policy's."""
+    monkeypatch.setattr("refine_fast.pipeline.queries.llm.dispatch.delay", lambda *_: 0.01)
