@@ -1,0 +1,1 @@
+"""Drop-ins for sentence-transformers, and approximate mining with faiss."""

@@ -1,0 +1,1 @@
+"""The operations as torch.library custom ops: checks, dispatch and autograd."""

@@ -1,0 +1,1 @@
+"""Documents, chunks and retrieval sets."""

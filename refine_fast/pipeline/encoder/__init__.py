@@ -1,0 +1,1 @@
+"""Loading an encoder, and texts to vectors."""

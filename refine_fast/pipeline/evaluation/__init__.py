@@ -1,0 +1,1 @@
+"""Metrics, BM25 and intervals."""

@@ -1,0 +1,1 @@
+"""Batches, loss, trainer and memory plan."""
