@@ -7,12 +7,13 @@ from pathlib import Path
 
 from ....errors import RefineFastError
 from ...corpus.chunk import Chunk
+from .dispatch import reply_record
 from .event_loop import run
 from .generate import query_requests
 from .http_backend import HttpBackend
 from .reply_log import ReplyStore
 from .reply_parser import parse_queries
-from .request import Failure, Reply
+from .request import Failure
 from .settings import IN_PROCESS, LLMSettings
 
 _PASSAGES = (
@@ -27,8 +28,7 @@ _PASSAGES = (
 
 
 def try_models(settings: LLMSettings, store: Path) -> None:
-    """Sends each model a request as it will be sent for every chunk; at most three, until a reply
-    holds a query.
+    """Sends each model at most three requests of the stage, until a reply holds a query.
 
     A model in this process is not tried: it costs nothing, and is loaded soon enough.
 
@@ -80,30 +80,13 @@ async def _problem(backend: HttpBackend, settings: LLMSettings, replies: ReplySt
                 if failure.kind == "fatal":
                     break
                 continue
-            record = {"key": request.key, "chunk": request.chunk_id, "model": request.model}
-            record |= _content(reply)
+            record = reply_record(request, reply, calls=1)
             await replies.append(record)
         text = record.get("text", "")
         if parse_queries(text, cut=record["finish"] == "length").candidates:
             return None
         problem = record.get("error") or f"the reply {text[:80]!r} holds none"
     return problem
-
-
-def _content(reply: Reply) -> dict[str, object]:
-    """What a reply adds to its record; an empty one is an error."""
-    hint = "; raise --llm-reply-tokens" if reply.finish == "length" else ""
-    return {
-        **(
-            {"text": reply.text}
-            if reply.text.strip()
-            else {"error": f"empty reply ({reply.finish}){hint}"}
-        ),
-        "finish": reply.finish,
-        "calls": 1,
-        "tokens_in": reply.tokens_in,
-        "tokens_out": reply.tokens_out,
-    }
 
 
 def _limit_is_reached(settings: LLMSettings, replies: ReplyStore) -> bool:
