@@ -124,11 +124,12 @@ def test_ctrl_c_says_what_is_kept(
     ]
 
     def stop() -> None:
-        while not replies.exists() or replies.read_bytes().count(b"\n") < 3:
+        # The trial's reply and those to three chunks.
+        while not replies.exists() or replies.read_bytes().count(b"\n") < 4:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    endpoint.set(hold_after=3)
+    endpoint.set(hold_after=4)
     threading.Thread(target=stop, daemon=True).start()
     assert main(command) == 130
     said = capsys.readouterr().err

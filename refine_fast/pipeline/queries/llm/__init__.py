@@ -11,8 +11,9 @@ Modules:
     dispatch: requests to replies, through the four above.
     prompt, reply_parser, filters, languages, coverage: what is asked for in which order, and which
         part of a reply becomes a query.
-    generate, probe: the stage, and what ``doctor`` reports about an endpoint.
-    event_loop: runs both from synchronous code, in notebooks too.
+    generate, trial, probe: the stage, its first request, and what ``doctor`` reports about an
+        endpoint.
+    event_loop: runs them from synchronous code, in notebooks too.
 """
 
 from __future__ import annotations

@@ -174,16 +174,7 @@ class _Dispatcher:
                 return {**record, "error": error, "calls": calls} if calls else None
             if isinstance(outcome, Reply):
                 self._judge(outcome)
-                # An empty reply is an error, so that the next start requests it again.
-                empty = _why_empty(outcome)
-                return {
-                    **record,
-                    **({"error": empty} if empty else {"text": outcome.text}),
-                    "finish": outcome.finish,
-                    "calls": broken + refused + 1,
-                    "tokens_in": outcome.tokens_in,
-                    "tokens_out": outcome.tokens_out,
-                }
+                return reply_record(request, outcome, broken + refused + 1)
             assert outcome is not None
             if outcome.kind == "fatal":
                 raise outcome
@@ -218,6 +209,24 @@ class _Dispatcher:
                 await self._budget.settle(reserved, used)
             self._throttle.record(None if isinstance(outcome, Reply) else outcome)
         return outcome, None
+
+
+def reply_record(request: Request, reply: Reply, calls: int) -> dict[str, Any]:
+    """What the store keeps of a reply.
+
+    An empty reply is an error, so that the next start requests it again.
+    """
+    empty = _why_empty(reply)
+    return {
+        "key": request.key,
+        "chunk": request.chunk_id,
+        "model": request.model,
+        **({"error": empty} if empty else {"text": reply.text}),
+        "finish": reply.finish,
+        "calls": calls,
+        "tokens_in": reply.tokens_in,
+        "tokens_out": reply.tokens_out,
+    }
 
 
 def why_useless(reply: Reply, is_useful: IsUseful) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ....errors import RefineFastError
 from ...corpus.chunk import Chunk
-from .dispatch import why_useless
+from .dispatch import reply_record, why_useless
 from .event_loop import run
 from .generate import holds_queries, query_requests
 from .http_backend import HttpBackend
@@ -27,8 +27,7 @@ _PASSAGES = (
 
 
 def try_models(settings: LLMSettings, store: Path) -> None:
-    """Sends each model a request as it will be sent for every chunk; at most three, until a reply
-    holds a query.
+    """Sends each model at most three requests of the stage, until a reply holds a query.
 
     A model in this process is not tried: it costs nothing, and is loaded soon enough.
 
@@ -77,20 +76,12 @@ async def _problem(backend: HttpBackend, settings: LLMSettings, replies: ReplySt
             if failure.kind == "fatal":
                 break
             continue
+        record = reply_record(request, reply, calls=1)
         problem = why_useless(reply, holds_queries)
-        await replies.append(
-            {
-                "key": request.key,
-                "chunk": request.chunk_id,
-                "model": request.model,
-                # An error is asked for again at the next start.
-                **({"text": reply.text} if problem is None else {"error": problem}),
-                "finish": reply.finish,
-                "calls": 1,
-                "tokens_in": reply.tokens_in,
-                "tokens_out": reply.tokens_out,
-            }
-        )
+        if problem is not None:  # requested again at the next start
+            record.pop("text", None)
+            record["error"] = problem
+        await replies.append(record)
         if problem is None:
             return None
     return problem
