@@ -36,7 +36,7 @@ def test_a_model_that_writes_no_query_is_found_out_first(
     endpoint.set(reply="I am sorry.")
     assert main([first, *command]) == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"error: llm: small at {endpoint.url} writes no queries: the reply ")
+    assert message.startswith(f"error: llm: small at {endpoint.url} writes no queries: nothing ")
     assert message.endswith(f"try refine-fast doctor --llm {endpoint.url} --llm-model small.\n")
     assert not (tmp_path / "run" / "chunks.jsonl").exists()
     assert endpoint.stats()["served"] == 3

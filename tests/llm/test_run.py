@@ -53,16 +53,16 @@ def test_plan_queries_and_what_is_left(
     ]
     assert main(["plan", *common]) == 0
     plan = result(capsys)
-    assert (plan["llm_calls"], endpoint.stats()["served"]) == (12, 0)
+    assert (plan["llm_calls"], endpoint.stats()["served"]) == (12, 1)
     assert plan["llm_cost"] == pytest.approx(
         (plan["llm_tokens_in"] + 2 * plan["llm_tokens_out"]) / 1e6
     )
     assert main(["queries", *common, "--max-calls", "5"]) == 0
-    assert endpoint.stats()["served"] == 5
+    assert endpoint.stats()["served"] == 1 + 5  # the run's first request is about no chunk
     assert main(["queries", *common, "--max-calls", "50"]) == 0
-    assert endpoint.stats()["served"] == 12
+    assert endpoint.stats()["served"] == 1 + 1 + 12
     account = json.loads((out / "llm.json").read_text())
-    assert (account["replied"], account["reused"], account["stopped"]) == (12, 5, None)
+    assert (account["replied"], account["reused"], account["stopped"]) == (12, 4, None)
     kinds = {json.loads(line)["kind"] for line in (out / "queries.jsonl").read_text().splitlines()}
     assert kinds == {"llm:question"}
     capsys.readouterr()
@@ -118,11 +118,13 @@ def test_ctrl_c_says_what_is_kept(
     ]
 
     def stop() -> None:
-        while not replies.exists() or replies.read_bytes().count(b"\n") < 3:
+        while (
+            not replies.exists() or replies.read_bytes().count(b"\n") < 4
+        ):  # the first is about no chunk
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    endpoint.set(hold_after=3)
+    endpoint.set(hold_after=4)
     threading.Thread(target=stop, daemon=True).start()
     assert main(command) == 130
     said = capsys.readouterr().err
@@ -168,9 +170,8 @@ def test_prompt_is_printed_and_taken_back(
     assert main(command) == 0
     assert "judge prompt changed (judge.jinja)" in capsys.readouterr().err
     assert "Thou judgest" in endpoint.stats()["bodies"][-1]["messages"][0]["content"]
-    assert (
-        endpoint.stats()["calls"]["none"] == 36
-    )  # twelve chunks: their queries once, their verdicts twice
+    # The run's first request; of twelve chunks, the queries once and the verdicts twice.
+    assert endpoint.stats()["calls"]["none"] == 1 + 36
 
 
 def test_doctor_tells_of_the_endpoint(
@@ -192,16 +193,16 @@ def test_doctor_tells_of_the_endpoint(
         (["--llm", "http://localhost:1/v1"], "add --llm-model NAME"),
         (
             ["--llm", "http://localhost:1/v1", "--llm-model", "m", "--llm-mix", "question"],
-            "llm_mix: question is no mix",
+            "llm_mix: question must be kinds and shares",
         ),
         (
             ["--llm", "http://localhost:1/v1", "--llm-model", "m", "--judge", "perhaps"],
-            "is neither yes nor no",
+            "must be yes or no",
         ),
         (["--llm", "http://localhost:1/v1", "--llm-model", "m", "--max-cost", "1"], "needs prices"),
         (
             ["--llm", "http://localhost:1/v1", "--llm-model", "m", "--queries", "."],
-            "leave out one of the two",
+            "omit --llm or --queries",
         ),
     ],
 )
@@ -358,7 +359,7 @@ def test_the_key_is_nowhere(
     assert main([*command, "another"]) == 2
     said = capsys.readouterr()
     assert "HTTP 401: no: Bearer ***" in said.err
-    assert "MY_KEY: its value holds spaces" in said.err
+    assert "MY_KEY: the value holds blanks" in said.err
     written = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert {"replies.jsonl", "config.yaml", "manifest.json", "queries.jsonl"} <= {
         path.name for path in written

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ....errors import RefineFastError
 from ...corpus.chunk import Chunk
+from .dispatch import why_useless
 from .event_loop import run
-from .generate import query_requests
+from .generate import holds_queries, query_requests
 from .http_backend import HttpBackend
 from .reply_log import ReplyStore
-from .reply_parser import parse_queries
-from .request import Failure, Reply
+from .request import Failure
 from .settings import IN_PROCESS, LLMSettings
 
 _PASSAGES = (
@@ -66,44 +66,34 @@ async def _problem(backend: HttpBackend, settings: LLMSettings, replies: ReplySt
     ]
     problem = None
     for request in query_requests(chunks, list(range(len(chunks))), settings):
-        if request.key in replies:
-            (record,) = replies.replies([request.key])
-        else:
-            if _limit_is_reached(settings, replies):
-                return None
-            try:
-                reply = await backend.complete(request)
-            except Failure as failure:
-                if failure.kind == "busy":
-                    return None  # the server works; the stage waits for it
-                problem = str(failure)
-                if failure.kind == "fatal":
-                    break
-                continue
-            record = {"key": request.key, "chunk": request.chunk_id, "model": request.model}
-            record |= _content(reply)
-            await replies.append(record)
-        text = record.get("text", "")
-        if parse_queries(text, cut=record["finish"] == "length").candidates:
+        if request.key in replies or _limit_is_reached(settings, replies):
             return None
-        problem = record.get("error") or f"the reply {text[:80]!r} holds none"
+        try:
+            reply = await backend.complete(request)
+        except Failure as failure:
+            if failure.kind == "busy":
+                return None  # the server works; the stage waits for it
+            problem = str(failure)
+            if failure.kind == "fatal":
+                break
+            continue
+        problem = why_useless(reply, holds_queries)
+        await replies.append(
+            {
+                "key": request.key,
+                "chunk": request.chunk_id,
+                "model": request.model,
+                # An error is asked for again at the next start.
+                **({"text": reply.text} if problem is None else {"error": problem}),
+                "finish": reply.finish,
+                "calls": 1,
+                "tokens_in": reply.tokens_in,
+                "tokens_out": reply.tokens_out,
+            }
+        )
+        if problem is None:
+            return None
     return problem
-
-
-def _content(reply: Reply) -> dict[str, object]:
-    """What a reply adds to its record; an empty one is an error."""
-    hint = "; raise --llm-reply-tokens" if reply.finish == "length" else ""
-    return {
-        **(
-            {"text": reply.text}
-            if reply.text.strip()
-            else {"error": f"empty reply ({reply.finish}){hint}"}
-        ),
-        "finish": reply.finish,
-        "calls": 1,
-        "tokens_in": reply.tokens_in,
-        "tokens_out": reply.tokens_out,
-    }
 
 
 def _limit_is_reached(settings: LLMSettings, replies: ReplyStore) -> bool:
