@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from retrieval_sets import SMALL, folder_of
 
@@ -246,6 +246,7 @@ def ranked_scores(
     return evaluate.score(None, data).per_query  # type: ignore[arg-type]
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 150), st.integers(1, 8), st.booleans())
 def test_scores_equal_those_of_beir(seed: int, docs: int, queries: int, own: bool) -> None:
     data, vectors = graded_set(np.random.default_rng(seed), docs, queries, own=own)
