@@ -141,7 +141,7 @@ class _VisibleText(HTMLParser):
             self._end(ended=False)
 
     def _end(self, *, ended: bool) -> None:
-        """Ends the innermost element; ``ended``: by its end tag or by what stands for it."""
+        """Ends the innermost element; ``ended``: by its end tag or one that replaces it."""
         element = self._open.pop()
         tag = element.tag
         self._inside[tag] -= 1

@@ -33,7 +33,7 @@ def split_front_matter(text: str) -> tuple[str, str]:
     """The title in the front matter, "" if there is none, and the text after it.
 
     Front matter is YAML between two lines ``---``, or TOML between two lines ``+++``, at the top of
-    the file. What is no mapping of keys stays in the text.
+    the file. A block that is not a mapping stays in the text.
     """
     match = _FRONT_MATTER.match(text)
     if match is None:
