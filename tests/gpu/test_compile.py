@@ -78,5 +78,7 @@ def test_cuda_sources_compile_without_spills(source: Path, arch: str) -> None:
         str(source),
     ]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "Used" in report
-    assert {int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", report)} == {0}
+    has_kernels = "__global__" in source.read_text()
+    assert ("Used" in report) == has_kernels  # band_topk.cu is host code
+    found = {int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", report)}
+    assert found == ({0} if has_kernels else set())
