@@ -403,8 +403,8 @@ def test_on_the_command_line(
     )
     monkeypatch.setattr(merge._Merge, "run", lambda _: signal.raise_signal(signal.SIGINT))
     assert main([*command, "--overwrite"]) == 130
-    assert capsys.readouterr().err == "error: stopped; nothing of the output is left.\n"
+    assert capsys.readouterr().err == "error: stopped; nothing was left at --out.\n"
     assert sorted(os.listdir(tmp_path)) == ["base", "out", "tuned"]
     with pytest.raises(SystemExit):
         main([*command, "--weights", "layer.*"])
-    assert "'layer.*' is no GLOB=W; give one such as '*.embeddings.*=0'" in capsys.readouterr().err
+    assert "'layer.*' must be GLOB=W, such as '*.embeddings.*=0'" in capsys.readouterr().err
