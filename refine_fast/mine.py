@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ops.band_topk import Progress, band_topk
+from .ops.band_inputs import Progress
+from .ops.band_topk import band_topk
 
 
 class Mined(NamedTuple):

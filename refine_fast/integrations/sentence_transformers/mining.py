@@ -380,7 +380,7 @@ def _rows(
     output_format: str,
     output_scores: bool,
     pairs: int,
-) -> tuple[dict[str, list], int]:
+) -> tuple[dict[str, list[Any]], int]:
     """The columns of the result, and how many rows it could have had."""
     per_tuple = [f"negative_{i}" for i in range(1, num_negatives + 1)]
     names = {
@@ -392,9 +392,9 @@ def _rows(
     label = {"labeled-pair": ("label", "score"), "labeled-list": ("labels", "scores")}.get(
         output_format, (None, "scores")
     )[output_scores]
-    rows: dict[str, list] = {name: [] for name in (*names, label) if name is not None}
+    rows: dict[str, list[Any]] = {name: [] for name in (*names, label) if name is not None}
 
-    def add(values: list, labels: Any, scores: Any) -> None:
+    def add(values: list[Any], labels: Any, scores: Any) -> None:
         for name, value in zip(names, values, strict=True):
             rows[name].append(value)
         if label is not None:
