@@ -165,9 +165,7 @@ def test_a_margin_of_0_keeps_what_occurs_twice(
     q, d = batch(B, B, 200, seed=1).values()
     q[40:], d[20:40] = q[: B - 40], d[:20]
     q, d = q.to(dtype), d.to(dtype)
-    tensors = {"q": q, "d": d}
-    if info_nce_backend.name == "triton":
-        tensors["hard"] = d[:, None].clone()
+    tensors = {"q": q, "d": d, "hard": d[:, None].clone()}
     options: dict[str, Any] = {
         "symmetric": True, "normalize": normalize, "widths": (30, 200), "temperature": 1.0,
         "reduction": "none",

@@ -97,10 +97,20 @@ void InfoNCESolver::score_hard(int64_t i, int64_t r, int thread) const {
 void InfoNCESolver::row_softmax(const Strip& s, int64_t r, int thread) {
   const int64_t i = s.begin + r, own = t_.positives[i];
   if (t_.hards > 0) score_hard(i, r, thread);
+  // Private negatives are scored by `dot`, which may round otherwise than the matrix product. Their ceiling follows
+  // from the positive's score by `dot`, so that a negative equal to the positive ties with it.
+  const bool own_ceiling = margin_ && t_.hards > 0;
+  const float *q = queries_ + r * t_.width, *d = own_ceiling ? load(t_.d, own, 1, scratch(thread)) : nullptr;
+  float own_score = 0;
   for (int64_t m = 0; m < prefixes_; ++m) {
     const float positive = scores(m, r)[own], ceiling = positive + t_.margin;
+    float hard_ceiling = ceiling;
+    if (own_ceiling) {
+      own_score += loss_.dot(q + slices_[m].begin, d + slices_[m].begin, slices_[m].width);
+      hard_ceiling = own_score * norm_q(m, i) * norm_d(m, own) + t_.margin;
+    }
     const ScoreRow all = {scores(m, r), ids_ + 0, round_up(t_.columns, 16), ids_[own], ceiling};
-    const ScoreRow hard = {hard_scores(m, r), nullptr, hard_pitch_, 0, ceiling};
+    const ScoreRow hard = {hard_scores(m, r), nullptr, hard_pitch_, 0, hard_ceiling};
     const float top = std::max({positive, loss_.top(all), loss_.top(hard)});
     double sums[2] = {};  // over the negatives, with z = (s - top) / tau: of exp(z), of z exp(z)
     loss_.sums(all, scale_, top, sums);
