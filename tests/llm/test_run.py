@@ -59,16 +59,16 @@ def test_plan_queries_and_what_is_left(
     ]
     assert main(["plan", *common]) == 0
     plan = result(capsys)
-    assert (plan["llm_calls"], endpoint.stats()["served"]) == (12, 0)
+    assert (plan["llm_calls"], endpoint.stats()["served"]) == (12, 1)
     assert plan["llm_cost"] == pytest.approx(
         (plan["llm_tokens_in"] + 2 * plan["llm_tokens_out"]) / 1e6
     )
     assert main(["queries", *common, "--max-calls", "5"]) == 0
-    assert endpoint.stats()["served"] == 5
+    assert endpoint.stats()["served"] == 1 + 5  # the first request of a run is about no chunk
     assert main(["queries", *common, "--max-calls", "50"]) == 0
-    assert endpoint.stats()["served"] == 12
+    assert endpoint.stats()["served"] == 1 + 1 + 12
     account = json.loads((out / "llm.json").read_text())
-    assert (account["replied"], account["reused"], account["stopped"]) == (12, 5, None)
+    assert (account["replied"], account["reused"], account["stopped"]) == (12, 4, None)
     kinds = {json.loads(line)["kind"] for line in (out / "queries.jsonl").read_text().splitlines()}
     assert kinds == {"llm:question"}
     capsys.readouterr()
@@ -177,9 +177,8 @@ def test_prompt_is_printed_and_taken_back(
     assert main(command) == 0
     assert "judge prompt changed (judge.jinja)" in capsys.readouterr().err
     assert "Thou judgest" in endpoint.stats()["bodies"][-1]["messages"][0]["content"]
-    assert (
-        endpoint.stats()["calls"]["none"] == 36
-    )  # twelve chunks: their queries once, their verdicts twice
+    # The first request of the run; of twelve chunks, the queries once and the verdicts twice.
+    assert endpoint.stats()["calls"]["none"] == 1 + 36
 
 
 def test_doctor_tells_of_the_endpoint(
