@@ -122,7 +122,7 @@ def test_doctor_names_what_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch
         return installed.get(name) or version(name)
 
     monkeypatch.setattr(doctor, "version", version_of)
-    monkeypatch.setattr(doctor, "_encoder", lambda name: "fine")
+    monkeypatch.setattr(doctor, "_encoder", lambda name, trust_remote_code: "fine")
     rows = {what: (works, found) for what, works, found in doctor.check("minilm")}
     assert rows["extra pdf"] == (False, "pip install 'refine-fast[pdf]' for pypdf>=5.0")
     assert rows["extra llm"] == (False, "pip install 'refine-fast[llm]' for openai>=1.60")

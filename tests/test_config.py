@@ -246,7 +246,7 @@ def test_an_unknown_option_of_the_python_api() -> None:
 
 def test_an_endpoint_is_checked_with_the_rest(tmp_path: Path, capsys) -> None:
     assert main(["run", "--out", str(tmp_path / "run"), "--llm=localhost", "--llm-model=m"]) == 2
-    assert capsys.readouterr().err.startswith("error: llm: 'localhost' ")
+    assert capsys.readouterr().err.startswith("error: llm must be a URL ")
     assert main(["run", "--out", str(tmp_path / "run"), "--llm=http://localhost/v1"]) == 2
     assert capsys.readouterr().err.startswith("error: llm_model: ")
 

@@ -280,6 +280,9 @@ class RunConfig(BaseModel):
         except ValidationError as error:
             raise RefineFastError(_sentence(error)) from None
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # llm_extra is a dictionary, which has no hash
+
     @model_validator(mode="before")
     @classmethod
     def _limit_demo(cls, values: dict[str, Any]) -> dict[str, Any]:
