@@ -248,7 +248,10 @@ class HttpBackend:
             return Failure("busy", f"no reply within {self._timeout:g} s")
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
-            said = " ".join(str(error.message).split()).removeprefix(f"Error code: {status} - ")
+            # openai before 3.40 puts the whole body into its message.
+            body = error.body if isinstance(error.body, dict) else {}
+            said = " ".join(str(body.get("message") or error.message).split())
+            said = said.removeprefix(f"Error code: {status} - ")
             wait = retry_after(error.response.headers)
             return self._status(status, said, error.code, wait)
         if isinstance(error, openai.APIConnectionError):
