@@ -11,8 +11,9 @@ from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.queries.llm.budget import Budget, Limits
 from refine_fast.pipeline.queries.llm.http_backend import retry_after
 from refine_fast.pipeline.queries.llm.reply_log import ReplyStore
-from refine_fast.pipeline.queries.llm.request import Failure
+from refine_fast.pipeline.queries.llm.request import Failure, Request
 from refine_fast.pipeline.queries.llm.throttle import Throttle, delay
+from refine_fast.pipeline.queries.llm.transformers_backend import LocalBackend
 
 BUSY = Failure("busy", "HTTP 429")
 BROKEN = Failure("broken", "HTTP 500")
@@ -265,3 +266,22 @@ def test_a_damaged_line_and_a_second_writer_are_refused(tmp_path: Path) -> None:
     path.write_text("no json\n" + json.dumps(record("b")) + "\n")
     with pytest.raises(RefineFastError, match=r"replies.jsonl:1 is damaged"), ReplyStore(path):
         pass
+
+
+@pytest.mark.parametrize("error", [TypeError("a bug"), MemoryError(), RefineFastError("no")])
+def test_any_error_of_a_model_in_process_reaches_its_callers(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """None waits for ever. The limit of time only guards against a hang."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    async def ask() -> None:
+        backend = LocalBackend()
+        monkeypatch.setattr(backend, "_generate", fail)
+        requests = [Request("c", "m", "", f"prompt {i}", {}, 16, None) for i in range(2)]
+        replies = asyncio.gather(*map(backend.complete, requests), return_exceptions=True)
+        assert await asyncio.wait_for(replies, 60) == [error, error]
+
+    asyncio.run(ask())

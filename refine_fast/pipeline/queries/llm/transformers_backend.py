@@ -68,7 +68,7 @@ class LocalBackend:
             except (RuntimeError, ValueError) as error:
                 said = " ".join(str(error).split())[:300]
                 replies = [Failure("wrong", f"generation failed: {said}")] * len(same)
-            except RefineFastError as error:
+            except Exception as error:  # whoever waits must hear of it, or would wait for ever
                 replies = [error] * len(same)
             for (_, future), reply in zip(same, replies, strict=True):
                 if future.done():
