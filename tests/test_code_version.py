@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,25 @@ STAGES = sorted(
 )
 
 
-def version_of(name: str) -> CodeVersion:
+def forget() -> None:
     for function in (module.code_version, module._inspect, module._path, module._data_files):
         function.cache_clear()
+
+
+def version_of(name: str) -> CodeVersion:
+    forget()
     return module.code_version(name)
 
 
+@pytest.fixture(autouse=True)
+def _leaves_no_version_behind() -> Iterator[None]:
+    """The versions are cached for the process, and the runs of later tests read them."""
+    yield
+    forget()
+
+
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A package with a stage that imports, in this order of depth: steps, maths, text."""
     root = tmp_path / "toy"
     files = {
