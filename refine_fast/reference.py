@@ -28,6 +28,8 @@ def info_nce(
     widths: Sequence[int] | None = None,
     width_weights: Sequence[float] | None = None,
     weight: Tensor | None = None,
+    soft_columns: Tensor | None = None,
+    soft_targets: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """``cross_entropy(q @ d.T / temperature, positives)`` over the columns that are negatives of
@@ -45,6 +47,9 @@ def info_nce(
         widths: the sum over them, weighted by width_weights (default 1), of the loss of q[:, :w],
             d[:, :w] and hard[..., :w].
         weight: (B,); the mean divides by its sum.
+        soft_columns: (B, T), -1 where unused; N + k is the row's hard negative k. soft_targets:
+            (B, T). The target distribution: these shares, and the rest of 1 for the positive. A
+            column that is not in the softmax counts as the positive.
 
     Returns:
         () or, with reduction "none", (B,).
@@ -57,6 +62,7 @@ def info_nce(
             q[:, :width], d[:, :width], temperature=temperature, positives=positives,
             doc_ids=doc_ids, hard=None if hard is None else hard[..., :width],
             hard_mask=hard_mask, margin=margin, symmetric=symmetric, normalize=normalize,
+            soft_columns=soft_columns, soft_targets=soft_targets,
         )  # fmt: skip
         loss = loss + width_weight * losses.mean(0)
     loss = loss if weight is None else loss * weight
@@ -77,6 +83,8 @@ def info_nce_losses(
     margin: float | None = None,
     symmetric: bool = False,
     normalize: bool = False,
+    soft_columns: Tensor | None = None,
+    soft_targets: Tensor | None = None,
 ) -> Tensor:
     """(1, B), or (2, B) if symmetric: each row's loss from the query's side and from its
     positive's."""
@@ -90,18 +98,29 @@ def info_nce_losses(
     s_pos = s[rows, positives]
     ceiling = float("inf") if margin is None else (s_pos.detach() + margin)[:, None]
 
-    def loss_over(scores: Tensor, dropped: Tensor, own: Tensor) -> Tensor:
-        """-log of the share of column ``own`` among the columns that are not dropped."""
+    def loss_over(
+        scores: Tensor, dropped: Tensor, own: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropy of the columns that are not dropped with the targets; None: all of 1 for
+        column ``own``."""
         dropped = (dropped | (scores.detach() > ceiling)).scatter(1, own[:, None], False)
         logits = (scores / temperature).masked_fill(dropped, float("-inf"))
-        return torch.logsumexp(logits, dim=1) - s_pos / temperature
+        loss = torch.logsumexp(logits, dim=1) - s_pos / temperature
+        if targets is None:
+            return loss
+        taken = targets.masked_fill(dropped, 0)
+        return loss + (taken * (s_pos[:, None] - scores)).sum(1) / temperature
 
     scores, dropped = s, ids == ids[positives][:, None]
     if hard is not None:
         scores = torch.cat([s, torch.einsum("bd,bkd->bk", q, hard)], dim=1)
         unused = dropped.new_zeros(hard.shape[:2]) if hard_mask is None else ~hard_mask
         dropped = torch.cat([dropped, unused], dim=1)
-    loss = loss_over(scores, dropped, positives)
+    targets = None
+    if soft_columns is not None and soft_targets is not None:
+        used = soft_targets.detach().to(s.dtype).masked_fill(soft_columns < 0, 0)
+        targets = torch.zeros_like(scores).scatter_add(1, soft_columns.clamp(min=0), used)
+    loss = loss_over(scores, dropped, positives, targets)
     if not symmetric:
         return loss[None]
     same = ids[positives] == ids[positives][:, None]

@@ -104,3 +104,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "widths": {"widths": (7, 16, D), "width_weights": (0.5, 0.0, 2.0)},
 }
 OPTIONS["all"] = {name: value for options in OPTIONS.values() for name, value in options.items()}
+
+# a teacher's shares of 0.9 in each row; some columns are unused, the row's positive, or dropped by
+# their id or mask
+_COLUMNS = torch.arange(B * 4).reshape(B, 4) * 29 % (N + K + 1) - 1
+_SHARES = torch.linspace(-2, 2, B * 4, dtype=torch.float64).reshape(B, 4).softmax(1) * 0.9
+OPTIONS["soft"] = {"soft_columns": _COLUMNS.clamp(max=N - 1), "soft_targets": _SHARES}
+OPTIONS["soft and all"] = {
+    **{name: value for name, value in OPTIONS["all"].items() if name != "margin"},
+    "soft_columns": _COLUMNS,
+    "soft_targets": _SHARES,
+}

@@ -17,6 +17,7 @@ from ..errors import warn_once
 from ..triton_kernels import missing_requirement
 from .info_nce_operators import by_row, losses_by_row, weighted_sum
 from .info_nce_problem import Problem, assert_values, check, check_values, check_widths
+from .soft_targets import check_soft_targets, soft_target_losses
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_DEVICES = {"cpu": None, "cuda": missing_requirement()}
@@ -46,6 +47,8 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
     widths: Sequence[int] | None = None,
     width_weights: Sequence[float] | None = None,
     weight: Tensor | None = None,
+    soft_columns: Tensor | None = None,
+    soft_targets: Tensor | None = None,
     reduction: str = "mean",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -91,6 +94,14 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
             al., arXiv 2205.13147). On a CPU all widths share one product of the full width.
         width_weights: one number per width.
         weight: (B,), the weight of each row; the mean divides by its sum.
+        soft_columns: (B, T) int64, the columns to which a teacher gives a share of the target: a
+            row of d, or N + k for the row's own hard negative k; -1: unused.
+        soft_targets: (B, T) float, these shares, at least 0. What they leave of 1 goes to the
+            positive, and so do shares of columns that are not in the row's softmax. The loss is
+            then the cross-entropy with this distribution: with shares that sum to 1, distillation
+            (Hinton et al., arXiv 1503.02531) without InfoNCE; with a * teacher, (1 - a) times
+            InfoNCE plus a times distillation. Costs 4 B T D more operations and float32 copies of
+            q and d; symmetric: in the direction from the queries. Not with margin.
         reduction: "mean", "sum" or "none".
         return_lse: also returns the detached (B,) log-sum-exp of each row's logits (its positive
             and the negatives that are kept) at the full width.
@@ -126,35 +137,52 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
         *check_widths(widths, width_weights, q.shape[-1]),
     )  # fmt: skip
     check(problem)
+    check_soft_targets(problem, soft_columns, soft_targets)
     if weight is not None and weight.shape != (len(q),):
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; it must be ({len(q)},), one number per row"
             " of q"
         )
+    loss, losses = _hard_target_loss(problem, weight, reduction, has_kernel=has_kernel)
+    if soft_columns is not None and soft_targets is not None:
+        by_teacher = soft_target_losses(problem, soft_columns, soft_targets)
+        loss = loss + _reduced(by_teacher, weight, reduction)
+    return (loss, _lse(losses, problem)) if return_lse else loss
+
+
+def _hard_target_loss(
+    problem: Problem, weight: Tensor | None, reduction: str, *, has_kernel: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss without soft targets, and its terms (widths, directions, B)."""
+    q, d, hard = problem.q, problem.d, problem.hard
     if not has_kernel:
         losses = _reference_losses(problem)
-        loss = by_row(losses, problem)
-    elif reduction == "none" or not _wants_gradient(q, d, hard, temperature, weight):
+        return _reduced(by_row(losses, problem), weight, reduction), losses
+    if reduction == "none" or not _wants_gradient(q, d, hard, problem.temperature, weight):
         loss, losses = losses_by_row(*problem)
+        return _reduced(loss, weight, reduction), losses
+    if weight is None:
+        # float64: 1 / B in float32 would be the same error in every row
+        coefficients = torch.ones(len(q), dtype=torch.float64, device=q.device)
     else:
-        if weight is None:
-            # float64: 1 / B in float32 would be the same error in every row
-            coefficients = torch.ones(len(q), dtype=torch.float64, device=q.device)
-        else:
-            coefficients = weight.double()
-        if reduction == "mean":
-            coefficients = coefficients / _nonzero(coefficients.sum())
-        loss, losses = weighted_sum(coefficients, *problem)[:2]
-        return (loss, _lse(losses, problem)) if return_lse else loss
+        coefficients = weight.double()
+    if reduction == "mean":
+        coefficients = coefficients / _nonzero(coefficients.sum())
+    loss, losses = weighted_sum(coefficients, *problem)[:2]
+    return loss, losses
+
+
+def _reduced(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """The losses of the rows, (B,), by the rules of ``weight`` and ``reduction``."""
     if weight is not None:
         weight = weight.to(loss.dtype)
         loss = loss * weight
-    if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        total = torch.full_like(loss, len(q)) if weight is None else weight.sum()
-        loss = loss / _nonzero(total)
-    return (loss, _lse(losses, problem)) if return_lse else loss
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    total = loss.new_full((), len(loss)) if weight is None else weight.sum()
+    return loss.sum() / _nonzero(total)
 
 
 def _has_kernel(q: Tensor) -> bool:
