@@ -227,6 +227,17 @@ def test_what_cannot_work_is_found_before_training(tmp_path: Path, minilm: Path)
         check_training(frozen, tmp_path / "router")
 
 
+def test_large_dot_products_are_no_reason_to_refuse_an_encoder(
+    tmp_path: Path, minilm: Path
+) -> None:
+    """At a fixed temperature the loss on two examples is exactly 0, and so is every gradient."""
+    folder = made(ENCODERS["dot product"], tmp_path / "dot", minilm)
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.layer.1.output.LayerNorm.weight"] *= 1000
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    check_training(load_encoder(folder), folder)
+
+
 def test_tied_weights_under_more_than_one_name(tmp_path: Path, minilm: Path) -> None:
     """As older transformers stored T5."""
     base = made(T5, tmp_path / "t5", minilm)

@@ -48,6 +48,22 @@ def compares_by_cosine(model: SentenceTransformer) -> bool:
     return model.similarity_fn_name != "dot"
 
 
+def unit_of_similarity(model: SentenceTransformer, q: np.ndarray, d: np.ndarray) -> float:
+    """What one unit of the band and of the temperature stands for under this model.
+
+    Args:
+        model: the encoder.
+        q: (Q, d) float32, embeddings of queries.
+        d: (N, d) float32, embeddings of documents.
+
+    Returns:
+        1 under a cosine; the mean ``|q| * |d|`` under a dot product.
+    """
+    if compares_by_cosine(model):
+        return 1.0
+    return float(np.linalg.norm(q, axis=1).mean() * np.linalg.norm(d, axis=1).mean())
+
+
 def encode(
     model: SentenceTransformer,
     texts: Sequence[str],

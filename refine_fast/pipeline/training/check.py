@@ -12,6 +12,7 @@ import torch
 from ...errors import RefineFastError
 from ...fuse.plan import make_plan
 from ..encoder.adapters import add_lora
+from ..encoder.encode import encode, unit_of_similarity
 from .batches import Collator, Example
 from .loss import BatchLoss
 
@@ -76,7 +77,11 @@ def _one_step(model: SentenceTransformer) -> dict[str, bool]:
         }
         for role in ("query", "document")
     ]
-    BatchLoss(model, temperature=0.05)(sides, batch["label"].to(device)).backward()
+    # Without the unit, large dot products make the loss, and with it every gradient, exactly 0.
+    q = encode(model, _QUERIES, role="query", bf16=False)
+    d = encode(model, _DOCUMENTS, role="document", bf16=False)
+    temperature = 0.05 * unit_of_similarity(model, q, d)
+    BatchLoss(model, temperature=temperature)(sides, batch["label"].to(device)).backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     torch.optim.AdamW(trained.values(), lr=1e-5).step()
     for name, parameter in trained.items():
