@@ -5,6 +5,7 @@ import pytest
 
 from refine_fast.pipeline.queries.llm import filters
 from refine_fast.pipeline.queries.llm.languages import is_question
+from refine_fast.pipeline.queries.llm.passage_reference import refers_to_passage
 
 # language -> (passage, question with a mark, question without one, keywords, statement)
 LANGUAGES = {
@@ -154,3 +155,126 @@ def test_questions_without_a_mark(text: str, question: bool) -> None:
     }
     english = "The signing keys are changed every ninety days by the keeper and his team."
     assert is_question(text, passages.get(text.split()[0], english)) is question
+
+
+# language -> (queries that speak of the passage, queries with its words in another meaning)
+ABOUT_THE_PASSAGE = {
+    "English": (
+        ["According to the passage, who built it?", "What year is mentioned?"],
+        ["When was the text message invented?", "Which passage links the two rivers?"],
+    ),
+    "German": (
+        ["Wer baute laut dem Text den Turm?", "Was steht im Abschnitt über den Kran?"],
+        ["Welcher Text steht auf dem Turm?", "Wann wurde der Abschnitt der Autobahn gebaut?"],
+    ),
+    "French": (
+        ["Selon le texte, qui a construit la tour ?", "Que dit l'auteur dans cet extrait ?"],
+        ["Quel texte est gravé sur la tour ?", "Où se trouve le passage souterrain ?"],
+    ),
+    "Spanish": (
+        ["Según el texto, ¿quién construyó la torre?", "¿Qué se explica en este fragmento?"],
+        ["¿Qué texto aparece en la torre?", "¿Cuánto mide el pasaje subterráneo?"],
+    ),
+    "Italian": (
+        ["Secondo il testo, chi ha costruito la torre?", "Di che cosa si parla nel brano?"],
+        ["Quale testo è inciso sulla torre?", "Che cosa cambia nel passaggio da gas a liquido?"],
+    ),
+    "Portuguese": (
+        ["De acordo com o texto, quem construiu a torre?", "O que é descrito no texto?"],
+        ["Que texto está gravado na torre?", "Quanto tempo leva no trecho entre Lisboa e Faro?"],
+    ),
+    "Dutch": (
+        ["Wie bouwde volgens de tekst de toren?", "Wat wordt in deze passage beschreven?"],
+        ["Welke tekst staat op de toren?", "Hoe lang is de passage onder het spoor?"],
+    ),
+    "Swedish": (
+        ["Vem byggde tornet enligt texten?", "Vad beskrivs i den här texten?"],
+        ["Vilken text finns på tornet?", "Hur skickar man ett textmeddelande?"],
+    ),
+    "Danish": (
+        ["Hvem byggede tårnet ifølge teksten?", "Hvad beskrives i teksten?"],
+        ["Hvilken tekst findes på tårnet?", "Hvordan sender man en tekstbesked?"],
+    ),
+    "Polish": (
+        ["Kto według tekstu zbudował wieżę?", "Co opisano w tym tekście?"],
+        ["Jaki tekst widnieje na wieży?", "Jak wysłać wiadomość tekstową?"],
+    ),
+    "Czech": (
+        ["Kdo podle textu postavil věž?", "Co se popisuje v tomto textu?"],
+        ["Jaký text je na věži?", "Jak se posílá textová zpráva?"],
+    ),
+    "Russian": (
+        ["Кто, согласно тексту, построил башню?", "О чём говорится в данном отрывке?"],
+        ["Какой текст написан на башне?", "Как отправить текстовое сообщение?"],
+    ),
+    "Ukrainian": (
+        ["Хто, згідно з текстом, збудував вежу?", "Що описано в цьому тексті?"],
+        ["Який текст написано на вежі?", "Як надіслати текстове повідомлення?"],
+    ),
+    "Greek": (
+        ["Σύμφωνα με το κείμενο, ποιος έχτισε τον πύργο;", "Τι αναφέρεται στο κείμενο;"],
+        ["Ποιο κείμενο είναι χαραγμένο στον πύργο;"],
+    ),
+    "Turkish": (
+        ["Metne göre kuleyi kim yaptı?", "Bu metinde ne anlatılıyor?"],
+        ["Kulede hangi metin yazıyor?", "Kısa mesaj metni nasıl değiştirilir?"],
+    ),
+    "Indonesian": (
+        ["Menurut teks, siapa yang membangun menara itu?", "Apa yang dijelaskan dalam bacaan?"],
+        ["Teks apa yang tertulis di menara?", "Berapa lama membaca buku itu?"],
+    ),
+    "Vietnamese": (
+        ["Theo đoạn văn, ai đã xây tháp?", "Văn bản trên nói về điều gì?"],
+        ["Theo văn bản số 12, thuế là bao nhiêu?", "Dòng chữ nào khắc trên tháp?"],
+    ),
+    "Arabic": (
+        ["وفقًا للنص، من بنى البرج؟", "وفقاً للنص من بنى البرج؟", "ماذا ورد في هذه الفقرة؟"],
+        ["ما النص المكتوب على البرج؟", "ماذا ورد في الفقرة 3 من القانون؟"],
+    ),
+    "Persian": (
+        ["بر اساس متن، چه کسی برج را ساخت؟", "در این متن چه گفته شده است؟"],
+        ["چه متنی روی برج نوشته شده است؟"],
+    ),
+    "Hebrew": (
+        ["לפי הטקסט, מי בנה את המגדל?", "מה נאמר בקטע הזה?"],
+        ["איזה טקסט חרוט על המגדל?"],
+    ),
+    "Hindi": (
+        ["गद्यांश के अनुसार मीनार किसने बनाई?", "इस पाठ में क्या बताया गया है?"],
+        ["अनुच्छेद 14 क्या कहता है?", "मीनार पर कौन सा लेख लिखा है?"],
+    ),
+    "Tamil": (
+        ["பத்தியின்படி கோபுரத்தை யார் கட்டினார்?", "இந்தப் பத்தியில் என்ன கூறப்படுகிறது?"],
+        ["கோபுரத்தை யார் கட்டினார்?"],
+    ),
+    "Thai": (
+        ["ตามข้อความ ใครเป็นผู้สร้างหอคอย?", "บทความนี้กล่าวถึงอะไร?"],
+        ["ส่งข้อความถึงเจ้าหน้าที่ได้อย่างไร?", "ในข้อความสั้นมีกี่ตัวอักษร"],
+    ),
+    "Chinese": (
+        ["根据上述文章，谁建造了这座塔？", "这段文字主要讲了什么？", "根據文章，誰建了這座塔？", "文中提到的塔有多高？"],
+        ["中文中的声调有几个？", "日本文化的特点是什么？", "论文中的数据如何引用？", "根据材料的强度如何选择螺栓？"],
+    ),
+    "Japanese": (
+        ["本文によると、塔を建てたのは誰ですか？", "この文章では何が説明されていますか？"],
+        ["日本文化の特徴は何ですか？", "英文中の冠詞はどう使いますか？", "この文化はどこで生まれましたか？"],
+    ),
+    "Korean": (
+        ["이 글에 따르면 누가 탑을 세웠습니까?", "본문에서 설명하는 것은 무엇입니까?"],
+        ["지문에 남은 흔적은 어떻게 채취합니까?", "한글에서 모음은 몇 개입니까?", "이 글로벌 기업은 어디에 있습니까?"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", ABOUT_THE_PASSAGE)
+def test_queries_that_speak_of_the_passage(language: str) -> None:
+    dropped, kept = ABOUT_THE_PASSAGE[language]
+    for query in dropped:
+        assert filters.check(query, "", "query") == 'refers to "the passage"', query
+    for query in kept:
+        assert filters.check(query, "", "query") is None, query
+
+
+def test_no_language_speaks_of_the_passage_in_the_queries_of_another() -> None:
+    for queries in LANGUAGES.values():
+        assert not any(refers_to_passage(text) for text in queries)

@@ -15,6 +15,7 @@ from ....ops.band_topk import band_topk
 from ...corpus.dedup import NearDuplicates
 from ...corpus.text import normalized_words, word_count, words
 from .languages import is_question, other_language
+from .passage_reference import refers_to_passage
 from .reply_parser import Candidate, Parsed, no_query
 
 MIN_WORDS, MAX_WORDS, MAX_CHARACTERS = 2, 48, 300
@@ -22,21 +23,6 @@ MIN_WORDS, MAX_WORDS, MAX_CHARACTERS = 2, 48, 300
 
 _UNSPACED_MIN_WORDS = 1
 """The same where blanks do not separate words, and the count is an estimate."""
-
-_ABOUT_THE_PASSAGE = re.compile(
-    r"\b(?:according to|in|from|by|of|does) (?:the|this) (?:(?:above|given|provided) )?"
-    r"(?:passage|text|excerpt|document|author|snippet)\b|"
-    r"\b(?:the|this) (?:passage|excerpt|snippet)\b|"
-    r"\bas (?:mentioned|described|stated) (?:above|in the)\b|"
-    r"\b(?:this|(?:the|this) (?:above|given|provided|following)) "
-    r"(?:article|paragraph|section|context)\b|"
-    r"\b(?:is|are|was|were) mentioned(?: about|\W*$)|\binformation (?:is|was) (?:provided|given)\b|"
-    r"\b(?:laut|gemäß|in) (?:dem|der|diesem|dieser) (?:text|passage|abschnitt)\b|"
-    r"\bim (?:text|abschnitt)\b|"
-    r"\b(?:selon|d'après|dans) (?:le|ce) (?:texte|passage)\b|"
-    r"\b(?:según|en) (?:el|este) (?:texto|pasaje)\b",
-    re.IGNORECASE,
-)
 
 _LOOP = regex.compile(r"\b(\w+)(?:\W+\1\b){3}", regex.IGNORECASE)
 
@@ -118,7 +104,7 @@ def check(text: str, passage: str, kind: str, prompt: str = "") -> str | None:
         return "markup"
     if _LOOP.search(text):
         return "repeats itself"
-    if _ABOUT_THE_PASSAGE.search(text):
+    if refers_to_passage(text):
         return 'refers to "the passage"'
     if is_copy(text, passage):
         return "copy of the passage"

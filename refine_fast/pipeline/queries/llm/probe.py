@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ....errors import RefineFastError
-from ...corpus.chunk import Chunk
 from .dispatch import why_useless
 from .event_loop import run
 from .generate import holds_queries, query_requests
 from .http_backend import MODES, Form, HttpBackend
 from .prompt import query_schema
 from .request import Failure, Request
+from .samples import sample_chunks
 from .settings import IN_PROCESS, LLMSettings
 
 _CONTEXT_FIELDS = (
@@ -30,11 +30,6 @@ _CONTEXT_FIELDS = (
     "n_ctx",
 )
 """What servers call it. Not n_ctx_train: the model was trained for it, its server may run less."""
-
-_PASSAGE = (
-    "The harbour's old crane lifts 12 tonnes. It was built in 1908 and is inspected every spring; "
-    "during inspections, ships are unloaded at the northern quay."
-)
 
 
 @dataclass(frozen=True)
@@ -109,8 +104,7 @@ async def _probe(backend: HttpBackend, settings: LLMSettings, model: str) -> End
 
 async def _problem(backend: HttpBackend, settings: LLMSettings, model: str) -> str | None:
     """Why the reply to a request of the stage is useless; None if queries can be read from it."""
-    chunk = Chunk("probe", _PASSAGE, "", "probe", 0, len(_PASSAGE))
-    (request,) = query_requests([chunk], [0], replace(settings, models=(model,)))
+    (request,) = query_requests(sample_chunks()[:1], [0], replace(settings, models=(model,)))
     try:
         return why_useless(await backend.complete(request), holds_queries)
     except Failure as failure:

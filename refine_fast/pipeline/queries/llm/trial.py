@@ -6,24 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ....errors import RefineFastError
-from ...corpus.chunk import Chunk
 from .dispatch import reply_record, why_useless
 from .event_loop import run
 from .generate import holds_queries, query_requests
 from .http_backend import HttpBackend
 from .reply_log import ReplyStore
 from .request import Failure
+from .samples import sample_chunks
 from .settings import IN_PROCESS, LLMSettings
-
-_PASSAGES = (
-    "The harbour's old crane lifts 12 tonnes. It was built in 1908 and is inspected every spring; "
-    "during inspections, ships are unloaded at the northern quay.",
-    "A sourdough starter is fed once a day with equal weights of flour and water. Kept in a "
-    "refrigerator, it needs to be fed only once a week.",
-    "The library lends up to eight books for four weeks. Loans are renewed online unless another "
-    "reader has reserved the book.",
-)
-"""A model that writes queries may fail for one passage by chance, but hardly for three."""
 
 
 def try_models(settings: LLMSettings, store: Path) -> None:
@@ -60,9 +50,7 @@ async def _try_all(settings: LLMSettings, store: Path) -> None:
 
 async def _problem(backend: HttpBackend, settings: LLMSettings, replies: ReplyStore) -> str | None:
     """Why the model of the settings cannot write queries; None if it can, or a limit is reached."""
-    chunks = [
-        Chunk(f"trial-{i}", text, "", "trial", 0, len(text)) for i, text in enumerate(_PASSAGES)
-    ]
+    chunks = sample_chunks()
     problem = None
     for request in query_requests(chunks, list(range(len(chunks))), settings):
         if request.key in replies or _limit_is_reached(settings, replies):

@@ -1,0 +1,117 @@
+"""Queries that speak of "the passage", which nobody has before them who searches."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import regex
+
+_PATTERNS = {
+    "English": (
+        r"\b(?:according to|in|from|by|of|does) (?:the|this) (?:(?:above|given|provided) )?"
+        r"(?:passage|text|excerpt|document|author|snippet)\b",
+        r"\b(?:the|this) (?:passage|excerpt|snippet)\b",
+        r"\bas (?:mentioned|described|stated) (?:above|in the)\b",
+        r"\b(?:this|(?:the|this) (?:above|given|provided|following)) "
+        r"(?:article|paragraph|section|context)\b",
+        r"\b(?:is|are|was|were) mentioned(?: about|\W*$)",
+        r"\binformation (?:is|was) (?:provided|given)\b",
+    ),
+    "German": (
+        r"\b(?:laut|gemäß|in) (?:dem|der|diesem|dieser) (?:text|passage|abschnitt|textabschnitt)\b",
+        r"\b(?:im|laut) (?:text|abschnitt|textabschnitt)\b",
+    ),
+    "French": (
+        r"\b(?:selon|d['’]après|dans) (?:le|ce) (?:texte|passage)\b",
+        r"\b(?:selon|d['’]après|dans) (?:l['’]|cet )extrait\b",
+    ),
+    "Spanish": (r"\b(?:según|en) (?:el|este) (?:texto|pasaje|fragmento)\b",),
+    "Italian": (
+        # "nel passaggio da X a Y" is a transition
+        r"\b(?:nel|dal|secondo il|in questo) (?:testo|brano)\b",
+        r"\bsecondo il passaggio\b",
+    ),
+    "Portuguese": (
+        # "no trecho entre X e Y" is a stretch of road
+        r"\b(?:no|neste|nesse) texto\b",
+        r"\b(?:segundo|conforme|de acordo com) (?:o|este|esse) (?:texto|trecho)\b",
+        r"\b(?:segundo|conforme|de acordo com) a passagem\b",
+    ),
+    "Dutch": (
+        r"\b(?:volgens|in|uit) (?:de|deze) (?:tekst|passage)\b",
+        r"\b(?:volgens|in|uit) (?:het|dit) (?:fragment|tekstfragment)\b",
+    ),
+    "Swedish": (r"\b(?:enligt|i) (?:den här )?texten\b",),
+    "Danish, Norwegian": (r"\b(?:ifølge|i) teksten\b",),
+    "Polish": (
+        r"\b(?:według|zgodnie z) (?:tekstu|tekstem|fragmentu|fragmentem)\b",
+        r"\bw (?:tym )?tekście\b",
+    ),
+    "Czech": (r"\b(?:podle|v) (?:tohoto |tomto )?textu\b",),
+    "Russian": (
+        r"\b(?:согласно|судя по) (?:этому |данному )?(?:тексту|отрывку)\b",
+        r"\bв (?:этом |данном |привед[её]нном )?(?:тексте|отрывке)\b",
+        r"\bиз (?:этого |данного )?(?:текста|отрывка)\b",
+    ),
+    "Ukrainian": (r"\bзгідно з (?:цим )?текстом\b", r"\b[ву] (?:цьому )?тексті\b"),
+    "Greek": (r"\bσύμφωνα με το κείμενο\b", r"\bστο κείμενο\b"),
+    "Turkish": (
+        r"\b(?:metne|pasaja|paragrafa) göre\b",
+        r"\bmetinde\b",
+        r"\byukarıdaki (?:metin|paragraf|pasaj)",
+    ),
+    "Indonesian": (r"\b(?:menurut|berdasarkan|dalam) (?:teks|bacaan)\b",),
+    "Vietnamese": (
+        r"\btheo (?:đoạn văn|đoạn trích|bài viết|văn bản(?! số))\b",
+        r"\btrong (?:đoạn văn|đoạn trích|bài viết)\b",
+        r"\b(?:đoạn văn|văn bản) (?:này|trên)\b",
+    ),
+    "Arabic": (
+        # "في الفقرة 3" is a paragraph of a law
+        r"(?:وفق|طبق)[\u064b\u0627]* (?:لل|لهذا ال)(?:نص|مقطع)\b",
+        r"\b(?:بحسب|حسب|في|من) (?:هذا )?(?:النص|المقطع)\b",
+        r"\bهذه الفقرة\b",
+    ),
+    "Persian": (r"\b(?:بر اساس|طبق|در) (?:این )?متن\b",),
+    "Hebrew": (r"\b(?:לפי|על פי) (?:הטקסט|הקטע)\b", r"\bבטקסט\b", r"\bבקטע הזה\b"),
+    "Hindi": (
+        r"गद्यांश",
+        r"(?:इस|दिए गए|उपरोक्त) (?:पाठ|अनुच्छेद|लेख)",
+        r"पाठ के अनुसार",
+    ),
+    "Tamil": (r"(?:பத்தியின்|உரையின்)படி", r"இந்தப் பத்தி"),
+    "Thai": (
+        # "ข้อความ" alone is a message too
+        r"ตาม(?:ข้อความ|บทความ|เนื้อเรื่อง)",
+        r"(?:ข้อความ|บทความ|ย่อหน้า|เนื้อหา)(?:นี้|ข้างต้น|ดังกล่าว)",
+    ),
+    "Chinese": (
+        r"根[据據](?:上述|以上|本|[该該]|[这這]段|[这這]篇|此|所[给給]|[给給]定的?|提供的?)"
+        r"(?:文本|文章|段落|短文|文段|文字|材料|[内內]容)",
+        r"根[据據](?:文章|短文|段落|文段|原文|上文|文本)(?:[内內]容|所述)?(?=[，,、：:])",
+        r"(?:[这這]段|[这這]篇|上述|[该該])(?:文章|文字|文本|短文|段落|文段)",
+        r"(?:文章|短文|段落|文段)[中里裡](?:提到|提及|描述|指出|介[绍紹])",
+        # not in 中文中, 论文中, 条文中
+        r"(?:^|[在据據，,、\s])文中(?:提到|提及|描述|指出|介[绍紹]|的)",
+    ),
+    "Japanese": (
+        r"(?:この|上記の|次の)(?:文章|本文|テキスト|段落|一節)(?=[にでのはから])",
+        r"(?:文章|テキスト|(?<![日基])本文)(?:によると|によれば|に書かれ|で述べ|の中で|中で)",
+    ),
+    "Korean": (
+        # "지문" alone is a fingerprint too
+        r"(?<!\w)(?:이|위|다음|주어진) ?(?:글|지문|본문|텍스트|단락|문단)(?=에|은|의|을)",
+        r"(?<!\w)(?:글|지문|본문|텍스트)에 (?:따르면|의하면)",
+        r"(?<!\w)본문에서",
+    ),
+}
+"""Language -> what speaks of the passage in it. Other meanings of the words are left alone."""
+
+_PATTERN = regex.compile(
+    "|".join(pattern for patterns in _PATTERNS.values() for pattern in patterns), regex.IGNORECASE
+)
+
+
+def refers_to_passage(text: str) -> bool:
+    """Whether a query speaks of "the passage" or "the text", in any language of the table."""
+    return _PATTERN.search(unicodedata.normalize("NFC", text)) is not None
