@@ -114,7 +114,7 @@ def test_forms_of_qrels(tmp_path: Path, text: str, qrels: dict[str, dict[str, fl
         (
             "queries.jsonl",
             b'{"_id": "q1", "text": "\xff"}\n',
-            r"queries\.jsonl is not UTF-8 after line 0",
+            r"queries\.jsonl:1 is not UTF-8 \(inv",
         ),
         (
             "corpus.jsonl.gz",

@@ -306,7 +306,7 @@ def test_jsonl(tmp_path: Path, name: str) -> None:
             b'{"id": 1, "text": "x"}\n{"id": "1", "text": "y"}',
             r'docs.jsonl:2: the id "1" was used before, at docs.jsonl:1; give every',
         ),
-        (b'{"text": "\xff"}', r"docs.jsonl is not UTF-8 after line 0 .*; convert it"),
+        (b'{"text": "\xff"}', r"docs.jsonl:1 is not UTF-8 .*; name its encoding with --encoding"),
     ],
 )
 def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:

@@ -101,6 +101,30 @@ def gpl(folder: Path, part: str) -> Path:
     return folder / part
 
 
+def inside(folder: Path) -> Path:
+    """{"data": [...]}, which documents may be in too."""
+    path = folder / "q.json"
+    rows = [{"question": q, "context": DOCUMENTS[id]} for q, id in ROWS]
+    path.write_text(json.dumps({"version": 1, "data": rows}))
+    return path
+
+
+def excel(folder: Path) -> Path:
+    openpyxl = pytest.importorskip("openpyxl", reason="pip install '.[documents]'")
+    book = openpyxl.Workbook()
+    for row in [["query", "doc_id"], *ROWS]:
+        book.active.append(row)
+    book.save(folder / "q.xlsx")
+    return folder / "q.xlsx"
+
+
+def zipped(folder: Path) -> Path:
+    path = folder / "q.csv.gz"
+    text = "query;doc_id\n" + "".join(f"{query};{id}\n" for query, id in ROWS)
+    path.write_bytes(gzip.compress(text.encode()))
+    return path
+
+
 def passage(id: str) -> dict[str, str]:
     return {"docid": id, "title": "", "text": DOCUMENTS[id]}
 
@@ -146,6 +170,13 @@ FORMATS: dict[str, Write] = {
     "tsv": table("q.tsv", ["query", "corpus-id"], lambda q, id: [q, id]),
     "parquet of texts": parquet(lambda q, id: {"anchor": q, "positive": DOCUMENTS[id]}),
     "parquet of lists": parquet(lambda q, id: {"query": q, "pos": [DOCUMENTS[id]], "neg": ["x"]}),
+    "parquet of ids of another index and texts": parquet(
+        lambda q, id: {"query": q, "positive_ids": ["17"], "positives": [DOCUMENTS[id]]}
+    ),
+    "a run's own queries": lines("q.jsonl", lambda q, id: {"text": q, "chunk_id": id, "kind": "x"}),
+    "JSON with the rows inside": lambda folder: inside(folder),
+    "Excel": lambda folder: excel(folder),
+    "csv with semicolons, zipped": lambda folder: zipped(folder),
     "llama_index": llama_index,
     "llama_index, own ids": lambda folder: llama_index(folder, own_ids=True),
     "GPL folder": lambda folder: gpl(folder, "."),
@@ -189,10 +220,10 @@ def test_a_text_that_is_no_document_is_named(tmp_path: Path) -> None:
         ("q.txt", "a", r"must be a BEIR folder or a file that ends in \.jsonl, .*\.parquet"),
         ("q.csv", "name,doc_id\nx,lathe\n", r'q.csv:2 has no field "text" with the query'),
         ("q.csv", "query,doc\nx,lathe\n", r'q.csv:2 has no field "doc_id" .*, or "positive"'),
-        ("q.json", '"text"', "must hold a JSON list of rows"),
-        ("q.json", "[1]", r"row 1 is a int; it must be an object"),
+        ("q.json", '"text"', "holds a JSON str, not a list of objects"),
+        ("q.json", "[1]", r"q.json:1 holds a JSON int; each item .* must be an object"),
         ("q.json", '{"queries": {}, "relevant_docs": {"a": ["lathe"]}}', "query a has no text in"),
-        ("q.parquet", "no parquet", "q.parquet cannot be read as parquet"),
+        ("q.parquet", "no parquet", "q.parquet cannot be read: it is not a Parq"),
         ("hard-negatives.jsonl", '{"qid": "1", "pos": ["a"], "neg": {}}', "put qgen-queries.jsonl"),
     ],
 )  # fmt: skip
@@ -200,3 +231,66 @@ def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> Non
     (tmp_path / name).write_text(content)
     with pytest.raises(RefineFastError, match=message):
         list(read_judgements(tmp_path / name))
+
+
+RUSSIAN = "где стоит токарный станок"
+
+
+def encoded(folder: Path, name: str, encoding: str) -> Path:
+    path = folder / name
+    if name.endswith(".jsonl"):
+        rows = [{"text": "first", "doc_id": "kiln"}, {"text": RUSSIAN, "doc_id": "lathe"}]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        text = f"query,doc_id\nfirst,kiln\n{RUSSIAN},lathe\n"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.csv"])
+def test_encodings(tmp_path: Path, name: str) -> None:
+    """--encoding is of the documents; queries in UTF-8 stay so."""
+    for encoding, given in (
+        ("utf-8", None),
+        ("utf-8", "windows-1251"),
+        ("utf-8-sig", None),
+        ("utf-8-sig", "windows-1251"),
+        ("windows-1251", "windows-1251"),
+        ("utf-16", "utf-16"),
+    ):
+        path = encoded(tmp_path, name, encoding)
+        found = [(item.query, item.doc_id) for item in read_judgements(path, encoding=given)]
+        assert found == [("first", "kiln"), (RUSSIAN, "lathe")]
+
+
+def test_json_lines_in_another_encoding_name_line_and_remedy(tmp_path: Path) -> None:
+    path = encoded(tmp_path, "q.jsonl", "windows-1251")
+    with pytest.raises(
+        RefineFastError,
+        match=r"q.jsonl:2 is not UTF-8 \(.*\); name its encoding with --encoding\.$",
+    ):
+        list(read_judgements(path))
+
+
+def test_a_csv_in_another_encoding_is_read_with_a_warning(tmp_path: Path) -> None:
+    text = "query,doc_id\n" + "".join(f"{RUSSIAN} номер {i},lathe\n" for i in range(9))
+    (tmp_path / "q.csv").write_bytes(text.encode("windows-1251"))
+    with pytest.warns(RefineFastWarning, match="q.csv is not UTF-8 .*; .* with --encoding"):
+        found = list(read_judgements(tmp_path / "q.csv"))
+    assert found[0].query == f"{RUSSIAN} номер 0"
+
+
+def test_a_field_of_llama_index_that_is_no_object(tmp_path: Path) -> None:
+    path = tmp_path / "q.json"
+    path.write_text('{"queries": ["a"], "relevant_docs": {}, "corpus": {}}')
+    with pytest.raises(RefineFastError, match='the field "queries" must be an object'):
+        list(read_judgements(path))
+
+
+def test_margins_with_one_column(tmp_path: Path) -> None:
+    path = gpl(tmp_path, "gpl-training-data.tsv")
+    path.write_text("g0\n")
+    with pytest.raises(
+        RefineFastError, match="tsv:1 has one column; it must name a query and a doc"
+    ):
+        list(read_judgements(path))

@@ -96,7 +96,10 @@ class RunConfig(BaseModel):
         "DOCS",
     )
     encoding: Encoding | None = _option(
-        None, "encoding of the documents, such as windows-1251 (default: detected)", "NAME"
+        None,
+        "encoding of the documents, and of --queries if it is not UTF-8, such as windows-1251 "
+        "(default: detected)",
+        "NAME",
     )
     text_column: Name | None = _option(
         None, "column of a table that holds the text (default: recognized by name)", "NAME"

@@ -111,7 +111,7 @@ class RowReader:
         Raises:
             RefineFastError: if the row lacks the text column, or a field is not a string.
         """
-        row = {name: _plain(value) for name, value in row.items()}
+        row = {name: plain(value) for name, value in row.items()}
         is_null = self._text in row and row[self._text] is None
         return Fields(
             text_field(row, (self._text,), where, default="" if is_null else None),
@@ -136,8 +136,8 @@ def _longest(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None
     return best if best is not None and lengths[best] >= MIN_MEAN_LENGTH else None
 
 
-def _plain(value: Any) -> Any:
-    """Dates and decimal numbers, which tables hold, as strings."""
+def plain(value: Any) -> Any:
+    """A cell's value, with dates and decimal numbers as strings; None for NaN."""
     if isinstance(value, float):
         if value != value:  # NaN, which pandas writes for an empty cell
             return None

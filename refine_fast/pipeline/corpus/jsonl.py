@@ -16,8 +16,18 @@ from ...files import atomic
 Record = TypeVar("Record")
 
 
-def read_jsonl(path: Path, encoding: str = "utf-8-sig") -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(
+    path: Path,
+    encoding: str = "utf-8-sig",
+    *,
+    remedy: str = "convert it with `iconv -f ENCODING -t UTF-8`",
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of every line that is not blank.
+
+    Args:
+        path: the file.
+        encoding: of its text; a byte that is not valid in it is an error.
+        remedy: what the message about such a byte advises.
 
     Raises:
         RefineFastError: for a malformed line; the message names file, line and remedy.
@@ -41,15 +51,30 @@ def read_jsonl(path: Path, encoding: str = "utf-8-sig") -> Iterator[tuple[int, d
             f"{path}:{number} is not JSON ({error}); write one JSON object a line."
         ) from None
     except UnicodeDecodeError as error:
+        name = encoding.removesuffix("-sig").upper()
         raise RefineFastError(
-            f"{path} is not {encoding.removesuffix('-sig').upper()} after line {number} "
-            f"({error.reason}); convert it with `iconv -t UTF-8`."
+            f"{path}:{_invalid_line(path, encoding, number + 1)} is not {name} ({error.reason}); "
+            f"{remedy}."
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise RefineFastError(
             f"{path} cannot be read after line {number} ({error}); "
             "check that it exists and is complete."
         ) from None
+
+
+def _invalid_line(path: Path, encoding: str, first: int) -> int:
+    """The first line from ``first`` on that is not valid in ``encoding``: text is decoded block by
+    block, so the error comes before the lines ahead of it are read."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError:
+                if number >= first:
+                    return number
+    return first
 
 
 def text_field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -59,9 +60,10 @@ def read_qrels(path: Path, queries: Collection[str]) -> Qrels:
 
 def _fields(line: str, place: str) -> tuple[str, str, str]:
     """Query id, passage id and score of a line."""
-    fields = line.split("\t")
+    fields = next(csv.reader([line], delimiter="\t"), [])  # BEIR quotes as CSV does
     if len(fields) == 3:
         return fields[0], fields[1], fields[2].strip()
+    fields = line.split("\t")
     if len(fields) != 4:
         fields = line.split()
     if len(fields) != 4:

@@ -20,7 +20,9 @@ MIN_CONTAINMENT = 0.8
 """Share of the shorter text's shingles that the other must have for the two to be the same."""
 
 
-def load_queries(path: Path, chunks: Sequence[Chunk], split: str = "train") -> list[Query]:
+def load_queries(
+    path: Path, chunks: Sequence[Chunk], split: str = "train", encoding: str | None = None
+) -> list[Query]:
     """The user's queries, from any file that ``user_formats`` reads.
 
     A judgement names a chunk or a document by its id, or gives the text. Of a document that was cut
@@ -31,6 +33,7 @@ def load_queries(path: Path, chunks: Sequence[Chunk], split: str = "train") -> l
         path: file or folder.
         chunks: all chunks.
         split: the file of ``qrels/`` in a BEIR folder.
+        encoding: of a file that is not UTF-8; None: see ``read_judgements``.
 
     Returns:
         One query of kind "user" for each judgement that names a chunk.
@@ -43,7 +46,7 @@ def load_queries(path: Path, chunks: Sequence[Chunk], split: str = "train") -> l
         raise RefineFastError(
             f'{path} does not exist; give JSON lines of {{"text", "doc_id"}} or a BEIR folder.'
         )
-    judgements = list(read_judgements(path, split))
+    judgements = list(read_judgements(path, split, encoding))
     found = _Finder(chunks).find(judgements)
     missing = [item for item, chunk in zip(judgements, found, strict=True) if chunk is None]
     if not judgements:

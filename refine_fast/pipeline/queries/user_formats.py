@@ -1,12 +1,14 @@
 """The user's queries in their own words: files of this project and of other tools.
 
-Read are JSON lines, JSON, CSV, TSV and parquet, with one row per query:
+Read are the tables that documents may be in too (``corpus.formats.tables``: JSON lines, JSON, CSV,
+TSV, Excel and Parquet), with one row per query:
 
     this project              {"text", "doc_id"}
     FlagEmbedding             {"query", "pos", "neg"}: texts
     tevatron                  {"query", "positive_passages": [{"docid", "title", "text"}]}, or
                               {"query_text", "positive_document_ids"}
     sentence-transformers     {"anchor", "positive", "negative"}: texts or ids
+    ``refine-fast export``    each of its formats
     llama_index               EmbeddingQAFinetuneDataset: {"queries", "corpus", "relevant_docs"}
     GPL                       hard-negatives.jsonl beside qgen-queries.jsonl: {"qid", "pos", "neg"}
     BEIR, and GPL's output    a folder with queries.jsonl and qrels/, or with the prefix "qgen-"
@@ -17,16 +19,28 @@ Negatives in a file are not read: a run mines its own.
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ...errors import RefineFastError
 from ..corpus.beir import load_beir
-from ..corpus.jsonl import read_jsonl, text_field
+from ..corpus.columns import plain
+from ..corpus.formats.content import Unreadable
+from ..corpus.formats.tables import (
+    SUFFIXES,
+    Row,
+    is_utf8,
+    read_cells,
+    read_json,
+    read_table,
+    rows_of_json,
+    table_suffix,
+)
+from ..corpus.jsonl import text_field
 from ..corpus.text import passage_text
 
 QUERY_FIELDS = ("query", "anchor", "question", "query_text", "sentence1", "text")
@@ -40,13 +54,14 @@ POSITIVE_FIELDS = (
     "docid",
     "passage_id",
     "document_id",
+    "chunk_id",
     "positive_document_ids",
     "positive_passages",
-    "positive_id",
-    "positive_ids",
     "positive",
     "positives",
     "pos",
+    "positive_id",
+    "positive_ids",
     "passage",
     "context",
     "document",
@@ -55,6 +70,12 @@ POSITIVE_FIELDS = (
     "text",
 )
 """Names of the field with the ids or texts that answer the query; likewise."""
+
+ID_FIELDS = {"positive": "positive_id", "positives": "positive_ids", "pos": "pos_ids"}
+"""Field with texts -> the field with their ids, where a row has both."""
+
+QUERY_FILES = ("qgen-queries.jsonl", "queries.jsonl")
+"""Where files that name their queries by id find them; the first that exists counts."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +90,16 @@ class Judgement:
     """The text of the passage; where both are given, the id is looked up first."""
 
 
-def read_judgements(path: Path, split: str = "train") -> Iterator[Judgement]:
+def read_judgements(
+    path: Path, split: str = "train", encoding: str | None = None
+) -> Iterator[Judgement]:
     """Every judgement in a file or folder.
 
     Args:
-        path: the file, by its ending .jsonl, .ndjson, .json (each also with .gz), .csv, .tsv or
-            .parquet, or the folder.
+        path: the file, which ends in one of ``tables.SUFFIXES``, or the folder.
         split: the file of ``qrels/`` to read in a BEIR folder.
+        encoding: of a file that is not UTF-8. None: JSON lines must be UTF-8, and the encoding of
+            other files is detected.
 
     Raises:
         RefineFastError: if the format is unknown or a row is malformed: file, line, field, remedy.
@@ -83,14 +107,15 @@ def read_judgements(path: Path, split: str = "train") -> Iterator[Judgement]:
     if path.is_dir():
         yield from _folder(path, split)
         return
-    endings = [ending.lower() for ending in path.suffixes if ending.lower() != ".gz"]
-    reader = _READERS.get(endings[-1] if endings else "")
-    if reader is None:
+    if table_suffix(path) is None:
         raise RefineFastError(
             f"{path}: queries must be a BEIR folder or a file that ends in "
-            f"{', '.join(_READERS)}; convert it to JSON lines of {{text, doc_id}}."
+            f"{', '.join(SUFFIXES)}; convert it to JSON lines of {{text, doc_id}}."
         )
-    yield from reader(path)
+    try:
+        yield from _file(path, None if encoding is None or is_utf8(path) else encoding)
+    except Unreadable as reason:
+        raise RefineFastError(f"{path} cannot be read: {reason}.") from None
 
 
 def _folder(folder: Path, split: str) -> Iterator[Judgement]:
@@ -105,135 +130,90 @@ def _folder(folder: Path, split: str) -> Iterator[Judgement]:
             yield Judgement(text, f"query {id} of {split}", doc)
 
 
-def _json_lines(path: Path) -> Iterator[Judgement]:
-    rows = read_jsonl(path)
+def _file(path: Path, encoding: str | None) -> Iterator[Judgement]:
+    suffix = table_suffix(path)
+    if suffix == ".tsv" and (path.parent / QUERY_FILES[0]).is_file():
+        yield from _gpl(path, path.parent, encoding)
+        return
+    if suffix == ".json":
+        value = read_json(path, encoding)
+        if isinstance(value, dict) and {"queries", "relevant_docs"} <= value.keys():
+            yield from _llama_index(path, value)
+            return
+        rows = rows_of_json(path, value)
+    else:
+        rows = read_table(path, encoding)
     first = next(rows, None)
     if first is None:
         return
     if "qid" in first[1] and "pos" in first[1]:
-        yield from _gpl(path, path.parent)
+        yield from _gpl(path, path.parent, encoding)
         return
-    yield from _row(first[1], f"{path}:{first[0]}")
-    for number, row in rows:
-        yield from _row(row, f"{path}:{number}")
+    for place, row in chain([first], rows):
+        if suffix not in (".jsonl", ".ndjson", ".json"):
+            row = {name: plain(value) for name, value in row.items()}
+        if suffix in (".csv", ".tsv"):  # an empty cell is a missing one
+            row = {name: value for name, value in row.items() if value}
+        yield from _row(row, f"{path}:{place}")
 
 
-def _gpl(path: Path, folder: Path) -> Iterator[Judgement]:
-    """GPL's files, which name their queries by id.
+def _gpl(path: Path, folder: Path, encoding: str | None = None) -> Iterator[Judgement]:
+    """Files that name their queries by id: GPL's, and an exported BEIR folder's negatives.
 
     ``path``: hard-negatives.jsonl, gpl-training-data.tsv (no header) or qgen-qrels/<split>.tsv.
     """
-    source = folder / "qgen-queries.jsonl"
-    if not source.is_file():
-        raise RefineFastError(f"{path} names its queries by id; put qgen-queries.jsonl beside it.")
+    source = next((folder / name for name in QUERY_FILES if (folder / name).is_file()), None)
+    if source is None:
+        raise RefineFastError(
+            f"{path} names its queries by id; put {' or '.join(QUERY_FILES)} beside it."
+        )
     queries = {}
-    for number, row in read_jsonl(source):
+    for number, row in read_table(source, encoding):
         where = f"{source}:{number}"
         queries[text_field(row, ("_id",), where)] = text_field(row, ("text",), where)
-    if path.suffix == ".tsv":
-        table = (
-            (line, fields[0], fields[1])
-            for line, fields in _lines(path, "\t")
-            if not (line == 1 and fields[0] not in queries)  # a header
-        )
-    else:
-        table = (
-            (number, text_field(row, ("qid",), f"{path}:{number}"), str(positive))
-            for number, row in read_jsonl(path)
-            for positive in _listed(row.get("pos", []))
-        )
     seen = set()
-    for number, id, doc_id in table:
+    for place, id, doc_id in _gpl_pairs(path, encoding):
         if id not in queries:
-            raise RefineFastError(f"{path}:{number}: query {id!r} is not in {source}; add it.")
+            if place == 1 and table_suffix(path) == ".tsv":
+                continue  # a header
+            raise RefineFastError(f"{path}:{place}: query {id!r} is not in {source}; add it.")
         if (id, doc_id) not in seen:  # one line for each negative
             seen.add((id, doc_id))
-            yield Judgement(queries[id], f"{path}:{number}", doc_id)
+            yield Judgement(queries[id], f"{path}:{place}", doc_id)
 
 
-def _json(path: Path) -> Iterator[Judgement]:
-    """llama_index's dataset, or a list of rows."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError:
-        yield from _json_lines(path)  # JSON lines under the name of JSON
+def _gpl_pairs(path: Path, encoding: str | None) -> Iterator[tuple[int | str, str, str]]:
+    """(place, query id, document id) of each positive in one of GPL's files."""
+    if table_suffix(path) == ".tsv":
+        for line, cells in read_cells(path, encoding):
+            if len(cells) < 2:
+                raise RefineFastError(
+                    f"{path}:{line} has one column; it must name a query and a document, "
+                    "separated by a tab."
+                )
+            yield line, cells[0], cells[1]
         return
-    except (OSError, UnicodeDecodeError) as error:
-        raise RefineFastError(f"{path} cannot be read ({error}); give UTF-8 JSON.") from None
-    if isinstance(value, dict) and {"queries", "relevant_docs"} <= value.keys():
-        corpus = value.get("corpus", {})
-        for id, doc_ids in value["relevant_docs"].items():
-            where = f"{path}: query {id}"
-            if not isinstance(value["queries"].get(id), str):
-                raise RefineFastError(f'{where} has no text in "queries"; add it.')
-            for doc_id in _listed(doc_ids):
-                yield Judgement(value["queries"][id], where, str(doc_id), corpus.get(doc_id))
-        return
-    rows = [value] if isinstance(value, dict) else value
-    if not isinstance(rows, list):
-        raise RefineFastError(f"{path} must hold a JSON list of rows {{text, doc_id}}.")
-    for number, row in enumerate(rows, 1):
-        where = f"{path}: row {number}"
-        if not isinstance(row, dict):
-            raise RefineFastError(f"{where} is a {type(row).__name__}; it must be an object.")
-        yield from _row(row, where)
+    for place, row in read_table(path, encoding):
+        id = text_field(row, ("qid",), f"{path}:{place}")
+        for positive in _listed(row.get("pos", [])):
+            yield place, id, str(positive)
 
 
-def _table(path: Path) -> Iterator[Judgement]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    lines = _lines(path, delimiter)
-    _, names = next(lines, (0, []))
-    if delimiter == "\t" and (path.parent / "qgen-queries.jsonl").is_file():
-        yield from _gpl(path, path.parent)
-        return
-    for number, fields in lines:
-        row = {name: value for name, value in zip(names, fields, strict=False) if value}
-        if row:
-            yield from _row(row, f"{path}:{number}")
+def _llama_index(path: Path, value: Row) -> Iterator[Judgement]:
+    """The judgements of an EmbeddingQAFinetuneDataset."""
+    for field in ("queries", "relevant_docs", "corpus"):
+        if not isinstance(value.get(field, {}), dict):
+            raise RefineFastError(f'{path}: the field "{field}" must be an object {{id: ...}}.')
+    corpus = value.get("corpus", {})
+    for id, doc_ids in value["relevant_docs"].items():
+        where = f"{path}: query {id}"
+        if not isinstance(value["queries"].get(id), str):
+            raise RefineFastError(f'{where} has no text in "queries"; add it.')
+        for doc_id in _listed(doc_ids):
+            yield Judgement(value["queries"][id], where, str(doc_id), corpus.get(str(doc_id)))
 
 
-def _lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of a table in text form."""
-    csv.field_size_limit(2**31 - 1)  # a field may hold a long document
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter)
-            for fields in reader:
-                if fields:
-                    yield reader.line_num, fields
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RefineFastError(
-            f"{path} cannot be read as a table ({error}); give UTF-8 with column names in the "
-            "first line."
-        ) from None
-
-
-def _parquet(path: Path) -> Iterator[Judgement]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield from _row(row, f"{path}: row {number}")
-    except (OSError, pyarrow.ArrowException) as error:
-        raise RefineFastError(f"{path} cannot be read as parquet ({error}).") from None
-
-
-_READERS: Mapping[str, Callable[[Path], Iterator[Judgement]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".csv": _table,
-    ".tsv": _table,
-    ".parquet": _parquet,
-}
-
-
-def _row(row: dict[str, Any], where: str) -> Iterator[Judgement]:
+def _row(row: Row, where: str) -> Iterator[Judgement]:
     """The judgements of one row: one for each positive."""
     name = next((name for name in QUERY_FIELDS if row.get(name) is not None), None)
     if name is None:
@@ -252,16 +232,22 @@ def _row(row: dict[str, Any], where: str) -> Iterator[Judgement]:
             f'{where} has no field "doc_id" but only {sorted(row)!r:.200}; add it, or "positive" '
             "with the text."
         )
-    for positive in _listed(row[field]):
+    ids = _listed(row.get(ID_FIELDS.get(field, ""), []))
+    positives = _listed(row[field])
+    if len(ids) != len(positives):
+        ids = [None] * len(positives)
+    for positive, id in zip(positives, ids, strict=True):
         if isinstance(positive, dict):
-            ids = (positive.get(key) for key in ("docid", "doc_id", "_id", "id"))
-            id = next((str(id) for id in ids if id is not None), None)
+            names = (positive.get(key) for key in ("docid", "doc_id", "_id", "id"))
+            id = next((str(name) for name in names if name is not None), None)
             text = passage_text(str(positive.get("title") or ""), str(positive.get("text") or ""))
             yield Judgement(query, where, id, text or None)
             continue
         value = text_field({field: positive}, (field,), where)
-        is_id = field.endswith(("id", "ids"))
-        yield Judgement(query, where, value, None if is_id else value)
+        if field.endswith(("id", "ids")):
+            yield Judgement(query, where, value)
+        else:
+            yield Judgement(query, where, value if id is None else str(id), value)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -66,7 +66,7 @@ def cut_corpus(context: RunContext) -> tuple[int, list[Chunk], Duplicates]:
         kept, duplicates = deduplicate(
             chunks,
             remove=config.dedup,
-            is_labelled=_labelled(config.queries, chunks),
+            is_labelled=_labelled(config.queries, config.encoding, chunks),
             progress=progress,
         )
     if duplicates.near:
@@ -136,9 +136,11 @@ def _check_passages(
         )
 
 
-def _labelled(queries: Path | None, chunks: Sequence[Chunk]) -> Callable[[Chunk], bool]:
+def _labelled(
+    queries: Path | None, encoding: str | None, chunks: Sequence[Chunk]
+) -> Callable[[Chunk], bool]:
     """Whether one of the user's queries names a chunk, by its id, its document's id or its text."""
-    judgements = [] if queries is None else list(read_judgements(queries))
+    judgements = [] if queries is None else list(read_judgements(queries, encoding=encoding))
     known = {id for chunk in chunks for id in (chunk.id, _document_id(chunk))}
     ids = {item.doc_id for item in judgements}
     texts = {item.passage for item in judgements if item.passage and item.doc_id not in known}

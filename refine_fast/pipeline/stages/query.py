@@ -43,7 +43,7 @@ def offline_queries(
     if config.queries is not None:
         by_id = {chunk.id: chunk for chunk in chunks}
         removed = [replace(by_id[twin], id=id) for id, twin in twins.items() if twin in by_id]
-        queries = load_queries(config.queries, [*chunks, *removed])
+        queries = load_queries(config.queries, [*chunks, *removed], encoding=config.encoding)
         moved = (replace(q, chunk_id=twins.get(q.chunk_id, q.chunk_id)) for q in queries)
         return list(dict.fromkeys(moved))
     return synthesize_queries(chunks, seed=config.seed, per_chunk=config.queries_per_chunk)

@@ -45,32 +45,66 @@ def read_table(path: Path, encoding: str | None = None) -> Iterator[tuple[int | 
     """
     suffix = table_suffix(path)
     if suffix in (".jsonl", ".ndjson"):
-        yield from read_jsonl(path, encoding or "utf-8-sig")
+        yield from _json_lines(path, encoding)
     elif suffix == ".json":
-        yield from _json(path, _text(path, encoding))
+        yield from rows_of_json(path, read_json(path, encoding))
     elif suffix in (".csv", ".tsv"):
-        yield from _delimited(path, _text(path, encoding), tabs=suffix == ".tsv")
+        yield from _delimited(path, encoding)
     elif suffix == ".xlsx":
         yield from _sheets(path)
     else:
         yield from _parquet(path)
 
 
-def _text(path: Path, encoding: str | None) -> str:
+def is_utf8(path: Path) -> bool:
+    """Whether a file, packed or not, is text in UTF-8. False for UTF-16 and UTF-32.
+
+    Raises:
+        Unreadable: if the file cannot be read.
+    """
+    data = _unpacked(path)
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in data
+
+
+def _unpacked(path: Path) -> bytes:
     data = read_bytes(path, MAX_TABLE_BYTES)
     if path.suffix.lower() == ".gz":
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise Unreadable(f"it is not a complete gzip file ({error})") from None
-    return decode(path, data, encoding)
+    return data
 
 
-def _json(path: Path, text: str) -> Iterator[tuple[int | str, Row]]:
+def _text(path: Path, encoding: str | None) -> str:
+    return decode(path, _unpacked(path), encoding)
+
+
+def _json_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, Row]]:
+    return read_jsonl(path, encoding or "utf-8-sig", remedy="name its encoding with --encoding")
+
+
+def read_json(path: Path, encoding: str | None = None) -> Any:
+    """The value in a JSON file; of JSON lines under that name, the list of their objects.
+
+    Raises:
+        RefineFastError: for a malformed line of JSON lines.
+        Unreadable: if the file is not JSON.
+    """
+    text = _text(path, encoding).strip()
     try:
-        value = json.loads(text)
+        value, end = json.JSONDecoder().raw_decode(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise Unreadable(f"it is not JSON ({error}); one object a line is .jsonl") from None
+    return value if end == len(text) else [row for _, row in _json_lines(path, encoding)]
+
+
+def rows_of_json(path: Path, value: Any) -> Iterator[tuple[int | str, Row]]:
+    """The rows of ``read_table`` in the value of a JSON file."""
     # {"data": [{...}, ...]} and the like
     lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
     if len(lists) == 1 and lists[0] and all(isinstance(row, dict) for row in lists[0]):
@@ -93,26 +127,26 @@ def _json(path: Path, text: str) -> Iterator[tuple[int | str, Row]]:
         raise Unreadable(f"it holds a JSON {type(value).__name__}, not a list of objects")
 
 
-def _delimited(path: Path, text: str, *, tabs: bool) -> Iterator[tuple[int, Row]]:
+def read_cells(path: Path, encoding: str | None = None) -> Iterator[tuple[int, list[str]]]:
+    """(line from 1, cells) of every row of a CSV or TSV file that is not blank, the header's too.
+
+    Raises:
+        RefineFastError: for malformed quotes.
+        Unreadable: if the file cannot be read.
+    """
+    text = _text(path, encoding)
+    yield from _cells(path, text, _delimiter(path, text))
+
+
+def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(min(MAX_TABLE_BYTES, 2**31 - 1))
-    delimiter = "\t" if tabs else _delimiter(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    before, number = 0, 0
-    names: list[str] = []
+    before = 0
     try:
         for cells in reader:
             number, before = before + 1, reader.line_num  # a cell may hold line breaks
-            if not any(cell.strip() for cell in cells):
-                continue
-            if not names:
-                names = _header(path, cells)
-                continue
-            if len(cells) > len(names) and any(cells[len(names) :]):
-                raise RefineFastError(
-                    f"{path}:{number} has {len(cells)} cells and the header {len(names)}; put "
-                    f"cells that hold {delimiter!r} in double quotes."
-                )
-            yield number, dict(zip(names, cells, strict=False))
+            if any(cell.strip() for cell in cells):
+                yield number, cells
     except csv.Error as error:
         raise RefineFastError(
             f"{path}:{before + 1} is not CSV ({error}); close the double quotes, and write a quote "
@@ -120,8 +154,27 @@ def _delimited(path: Path, text: str, *, tabs: bool) -> Iterator[tuple[int, Row]
         ) from None
 
 
-def _delimiter(text: str) -> str:
-    """The one of , ; tab and | that is the most frequent in the header, outside quotes."""
+def _delimited(path: Path, encoding: str | None) -> Iterator[tuple[int, Row]]:
+    text = _text(path, encoding)
+    delimiter = _delimiter(path, text)
+    names: list[str] = []
+    for number, cells in _cells(path, text, delimiter):
+        if not names:
+            names = _header(path, cells)
+            continue
+        if len(cells) > len(names) and any(cells[len(names) :]):
+            raise RefineFastError(
+                f"{path}:{number} has {len(cells)} cells and the header {len(names)}; put "
+                f"cells that hold {delimiter!r} in double quotes."
+            )
+        yield number, dict(zip(names, cells, strict=False))
+
+
+def _delimiter(path: Path, text: str) -> str:
+    """The tab in TSV; in CSV the one of , ; tab and | that is the most frequent in the header,
+    outside quotes."""
+    if table_suffix(path) == ".tsv":
+        return "\t"
     header = next((line for line in text.splitlines() if line.strip()), "")
     outside = "".join(header.split('"')[::2])
     return max(",;\t|", key=outside.count)
