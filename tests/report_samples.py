@@ -58,6 +58,7 @@ def report_data() -> ReportData:
             held_out_by_document=True,
         ),
         Mining(
+            "cosine",
             (0.5, 0.7),
             False,
             5,

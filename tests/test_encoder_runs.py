@@ -75,6 +75,11 @@ def test_the_report_is_of_the_product(kind: str, tmp_path: Path, minilm: Path) -
         again = score(product, data, bf16=False)
         for metric, values in scored.per_query.items():
             np.testing.assert_array_equal(again.per_query[metric], values)
+    card = (context.model / "README.md").read_text()
+    report = (context.out / "report.md").read_text()
+    for text in (card, report):
+        assert ("dot product divided by" in text) == (kind == "dot product")
+        assert ("cosine" in text) == (kind != "dot product")
     if "lora" in KINDS[kind]:
         adapter = load_file(context.out / "adapter" / "adapter_model.safetensors")
         assert all("lora_" in tensor for tensor in adapter)

@@ -18,6 +18,7 @@ from refine_fast.pipeline.evaluation.metrics import METRICS
 from refine_fast.pipeline.reporting import render
 from refine_fast.pipeline.reporting.data import Documents, Queries, ReportData, Triple
 from refine_fast.pipeline.reporting.facts import report_facts
+from refine_fast.pipeline.reporting.figures import similarities_figure
 from refine_fast.pipeline.reporting.render import write_report
 from refine_fast.pipeline.reporting.templating import code_span, escape_markdown
 from refine_fast.pipeline.reporting.verdict import Statement, verdict
@@ -170,6 +171,21 @@ def test_write_report(data: ReportData, tmp_path: Path, sets: int) -> None:
     assert fused["gain"]["recall@3"]["verdict"] == "improved"
     assert saved["training"]["seed"] == 17
     assert saved["verdict"][0].startswith("On your documents: improved. recall@3 0.600 -> 0.700")
+
+
+def test_the_similarity_of_a_model_compared_by_dot_product(
+    data: ReportData, tmp_path: Path
+) -> None:
+    mining = dataclasses.replace(data.mining, similarity="dot product divided by 23.4")
+    data = dataclasses.replace(data, mining=mining)
+    write_report(tmp_path, data)
+    text = (tmp_path / "report.md").read_text()
+    assert "dot product divided by 23.4 0.50 to 0.70 (fixed) after the 5 most similar" in text
+    assert "each with its similarity under the base model (dot product divided by 23.4)" in text
+    assert "InfoNCE over the dot product divided by 23.4, temperature 0.02" in text
+    assert "cosine" not in text
+    [panel] = similarities_figure(data).axes
+    assert panel.get_xlabel() == "dot product divided by 23.4 under the base model"
 
 
 def test_every_table_has_as_many_cells_in_each_row(data: ReportData, tmp_path: Path) -> None:

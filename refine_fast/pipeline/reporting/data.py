@@ -44,8 +44,8 @@ class Queries:
 
 @dataclass(frozen=True)
 class Triple:
-    """The passages that training saw for one query, each with its cosine to the query under the
-    base model."""
+    """The passages that training saw for one query, each with its similarity to the query under
+    the base model."""
 
     query: str
     positive: tuple[str, float]
@@ -56,6 +56,8 @@ class Triple:
 class Mining:
     """The hard negatives, and the similarities that they were chosen by."""
 
+    similarity: str
+    """What all similarities here are, in words: "cosine"."""
     band: tuple[float, float]
     calibrated: bool
     """True: the band was fitted to the encoder's scores. False: it was given."""
@@ -66,9 +68,9 @@ class Mining:
     empty: int
     """Queries without any passage in the band: they train on in-batch negatives alone."""
     random_scores: np.ndarray
-    """(S,) cosines under the base model between queries and random passages, for the histogram."""
+    """(S,) similarities under the base model between queries and random passages."""
     answer_scores: np.ndarray
-    """(P,) cosines under the base model between queries and the passages that answer them."""
+    """(P,) similarities under the base model between queries and the passages that answer them."""
     triples: tuple[Triple, ...] = ()
     """A random sample for the reader."""
 

@@ -169,7 +169,7 @@ def weights_figure(data: ReportData) -> Figure:
 
 
 def similarities_figure(data: ReportData) -> Figure:
-    """Histograms of the base model's cosines to random passages and to answers, over the band."""
+    """Histograms of the base model's similarities to random passages and answers, over the band."""
     mining = data.mining
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     panel = figure.subplots()
@@ -182,8 +182,8 @@ def similarities_figure(data: ReportData) -> Figure:
         (mining.random_scores, INK, "query and\na random passage"),
         (mining.answer_scores, BLUE, "query and\nits answer"),
     )
-    for cosines, colour, name in kinds:
-        density, _ = np.histogram(cosines, bins, density=True)
+    for scores, colour, name in kinds:
+        density, _ = np.histogram(scores, bins, density=True)
         panel.stairs(density, bins, color=colour, fill=True, alpha=0.25, lw=0)
         panel.stairs(density, bins, color=colour, lw=1.4, label=name)
         top = int(density.argmax())
@@ -203,7 +203,7 @@ def similarities_figure(data: ReportData) -> Figure:
     )
     panel.set_yticks([])
     panel.spines["left"].set_visible(False)
-    panel.set_xlabel("cosine similarity under the base model")
+    panel.set_xlabel(f"{mining.similarity} under the base model")
     share = mining.empty / mining.queries
     panel.set_title(f"{share:.0%} of {mining.queries:,} queries have no passage in the band")
     return figure

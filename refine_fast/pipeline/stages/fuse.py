@@ -15,6 +15,7 @@ from ..artifacts import (
     TUNED,
     all_scores,
     read_scores,
+    similarity_name,
 )
 from ..encoder.twin import load_twin
 from ..evaluation.significance import choose_weight
@@ -56,14 +57,17 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
     mining = read_json(context.path(MINING_FACTS))
     training = read_json(context.path(TRAINING_FACTS))
     low, high = mining["band"]
+    similarity = similarity_name(context.out)
     fused = "embeddings, in the loss too" if context.twin else "parameters"
     chosen = ", chosen on held-out queries" if context.chooses_weight else ""
     return {
         "queries": f"{mining['queries']}, {context.query_source}",
-        "loss": f"InfoNCE, temperature {config.temperature:g}, in-batch negatives "
+        "loss": f"InfoNCE over the {'cosine' if context.twin else similarity}, "
+        f"temperature {config.temperature:g}, in-batch negatives "
         f"(batch {config.batch_size}), each document once",
         "hard negatives": f"{config.negatives} per query: after the {config.skip} most similar, "
-        f"cosine {low:.2f} to {high:.2f}, {config.select}; none for {mining['empty']} queries",
+        f"{similarity} {low:.2f} to {high:.2f}, {config.select}; none for {mining['empty']} "
+        "queries",
         "optimizer": f"AdamW, learning rate {config.lr:g}, {training['steps']} steps, "
         f"warm-up {config.warmup:g}, seed {config.seed}",
         "fusion": f"weight {weight:g} of the fine-tuned {fused}{chosen}",

@@ -23,6 +23,7 @@ from ..artifacts import (
     read_negatives,
     read_scores,
     relevant_rows,
+    similarity_name,
     training_view,
 )
 from ..corpus.jsonl import read_records
@@ -91,6 +92,7 @@ def _mining(context: RunContext) -> Mining:
     random_scores, answer_scores = _similarities(context)
     low, high = facts["band"]
     return Mining(
+        similarity=similarity_name(context.out),
         band=(low, high),
         calibrated=config.band == "auto",
         skip=config.skip,
@@ -141,8 +143,8 @@ def _set_scores(context: RunContext) -> dict[str, SetScores]:
 
 
 def _similarities(context: RunContext) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines under the base model between queries and random passages, and between queries and
-    the passages that answer them."""
+    """Similarities under the base model between queries and random passages, and between queries
+    and the passages that answer them."""
     q, d = base_embeddings(context.out)
     random = np.random.default_rng(context.config.seed)
     rows, columns = random.integers(len(q), size=SAMPLE), random.integers(len(d), size=SAMPLE)
