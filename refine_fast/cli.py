@@ -215,6 +215,29 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a finished run")
 
     sub = command(
+        "export",
+        export,
+        "write a run's mined training set for another trainer",
+        "export run/ --format flagembedding --out train.jsonl",
+    )
+    sub.set_defaults(stopped="nothing was left at --out")
+    sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run that is mined")
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=["triplets", "flagembedding", "tevatron", "llama_index", "beir", "parquet"],
+        help="triplets: of sentence-transformers; beir: a folder, with the queries held out as "
+        "its splits dev and test; parquet: ids, texts and scores, a row for each query",
+    )
+    sub.add_argument(
+        "-o",
+        "--out",
+        metavar="PATH",
+        help="where it goes; -: stdout (default: a file in RUN/export)",
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace an earlier export at --out")
+
+    sub = command(
         "fuse", fuse, "interpolate two checkpoints", "fuse base/ tuned/ --out fused/ --weight 0.35"
     )
     sub.set_defaults(stopped="nothing was left at --out")
@@ -400,6 +423,13 @@ def index(options: argparse.Namespace, console: Console) -> None:
     from .pipeline.commands.index import index
 
     index(options.folder, console)
+
+
+def export(options: argparse.Namespace, console: Console) -> None:
+    """Writes the training set of a run."""
+    from .pipeline.commands.export import export
+
+    export(options.folder, options.format, options.out, console, overwrite=options.overwrite)
 
 
 def fuse(options: argparse.Namespace, console: Console) -> None:

@@ -29,7 +29,8 @@ QUERIES, DEV, HELD_OUT = "queries.jsonl", "dev.jsonl", "held_out.jsonl"
 REPLIES, ACCOUNT = "replies.jsonl", "llm.json"
 """Every paid reply of a language model, kept when options change; calls, tokens, cost, drops."""
 EMBEDDINGS = "embeddings"
-"""Folder: ``queries.npy`` and ``chunks.npy`` under the base encoder, and ``similarity.json``."""
+"""Folder: ``queries.npy`` and ``chunks.npy`` under the base encoder; ``similarity.json``: how it
+compares them, and its prompts."""
 NEGATIVES, MINING_FACTS = "negatives.jsonl", "mining.json"
 """Mined negatives of each query; the band, and how many queries found nothing in it."""
 TUNED, TRAINING_FACTS = "tuned", "training.json"
@@ -86,6 +87,19 @@ def similarity_unit(out: Path) -> float:
 def compared_by_cosine(out: Path) -> bool:
     """Whether the base encoder compares by cosine; otherwise by dot product."""
     return bool(read_json(out / EMBEDDINGS / "similarity.json")["similarity"] == "cosine")
+
+
+def similarity_name(out: Path) -> str:
+    """The similarity that the band and every score of mining count in, in words."""
+    if compared_by_cosine(out):
+        return "cosine"
+    return f"dot product divided by {similarity_unit(out):.4g}"
+
+
+def base_prompts(out: Path) -> tuple[str, str]:
+    """What the base encoder puts before a query and before a document; empty if nothing."""
+    facts = read_json(out / EMBEDDINGS / "similarity.json")
+    return facts.get("query_prompt") or "", facts.get("document_prompt") or ""
 
 
 def read_negatives(out: Path) -> dict[str, list[dict[str, Any]]]:

@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,36 @@ class RunFolder:
             return ["not done yet"]
         return (
             differences(record, self._key(stage))
-            + [
-                f"{name} {'was changed' if (self.path / name).exists() else 'is missing'}"
-                for name in stage.outputs
-                if self._digest(self.path / name) != record["outputs"].get(name)
-            ]
+            + self._changed_outputs(record, stage.outputs)
             + stage.unfinished()
         )
+
+    def changes(self, name: str, files: Mapping[str, Path]) -> list[str]:
+        """What of a finished stage's files differs from its record, in a few words each.
+
+        Unlike ``reasons``, for what only reads the outputs: settings, code and packages that have
+        changed since do not count.
+
+        Args:
+            name: the stage.
+            files: label -> file or folder, those of its inputs to compare.
+        """
+        record = self._manifest().get(name)
+        if record is None:
+            return ["not done yet"]
+        changed = (
+            f"{label} was changed"
+            for label, path in files.items()
+            if self._digests_under(path) != record["files"].get(label)
+        )
+        return [*changed, *self._changed_outputs(record, record["outputs"])]
+
+    def _changed_outputs(self, record: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+        return [
+            f"{name} {'was changed' if (self.path / name).exists() else 'is missing'}"
+            for name in names
+            if self._digest(self.path / name) != record["outputs"].get(name)
+        ]
 
     def do(self, stage: Stage) -> float:
         """Does the stage even if it is up to date, and returns the seconds that it took.

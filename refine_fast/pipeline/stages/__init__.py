@@ -105,7 +105,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             query,
             split,
             made(CHUNKS, TWINS) | given(queries=config.queries) | judged,
-            "queries_per_chunk held_out seed",
+            "queries_per_chunk held_out seed encoding",
             facts=choice,
         )
     else:
@@ -173,7 +173,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         "fuse",
         fuse,
         (MODEL, FUSION_FACTS),
-        encoder | made(TUNED) | recipe | scores,
+        encoder | made(TUNED, EMBEDDINGS) | recipe | scores,
         f"weight fusion skip negatives select batch_size lr warmup temperature seed {NAMES}",
     )
     account = made(ACCOUNT) if config.llm is not None else {}

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...files import write_json
 from ..artifacts import EMBEDDINGS, relevant_rows, training_view
-from ..encoder.encode import compares_by_cosine, encode
+from ..encoder.encode import compares_by_cosine, encode, prompt_of, unit_of_similarity
 from ..encoder.load import load_encoder
 from ..queries.splits import require_enough
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def run(context: RunContext, folder: Path) -> None:
-    """Writes the embeddings of the distinct queries and of the chunks, as ``base_embeddings`` and
-    ``similarity_unit`` describe them."""
+    """Writes the embeddings of the distinct queries and of the chunks, as ``base_embeddings``,
+    ``similarity_unit`` and ``base_prompts`` describe them."""
     chunks, queries = training_view(context.out)
     require_enough(queries)
     model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
@@ -31,11 +31,14 @@ def run(context: RunContext, folder: Path) -> None:
     passages = [chunk.passage for chunk in chunks]
     with context.console.progress("embedding chunks") as progress:
         d = encode(model, passages, role="document", bf16=context.bf16, progress=progress)
-    unit = 1.0
-    if not compares_by_cosine(model):
-        unit = float(np.linalg.norm(q, axis=1).mean() * np.linalg.norm(d, axis=1).mean())
-        q /= unit
-    similarity = {"similarity": "cosine" if compares_by_cosine(model) else "dot", "unit": unit}
+    unit = unit_of_similarity(model, q, d)
+    q /= unit
+    similarity = {
+        "similarity": "cosine" if compares_by_cosine(model) else "dot",
+        "unit": unit,
+        "query_prompt": prompt_of(model, "query"),
+        "document_prompt": prompt_of(model, "document"),
+    }
     write_json(out / "similarity.json", similarity)
     np.save(out / "queries.npy", q)
     np.save(out / "chunks.npy", d)
