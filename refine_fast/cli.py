@@ -273,6 +273,12 @@ def parser() -> argparse.ArgumentParser:
         "--checksum", action="store_true", help="compute the SHA-256 of every weight file as well"
     )
     sub.add_argument("--overwrite", action="store_true", help="replace what exists at --out")
+    sub.add_argument(
+        "--force",
+        action="store_true",
+        help="fuse although the tokenizer, the architecture or the modules differ; the result has "
+        "BASE's files",
+    )
 
     sub = command(
         "eval",
@@ -439,7 +445,8 @@ def fuse(options: argparse.Namespace, console: Console) -> None:
 
     is_file = options.base.endswith(".safetensors")
     base = Path(options.base) if is_file else encoder_folder(options.base)
-    how = {name: getattr(options, name) for name in ("weight", "dtype", "checksum", "overwrite")}
+    names = ("weight", "dtype", "checksum", "overwrite", "force")
+    how = {name: getattr(options, name) for name in names}
     show_fusion(base, options.tuned, options.out, console, weights=dict(options.weights), **how)
 
 

@@ -339,6 +339,22 @@ def test_a_twin_honours_route_and_dimensions(tmp_path: Path, minilm: Path) -> No
             np.testing.assert_allclose(got, mixed, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["XLM-R, bf16", "MPNet, fp16", "T5"])
+def test_a_twin_is_saved_in_the_type_of_its_base(name: str, tmp_path: Path, minilm: Path) -> None:
+    """What is saved is what was scored, and takes twice the space of the base, not four times."""
+    base = made(ENCODERS[name], tmp_path / "base", minilm)
+    tune(load_encoder(base), tmp_path)
+    tuned, product = tmp_path / "tuned", tmp_path / "product"
+    load_twin(tuned, base, 0.35, dtype="auto").save_pretrained(str(product))
+    stored = {k: t.dtype for k, t in load_file(base / "model.safetensors").items()}
+    for member in ("tuned", "frozen"):
+        (file,) = product.rglob(f"{member}/model.safetensors")
+        assert {k: t.dtype for k, t in load_file(file).items()} == stored
+    scored = rows(load_twin(tuned, base, 0.35))
+    for row, expected in zip(rows(load_encoder(product)), scored, strict=True):
+        np.testing.assert_array_equal(row, expected)
+
+
 def test_similarity_decides_whether_rows_are_unit_vectors(tmp_path: Path, minilm: Path) -> None:
     dot = load_encoder(made(ENCODERS["dot product"], tmp_path / "dot", minilm))
     assert not compares_by_cosine(dot)

@@ -38,7 +38,8 @@ def entry(
 # keys that it lets through twice.
 MALFORMED: dict[str, tuple[Any, bytes, str]] = {
     "header without brace": (b'["a"]', b"", "start with '{'"),
-    "header with leading space": (b" {}", b"", "start with '{'"),
+    "header after a byte order mark": (b"\xef\xbb\xbf{}", b"", "start with '{'"),
+    "header of white space": (b" \n", b"", "start with '{'"),
     "header not UTF-8": (b'{"\xff": 1}', b"", "malformed"),
     "header not JSON": (b"{", b"", "malformed"),
     "header padded with zeros": (b"{}\0\0", b"", "malformed"),
@@ -372,6 +373,7 @@ TOKENS = [
     b"{", b"}", b"[", b"]", b",", b":", b'"', b"0", b"1", b"8", b"-0", b"-1",
     b"18446744073709551616", b"1e400", b"[]", b"null", b"true", b'"a"', b'"b"', b'"F32"',
     b'"dtype"', b'"shape"', b'"data_offsets"', b"\xff", b"\\u0000", b"\0", b" ",
+    b"\t\r\n",
 ]  # fmt: skip
 EDIT = st.tuples(
     st.integers(0, len(VALID) - 1),
@@ -389,6 +391,35 @@ def mutate(text: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
         at %= max(len(text), 1)
         text = text[:at] + put + text[at + dropped :]
     return text
+
+
+PADDING = st.lists(
+    st.sampled_from([b" ", b"\t", b"\n", b"\r"])
+    | st.sampled_from([b"\0", b"\x0b", b"\x0c", b"\x1c", b"\x85", b"\xc2\xa0", b"\xef\xbb\xbf"]),
+    max_size=3,
+).map(b"".join)
+
+
+@settings(
+    max_examples=FUZZ,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+@given(PADDING, PADDING)
+def test_padded_headers(tmp_path: Path, before: bytes, after: bytes) -> None:
+    """Read and copied where the reference implementation reads them, and only there."""
+    path = safetensors_file(tmp_path / "a.safetensors", before + VALID + after, bytes(16))
+    try:
+        safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError:
+        with pytest.raises(RefineFastError) as error:
+            read_header(path)
+        assert_one_line(error.value)
+        return
+    out = tmp_path / "out.safetensors"
+    rf.fuse(path, path, out, overwrite=True)
+    assert out.read_bytes() == path.read_bytes()
 
 
 @settings(

@@ -1,54 +1,22 @@
-"""Layouts that transformers, sentence-transformers and PEFT write: fused, loaded again, and
+"""Layouts that transformers and sentence-transformers write: fused, loaded again, and
 compared with torch."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from fuse_models import MODELS, SMALL, WEIGHT, build
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
-from transformers import (
-    AutoModel,
-    BertConfig,
-    BertModel,
-    ModernBertConfig,
-    ModernBertModel,
-    Qwen3Config,
-    Qwen3Model,
-)
+from transformers import AutoModel, BertConfig, BertModel
 
 import refine_fast as rf
 from refine_fast import reference
 from refine_fast.errors import RefineFastError
-
-WEIGHT = 0.35
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 200,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-MODELS = {
-    "bert": lambda: BertModel(BertConfig(**SMALL)),
-    "modernbert": lambda: ModernBertModel(
-        ModernBertConfig(**SMALL, **SPECIAL, cls_token_id=1, sep_token_id=2)
-    ),
-    "qwen3": lambda: Qwen3Model(Qwen3Config(**SMALL, **SPECIAL, num_key_value_heads=2, head_dim=8)),
-}
-
-
-def build(kind: str, seed: int) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return MODELS[kind]().eval()
 
 
 def assert_fused(
@@ -242,103 +210,3 @@ def test_published_and_resaved_names(tmp_path: Path, side: str, difference: str)
             if partner is None or not t.is_floating_point()
             else reference.lerp(t, partner, WEIGHT),
         ), name
-
-
-@pytest.mark.parametrize("kind", ["bert", "qwen3"])
-@pytest.mark.parametrize("variant", ["plain", "rslora", "patterns", "embedding", "saved module"])
-def test_lora_adapter(tmp_path: Path, kind: str, variant: str) -> None:
-    """The same as merging the adapter with PEFT in float32 and fusing with the merged model."""
-    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
-    base = build(kind, 0)
-    base.save_pretrained(tmp_path / "base", max_shard_size="20kB")
-    layers = ["query", "value"] if kind == "bert" else ["q_proj", "down_proj"]
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(layers)}
-    if variant == "rslora":
-        settings["use_rslora"] = True
-    elif variant == "patterns":
-        settings |= {"rank_pattern": {layers[0]: 2}, "alpha_pattern": {layers[1]: 3}}
-    elif variant == "embedding":
-        settings["target_modules"].append("word_embeddings" if kind == "bert" else "embed_tokens")
-    elif variant == "saved module":
-        settings["modules_to_save"] = ["LayerNorm" if kind == "bert" else "norm"]
-    adapted = peft.get_peft_model(build(kind, 0), peft.LoraConfig(**settings))
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape))
-    adapted.save_pretrained(tmp_path / "adapter")
-    merged = adapted.merge_and_unload()
-    report = rf.fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", WEIGHT)
-    assert any("adapter of rank 4" in note for note in report.reconciled)
-    found, changed = AutoModel.from_pretrained(tmp_path / "out").state_dict(), 0
-    for name, t in base.state_dict().items():
-        if t.is_floating_point():
-            wanted = torch.lerp(t.double(), merged.state_dict()[name].double(), WEIGHT)
-            # float32 product of rank 4 and three roundings of values below 4: a few times 2^-23 of
-            # them
-            assert (found[name].double() - wanted).abs().max() <= 1e-6, name
-            changed += not torch.equal(t, found[name])
-        if torch.equal(t, merged.state_dict()[name]):
-            assert torch.equal(found[name], t), name
-    assert changed >= 4
-
-
-def test_adapters_that_are_refused(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs peft: pip install '.[test]'")
-    build("bert", 0).save_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(r=2, target_modules=["query"])
-    peft.get_peft_model(build("bert", 0), config).save_pretrained(tmp_path / "good")
-
-    def refused(message: str, **changes: object) -> None:
-        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
-        shutil.copytree(tmp_path / "good", tmp_path / "bad")
-        path = tmp_path / "bad" / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-        with pytest.raises(RefineFastError, match=message):
-            rf.fuse(tmp_path / "base", tmp_path / "bad", tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    refused("DoRA", use_dora=True)
-    refused("aLoRA", alora_invocation_tokens=[1])
-    refused("LOHA", peft_type="LOHA")
-    # PEFT has changed the base before it trains these two
-    refused("pissa_niter_4", init_lora_weights="pissa_niter_4")
-    refused("olora", init_lora_weights="olora")
-    refused("is not a LoRA configuration", r="many")
-    refused("is not a LoRA configuration", rank_pattern=["query"])
-    refused("is not a LoRA configuration", alpha_pattern={"(": 2})
-    refused("at rank 3", r=3)
-    refused("at rank 0", rank_pattern={"query": 0})
-    weights = load_file(tmp_path / "base" / "model.safetensors")
-    changed = {
-        name: t.to(torch.int32) if "query.weight" in name else t for name, t in weights.items()
-    }
-    save_file(changed, tmp_path / "base" / "model.safetensors")
-    refused("query.weight, which is I32 .* dequantize")
-    build("qwen3", 0).save_pretrained(tmp_path / "base")
-    refused("which the base does not have")
-    (tmp_path / "good" / "adapter_model.safetensors").rename(
-        tmp_path / "good" / "adapter_model.bin"
-    )
-    refused("adapter_model.safetensors is missing: load the adapter with PEFT and save it again")
-
-
-def test_lora_over_float64(tmp_path: Path) -> None:
-    """The sum is taken in the width of the base: what an adapter does not change stays
-    bit-equal."""
-    base = torch.randn(8, 6, dtype=torch.float64)
-    save_file({"layer.weight": base}, tmp_path / "base.safetensors")
-    a, b = torch.randn(2, 6), torch.randn(8, 2)
-    b[:4] = 0
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
-    save_file(
-        {"layer.lora_A.weight": a, "layer.lora_B.weight": b}, adapter / "adapter_model.safetensors"
-    )
-    rf.fuse(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors", 1.0)
-    found = load_file(tmp_path / "out.safetensors")["layer.weight"]
-    assert torch.equal(found[:4], base[:4])
-    # float32 product of two terms below 16 in magnitude
-    assert (found - (base + b.double() @ a.double())).abs().max() <= 4 * 16 * 2**-24

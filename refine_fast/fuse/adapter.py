@@ -7,6 +7,7 @@ product is computed a few rows at a time while the base streams by.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,45 @@ from torch import Tensor
 
 from ..errors import RefineFastError
 from .checkpoint import Entry, Header, parse_json, read_header
-from .names import match_names
+from .modules import folders_of
+from .names import first_and_count, match_names
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
-MERGE_WITH_PEFT = "merge it with PEFT's merge_and_unload first"
-"""The remedy for adapters other than plain LoRA."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that describes an adapter of PEFT."""
+_MERGE_WITH_PEFT = (
+    "merge it with PEFT's merge_and_unload, save the merged model, and fuse that with the base"
+)
+_NAMES = {
+    "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "VBLORA": "VB-LoRA",
+    "FOURIERFT": "FourierFT", "LN_TUNING": "LayerNorm tuning", "XLORA": "X-LoRA",
+    "RANDLORA": "RandLora", "TRAINABLE_TOKENS": "trainable tokens", "MISS": "MiSS",
+    "PROMPT_TUNING": "prompt tuning", "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
+    "PREFIX_TUNING": "prefix tuning", "P_TUNING": "P-tuning", "ADAPTION_PROMPT": "adaption prompt",
+}  # fmt: skip
+"""PEFT's peft_type -> its name, where that differs."""
+_PROMPTS = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT",
+    "CPT", "CARTRIDGE",
+)  # fmt: skip
+"""Types that leave the weights as they are, and that PEFT cannot merge."""
+_VARIANTS = {
+    "layer_replication": "layer_replication",
+    "use_dora": "DoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "trainable_token_indices": "trainable_token_indices",
+    "target_parameters": "target_parameters",
+    "lora_bias": "lora_bias",
+}
+"""A field of a LoRA configuration with which the update is not scale * B @ A of a base tensor ->
+its name."""
 # initializations that change PEFT's base weights from those on the disk
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -64,9 +97,32 @@ class Adapter:
     notes: list[str]
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (path / "adapter_config.json").is_file()
+def find_adapter(path: Path) -> Path | None:
+    """The folder of the adapter in ``path``: that folder itself, or a subfolder of one without
+    weights of its own (PEFT puts a named adapter in a folder of its name, a trainer each checkpoint
+    in one, older sentence-transformers in ``0_Transformer``). None for anything else.
+
+    Raises:
+        RefineFastError: if several subfolders hold one.
+    """
+    if not os.path.isdir(path):  # a name that is too long does not raise
+        return None
+    for folder in (path, path / folders_of(path)[0]):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return folder
+    if any(folder.glob("*.safetensors")):
+        return None
+    found = []
+    for current, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if ADAPTER_CONFIG in names:
+            found.append(Path(current))
+    if len(found) > 1:
+        listed = ", ".join(str(folder.relative_to(path)) for folder in found)
+        raise RefineFastError(
+            f"{path} holds {len(found)} adapters, in {listed}: give the folder of one of them"
+        )
+    return found[0] if found else None
 
 
 def _load(entry: Entry) -> Tensor:
@@ -93,6 +149,27 @@ def _of(patterns: list[tuple[re.Pattern[str], float]], module: str, default: flo
     return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
+def _require_plain_lora(path: Path, config: dict[str, Any]) -> None:
+    kind = str(config["peft_type"])
+    if kind in _PROMPTS:
+        raise RefineFastError(
+            f"{path} is an adapter of the type {_NAMES.get(kind, kind)}, which changes no weights:"
+            " it cannot be fused; give a fine-tuned model or a LoRA adapter"
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    variants = [name for field, name in _VARIANTS.items() if config.get(field)]
+    if start.startswith(_CHANGES_BASE):
+        variants.append(start)
+    if kind != "LORA":
+        variants = [_NAMES.get(kind, kind)]
+    if variants:
+        likewise = ", its layers replicated likewise" if "layer_replication" in variants else ""
+        raise RefineFastError(
+            f"{path} is not a plain LoRA adapter ({', '.join(variants)}):"
+            f" {_MERGE_WITH_PEFT}{likewise}"
+        )
+
+
 def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
     """Reads the adapter in a folder and matches it to the tensors of the base.
 
@@ -103,23 +180,14 @@ def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
     Raises:
         RefineFastError: anything that is not plain LoRA, or does not fit the base.
     """
+    file = path / ADAPTER_CONFIG
     try:
-        config = parse_json((path / "adapter_config.json").read_bytes())
-        kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
+        config = parse_json(file.read_bytes())
+        _require_plain_lora(path, config)
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
         ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-        raise RefineFastError(
-            f"{path / 'adapter_config.json'} is not a LoRA configuration: {error}"
-        ) from error
-    start = str(config.get("init_lora_weights")).lower()
-    variants = {
-        "DoRA": config.get("use_dora"),
-        "aLoRA": config.get("alora_invocation_tokens"),
-        start: start.startswith(_CHANGES_BASE),
-    }
-    what = [kind] if kind != "LORA" else [name for name, active in variants.items() if active]
-    if what:
-        raise RefineFastError(f"{path} is not a plain LoRA adapter ({what[0]}): {MERGE_WITH_PEFT}")
+        raise RefineFastError(f"{file} is not a LoRA configuration: {error}") from error
     weights = path / "adapter_model.safetensors"
     if not weights.is_file():
         raise RefineFastError(
@@ -142,7 +210,8 @@ def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
             factors.setdefault(found[1], {})[found[2]] = entry
         elif "lora_" in name:
             raise RefineFastError(
-                f"{header.path}: adapter tensor {entry.name!r} is not plain LoRA: {MERGE_WITH_PEFT}"
+                f"{header.path}: adapter tensor {entry.name!r} is not plain LoRA:"
+                f" {_MERGE_WITH_PEFT}"
             )
         else:
             whole[name] = entry
@@ -150,18 +219,20 @@ def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
     match = match_names([*base], [*targets.values(), *whole])
     if match.extra:
         raise RefineFastError(
-            f"{header.path}: the adapter changes {match.extra[0]}, which the base does not have"
+            f"{header.path}: the adapter changes {first_and_count(match.extra)}, which the base"
+            f" does not have: give the base that it was trained on, or {_MERGE_WITH_PEFT}"
         )
     base_name = {tuned: name for name, tuned in match.pairs.items()}
     low_rank = {}
     for module, pair in factors.items():
-        name = base_name.get(targets[module], "")
+        if targets[module] not in base_name:  # a head that the base lacks: match.notes says so
+            continue
+        name = base_name[targets[module]]
         embedding = "lora_embedding_A" in pair
         kinds = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-        if not name or set(pair) != set(kinds):
+        if set(pair) != set(kinds):
             raise RefineFastError(
-                f"{header.path}: module {module!r} lacks one of {kinds[0]} and {kinds[1]}, or the"
-                " base lacks its weight"
+                f"{header.path}: module {module!r} lacks one of {kinds[0]} and {kinds[1]}"
             )
         a, b = pair[kinds[0]], pair[kinds[1]]
         for entry in (a, b):
@@ -189,13 +260,14 @@ def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
                 " dequantize the base first"
             )
         low_rank[name] = update
+    whole = {base_name[name]: entry for name, entry in whole.items() if name in base_name}
+    if not low_rank and not whole:
+        raise RefineFastError(
+            f"{header.path}: the adapter changes no tensor of the base: give the base that it was"
+            " trained on"
+        )
     notes = [
         f"adapter of rank {rank} over {len(low_rank)} tensors",
         *(note for note in match.notes if not note.endswith("kept")),
     ]
-    return Adapter(
-        header,
-        low_rank,
-        {base_name[name]: entry for name, entry in whole.items() if name in base_name},
-        notes,
-    )
+    return Adapter(header, low_rank, whole, notes)

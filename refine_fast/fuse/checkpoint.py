@@ -55,7 +55,7 @@ WEIGHT_SUFFIXES = (
 )
 """Weight files that fuse does not read."""
 
-
+_JSON_SPACE = b" \t\n\r"  # writers may pad a header with it, on either side
 _UNUSED_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json")
 
 
@@ -223,7 +223,7 @@ def read_header(path: Path) -> Header:
             text = file.read(n)
     except OSError as error:
         raise RefineFastError(f"cannot read {path}: {error.strerror}") from error
-    if not text.startswith(b"{"):
+    if not text.lstrip(_JSON_SPACE).startswith(b"{"):
         _reject(path, "its header does not start with '{'")
     try:
         header = parse_json(text)
@@ -328,6 +328,21 @@ def _read_component(
             " one model.safetensors or one index"
         )
     return None, set()
+
+
+def read_component(root: Path, folder: str) -> Component | None:
+    """The weights in one folder of a model, without the folders below it.
+
+    Args:
+        root: the model's folder.
+        folder: relative to it.
+
+    Raises:
+        RefineFastError: weights that are ambiguous or malformed.
+    """
+    place = root / folder
+    names = [path.name for path in place.iterdir()] if place.is_dir() else []
+    return _read_component(place, names, root)[0]
 
 
 def _unreadable(error: OSError) -> NoReturn:

@@ -13,8 +13,8 @@ from ..errors import RefineFastError
 from ..ops.lerp import lerp_
 from .checkpoint import Checkpoint, Entry, read_checkpoint
 from .modules import folder_of_prefix
-from .names import match_names
-from .plan import Weights, first_and_count
+from .names import first_and_count, match_names
+from .plan import Weights
 from .stream_to_device import BUFFER_BYTES, stream_to_device
 
 _DTYPES = {

@@ -43,6 +43,7 @@ def fuse(
     checksum: bool = False,
     threads: int | None = None,
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> FuseReport:
     """``out = base + weight * (tuned - base)`` for every floating-point tensor of two checkpoints.
@@ -51,6 +52,11 @@ def fuse(
     shard or model is ever held in memory. Values that are equal in both stay as they are. Every
     other file is copied from base, integer and bool tensors too. Weights in other formats
     (``pytorch_model.bin``, ONNX) are left out, since they would still hold base's values.
+
+    Two folders must also agree on what gives the tensors their meaning: the tokens and their ids,
+    the merges of BPE, the values of config.json that define the architecture, the modules of a
+    SentenceTransformer, their pooling and activations. Differences that change nothing there, such
+    as prompts, dtype or a Normalize module, are reported.
 
     Everything is checked before a byte is written. ``out`` appears by a rename after the data are
     on disk; a killed merge leaves what was there, and the same call resumes it.
@@ -69,6 +75,7 @@ def fuse(
             reading and writing with the arithmetic, in threads of their own; their number is fixed,
             so every such value does the same.
         overwrite: replaces ``out`` if it exists.
+        force: fuses models whose tokenizer, architecture or modules differ, with base's files.
         progress: called with (bytes written, bytes in all).
 
     Returns:
@@ -90,6 +97,7 @@ def fuse(
         checksum=checksum,
         threads=threads,
         overwrite=overwrite,
+        force=force,
         progress=progress,
     )[weight]
 
@@ -104,12 +112,13 @@ def fuse_sweep(
     checksum: bool = False,
     threads: int | None = None,
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> dict[float, FuseReport]:
     """``fuse`` at several weights, in one read of the inputs.
 
     Args:
-        base, tuned, weights, dtype, checksum, threads, overwrite, progress: as for ``fuse``.
+        base, tuned, weights, dtype, checksum, threads, overwrite, force, progress: as for ``fuse``.
         outs: ``{weight: out}``.
 
     Returns:
@@ -123,7 +132,7 @@ def fuse_sweep(
     finals = [Path(os.path.abspath(out)) for out in outs.values()]
     overlap = _overlaps(threads)
     try:
-        plan = make_plan(base, tuned, list(outs), weights, dtype)
+        plan = make_plan(base, tuned, list(outs), weights, dtype, force=force)
         _check_outputs(plan, [base, tuned], finals, overwrite)
         with ExitStack() as stack:
             outputs = [
@@ -384,6 +393,7 @@ class _Merge:
             copied=copied,
             unequal=unequal,
             reconciled=self._plan.notes,
+            differences=self._plan.differences,
             left_out=self._plan.base.left_out,
             bytes_read=self._read,
             bytes_written=self._written,

@@ -4,6 +4,7 @@ name or keep differently."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -29,9 +30,16 @@ class Match:
     extra: list[str] = field(default_factory=list)
 
 
-def _prefixes(longer: Iterable[str], shorter: str) -> set[str]:
-    """Every prefix, ending in a dot, that turns ``shorter`` into one of the longer names."""
-    return {name.removesuffix(shorter) for name in longer if name.endswith("." + shorter)}
+def _prefixes(longer: Iterable[str], shorter: set[str]) -> Counter[str]:
+    """Each prefix, ending in a dot, that turns names of ``shorter`` into some of ``longer``, and
+    how many."""
+    found: Counter[str] = Counter()
+    for name in longer:
+        end = name.find(".") + 1
+        while end:
+            found[name[:end]] += name[end:] in shorter
+            end = name.find(".", end) + 1
+    return +found
 
 
 def _current_names(names: Iterable[str]) -> dict[str, str]:
@@ -52,27 +60,17 @@ def match_names(base: Iterable[str], tuned: Iterable[str]) -> Match:
     left, right = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
     needed = [name for name in left if not OPTIONAL.search(name)]
     if needed and right:
-        # the longest name, since a short one ends many others
-        sample = max(needed, key=lambda name: (name.count("."), name))
-        rest = max(right, key=lambda name: (name.count("."), name))
+        in_tuned, in_base = _prefixes(right, left), _prefixes(left, right)
         candidates = [
-            *(
-                {name: prefix + name for name in left}
-                for prefix in sorted(_prefixes(right, sample))
-            ),
-            *({prefix + name: name for name in right} for prefix in sorted(_prefixes(left, rest))),
+            *((count, prefix, "tuned") for prefix, count in in_tuned.items()),
+            *((count, prefix, "base") for prefix, count in in_base.items()),
         ]
-        best = max(
-            candidates,
-            key=lambda renamed: sum(b in left and t in right for b, t in renamed.items()),
-            default={},
-        )
-        renamed = {b: t for b, t in best.items() if b in left and t in right}
-        if renamed:
-            b, t = next(iter(renamed.items()))
-            prefix, side = (
-                (t.removesuffix(b), "tuned") if len(t) > len(b) else (b.removesuffix(t), "base")
-            )
+        if candidates:
+            _, prefix, side = max(candidates)
+            if side == "tuned":
+                renamed = {name: prefix + name for name in left if prefix + name in right}
+            else:
+                renamed = {prefix + name: name for name in right if prefix + name in left}
             match.notes.append(f"{len(renamed)} names carry the prefix {prefix!r} in {side} only")
             match.pairs |= renamed
             left, right = left - renamed.keys(), right - set(renamed.values())
@@ -97,3 +95,8 @@ def match_names(base: Iterable[str], tuned: Iterable[str]) -> Match:
             )
     match.pairs = {ours[b]: theirs[t] for b, t in match.pairs.items()}
     return match
+
+
+def first_and_count(names: list[str]) -> str:
+    """The first name, and how many more there are: "'a' and 3 more"."""
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")

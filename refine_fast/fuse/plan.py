@@ -15,7 +15,7 @@ from numbers import Real
 from pathlib import Path
 
 from ..errors import RefineFastError
-from .adapter import Adapter, LowRank, is_adapter, read_adapter
+from .adapter import ADAPTER_CONFIG, Adapter, LowRank, find_adapter, read_adapter
 from .checkpoint import (
     DTYPES,
     RAW,
@@ -25,9 +25,13 @@ from .checkpoint import (
     Header,
     parse_json,
     read_checkpoint,
+    read_component,
 )
-from .names import match_names
+from .compatibility import compare_models
+from .modules import MODULES, folders_of, modules_and_routes_of, pair_modules
+from .names import first_and_count, match_names
 
+_NAMED = 3  # differences in one message
 ARCHITECTURES = "give two models of the same architecture"
 """The remedy where tensors of one input are missing in the other."""
 
@@ -68,7 +72,7 @@ class Shard:
 @dataclass
 class Plan:
     """A whole merge: the shards to write, the index files by path, the headers of every input, and
-    notes for the report."""
+    notes and differences around the tensors for the report."""
 
     base: Checkpoint
     is_folder: bool
@@ -76,6 +80,7 @@ class Plan:
     indexes: dict[Path, bytes] = field(default_factory=dict)
     inputs: list[Header] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -118,40 +123,29 @@ class Weights:
                 )
 
 
-def modules_of(root: Path) -> list[str]:
-    """The folders of a sentence-transformers model in the order of its modules; the root alone for
-    a plain one."""
-    path = root / "modules.json"
-    if not path.is_file():
-        return ["."]
-    try:
-        return [str(Path(module["path"])) for module in parse_json(path.read_bytes())] or ["."]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RefineFastError(f"{path} is malformed: {error}") from error
+def _read_tuned(path: Path, adapter: Path | None) -> Checkpoint:
+    """The tuned model; beside an adapter, the weights of the other modules of its model."""
+    if adapter is None:
+        return read_checkpoint(path)
+    folders = [module.folder for module in modules_and_routes_of(path)]
+    own = str(adapter.relative_to(path))
+    components = {name: read_component(path, name) for name in folders if name != own}
+    return Checkpoint(path, {name: part for name, part in components.items() if part is not None})
 
 
 def _tuned_component(
-    relative: str, base: Checkpoint, tuned: Checkpoint, notes: list[str]
+    relative: str, folder: str, base: Checkpoint, tuned: Checkpoint, notes: list[str]
 ) -> Component:
-    """The component of tuned that corresponds to base's: the same folder, or the same position in
-    modules.json."""
-    found = tuned.components.get(relative)
-    if found is None:
-        theirs = dict(zip(modules_of(base.root), modules_of(tuned.root), strict=False))
-        found = tuned.components.get(theirs.get(relative, relative))
-        if found is not None:
-            notes.append(f"{base.root / relative} is {found.folder} in tuned")
+    """The component of tuned in ``folder``, which corresponds to base's in ``relative``."""
+    found = tuned.components.get(folder) or tuned.components.get(relative)
     if found is None:
         raise RefineFastError(
-            f"{tuned.root} has no weights in {relative!r}, but {base.root} has some:"
-            f" {ARCHITECTURES}"
+            f"{tuned.root} has no weights in {folder!r}, but {base.root} has some in"
+            f" {relative!r}: {ARCHITECTURES}"
         )
+    if found.folder != tuned.root / relative:
+        notes.append(f"{base.root / relative} is {found.folder} in tuned")
     return found
-
-
-def first_and_count(names: list[str]) -> str:
-    """The first name, and how many more there are: "'a' and 3 more"."""
-    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _check_pair(base: Entry, tuned: Entry) -> None:
@@ -213,6 +207,8 @@ def make_plan(
     own_weights: list[float],
     globs: Mapping[str, float] | None = None,
     dtype: str | None = None,
+    *,
+    force: bool = False,
 ) -> Plan:
     """Reads and checks both checkpoints.
 
@@ -222,6 +218,7 @@ def make_plan(
         own_weights: one per output.
         globs: weights by tensor name, as in ``fuse``.
         dtype: of the output's float tensors; default: base's.
+        force: whether differences around the tensors that would be refused are only noted.
 
     Raises:
         RefineFastError: anything that cannot be merged.
@@ -231,38 +228,49 @@ def make_plan(
         raise RefineFastError(f"dtype must be one of {', '.join(floats)} (got {dtype!r})")
     weights = Weights(own_weights, globs)
     base = read_checkpoint(base_path)
+    if (base_path / ADAPTER_CONFIG).is_file():
+        raise RefineFastError(
+            f"{base_path} is an adapter, not a model: give the model that it was trained on"
+        )
     for copied in (base.root / name for name in base.others):
         if not (copied.is_file() and os.access(copied, os.R_OK)):
             raise RefineFastError(
                 f"{copied} cannot be read, and every file of base is copied; fix or remove it"
             )
     plan = Plan(base, base_path.is_dir())
+    adapter_path = find_adapter(tuned_path)
+    tuned = _read_tuned(tuned_path, adapter_path)
+    if adapter_path is None and plan.is_folder != tuned_path.is_dir():
+        raise RefineFastError(
+            f"{base_path} and {tuned_path} must be two model folders or two .safetensors files"
+        )
+    folders = _tuned_folders(base_path, tuned_path)
     adapter: Adapter | None = None
-    if is_adapter(tuned_path):
-        # the adapter changes the encoder, which is in the first folder with weights
-        adapted = next(iter(base.components))
+    adapted = ""
+    if adapter_path is not None:
+        place = str(adapter_path.relative_to(tuned_path))
+        # of a plain folder: the encoder, which is in the first folder with weights
+        adapted = next((name for name in base.components if folders.get(name) == place),
+                       next(iter(base.components)))  # fmt: skip
         adapter = read_adapter(
-            tuned_path, {entry.name: entry for entry in base.components[adapted].entries()}
+            adapter_path, {entry.name: entry for entry in base.components[adapted].entries()}
         )
         plan.inputs.append(adapter.header)
         plan.notes += adapter.notes
-    else:
-        tuned = read_checkpoint(tuned_path)
-        if plan.is_folder != tuned_path.is_dir():
-            raise RefineFastError(
-                f"{base_path} and {tuned_path} must be two model folders or two .safetensors files"
-            )
     used: list[Path] = []
     for relative, component in base.components.items():
         low_rank: dict[str, LowRank] = {}
-        if adapter is None:
-            other = _tuned_component(relative, base, tuned, plan.notes)
-            used.append(other.folder)
-            plan.inputs += [*component.shards, *other.shards]
-            pairs = _pairs(component, other, plan.notes)
+        folder = folders.get(relative, relative)
+        plan.inputs += component.shards
+        if adapter is not None and relative == adapted:
+            pairs, low_rank = adapter.whole, adapter.low_rank
+        elif adapter is not None and folder not in tuned.components:
+            pairs = {}  # not trained
         else:
-            plan.inputs += component.shards
-            pairs, low_rank = (adapter.whole, adapter.low_rank) if relative == adapted else ({}, {})
+            other = _tuned_component(relative, folder, base, tuned, plan.notes)
+            used.append(other.folder)
+            plan.inputs += other.shards
+            pairs = _pairs(component, other, plan.notes)
         for shard in component.shards:
             header = _header(shard, dtype)
             pieces = []
@@ -291,17 +299,42 @@ def make_plan(
             plan.indexes[component.index.relative_to(base.root)] = _index(
                 component.index, plan, dtype
             )
-    if adapter is None:
-        unused = [
-            name for name, component in tuned.components.items() if component.folder not in used
-        ]
-        if unused:
-            raise RefineFastError(
-                f"{base_path} has no weights in {unused[0]!r}, but {tuned_path} has some:"
-                f" {ARCHITECTURES}"
-            )
+    unused = [name for name, component in tuned.components.items() if component.folder not in used]
+    if unused:
+        raise RefineFastError(
+            f"{base_path} has no weights in {unused[0]!r}, but {tuned_path} has some:"
+            f" {ARCHITECTURES}"
+        )
     weights.check_all_used()
+    if plan.is_folder:
+        whole = (tuned_path / MODULES).is_file()
+        around = tuned_path if whole or adapter_path is None else adapter_path
+        plan.differences = _differences(base_path, around, force)
     return plan
+
+
+def _tuned_folders(base: Path, tuned: Path) -> dict[str, str]:
+    """The folder of a module of base -> that of the module of tuned that corresponds to it."""
+    if not (base.is_dir() and tuned.is_dir()):
+        return {}
+    ours, theirs = modules_and_routes_of(base), modules_and_routes_of(tuned)
+    if not ours or not theirs:
+        return {folders_of(base)[0]: folders_of(tuned)[0]}
+    return {a.folder: b.folder for a, b in pair_modules(ours, theirs)[0]}
+
+
+def _differences(base: Path, tuned: Path, force: bool) -> list[str]:
+    """What differs around the tensors; raises if that is more than ``force`` allows."""
+    found = compare_models(base, tuned)
+    if found.refused and not force:
+        first = "; ".join(found.refused[:_NAMED])
+        more = len(found.refused) - _NAMED
+        rest = f"; and {more} more differences" if more > 0 else ""
+        raise RefineFastError(
+            f"{tuned} does not fit {base}: {first}{rest}: give the model that tuned was trained"
+            " from, or pass force=True (--force), which keeps base's files"
+        )
+    return found.refused + found.harmless
 
 
 def _index(index: Path, plan: Plan, dtype: str | None) -> bytes:

@@ -27,10 +27,11 @@ class FuseReport:
 
     ``tensors``: every floating-point tensor, by name (prefixed by its folder unless that is the
     root); ``copied``: integer and bool tensors, copied from base; ``unequal``: those of them that
-    differ in tuned; ``reconciled``: names that were matched, kept or left out; ``left_out``: files
-    with weights in another format (they would have held base's weights); ``sha256``: path -> digest
-    of every weight file read or written, with ``checksum``; ``resumed``: bytes that an earlier,
-    killed run had already written.
+    differ in tuned; ``reconciled``: names that were matched, kept or left out; ``differences``:
+    what differs around the tensors (the output has base's files); ``left_out``: files with weights
+    in another format (they would have held base's weights); ``sha256``: path -> digest of every
+    weight file read or written, with ``checksum``; ``resumed``: bytes that an earlier, killed run
+    had already written.
     """
 
     out: Path
@@ -38,6 +39,7 @@ class FuseReport:
     copied: list[str]
     unequal: list[str]
     reconciled: list[str]
+    differences: list[str]
     left_out: list[str]
     bytes_read: int
     bytes_written: int
@@ -59,6 +61,7 @@ class FuseReport:
             f" ({rate:.2f} GB/s)"
         ]
         lines += [f"  name: {note}" for note in self.reconciled]
+        lines += [f"  differs: {difference}" for difference in self.differences]
         lines += [f"  left out: {name} (it would hold base's weights)" for name in self.left_out]
         lines += [f"  differs in tuned, copied from base: {name}" for name in self.unequal]
         lines += [

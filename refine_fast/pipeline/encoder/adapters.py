@@ -95,7 +95,8 @@ def merge_adapter(base: Path, folder: Path, adapter: Path, out: Path) -> None:
     """
     place = out / adapter.relative_to(folder)
     place.parent.mkdir(parents=True, exist_ok=True)
-    fuse(base, adapter, place, 1.0)
+    # the adapter's own tokenizer and modules replace the base's below: they may differ
+    fuse(base, adapter, place, 1.0, force=True)
     if (folder / "modules.json").is_file():
         (place / "modules.json").unlink(missing_ok=True)  # the base's modules are not this one's
     for file in folder.rglob("*"):

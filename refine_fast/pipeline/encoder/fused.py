@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ...errors import RefineFastError
 from ...fuse import fuse, fuse_into
 from ...fuse.into import check_fuse_into
@@ -16,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def load_fused(
-    base: Path, tuned: Path, weight: float, *, trust_remote_code: bool = False
+    base: Path,
+    tuned: Path,
+    weight: float,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | str = torch.float32,
 ) -> SentenceTransformer:
     """Loads the encoder ``base + weight * (tuned - base)``, every value rounded to the base's type.
 
@@ -29,11 +36,12 @@ def load_fused(
         tuned: folder of the fine-tuned encoder.
         weight: share of the fine-tuned encoder; 0 loads the base.
         trust_remote_code: whether to run Python code that the folders bring.
+        dtype: of the parameters, as in ``load_encoder``; the values are the same.
 
     Raises:
         RefineFastError: if the two do not fit together.
     """
-    model = load_encoder(base, trust_remote_code=trust_remote_code)
+    model = load_encoder(base, trust_remote_code=trust_remote_code, dtype=dtype)
     if weight == 0:
         return model
     try:
@@ -42,6 +50,6 @@ def load_fused(
         with tempfile.TemporaryDirectory() as temporary:
             product = Path(temporary) / "model"
             fuse(base, tuned, product, weight)
-            return load_encoder(product, trust_remote_code=trust_remote_code)
+            return load_encoder(product, trust_remote_code=trust_remote_code, dtype=dtype)
     fuse_into(model, tuned, weight, base=base)
     return model

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ...integrations.sentence_transformers.twin import TwinEncoder
+from .fused import load_fused
 from .load import device, load_encoder
 
 if TYPE_CHECKING:
@@ -13,18 +16,28 @@ if TYPE_CHECKING:
 
 
 def load_twin(
-    tuned: Path, frozen: Path, weight: float, *, trust_remote_code: bool = False
+    tuned: Path,
+    frozen: Path,
+    weight: float,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | str = torch.float32,
 ) -> SentenceTransformer:
     """Loads the encoder ``normalize(weight * e_tuned + (1 - weight) * e_frozen)``.
+
+    The values of both are in the base's type, in which the product is saved, as those of fused
+    weights are.
 
     Args:
         tuned: folder of the fine-tuned encoder.
         frozen: folder of its base.
         weight: share of the tuned embeddings.
         trust_remote_code: whether to run Python code that the folders bring.
+        dtype: of the parameters, as in ``load_encoder``; the values are the same.
     """
-    tuned_model, frozen_model = (
-        load_encoder(folder, trust_remote_code=trust_remote_code) for folder in (tuned, frozen)
+    pair = TwinEncoder(
+        load_fused(frozen, tuned, 1.0, trust_remote_code=trust_remote_code, dtype=dtype),
+        load_encoder(frozen, trust_remote_code=trust_remote_code, dtype=dtype),
+        weight,
     )
-    pair = TwinEncoder(tuned_model, frozen_model, weight)
     return pair.model(device().type)

@@ -34,7 +34,11 @@ def run(context: RunContext, folder: Path) -> None:
     tuned, out = context.path(TUNED), folder / MODEL
     if context.twin:
         pair = load_twin(
-            tuned, context.encoder, weight, trust_remote_code=context.trust_remote_code
+            tuned,
+            context.encoder,
+            weight,
+            trust_remote_code=context.trust_remote_code,
+            dtype="auto",  # saved in the base's type
         )
         pair.save_pretrained(str(out), create_model_card=False)
     else:
