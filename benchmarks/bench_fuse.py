@@ -13,7 +13,9 @@ The peers do what their users run:
 - loop: safetensors' ``safe_open`` and ``torch.lerp`` tensor by tensor, a shard saved at a time;
 - lm_cocktail: the arithmetic of LM_Cocktail.mix_models, ``sum(weight * state_dict[name])`` over
   whole state dicts in float32;
-- mergekit: method linear, in an environment of its own, where one is given.
+- mergekit: method linear, in an environment of its own, where one is given;
+- sentence_transformers: ``SentenceTransformer.merge`` and ``save_pretrained``, where mergekit is
+  installed; refine_fast_merge is our ``merge`` in its place.
  "device" is no merge but the floor under one: the bytes of both inputs read and those of the output
 written, all past the page cache and at once, with no arithmetic in between.
 """
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import mmap
 import os
@@ -34,6 +37,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import record
 import torch
@@ -46,6 +50,7 @@ import refine_fast as rf
 WEIGHT = 0.35
 IN_USE = "cold, memory in use"
 REST = 25  # seconds in which the host takes some 16 GB back
+IN_MEMORY = ("lm_cocktail", "mergekit", "sentence_transformers", "refine_fast_merge")
 SWEEP = (0.1, 0.2, 0.35, 0.5, 0.8)
 
 
@@ -158,23 +163,51 @@ def lm_cocktail(root: Path) -> None:
     flush(root / "out")
 
 
+def stored_dtype(root: Path) -> str:
+    """torch's name of the type of base's tensors."""
+    with safe_open(next((root / "base").glob("*.safetensors")), "pt") as shard:
+        stored = shard.get_slice(next(iter(shard.keys()))).get_dtype()
+    return {"BF16": "bfloat16", "F32": "float32"}[stored]
+
+
 def mergekit(command: str, root: Path) -> None:
     models = [
         {"model": str(root / name), "parameters": {"weight": w}}
         for name, w in (("base", 1 - WEIGHT), ("tuned", WEIGHT))
     ]
     recipe = root / "mergekit.yaml"
-    with safe_open(next((root / "base").glob("*.safetensors")), "pt") as shard:
-        dtype = {"BF16": "bfloat16", "F32": "float32"}[
-            shard.get_slice(next(iter(shard.keys()))).get_dtype()
-        ]
-    recipe.write_text(json.dumps({"models": models, "merge_method": "linear", "dtype": dtype}))
+    rule = {"models": models, "merge_method": "linear", "dtype": stored_dtype(root)}
+    recipe.write_text(json.dumps(rule))
     subprocess.run(
         [command, recipe, root / "out", "--no-copy-tokenizer", "--no-write-model-card"],
         check=True,
         capture_output=True,
     )
     flush(root / "out")
+
+
+def merge_and_save(merge: Callable[..., Any], root: Path) -> None:
+    """In float32, as is the default of both, then in the type of the inputs."""
+    merged = merge(
+        [str(root / "base"), str(root / "tuned")],
+        parameters={"weight": [1 - WEIGHT, WEIGHT]},
+        out_dtype=stored_dtype(root),
+        local_files_only=True,
+    )
+    merged.save_pretrained(str(root / "out"), create_model_card=False)
+    flush(root / "out")
+
+
+def sentence_transformers(root: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    merge_and_save(SentenceTransformer.merge, root)
+
+
+def refine_fast_merge(root: Path) -> None:
+    from refine_fast.integrations.sentence_transformers import merge
+
+    merge_and_save(merge, root)
 
 
 def huge_pages(size: int) -> memoryview:
@@ -249,7 +282,7 @@ def compare(
     if mode == "cold":
         peaks = {
             name: [record.peak_mb(partial(build, contestants[name], root))]
-            for name in ("refine_fast", "loop")
+            for name in ("refine_fast", "loop", "sentence_transformers", "refine_fast_merge")
             if name in contestants
         }
         record.save(
@@ -287,6 +320,14 @@ def main() -> None:
         "loop": loop,
         "lm_cocktail": lm_cocktail,
     }
+    if importlib.util.find_spec("mergekit") is None:
+        print(
+            "sentence_transformers is left out, since it merges through mergekit:"
+            " pip install 'sentence-transformers[merge]'"
+        )
+    else:
+        contestants["sentence_transformers"] = sentence_transformers
+        contestants["refine_fast_merge"] = refine_fast_merge
     if arguments.mergekit:
         contestants["mergekit"] = partial(mergekit, arguments.mergekit)
     contestants = {name: run for name, run in contestants.items() if name not in arguments.skip}
@@ -297,11 +338,7 @@ def main() -> None:
             make_model(small / name, 0.44, 1, torch.float32, seed)
         shape: dict[str, object] = {"gb": arguments.gb, "shards": 3}
         compare(large, contestants, mode="cold", rounds=arguments.rounds, dtype="bf16", shape=shape)
-        fast = {
-            name: run
-            for name, run in contestants.items()
-            if name not in ("lm_cocktail", "mergekit")
-        }
+        fast = {name: run for name, run in contestants.items() if name not in IN_MEMORY}
         compare(large, fast, mode=IN_USE, rounds=arguments.rounds, dtype="bf16", shape=shape)
         del contestants["device"]
         contestants["refine_fast_sweep_5"] = sweep

@@ -6,6 +6,7 @@ so no weights are needed."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from collections.abc import Callable
@@ -20,6 +21,7 @@ pytest.importorskip("datasets", reason="needs the pipeline: pip install '.[pipel
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.util import mine_hard_negatives as theirs
 from tokenizers import Tokenizer
@@ -317,10 +319,119 @@ def test_errors(
         ours(single.remove_columns("answer"), model)
 
 
-def test_a_distance_is_refused(model: SentenceTransformer, single: Dataset) -> None:
-    before, model.similarity_fn_name = model.similarity_fn_name, "euclidean"
-    try:
-        with pytest.raises(ValueError, match="similarity is euclidean"):
-            ours(single, model)
-    finally:
-        model.similarity_fn_name = before
+class Numbers:
+    """No SentenceTransformer: only what sentence-transformers' function calls. The score of two
+    texts falls with the difference of the numbers in them."""
+
+    device = torch.device("cpu")
+
+    def encode_query(self, texts: list[str], **_: Any) -> np.ndarray:
+        return np.array([[float(text.split()[-1])] for text in texts], np.float32)
+
+    encode_document = encode_query
+
+    def similarity(self, queries: np.ndarray, texts: torch.Tensor) -> torch.Tensor:
+        return -(torch.as_tensor(queries) - torch.as_tensor(texts).T).abs()
+
+    def similarity_pairwise(self, queries: np.ndarray, texts: torch.Tensor) -> torch.Tensor:
+        return -(torch.as_tensor(queries) - torch.as_tensor(texts)).abs()[:, 0]
+
+
+NUMBERED = Dataset.from_dict({"question": ["q 1", "q 20"], "answer": ["a 2", "a 26"]})
+MORE_NUMBERS = [f"a {i}" for i in range(3, 30, 4)]
+
+
+class ByDistance(SentenceTransformer):
+    """Says "cosine" and compares by a distance."""
+
+    def similarity(self, *rows: Any) -> torch.Tensor:
+        return -torch.cdist(*map(torch.as_tensor, rows), p=1)
+
+    def similarity_pairwise(self, *rows: Any) -> torch.Tensor:
+        left, right = map(torch.as_tensor, rows)
+        return -(left - right).abs().sum(-1)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean", "manhattan"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"range_max": 5, "absolute_margin": 0.05, "sampling_strategy": "random"}],
+    ids=str,
+)
+def test_every_similarity(
+    model: SentenceTransformer, single: Dataset, similarity: str, arguments: dict[str, Any]
+) -> None:
+    other = SentenceTransformer(modules=list(model), device="cpu", similarity_fn_name=similarity)
+    same(single, other, corpus=OTHERS, output_scores=True, **arguments)
+
+
+def test_a_similarity_of_its_own(model: SentenceTransformer, single: Dataset) -> None:
+    by_class = ByDistance(modules=list(model), device="cpu")
+    by_instance = SentenceTransformer(modules=list(model), device="cpu")
+    by_instance.similarity = by_class.similarity
+    by_instance.similarity_pairwise = by_class.similarity_pairwise
+    by_attribute = SentenceTransformer(modules=list(model), device="cpu", similarity_fn_name="dot")
+    by_attribute._similarity = by_class.similarity
+    by_attribute._similarity_pairwise = by_class.similarity_pairwise
+    for other in (by_class, by_instance, by_attribute):
+        found = same(single, other, corpus=OTHERS, output_scores=True)
+        assert max(found["scores"][0]) < 0
+    assert found["negative"] != ours(single, model, corpus=OTHERS, verbose=False)["negative"]
+
+
+def test_a_model_of_another_class() -> None:
+    found = same(NUMBERED, Numbers(), corpus=MORE_NUMBERS, output_scores=True, num_negatives=2)  # type: ignore[arg-type]
+    assert found["negative"] == ["a 3", "a 7", "a 19", "a 23"]
+
+
+def test_a_router_and_its_prompts(model: SentenceTransformer, single: Dataset) -> None:
+    (static,) = model
+    table = static.embedding.weight.detach().flip(0).clone()
+    routed = Router.for_query_document(
+        query_modules=[static],
+        document_modules=[StaticEmbedding(static.tokenizer, embedding_weights=table)],
+    )
+    prompts = {"query": "query : ", "document": "Copy "}
+    other = SentenceTransformer(modules=[routed], device="cpu", prompts=prompts)
+    found = same(single, other, corpus=OTHERS, output_scores=True)
+    assert found["negative"] != ours(single, model, corpus=OTHERS, verbose=False)["negative"]
+
+
+def test_half_precision(model: SentenceTransformer, single: Dataset) -> None:
+    half = SentenceTransformer(modules=copy.deepcopy(list(model)), device="cpu").half()
+    mine, peer = (
+        mined(single, half, corpus=OTHERS, output_scores=True, verbose=False)
+        for mined in (ours, theirs)
+    )
+    np.testing.assert_allclose(mine["scores"], peer["scores"], atol=2e-3)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_text_without_a_token(
+    model: SentenceTransformer, half: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its row is all zeros; in half precision sentence-transformers makes NaN of it, which would
+    be the most similar of all."""
+    if half:
+        model = SentenceTransformer(modules=copy.deepcopy(list(model)), device="cpu").half()
+    pairs = Dataset.from_dict({"question": ["planet", ""], "answer": ["Jupiter is", "light"]})
+    rule = {"num_negatives": 1, "min_score": 1e-4, "output_scores": True, "verbose": False}
+    with caplog.at_level("WARNING"):
+        found = ours(pairs, model, corpus=["", "the largest planet"], **rule)  # type: ignore[arg-type]
+    assert (found["question"], found["negative"]) == (["planet"], ["the largest planet"])
+    assert ("NaN or Inf in the embeddings of 1 texts, first ''" in caplog.text) == half
+
+
+def test_what_no_model_can_answer(model: SentenceTransformer, single: Dataset) -> None:
+    with pytest.raises(ValueError, match="model is None and there are no embeddings"):
+        ours(single, None)
+    other = ByDistance(modules=list(model), device="cpu")
+    with pytest.raises(ValueError, match="order='skip_then_band' needs a SentenceTransformer"):
+        ours(single, other, order="skip_then_band")
+
+    class TwoScores(WordOverlap):
+        def predict(self, pairs: list[tuple[str, str]], **_: Any) -> torch.Tensor:
+            return torch.zeros(len(pairs), 2)
+
+    with pytest.raises(ValueError, match=r"one score per pair \(got 2\)"):
+        ours(single, model, cross_encoder=TwoScores(), max_score=0.5, verbose=False)  # type: ignore[arg-type]

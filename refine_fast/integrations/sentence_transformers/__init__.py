@@ -11,6 +11,7 @@ _SUBMODULE = {
     "CachedFusedMultipleNegativesRankingLoss": "losses",
     "FusedMultipleNegativesRankingLoss": "losses",
     "TwinEncoder": "twin",
+    "merge": "merging",
     "mine_hard_negatives": "mining",
 }
 __all__ = sorted(_SUBMODULE)

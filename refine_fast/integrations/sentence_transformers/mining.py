@@ -65,6 +65,10 @@ def mine_hard_negatives(
     """Mines negatives for a dataset of (anchor, positive) pairs; a drop-in for
     ``sentence_transformers.util.mine_hard_negatives`` (6.2).
 
+    A model that scores its embeddings by anything but its class's own cosine or dot product (a
+    distance, a similarity of its own, an encoder that is no SentenceTransformer) is left to
+    sentence-transformers' code, at its cost and with its rows.
+
     Args:
         range_max: None searches the whole corpus, not a few dozen ranks beyond range_min, so that a
             row is missing only where the corpus has too few negatives. "random" still draws from as
@@ -73,7 +77,7 @@ def mine_hard_negatives(
         use_faiss, faiss_batch_size: accepted and ignored; the search is always exact.
         order: "band_then_skip" skips range_min documents among those that pass the filters, as
             sentence-transformers does; "skip_then_band" skips the most similar of all first, which
-            is REFINE's rule (arXiv 2410.12890, section 3.2).
+            is REFINE's rule (arXiv 2410.12890, section 3.2); for cosine and dot product only.
         embeddings: those of the unique anchors and of the unique texts of corpus + positives, each
             in order of first appearance, instead of ``model`` (pass None). Rows of any length:
             scores are cosines.
@@ -84,8 +88,12 @@ def mine_hard_negatives(
         A dataset in ``output_format``.
 
     Raises:
-        ValueError: as in sentence-transformers, and for a model whose similarity is a distance.
+        ValueError: as in sentence-transformers; neither a model nor embeddings; "skip_then_band"
+            with a model that is left to sentence-transformers.
     """
+    if embeddings is None and not _compares_by_cosine(model):
+        given = {name: x for name, x in locals().items() if name not in ("order", "embeddings")}
+        return _theirs(given, order)
     if len(dataset) == 0:
         raise ValueError("the dataset is empty; give at least one (anchor, positive) pair")
     columns = dataset.column_names
@@ -260,6 +268,39 @@ def mine_hard_negatives(
     return mined
 
 
+def _compares_by_cosine(model: object) -> bool:
+    """Whether sentence-transformers would score this model's unit rows by their cosines."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import SimilarityFunction
+
+    if not isinstance(model, SentenceTransformer):
+        return False
+    name = model.similarity_fn_name  # sets the two functions below
+    functions = {
+        "similarity": SimilarityFunction.to_similarity_fn(name),
+        "similarity_pairwise": SimilarityFunction.to_similarity_pairwise_fn(name),
+    }
+    return name in ("cosine", "dot") and all(
+        getattr(getattr(model, method), "__func__", None) is getattr(SentenceTransformer, method)
+        and getattr(model, f"_{method}", None) is function
+        for method, function in functions.items()
+    )
+
+
+def _theirs(given: dict[str, Any], order: str) -> Dataset:
+    """sentence-transformers' own ``mine_hard_negatives`` of the same arguments."""
+    from sentence_transformers.util import mine_hard_negatives as theirs
+
+    if given["model"] is None:
+        raise ValueError("model is None and there are no embeddings: give one of them")
+    if order != "band_then_skip":
+        raise ValueError(
+            f"order={order!r} needs a SentenceTransformer whose similarity is cosine or dot; set"
+            " model.similarity_fn_name to cosine, or give the embeddings"
+        )
+    return theirs(**given)
+
+
 def _numbered(texts: Iterable[str]) -> dict[str, int]:
     """Each text once, in order of appearance, with its number."""
     number: dict[str, int] = {}
@@ -279,12 +320,6 @@ def _encode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unit rows of the queries and of the corpus, through the cache files of sentence-transformers
     (same names, same content)."""
-    if model.similarity_fn_name not in ("cosine", "dot"):
-        found = model.similarity_fn_name
-        raise ValueError(
-            f"the model's similarity is {found}; set model.similarity_fn_name to cosine, which the"
-            " filters use"
-        )
     pool = None
     encoded = []
     try:
@@ -320,6 +355,15 @@ def _encode(
     finally:
         if pool is not None:
             model.stop_multi_process_pool(pool)
+    for role, rows in zip(texts, encoded, strict=True):
+        odd = np.flatnonzero(~np.isfinite(rows).all(1))
+        if len(odd):  # half precision divides the zeros of a text without a token by their length
+            logger.warning(
+                "NaN or Inf in the embeddings of %d texts, first %r: their scores count as 0",
+                len(odd),
+                texts[role][odd[0]],
+            )
+            rows[odd] = 0
     return encoded[0], encoded[1]
 
 
@@ -345,6 +389,11 @@ def _predict(
     finally:
         if pool is not None:
             cross_encoder.stop_multi_process_pool(pool)
+    if scores.ndim != 1:
+        raise ValueError(
+            f"cross_encoder must give one score per pair (got {scores.shape[1:].numel()}); use one"
+            " with num_labels=1"
+        )
     return list(scores.float().cpu().split([len(own) for own in rows]))
 
 
