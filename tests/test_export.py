@@ -28,7 +28,8 @@ from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.jsonl import read_records
 from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.encoder.load import load_encoder
-from refine_fast.pipeline.queries.export_formats import query_id
+from refine_fast.pipeline.queries import export_formats
+from refine_fast.pipeline.queries.export_formats import BEIR_FILES, query_id
 from refine_fast.pipeline.queries.user import load_queries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -403,7 +404,7 @@ def test_an_upgrade_does_not_make_a_run_stale(copied: Path, tmp_path: Path) -> N
     exported(copied, tmp_path, "triplets")
 
 
-def test_places_that_cannot_be_written(copied: Path, tmp_path: Path, capsys) -> None:
+def test_places_that_cannot_be_written(copied: Path, docs: Path, tmp_path: Path, capsys) -> None:
     def out(format: str, path: Path | str, *flags: str) -> str:
         return refusal(capsys, copied, "--format", format, "--out", str(path), *flags)
 
@@ -415,6 +416,7 @@ def test_places_that_cannot_be_written(copied: Path, tmp_path: Path, capsys) -> 
     assert "is inside the run folder" in out("triplets", inside, "--overwrite")
     assert "is inside the run folder" in out("beir", copied, "--overwrite")
     assert inside.read_bytes() == before
+    assert "the next run would read it as a document" in out("triplets", docs / "new.jsonl")
     (tmp_path / "a.jsonl").mkdir()
     assert "exists and is not a file" in out("triplets", tmp_path / "a.jsonl", "--overwrite")
     mine = tmp_path / "mine"
@@ -438,6 +440,26 @@ def test_a_folder_that_is_not_writable(whole: Path, tmp_path: Path, capsys) -> N
     flags = ["--format", "triplets", "--out", str(tmp_path / "a.jsonl")]
     assert main(["export", str(whole), *flags]) == 1
     assert "Permission denied" in capsys.readouterr().err
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported(whole, tmp_path, "beir")
+    (tmp_path / ".beir.tmp").mkdir()  # a kill left it
+    (tmp_path / ".beir.tmp" / "half.jsonl").write_text("{")
+    flags = ["export", str(whole), "--format", "beir", "--out", str(folder), "--overwrite"]
+    assert main([*flags, "--quiet"]) == 0
+    before = sorted(path.name for path in folder.iterdir())
+    assert before == sorted(BEIR_FILES)
+
+    def full(path: Path, pairs: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(export_formats, "_write_qrels", full)
+    assert main([*flags, "--quiet"]) == 1
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["beir"]
 
 
 def test_a_new_folder_is_made(whole: Path, tmp_path: Path) -> None:

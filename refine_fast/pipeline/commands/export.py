@@ -24,6 +24,7 @@ from ..artifacts import (
     similarity_unit,
     training_view,
 )
+from ..config import load_config
 from ..console import Console
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
@@ -144,6 +145,12 @@ def _checked_path(out: Path, format: str, target: str | None, overwrite: bool) -
                 f"--out: {target} is inside the run folder; give a path outside of it, or omit "
                 "--out."
             )
+        docs = _documents(out)
+        if docs is not None and real.is_relative_to(docs):
+            raise RefineFastError(
+                f"--out: {target} is inside the documents' folder {docs}, so the next run would "
+                "read it as a document; give another path."
+            )
     is_folder = format == "beir"
     if path.suffix != suffix and not is_folder:
         raise RefineFastError(
@@ -163,6 +170,15 @@ def _checked_path(out: Path, format: str, target: str | None, overwrite: bool) -
             "give another."
         )
     return path
+
+
+def _documents(out: Path) -> Path | None:
+    """The folder of the run's documents; None if it is gone, or if they are Python's own."""
+    try:
+        docs = load_config(None, {"out": out}).docs
+    except RefineFastError:  # a path in it does not exist any more
+        return None
+    return None if docs is None else docs.resolve()
 
 
 def _training_set(out: Path) -> TrainingSet:
