@@ -312,6 +312,11 @@ HARMLESS: dict[str, tuple[str, Change, list[str]]] = {
         ],
         [],
     ),
+    "a class of the model's own": (
+        "sbert",
+        change_modules(lambda modules: modules[0].update(type="custom_st.OwnTransformer")),
+        [],
+    ),
     "a special token more": (
         "bert",
         add_token(special=True),

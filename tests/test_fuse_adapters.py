@@ -15,6 +15,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM
 
 import refine_fast as rf
 from refine_fast.errors import RefineFastError
+from refine_fast.fuse.names import match_names
 
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
@@ -191,6 +192,19 @@ def test_an_adapter_of_a_model_with_a_head(tmp_path: Path, targets: list[str]) -
     for name, t in AutoModel.from_pretrained(tmp_path / "out").state_dict().items():
         wanted = merged.get(name, build("bert", 0).state_dict()[name])
         assert torch.allclose(t, wanted, atol=1e-5), name
+
+
+def test_names_under_a_longer_prefix() -> None:
+    """Of a model inside a model; a name that only looks like one stays without a partner."""
+    base = ["layer.0.query.weight", "layer.0.key.weight", "layer.1.query.weight", "norm.weight"]
+    tuned = ["model.text.layer.0.query.weight", "model.text.layer.1.query.weight"]
+    match = match_names(base, [*tuned, "other.norm.weight"])
+    assert match.pairs == {base[0]: tuned[0], base[2]: tuned[1]}
+    assert match.notes == ["2 names carry the prefix 'model.text.' in tuned only"]
+    assert match.extra == ["other.norm.weight"]
+    match = match_names(tuned, [base[0], base[2]])
+    assert match.pairs == {tuned[0]: base[0], tuned[1]: base[2]}
+    assert match.notes == ["2 names carry the prefix 'model.text.' in base only"]
 
 
 def test_an_adapter_of_the_head_alone(tmp_path: Path) -> None:

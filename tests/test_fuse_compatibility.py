@@ -156,6 +156,17 @@ def test_files_alone_have_no_surroundings(
     assert rf.fuse(*files, tmp_path / "out.safetensors").differences == []
 
 
+def test_dtypes_of_tensors_are_reported(
+    pair: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    base, tuned = pair("bert")
+    half = {name: t.bfloat16() for name, t in load_file(tuned / "model.safetensors").items()}
+    save_file(half, tuned / "model.safetensors", {"format": "pt"})
+    report = rf.fuse(base, tuned, tmp_path / "out")
+    said = f"the dtype of {len(half)} tensors is F32 in base and BF16 in tuned"
+    assert report.differences == [said]
+
+
 def slow(folder: Path) -> None:
     """The files that a tokenizer had before tokenizer.json."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -306,10 +307,11 @@ def make_plan(
             f" {ARCHITECTURES}"
         )
     weights.check_all_used()
+    plan.differences += _dtypes(plan)
     if plan.is_folder:
         whole = (tuned_path / MODULES).is_file()
         around = tuned_path if whole or adapter_path is None else adapter_path
-        plan.differences = _differences(base_path, around, force)
+        plan.differences += _differences(base_path, around, force)
     return plan
 
 
@@ -321,6 +323,20 @@ def _tuned_folders(base: Path, tuned: Path) -> dict[str, str]:
     if not ours or not theirs:
         return {folders_of(base)[0]: folders_of(tuned)[0]}
     return {a.folder: b.folder for a, b in pair_modules(ours, theirs)[0]}
+
+
+def _dtypes(plan: Plan) -> list[str]:
+    """The types of tensors that differ."""
+    counts = Counter(
+        (piece.base.dtype, piece.tuned.dtype)
+        for shard in plan.shards
+        for piece in shard.pieces
+        if piece.is_float and piece.tuned is not None and piece.base.dtype != piece.tuned.dtype
+    )
+    return [
+        f"the dtype of {count} tensors is {base} in base and {tuned} in tuned"
+        for (base, tuned), count in counts.items()
+    ]
 
 
 def _differences(base: Path, tuned: Path, force: bool) -> list[str]:
