@@ -18,14 +18,13 @@ from torch import Tensor
 
 from ...files import atomic
 from ...ops.band_topk import band_topk
+from .mined_rows import FORMATS, columns_of, print_report
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import CrossEncoder, SentenceTransformer
 
 logger = logging.getLogger(__name__)
-FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
-"""The output formats of sentence-transformers."""
 
 
 def mine_hard_negatives(
@@ -258,13 +257,13 @@ def mine_hard_negatives(
     negatives = [row[:num_negatives] for row in ranked]
 
     shape = num_negatives, output_format, output_scores, len(dataset)
-    table, possible = _rows(queries, texts, positives, positive_scores, negatives, *shape)
+    table, possible = columns_of(queries, texts, positives, positive_scores, negatives, *shape)
     names = {"anchor": anchor_column, "positive": positive_column}
     from datasets import Dataset
 
     mined = Dataset.from_dict({names.get(name, name): values for name, values in table.items()})
     if verbose:
-        _report(positive_scores, negatives, possible - len(mined), possible)
+        print_report(positive_scores, negatives, possible - len(mined), possible)
     return mined
 
 
@@ -417,87 +416,3 @@ def _ranked(
     if order == "skip_then_band":
         ranking, range_min, range_max = ranking[range_min:range_max], 0, range_max - range_min
     return [(i, s) for i, s in ranking if floor <= s <= ceiling][range_min:range_max]
-
-
-def _rows(
-    queries: list[str],
-    texts: list[str],
-    positives: list[list[int]],
-    positive_scores: list[Tensor],
-    negatives: list[list[tuple[int, float]]],
-    num_negatives: int,
-    output_format: str,
-    output_scores: bool,
-    pairs: int,
-) -> tuple[dict[str, list[Any]], int]:
-    """The columns of the result, and how many rows it could have had."""
-    per_tuple = [f"negative_{i}" for i in range(1, num_negatives + 1)]
-    names = {
-        "triplet": ["anchor", "positive", "negative"],
-        "n-tuple": ["anchor", "positive", *per_tuple],
-        "labeled-pair": ["anchor", "positive"],
-        "labeled-list": ["anchor", "positive"],
-    }[output_format]
-    label = {"labeled-pair": ("label", "score"), "labeled-list": ("labels", "scores")}.get(
-        output_format, (None, "scores")
-    )[output_scores]
-    rows: dict[str, list[Any]] = {name: [] for name in (*names, label) if name is not None}
-
-    def add(values: list[Any], labels: Any, scores: Any) -> None:
-        for name, value in zip(names, values, strict=True):
-            rows[name].append(value)
-        if label is not None:
-            rows[label].append(scores if output_scores else labels)
-
-    for query, own, own_scores, found in zip(
-        queries, positives, positive_scores, negatives, strict=True
-    ):
-        found_texts, found_scores = [texts[i] for i, _ in found], [s for _, s in found]
-        for row, score in zip(own, own_scores.tolist(), strict=True):
-            if output_format == "triplet":
-                for text, s in zip(found_texts, found_scores, strict=True):
-                    add([query, texts[row], text], None, [score, s])
-            elif output_format == "n-tuple" and len(found) == num_negatives:
-                add([query, texts[row], *found_texts], None, [score, *found_scores])
-            elif output_format == "labeled-pair":
-                add([query, texts[row]], 1, score)
-            elif output_format == "labeled-list" and found:
-                add(
-                    [query, [texts[row], *found_texts]],
-                    [1] + [0] * len(found),
-                    [score, *found_scores],
-                )
-        if output_format == "labeled-pair":
-            for text, s in zip(found_texts, found_scores, strict=True):
-                add([query, text], 0, s)
-    total = sum(len(own) for own in positives)
-    possible = {
-        "triplet": total * num_negatives,
-        "labeled-pair": len(queries) * num_negatives + pairs,
-    }
-    return rows, possible.get(output_format, total)
-
-
-def _report(
-    positive_scores: list[Tensor],
-    negatives: list[list[tuple[int, float]]],
-    missing: int,
-    possible: int,
-) -> None:
-    groups = [
-        ("Positive", torch.cat(positive_scores)),
-        ("Negative", torch.tensor([s for row in negatives for _, s in row])),
-    ]
-    print(
-        f"{'':10}{'count':>10}{'mean':>10}{'min':>10}{'25%':>10}{'50%':>10}{'75%':>10}{'max':>10}"
-    )
-    for name, scores in groups:
-        if len(scores):
-            figures = [scores.mean(), *np.quantile(scores.numpy(), [0, 0.25, 0.5, 0.75, 1])]
-            print(f"{name:10}{len(scores):>10,}" + "".join(f"{float(x):>10.4f}" for x in figures))
-    if missing > 0:
-        print(
-            f"Could not find enough negatives for {missing} samples ({missing / possible:.2%}). "
-            "Raise max_score or range_max, or lower min_score, range_min or the margins, to find"
-            " more."
-        )
