@@ -45,6 +45,7 @@ COVERED: dict[str, dict[str, Any]] = {
         "partition_mode": "per_direction",
     },
 }
+SYMMETRIC = COVERED["symmetric"]
 PASSED_ON: dict[str, dict[str, Any]] = {
     "all directions": {
         "directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -281,3 +282,45 @@ def test_negatives_gathered_from_two_processes(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", [FUSED, CACHED_FUSED])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_distillation_from_the_labels(kind: Any, symmetric: bool) -> None:
+    """Against the whole matrix and torch's cross-entropy with probabilities."""
+    torch.manual_seed(0)
+    parts = [torch.randn(5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    labels = torch.randn(5, 2, dtype=torch.float64)
+    loss = kind(
+        MODEL, scale=10.0, distill=0.4, distill_temperature=0.5, **(SYMMETRIC if symmetric else {})
+    )
+    if kind is FUSED:
+        found = loss.compute_loss_from_embeddings(parts, labels)
+    else:
+        found = loss.calculate_loss([[part] for part in parts], labels)
+    q, positive, negative = (nn.functional.normalize(part, dim=1) for part in parts)
+    teacher = (labels.float() / 0.5).softmax(1).double()
+    target = torch.cat([torch.diag(0.6 + 0.4 * teacher[:, 0]), torch.diag(0.4 * teacher[:, 1])], 1)
+    expected = nn.functional.cross_entropy(10 * q @ torch.cat([positive, negative]).T, target)
+    if symmetric:
+        back = nn.functional.cross_entropy(10 * positive @ q.T, torch.arange(5))
+        expected = (expected + back) / 2
+    torch.testing.assert_close(found, expected)
+    ours_, theirs = (torch.autograd.grad(x, parts, retain_graph=True) for x in (found, expected))
+    torch.testing.assert_close(ours_, theirs)
+    assert loss.get_config_dict()["distill"] == 0.4
+
+
+def test_distillation_that_cannot_work_is_refused() -> None:
+    parts = [torch.randn(5, 8) for _ in range(3)]
+    for arguments, words in (
+        ({"distill": 2}, "between 0 and 1"),
+        ({"distill": 0.5, "distill_temperature": 0.0}, "a positive number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            FUSED(MODEL, **arguments)
+    with pytest.raises(ValueError, match=r"labels of shape \(5, 2\).*got labels of shape \(5,\)"):
+        FUSED(MODEL, distill=0.5).compute_loss_from_embeddings(parts, torch.zeros(5))
+    hardened = FUSED(MODEL, distill=0.5, hardness_mode="in_batch_negatives", hardness_strength=1.0)
+    with pytest.raises(ValueError, match="set distill=0"):
+        hardened.compute_loss_from_embeddings(parts, torch.zeros(5, 2))
