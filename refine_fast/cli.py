@@ -27,19 +27,19 @@ LAST_STAGE = {
 }
 """Command -> the last stage that it does."""
 
-OK, FAILED, BAD_INPUT, LOCKED, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, BAD_INPUT, LOCKED, KEPT_BASE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 EXAMPLES = """examples:
   refine-fast run --out demo                      try it on Python's documentation
   refine-fast run docs/ --model BAAI/bge-small-en-v1.5 --out run
-  refine-fast run docs/ --out run --queries queries.jsonl --ood beir/scifact \\
-      --band auto --weight auto
+  refine-fast run docs/ --out run --queries queries.jsonl --ood beir/scifact
   refine-fast run --out run                       resume a run that was stopped
   refine-fast mine --out run --skip 3             redo mining with another setting
   refine-fast eval minilm run/model --data beir/scifact
   refine-fast fuse base/ tuned/ --out fused/ --weight 0.5
 
-exit codes: 0 success, 1 failure, 2 bad input, 3 the run folder is in use, 130 Ctrl-C"""
+exit codes: 0 success, 1 failure, 2 bad input, 3 the run folder is in use,
+4 no fine-tuned model was better, so the base model was kept, 130 Ctrl-C"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +91,7 @@ def perform(options: argparse.Namespace) -> int:
     try:
         isa()  # a bad REFINE_FAST_ISA ends the command here, not hours later
         with console.warnings():
-            options.work(options, console)
+            code = options.work(options, console)
     except LockedError as error:
         console.error(str(error))
         return LOCKED
@@ -110,7 +110,7 @@ def perform(options: argparse.Namespace) -> int:
         where, reason = error.filename or "a file", error.strerror or error
         console.error(f"{where}: {reason}; fix this and run the same command to resume.")
         return FAILED
-    return OK
+    return code or OK
 
 
 def raised_by_an_operation(error: Exception) -> bool:
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(
-        name: str, work: Callable[..., None], help: str, example: str
+        name: str, work: Callable[..., int | None], help: str, example: str
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
@@ -382,20 +382,23 @@ def shown(value: Any) -> str:
 
 def config_of(options: argparse.Namespace) -> RunConfig:
     """The configuration that the flags and the YAML file describe."""
-    from .pipeline.config import QUICK, RunConfig, load_config
+    from .pipeline.config import RunConfig, load_config
+    from .pipeline.recipes import QUICK
 
     given = vars(options)
     flags = {name: given[name] for name in RunConfig.model_fields if name in given}
     return load_config(options.config, {**(QUICK if options.quick else {}), **flags})
 
 
-def run(options: argparse.Namespace, console: Console) -> None:
+def run(options: argparse.Namespace, console: Console) -> int:
     """Does the stages of a run up to the command's last one."""
     from .pipeline.commands.summary import show_run
     from .pipeline.runner import run
 
     context = run(config_of(options), console=console, until=LAST_STAGE[options.command])
     show_run(context, options.command)
+    whole = LAST_STAGE[options.command] == "report"
+    return KEPT_BASE if whole and context.kept_base else OK
 
 
 def plan(options: argparse.Namespace, console: Console) -> None:

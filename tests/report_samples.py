@@ -35,7 +35,7 @@ def set_scores(name: str, changes: Sequence[float], queries: int = 400) -> SetSc
         weight: answered(0.6 + change, queries)
         for weight, change in zip(WEIGHTS, (0.0, *changes), strict=True)
     }
-    return SetScores(name, 1000, answered(0.5, queries), at_weight)
+    return SetScores(name=name, passages=1000, bm25=answered(0.5, queries), at_weight=at_weight)
 
 
 UP, SAME, DOWN = (0.05, 0.1, 0.2), (0.0, 0.0, 0.0), (-0.05, -0.1, -0.2)
@@ -70,9 +70,12 @@ def report_data() -> ReportData:
             rng.normal(0.5, 0.1, 500),
             (triple,),
         ),
-        Training("all-MiniLM-L6-v2", 0.02, 1e-4, 64, 1, 129, 2021, "bf16", 17, (1.2, 0.7)),
+        Training(
+            "all-MiniLM-L6-v2", 0.02, 1e-4, 64, 1, 129, 2021, "bf16", 17, "InfoNCE", (1.2, 0.7)
+        ),
         0.35,
         None,
+        (set_scores("your documents", UP), set_scores("general knowledge", SAME)),
         set_scores("own", UP),
         [set_scores("scifact", SAME, 300), set_scores("travel", SAME, 500)],
         {"python": "3.11", "refine_fast": "0.1.0"},

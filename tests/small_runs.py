@@ -14,6 +14,8 @@ SMALL = {
     "queries_per_chunk": 2,
     "chunk_tokens": 64,
     "curve": (0, 1),
+    "weight": 0.35,
+    "epochs": 1,
     "band": (-0.9, 1),
     "precision": "fp32",
     "ood": (),
@@ -26,16 +28,20 @@ STAGES = [
     "embed",
     "mine",
     "train",
+    "curve 0.0",
+    "curve 0.35",
+    "curve 1.0",
+    "choose",
     "score BM25",
-    "score 0.0",
-    "score 0.35",
-    "score 1.0",
+    "score base",
+    "score fine-tuned",
+    "score fused",
     "fuse",
     "report",
 ]
 
 
-ALL = [*STAGES, "score 0.5"]
+ALL = [*STAGES, "curve 0.5"]
 
 
 def outputs(out: Path) -> dict[str, dict[str, str]]:

@@ -34,7 +34,7 @@ PIPELINE_LAYERS = [
     {"queries"},
     {"training", "evaluation"},
     {"reporting"},
-    {"artifacts", "config_values", "console", "code_version"},
+    {"artifacts", "config_values", "console", "code_version", "recipes"},
     {"config", "engine"},
     {"context", "preflight"},
     {"stages"},

@@ -243,7 +243,7 @@ def ranked_scores(
         return np.stack([vectors[text] for text in texts])
 
     monkeypatch.setattr(evaluate, "encode", encode)
-    return evaluate.score(None, data).per_query  # type: ignore[arg-type]
+    return evaluate.score(None, [data])[0].per_query  # type: ignore[arg-type]
 
 
 @settings(max_examples=60, deadline=None)

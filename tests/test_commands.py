@@ -9,7 +9,6 @@ import pytest
 
 from refine_fast.cli import main
 from refine_fast.pipeline.encoder.load import load_encoder
-from refine_fast.pipeline.training.memory import MINI_BATCH
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
 
@@ -97,6 +96,8 @@ def test_plan_writes_nothing(tmp_path: Path, tiny: Path, docs: Path, whole: Path
         "64",
         "--batch-size",
         "8",
+        "--epochs",
+        "1",
         "--json",
         "--quiet",
     ]
@@ -106,7 +107,8 @@ def test_plan_writes_nothing(tmp_path: Path, tiny: Path, docs: Path, whole: Path
     assert plan["chunks"] == sum(1 for _ in (whole / "chunks.jsonl").open())
     assert plan["training_queries"] == sum(1 for _ in (whole / "queries.jsonl").open())
     assert plan["steps"] == json.loads((whole / "training.json").read_text())["steps"]
-    assert plan["mini_batch"] == MINI_BATCH
+    batch = 8 * (1 + 1)  # a third of the machine's memory holds it
+    assert plan["mini_batch"] == 8 + batch
     assert 0.88 < plan["training_gb"] < 1
 
 

@@ -14,7 +14,8 @@ import pytest
 from refine_fast import cli
 from refine_fast.cli import join_negative_values, main, parser
 from refine_fast.errors import RefineFastError
-from refine_fast.pipeline.config import QUICK, RunConfig, load_config
+from refine_fast.pipeline.config import RunConfig, load_config
+from refine_fast.pipeline.recipes import QUICK, RECIPES
 
 BAND = (
     "must be auto, or two cosine similarities LOW,HIGH with -1 <= LOW < HIGH <= 1, such as 0.5,0.7."
@@ -34,7 +35,7 @@ BAD_FLAGS = [
     ("--lr", "0", "lr: 0 must be a number > 0."),
     ("--lr", "fast", "lr: fast must be a number > 0."),
     ("--lr", "nan", "lr: nan must be a number > 0."),
-    ("--epochs", "inf", "epochs: inf must be a number > 0."),
+    ("--epochs", "inf", "epochs: inf must be a number > 0, or auto."),
     ("--temperature", "-0.1", "temperature: -0.1 must be a number > 0."),
     ("--warmup", "2", "warmup: 2 must be a number >= 0 and <= 1."),
     ("--held-out", "0.6", "held_out: 0.6 must be a number > 0 and <= 0.5."),
@@ -331,3 +332,17 @@ def test_every_flag_that_a_message_names_exists() -> None:
 
 OTHERS = {"--local-dir"}
 """Flags of other programs that our texts name."""
+
+
+def test_recipes(tmp_path: Path) -> None:
+    """--recipe paper sets the paper's constants, any flag overrides them, and the recipe of a saved
+    configuration can be changed."""
+    best, paper = (RunConfig(out=tmp_path, recipe=name) for name in ("best", "paper"))
+    assert RunConfig(out=tmp_path) == best
+    assert (best.band, best.weight, best.distill) == ("auto", "auto", "auto")
+    assert {name: getattr(paper, name) for name in RECIPES["paper"]} == RECIPES["paper"]
+    assert RunConfig(out=tmp_path, recipe="paper", skip=3).skip == 3
+    (tmp_path / "config.yaml").write_text(best.model_copy(update={"seed": 7}).to_yaml())
+    changed = load_config(None, {"out": str(tmp_path), "recipe": "paper", "band": "0.1,0.2"})
+    assert (changed.seed, changed.weight, changed.band) == (7, 0.35, (0.1, 0.2))
+    assert load_config(None, {"out": str(tmp_path)}).weight == "auto"

@@ -15,12 +15,13 @@ from sentence_transformers import SentenceTransformer
 
 from refine_fast.cli import main
 from refine_fast.pipeline import RunConfig, run
-from refine_fast.pipeline.artifacts import read_scores
+from refine_fast.pipeline.artifacts import TUNED, read_scores, score_file
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.encoder.load import load_encoder
+from refine_fast.pipeline.encoder.weighted import encoder_at
 from refine_fast.pipeline.evaluation.evaluate import score
-from refine_fast.pipeline.stages.score import encoder_at, retrieval_sets
+from refine_fast.pipeline.stages.score import test_sets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +54,7 @@ def test_the_report_is_of_the_product(kind: str, tmp_path: Path, minilm: Path) -
         docs=documents(tmp_path),
         model=str(tmp_path / "base"),
         curve=(0, 1),
+        weight=0.35,
         band=(-1, 1),
         skip=2,
         max_steps=2,
@@ -63,18 +65,19 @@ def test_the_report_is_of_the_product(kind: str, tmp_path: Path, minilm: Path) -
         **KINDS[kind],
     )
     context = run(config, console=Console(quiet=True))
-    product, scored = load_encoder(context.model), encoder_at(context, 0.35)
+    product = load_encoder(context.model)
+    scored = encoder_at(0.35, context.encoder, context.path(TUNED), twin=context.twin)
     for role in ("query", "document"):
         ours, theirs = (
             encode(model, ["a pump", "the mill rests"], role=role, bf16=False)
             for model in (product, scored)
         )
         np.testing.assert_array_equal(ours, theirs)
-    for name, data in retrieval_sets(context).items():
-        scored = read_scores(context.out, 0.35)[name]
-        again = score(product, data, bf16=False)
-        for metric, values in scored.per_query.items():
-            np.testing.assert_array_equal(again.per_query[metric], values)
+    saved = read_scores(context.path(score_file("fused")))
+    again = score(product, list(test_sets(context).values()), bf16=False)
+    for before, after in zip(saved.values(), again, strict=True):
+        for metric, values in before.per_query.items():
+            np.testing.assert_array_equal(after.per_query[metric], values)
     card = (context.model / "README.md").read_text()
     report = (context.out / "report.md").read_text()
     for text in (card, report):

@@ -18,10 +18,16 @@ from refine_fast.pipeline.corpus.beir import RetrievalSet, load_beir
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.evaluation.bm25 import score_bm25
+from refine_fast.pipeline.evaluation.choice import (
+    FORGETS,
+    NO_QUERIES,
+    NOT_BETTER,
+    choose_weight,
+)
 from refine_fast.pipeline.evaluation.evaluate import evaluate_models, rank, score
 from refine_fast.pipeline.evaluation.metrics import METRICS, score_ranking
 from refine_fast.pipeline.evaluation.scores import Scores
-from refine_fast.pipeline.evaluation.significance import choose_weight, gain
+from refine_fast.pipeline.evaluation.significance import gain
 from refine_fast.pipeline.queries.query import Query
 from refine_fast.pipeline.queries.splits import held_out_set, split_by_document
 
@@ -101,7 +107,8 @@ def test_metrics_equal_sentence_transformers(model, name: str) -> None:
         precision_recall_at_k=[1, 3, 5, 10, 100],
     )
     expected = theirs(model)
-    ours = score(model, data, bf16=False).metrics  # in bf16 the two would differ by their batches
+    # in bf16 the two would differ by their batches
+    ours = score(model, [data], bf16=False)[0].metrics
     assert 0.1 < ours["recall@1"] < 0.95  # neither trivial nor hopeless: every metric can differ
     for metric in METRICS:
         assert ours[metric] == pytest.approx(expected[f"cosine_{metric}"], abs=1e-9), metric
@@ -109,7 +116,11 @@ def test_metrics_equal_sentence_transformers(model, name: str) -> None:
 
 def test_score_encodes_ranks_and_counts(model, data: RetrievalSet) -> None:
     calls: list[tuple[int, int]] = []
-    scores = score(model, data, bf16=False, batch_size=4, progress=lambda *c: calls.append(c))
+    # the same texts in two sets are encoded once
+    scores, again = score(
+        model, [data, data], bf16=False, batch_size=4, progress=lambda *c: calls.append(c)
+    )
+    assert again.metrics == scores.metrics
     docs, queries = (
         encode(model, texts, role=role, bf16=False)
         for texts, role in ((data.docs, "document"), (data.queries, "query"))
@@ -188,38 +199,38 @@ def test_verdict(change: float, verdict: str) -> None:
     assert gain(np.zeros(400), noise - noise.mean() + change).verdict == verdict
 
 
-def curve(means: dict[float, float]) -> dict[float, Scores]:
-    noise = np.random.default_rng(0).normal(0, 0.1, (len(means), 400))
+def curve(means: dict[float, float], queries: int = 400) -> dict[float, Scores]:
+    noise = np.random.default_rng(0).normal(0, 0.1, (len(means), queries))
     noise -= noise.mean(1, keepdims=True)
     return {w: Scores({"ndcg@10": noise[i] + mean}) for i, (w, mean) in enumerate(means.items())}
 
 
 @pytest.mark.parametrize(
-    ("means", "weight"),
+    ("dev", "guard", "weight", "refused"),
     [
-        (
-            {0.0: 0.50, 0.35: 0.60, 1.0: 0.70},
-            1.0,
-        ),  # each step is far above the standard error, about .007
-        ({0.0: 0.50, 0.35: 0.699, 1.0: 0.70}, 0.35),  # as good as the best within the error
-        ({0.0: 0.60, 0.35: 0.58, 1.0: 0.40}, 0.0),  # tuning hurt
-        ({1.0: 0.70, 0.35: 0.699, 0.0: 0.50}, 0.35),  # in whatever order they came
+        # the standard error of a gain is about .007
+        ((0.50, 0.60, 0.70), (0.80, 0.80, 0.80), 1.0, None),
+        ((0.50, 0.60, 0.70), (0.80, 0.797, 0.795), 0.35, None),  # 1.0 loses .6 percent
+        ((0.50, 0.60, 0.70), (0.80, 0.795, 0.79), 0.0, FORGETS),
+        ((0.50, 0.60, 0.70), (0.80, 0.9, 0.79), 0.35, None),
+        ((0.60, 0.605, 0.40), (0.80, 0.80, 0.80), 0.0, NOT_BETTER),
+        ((0.60, 0.58, 0.40), (0.80, 0.70, 0.60), 0.0, NOT_BETTER),
     ],
 )
-def test_choose_weight(means: dict[float, float], weight: float) -> None:
-    assert choose_weight(curve(means)) == weight
+def test_choose_weight(
+    dev: tuple[float, ...], guard: tuple[float, ...], weight: float, refused: str | None
+) -> None:
+    weights = (0.0, 0.35, 1.0)
+    on_dev, on_guard = (curve(dict(zip(weights, x, strict=True))) for x in (dev, guard))
+    chosen = choose_weight(dict(reversed(on_dev.items())), on_guard, tolerance=0.005)
+    assert (chosen.weight, chosen.refused) == (weight, refused)
+    assert chosen.gain.mean == pytest.approx(dev[weights.index(chosen.best)] - dev[0])
 
 
-def test_choose_weight_on_a_single_query() -> None:
-    assert (
-        choose_weight(
-            {
-                w: Scores({"ndcg@10": np.array([mean])})
-                for w, mean in {0.0: 0.5, 0.35: 1.0, 1.0: 0.6}.items()
-            }
-        )
-        == 0.35
-    )
+def test_without_queries_the_base_is_kept() -> None:
+    nothing = curve({0.0: 0.5, 1.0: 0.6}, queries=0)
+    chosen = choose_weight(nothing, curve({0.0: 0.5, 1.0: 0.5}), tolerance=0.005)
+    assert (chosen.weight, chosen.refused) == (0.0, NO_QUERIES)
 
 
 @pytest.mark.parametrize("name", [SMALL, "dstc11_travel"])

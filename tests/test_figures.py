@@ -33,10 +33,16 @@ def test_recall_figure_draws_the_recalls(data: ReportData) -> None:
         return Scores({f"recall@{k}": np.array([share + k / 100]) for k in ks})
 
     own = SetScores(
-        "own", 9, recalls(0.1), {0.0: recalls(0.2), 0.35: recalls(0.4), 1.0: recalls(0.5)}
+        name="own",
+        passages=9,
+        bm25=recalls(0.1),
+        at_weight={0.0: recalls(0.2), 0.35: recalls(0.4), 1.0: recalls(0.5)},
     )
     dollars = SetScores(
-        "a$b$_", 8, recalls(0.3), {0.0: recalls(0.6), 0.35: recalls(0.5), 1.0: recalls(0.4)}
+        name="a$b$_",
+        passages=8,
+        bm25=recalls(0.3),
+        at_weight={0.0: recalls(0.6), 0.35: recalls(0.5), 1.0: recalls(0.4)},
     )
     figure = recall_figure(dataclasses.replace(data, in_domain=own, out_of_domain=[dollars]))
     first, second = figure.axes
@@ -64,23 +70,16 @@ def test_recall_figure_draws_the_recalls(data: ReportData) -> None:
 
 
 def test_weights_figure_draws_the_gains_with_their_intervals(data: ReportData) -> None:
-    others = [set_scores("small", DOWN, 100), set_scores("large", UP, 300)]
-    data = dataclasses.replace(data, out_of_domain=others)
-    assert data.pooled is not None
-    [panel] = weights_figure(data).axes
+    curves = set_scores("your documents", UP, 100), set_scores("general knowledge", DOWN, 300)
+    [panel] = weights_figure(dataclasses.replace(data, curves=curves)).axes
     lines = {line.get_label(): line for line in panel.lines}
-    curves = {
-        "your documents": (data.in_domain, BLUE),
-        "out of domain": (data.pooled, VERMILION),
-        "small": (others[0], VERMILION),
-        "large": (others[1], VERMILION),
-    }
-    for name, (scores, colour) in curves.items():
+    for scores, colour in zip(curves, (BLUE, VERMILION), strict=True):
+        name = scores.name
         assert lines[name].get_xdata() == pytest.approx(WEIGHTS)
         gains = [100 * scores.gain(weight, "recall@3").mean for weight in WEIGHTS]
         assert lines[name].get_ydata() == pytest.approx(gains)
         assert to_hex(lines[name].get_color()) == colour.lower()
-    for band, scores in zip(panel.collections, (data.in_domain, data.pooled), strict=True):
+    for band, scores in zip(panel.collections, curves, strict=True):
         corners = {(x, y) for x, y in np.round(band.get_paths()[0].vertices, 9).tolist()}
         for weight in WEIGHTS:
             change = scores.gain(weight, "recall@3")
@@ -88,9 +87,9 @@ def test_weights_figure_draws_the_gains_with_their_intervals(data: ReportData) -
                 assert (round(weight, 9), round(100 * side, 9)) in corners
     texts = [text.get_text() for text in panel.texts]
     assert texts[0] == "this model: 0.35"
-    assert sorted(texts[1:]) == ["out of domain\n(base 0.600)", "your documents\n(base 0.600)"]
+    assert sorted(texts[1:]) == ["general knowledge\n(base 0.600)", "your documents\n(base 0.600)"]
     labelled = {text.get_text().partition("\n")[0]: text for text in panel.texts[1:]}
-    assert labelled["your documents"].xy[1] > labelled["out of domain"].xy[1]  # +20 above +10
+    assert labelled["your documents"].xy[1] > labelled["general knowledge"].xy[1]  # +20 above -20
 
 
 def test_similarities_figure_draws_both_histograms_and_the_band(data: ReportData) -> None:

@@ -12,16 +12,17 @@ from report_samples import HOSTILE, answered
 from refine_fast.pipeline.reporting.model_card import model_card
 
 
-def card(base: Path, name: str = "org/my_model", *, twin: bool = False) -> str:
+def card(
+    base: Path, name: str = "org/my_model", *, weight: float = 0.35, twin: bool = False
+) -> str:
     systems = {
         system: {
             "in_domain": answered(share, 400),
-            "dev": answered(0.9, 10),
             "ood:a|b": answered(0.5, 300),
         }
         for system, share in (("BM25", 0.5), ("base", 0.6), ("fine-tuned", 0.8), ("fused", 0.7))
     }
-    return model_card(base, name, 0.35, {"loss": "InfoNCE | *t*"}, systems, twin=twin)
+    return model_card(base, name, weight, {"loss": "InfoNCE | *t*"}, systems, twin=twin)
 
 
 def head_and_body(text: str) -> tuple[dict[str, object], str]:
@@ -50,9 +51,11 @@ def test_model_card(tmp_path: Path) -> None:
         "| loss | InfoNCE \\| \\*t\\* |",
     ):
         assert words in body, words
-    assert "0.900" not in body  # the set that chose the weight
     page = MarkdownIt("commonmark").enable("table").render(body)
     assert page.count("<table>") == 3
+    kept = card(tmp_path, weight=0)
+    assert "`org/my_model` as it was: no fine-tuned model was shown to be better" in kept
+    assert "interpolated" not in kept
     twin = card(tmp_path, twin=True)
     assert "normalize(0.35 * e_tuned + 0.65 * e_frozen)" in twin
     assert '("path/to/this/folder", trust_remote_code=True)\n' in twin

@@ -14,7 +14,9 @@ from markdown_it import MarkdownIt
 from matplotlib.image import imread
 from report_samples import DOWN, HOSTILE, SAME, UP, report_data, set_scores
 
+from refine_fast.pipeline.evaluation.choice import FORGETS, NO_QUERIES, NOT_BETTER, Choice
 from refine_fast.pipeline.evaluation.metrics import METRICS
+from refine_fast.pipeline.evaluation.significance import Gain
 from refine_fast.pipeline.reporting import render
 from refine_fast.pipeline.reporting.data import Documents, Queries, ReportData, Triple
 from refine_fast.pipeline.reporting.facts import report_facts
@@ -66,7 +68,7 @@ def bold(statements: Iterable[Statement]) -> str:
             [
                 "pooled): got worse",
                 "A smaller weight, 0.2, loses nothing measurable",
-                "the largest that improved your documents",
+                "the largest that improves your documents",
                 "`--weight 0.2`",
             ],
             [],
@@ -81,7 +83,12 @@ def test_verdict(
     absent: list[str],
 ) -> None:
     others = [set_scores("scifact", elsewhere, 300), set_scores("travel", elsewhere, 500)]
-    changed = dataclasses.replace(data, in_domain=set_scores("own", own), out_of_domain=others)
+    changed = dataclasses.replace(
+        data,
+        in_domain=set_scores("own", own),
+        out_of_domain=others,
+        curves=(set_scores("your documents", own), set_scores("general knowledge", elsewhere)),
+    )
     text = bold(verdict(changed))
     for words in stated:
         assert words in text
@@ -91,7 +98,8 @@ def test_verdict(
 
 def test_the_remedy_for_a_fusion_of_embeddings(data: ReportData) -> None:
     others = [set_scores("scifact", (0.0, -0.1, -0.2), 300)]
-    changed = dataclasses.replace(data, fusion="embeddings", out_of_domain=others)
+    curves = data.curves[0], set_scores("general knowledge", (0.0, -0.1, -0.2))
+    changed = dataclasses.replace(data, fusion="embeddings", out_of_domain=others, curves=curves)
     text = bold(verdict(changed))
     assert "A smaller weight, 0.2," in text
     assert "set `weight` in `model/twin_config.json`." in text
@@ -101,6 +109,23 @@ def test_the_remedy_for_a_fusion_of_embeddings(data: ReportData) -> None:
 def test_an_unmeasured_domain_is_stated(data: ReportData) -> None:
     changed = dataclasses.replace(data, out_of_domain=[])
     assert "Out of domain: not measured" in bold(verdict(changed))
+
+
+@pytest.mark.parametrize(
+    ("refused", "stated"),
+    [
+        (NOT_BETTER, "no fusion weight is shown to retrieve your documents better"),
+        (FORGETS, "every fusion weight forgets more than is tolerated"),
+        (NO_QUERIES, "no query is left to compare fusion weights on"),
+    ],
+)
+def test_a_kept_base_is_the_verdict(data: ReportData, refused: str, stated: str) -> None:
+    choice = Choice(0.0, 0.75, Gain(0.01, -0.01, 0.03), Gain(-0.02, -0.03, -0.01), refused)
+    [statement] = verdict(dataclasses.replace(data, weight=0.0, choice=choice))
+    assert statement.lead == "The base model is kept:"
+    assert stated in statement.text
+    assert ("At the best weight, 0.75" in statement.text) == (refused != NO_QUERIES)
+    assert "`--weight`" in statement.text
 
 
 def test_sets_are_pooled_by_query(data: ReportData) -> None:
@@ -202,13 +227,12 @@ def test_other_sources_other_words(data: ReportData, tmp_path: Path) -> None:
     """A weight chosen by the rule, the user's own queries, a calibrated band that few miss."""
     given = Queries("from questions.jsonl", False, {"user": 900}, held_out_by_document=False)
     mining = dataclasses.replace(data.mining, calibrated=True, empty=3)
-    changed = dataclasses.replace(
-        data, queries=given, mining=mining, weight_chosen_on="120 dev queries"
-    )
+    choice = Choice(0.35, 0.35, Gain(0.1, 0.05, 0.15), Gain(0.0, -0.01, 0.01))
+    changed = dataclasses.replace(data, queries=given, mining=mining, choice=choice)
     write_report(tmp_path, changed)
     text = (tmp_path / "report.md").read_text()
     for words in (
-        "chosen on 120 dev queries",
+        "chosen on held-out queries and general knowledge",
         "fitted to this encoder",
         "other queries about the same passages",
     ):
@@ -308,8 +332,7 @@ def test_no_text_of_the_user_is_markup_anywhere(
         data,
         documents=Documents(text, 1, 1, {text: 1}),
         queries=Queries(text, False, {text: 1}, held_out_by_document=True, account=account),
-        training=dataclasses.replace(data.training, base=text, precision=text),
-        weight_chosen_on=text,
+        training=dataclasses.replace(data.training, base=text, precision=text, loss_function=text),
         out_of_domain=[set_scores(text, DOWN, 300)],
         versions={text: text},
         mining=dataclasses.replace(

@@ -9,34 +9,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import SMALL, STAGES, outputs, rerun
 
-from refine_fast.cli import main
+from refine_fast.cli import KEPT_BASE, main
 from refine_fast.pipeline import RunConfig, engine, run
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.context import RunContext
 from refine_fast.pipeline.encoder.load import load_encoder
+from refine_fast.pipeline.evaluation.general_knowledge import general_knowledge
 from refine_fast.pipeline.stages.chunk import cut_corpus
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
 
 
 def test_forgetting_is_checked_unasked(tiny: Path, docs: Path, tmp_path: Path) -> None:
-    """On Python's documentation, which is not what was trained on."""
+    """On general knowledge."""
     out = tmp_path / "run"
     run(
         RunConfig(
             out=out,
             docs=docs,
             model=str(tiny),
-            **{**SMALL, "ood": None, "ood_passages": 40, "max_steps": 1},
+            **{**SMALL, "ood": None, "max_steps": 1},
         ),
         console=Console(quiet=True),
     )
     [elsewhere] = json.loads((out / "report.json").read_text())["out_of_domain"]
-    assert (elsewhere["name"], elsewhere["passages"]) == ("python-docs", 40)
-    assert 30 <= elsewhere["queries"] <= 40
-    assert "Out of domain (python-docs)" in (out / "report.md").read_text()
+    assert elsewhere["name"] == "general knowledge"
+    assert elsewhere["queries"] == elsewhere["passages"] == len(general_knowledge("test").docs)
+    assert "Out of domain (general knowledge)" in (out / "report.md").read_text()
 
 
 def test_no_chunk_is_longer_than_the_encoder_reads(tiny: Path, docs: Path, tmp_path: Path) -> None:
@@ -119,9 +121,10 @@ def test_a_rerun_does_nothing(copied: Path, capsys) -> None:
         (
             ["--weight=0.5"],
             {
-                "score 0.5": "not done yet",
-                "fuse": "scores-0.35.json changed",
-                "report": "scores-0.35.json changed",
+                "curve 0.5": "not done yet",
+                "choose": "config.weight 0.35 -> 0.5",
+                "score fused": "fusion.json changed",
+                "fuse": "fusion.json changed",
             },
         ),
         (["--skip=3"], {"mine": "config.skip 5 -> 3"}),
@@ -138,7 +141,8 @@ def test_a_rerun_redoes_what_changed_and_says_why(
     for stage, reason in redone.items():
         assert reason in why[stage]
     first = next(iter(redone))
-    assert not set(STAGES[: STAGES.index(first)] if first in STAGES else STAGES[:8]) & why.keys()
+    before = STAGES.index(first) if first in STAGES else STAGES.index("curve 1.0")
+    assert not set(STAGES[:before]) & why.keys()
 
 
 def test_a_document_that_changed(
@@ -170,11 +174,31 @@ def test_the_seed_decides(tmp_path: Path, tiny: Path, docs: Path, whole: Path) -
     assert other["train"] != outputs(whole)["train"]
 
 
-def test_weight_auto_chooses_on_documents_of_their_own(copied: Path, capsys) -> None:
-    assert main(["run", "--out", str(copied), "--weight", "auto", "--json", "--quiet"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["weight"] in (0.0, 1.0)  # the curve of these runs
-    assert "dev" not in result["sets"]
+def test_without_a_better_weight_the_base_is_delivered(
+    copied: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A handful of held-out queries shows no gain: its interval holds 0."""
+    assert main(["run", "--out", str(copied), "--weight", "auto", "--json"]) == KEPT_BASE
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert (result["weight"], result["kept_base"]) == (0.0, True)
+    assert "warning: The base model is kept: no fusion weight is shown to retrieve" in shown.err
+    base, model = (load_file(folder / "model.safetensors") for folder in (tiny, copied / "model"))
+    assert base.keys() == model.keys()
+    assert all(torch.equal(base[name], model[name]) for name in base)
+    report = json.loads((copied / "report.json").read_text())
+    assert report["choice"]["refused"] == "not better"
+    assert report["verdict"] == [result_of(shown.err)]
+    assert "as it was" in (copied / "model" / "README.md").read_text()
+
+
+def result_of(messages: str) -> str:
+    """The verdict among the messages of a run that kept the base."""
+    [line] = [line for line in messages.splitlines() if "The base model is kept" in line]
+    return line.removeprefix("warning: ")
+
+
+def test_the_weight_is_compared_on_documents_of_their_own(copied: Path) -> None:
     files = ("queries.jsonl", "dev.jsonl", "held_out.jsonl")
     sources = [
         {json.loads(line)["chunk_id"].split("#")[0] for line in (copied / name).open()}
@@ -203,13 +227,12 @@ def test_a_stage_reads_no_setting_that_it_does_not_declare(
     def watched(self: engine.RunFolder, stage: engine.Stage) -> float:
         read.clear()
         seconds = do(self, stage)
-        choice = {"weight", "curve"} if "choose" in stage.facts or stage.name == "fuse" else set()
-        undeclared[stage.name] = (read & names) - as_files - choice - stage.settings.keys()
+        undeclared[stage.name] = (read & names) - as_files - stage.settings.keys()
         return seconds
 
     monkeypatch.setattr(RunConfig, "__getattribute__", recorded)
     monkeypatch.setattr(engine.RunFolder, "do", watched)
-    settings = {**SMALL, "ood": None, "ood_passages": 40, "max_steps": 1, "weight": "auto"}
+    settings = {**SMALL, "ood": None, "max_steps": 1, "weight": "auto"}
     config = RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **settings)
     run(config, console=Console(quiet=True))
     assert {stage: fields for stage, fields in undeclared.items() if fields} == {}

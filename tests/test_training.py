@@ -15,7 +15,7 @@ from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.encoder.load import load_encoder
 from refine_fast.pipeline.training import loss, trainer
 from refine_fast.pipeline.training.batches import Collator, Example
-from refine_fast.pipeline.training.trainer import train
+from refine_fast.pipeline.training.trainer import epochs_of, steps_of, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,3 +80,19 @@ def test_several_gpus_change_nothing(
         runs.append((history, [list(batch) for batch in batches]))
     assert runs[0] == runs[1]
     assert sorted(row for batch in runs[1][1] for row in batch) == list(range(16))
+
+
+@pytest.mark.parametrize(
+    ("examples", "epochs", "steps"),
+    [
+        (2614, 1, 40),  # SQuAD's
+        (690, 30 * 64 / 690, 30),  # COVID-QA's: 10 steps in one pass
+        (128, 4, 8),
+        (20, 4, 4),  # one batch of all in each pass
+    ],
+)
+def test_the_steps_follow_the_data(examples: int, epochs: float, steps: int) -> None:
+    found = epochs_of(examples, batch_size=64, epochs="auto")
+    assert found == pytest.approx(epochs)
+    assert steps_of(examples, batch_size=64, epochs=found, max_steps=None) == steps
+    assert epochs_of(examples, batch_size=64, epochs=0.5) == 0.5

@@ -37,12 +37,14 @@ TUNED, TRAINING_FACTS = "tuned", "training.json"
 """Folder of the fine-tuned encoder; steps, losses and precision of its training."""
 ADAPTER = "adapter"
 """Folder of the LoRA adapter, with ``--lora``; TUNED holds the base with it merged."""
-FORGETTING_CHUNKS, FORGETTING_QUERIES = "forgetting.jsonl", "forgetting-queries.jsonl"
-"""The built-in out-of-domain check: its chunks and its queries."""
+FUSION_FACTS = "fusion.json"
+"""The weight of the product and the reason for it."""
+SYSTEMS = ("BM25", "base", "fine-tuned", "fused")
+"""What is scored on the test sets."""
 SETS = "sets.json"
 """Retrieval set -> number of passages that a query is scored against."""
-MODEL, FUSION_FACTS = "model", "fusion.json"
-"""Folder of the product; the weight that it was fused at."""
+MODEL = "model"
+"""Folder of the product."""
 
 
 def training_view(out: Path) -> tuple[list[Chunk], list[Query]]:
@@ -108,9 +110,15 @@ def read_negatives(out: Path) -> dict[str, list[dict[str, Any]]]:
         return {record["query"]: record["negatives"] for record in map(json.loads, file)}
 
 
-def score_file(weight: float | None) -> str:
-    """The file of the scores at a fusion weight; None: of BM25. Distinct weights differ in name."""
-    return "scores-bm25.json" if weight is None else f"scores-{float(weight)!r}.json"
+def score_file(system: str) -> str:
+    """The file of the scores of one of ``SYSTEMS`` on the test sets."""
+    return f"scores-{system.lower()}.json"
+
+
+def curve_file(weight: float) -> str:
+    """The file of the scores at a fusion weight on "dev", queries about held-out documents, and
+    on "guard", general knowledge. Distinct weights differ in name."""
+    return f"curve-{float(weight)!r}.json"
 
 
 def write_scores(path: Path, sets: Mapping[str, Scores]) -> None:
@@ -124,21 +132,20 @@ def write_scores(path: Path, sets: Mapping[str, Scores]) -> None:
     )
 
 
-def read_scores(out: Path, weight: float | None) -> dict[str, Scores]:
-    """Retrieval set -> scores at a fusion weight; None: of BM25."""
-    sets = read_json(out / score_file(weight))
+def read_scores(path: Path) -> dict[str, Scores]:
+    """What ``write_scores`` wrote."""
+    sets = read_json(path)
     return {
         name: Scores({metric: np.array(values) for metric, values in columns.items()})
         for name, columns in sets.items()
     }
 
 
-def all_scores(out: Path, weight: float) -> dict[str, dict[str, Scores]]:
-    """System -> retrieval set -> scores, for the systems that every account of a run shows."""
-    systems = {"BM25": None, "base": 0.0, "fine-tuned": 1.0, "fused": weight}
-    return {name: read_scores(out, at) for name, at in systems.items()}
+def all_scores(out: Path) -> dict[str, dict[str, Scores]]:
+    """System -> test set -> scores."""
+    return {system: read_scores(out / score_file(system)) for system in SYSTEMS}
 
 
 def fused_weight(out: Path) -> float:
-    """The weight of the product, given or chosen by the fuse stage."""
+    """The weight of the product, given or chosen."""
     return float(read_json(out / FUSION_FACTS)["weight"])

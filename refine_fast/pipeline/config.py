@@ -40,16 +40,13 @@ from .config_values import (
 )
 from .encoder.load import DEFAULT_ENCODER
 from .encoder.options import EncoderOptions
+from .recipes import RECIPES
 
 if TYPE_CHECKING:
     from .queries.llm import LLMSettings
 
 DEMO_CHUNKS = 700
 """Chunks of Python's documentation, where no documents are given: a run of a few minutes."""
-
-QUICK = {"limit": 300, "max_steps": 10, "ood_passages": 300, "curve": (0.0, 1.0)}
-"""What --quick sets, unless given otherwise: every stage in about a minute, to see that a set-up
-works. Its figures mean little."""
 
 _PATHS = ("docs", "queries", "out", "prompt", "judge_prompt")
 """Fields that a YAML file gives relative to itself; so do ``model``, where it is a folder, and
@@ -89,6 +86,12 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     out: AnyPath = _option(..., "run folder; created if missing, resumed if it exists", "FOLDER")
+    recipe: Literal["best", "paper"] = _option(
+        "best",
+        "best: what benchmarks/recipe.py found best; paper: the constants of REFINE "
+        "(arXiv 2410.12890); any option overrides it",
+        "NAME",
+    )
     docs: ExistingPath | None = _option(
         None,
         "a folder of .txt, .md, .html, .pdf, .docx and .pptx files or of tables (.jsonl, .json, "
@@ -219,7 +222,7 @@ class RunConfig(BaseModel):
     )
 
     band: Band = _option(
-        (0.5, 0.7),
+        "auto",
         "cosine similarity of hard negatives to the query; auto fits it to the encoder",
         "LOW,HIGH",
     )
@@ -233,7 +236,11 @@ class RunConfig(BaseModel):
         "hardest", "which documents in the band to take: hardest or random", "HOW"
     )
 
-    epochs: Positive = _option(1.0, "passes over the training queries", "N")
+    epochs: Positive | Literal["auto"] = _option(
+        "auto",
+        "passes over the training queries; auto: 1, or up to 4 where 1 makes fewer than 30 steps",
+        "N",
+    )
     max_steps: int | None = _option(None, "stop training after this many steps", "N", ge=1)
     batch_size: int = _option(
         64, "queries per batch; the documents of the others are negatives", "N", ge=2
@@ -241,6 +248,12 @@ class RunConfig(BaseModel):
     lr: Positive = _option(1e-4, "peak learning rate", "RATE")
     warmup: Share = _option(0.1, "share of the steps over which the learning rate rises", "SHARE")
     temperature: Positive = _option(0.02, "temperature of the contrastive loss", "TAU")
+    distill: Share | Literal["auto"] = _option(
+        "auto",
+        "share of the loss that teachers set; 0 is InfoNCE alone, 1 distillation alone; auto: 1 if "
+        "the queries were made without a language model, else 0",
+        "SHARE",
+    )
     precision: Literal["auto", "fp32", "bf16"] = _option(
         "auto", "fp32, bf16, or auto: bf16 where the hardware supports it", "TYPE"
     )
@@ -250,17 +263,23 @@ class RunConfig(BaseModel):
     memory: Memory = _option(
         None,
         "memory that training may use, such as 8GB; more is faster "
-        "(default: enough for 8 sequences at a time)",
+        "(default: a third of the machine's)",
         "SIZE",
     )
 
     weight: Share | Literal["auto"] = _option(
-        0.35,
-        "share of the fine-tuned encoder in the fusion; auto chooses it on queries kept for that",
+        "auto",
+        "share of the fine-tuned encoder in the fusion; auto chooses it, and keeps the base where "
+        "no weight is better",
         "W",
     )
     curve: Weights = _option(
-        (0.0, 0.35, 0.5, 0.75, 1.0), "further fusion weights to evaluate", "W,W,..."
+        (0.0, 0.35, 0.5, 0.75, 1.0), "fusion weights to compare and to choose from", "W,W,..."
+    )
+    tolerance: Share = _option(
+        0.005,
+        "largest loss of ndcg@10 on general knowledge that auto accepts, relative to the base",
+        "SHARE",
     )
     fusion: Literal["weights", "embeddings"] = _option(
         "weights",
@@ -270,7 +289,7 @@ class RunConfig(BaseModel):
     ood: BeirFolders = _option(
         None,
         "BEIR folder to check for forgetting, repeatable; none: no check "
-        "(default: Python's documentation)",
+        "(default: questions of general knowledge)",
         "FOLDER",
     )
     ood_passages: int = _option(
@@ -288,10 +307,12 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _limit_demo(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("docs") is None and values.get("limit") is None:
-            return {**values, "limit": DEMO_CHUNKS}
-        return values
+            values = {**values, "limit": DEMO_CHUNKS}
+        if values.get("fusion") == "embeddings":
+            values = {"weight": RECIPES["paper"]["weight"], **values}  # it is part of the loss
+        return {**RECIPES.get(str(values.get("recipe")), {}), **values}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -390,7 +411,11 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
     if path is None and out is not None and "docs" not in flags:
         saved = Path(out).expanduser() / "config.yaml"
         path = saved if saved.is_file() else None
-    return RunConfig(**{**({} if path is None else _read_yaml(path)), **flags})
+    values = {} if path is None else _read_yaml(path)
+    if "recipe" in flags and flags["recipe"] != values.get("recipe"):
+        # a saved configuration names every value, also those that came from its recipe
+        values = {name: v for name, v in values.items() if name not in RECIPES["paper"]}
+    return RunConfig(**{**values, **flags})
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import RefineFastError
 from ..files import read_json
 from ..integrations.sentence_transformers.twin import TwinEncoder
-from .artifacts import MODEL
+from .artifacts import FUSION_FACTS, MODEL
 from .config import RunConfig
 from .console import Console
 from .corpus.beir import is_beir
@@ -58,6 +58,11 @@ class RunContext:
         return dict(read_json(self.path("report.json")))
 
     @property
+    def kept_base(self) -> bool:
+        """Whether the product is the base encoder, since no fusion weight was better."""
+        return read_json(self.path(FUSION_FACTS))["refused"] is not None
+
+    @property
     def bf16(self) -> bool | None:
         """Whether to encode and train in bf16; None: where the hardware has it."""
         return {"auto": None, "bf16": True, "fp32": False}[self.config.precision]
@@ -75,15 +80,17 @@ class RunContext:
         return docs if docs is not None and is_beir(docs) else None
 
     @property
-    def checks_forgetting(self) -> bool:
-        """Whether forgetting is checked on Python's documentation: no other set is given, and
-        training uses other documents."""
-        return self.config.ood is None and self.config.docs is not None
-
-    @property
     def twin(self) -> bool:
         """Whether the frozen encoder is part of the loss and of the product."""
         return self.config.fusion == "embeddings"
+
+    @property
+    def distill(self) -> float:
+        """The teachers' share of the loss."""
+        if self.config.distill != "auto":
+            return self.config.distill
+        made = self.config.queries is None and self.config.llm is None
+        return 1.0 if made else 0.0
 
     @property
     def chooses_weight(self) -> bool:
@@ -92,9 +99,9 @@ class RunContext:
 
     @property
     def weights(self) -> list[float]:
-        """The fusion weights to score, in ascending order."""
+        """The fusion weights of the curve, in ascending order, from 0."""
         given = [] if self.chooses_weight else [float(self.config.weight)]
-        return sorted({*self.config.curve, *given})
+        return sorted({0.0, *self.config.curve, *given})
 
     @property
     def base_name(self) -> str:

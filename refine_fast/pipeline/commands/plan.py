@@ -22,12 +22,14 @@ from ..encoder.adapters import add_lora
 from ..encoder.encode import encode, has_fast_bf16
 from ..encoder.load import encoder_folder
 from ..encoder.prepare import prepare_encoder
+from ..evaluation.general_knowledge import general_knowledge
 from ..preflight import try_encoder, try_language_model
 from ..queries.splits import require_enough
 from ..stages.chunk import cut_corpus
+from ..stages.curve import PASSAGES, QUERIES
 from ..stages.query import offline_queries, split_queries
 from ..training.memory import fit_training
-from ..training.trainer import steps_of
+from ..training.trainer import epochs_of, steps_of
 
 SAMPLE = 64
 """Chunks that are encoded to time the encoder on this machine."""
@@ -85,7 +87,10 @@ def plan(config: RunConfig) -> Plan:
     steps = 0
     if examples:
         steps = steps_of(
-            examples, batch_size=batch, epochs=config.epochs, max_steps=config.max_steps
+            examples,
+            batch_size=batch,
+            epochs=epochs_of(examples, batch_size=batch, epochs=config.epochs),
+            max_steps=config.max_steps,
         )
 
     judged = load_beir(context.judged_corpus) if context.judged_corpus else None
@@ -94,8 +99,11 @@ def plan(config: RunConfig) -> Plan:
     for folder in config.ood or ():
         data = load_beir(folder)
         scored += min(len(data.docs), config.ood_passages) + len(data.queries)
+    compared = min(len(chunks), PASSAGES) + min(len(queries["dev"]), QUERIES)
+    compared += 2 * len(general_knowledge("guard").docs)
     encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in context.weights)
-    encoded = len(chunks) + examples + encoders * scored
+    # the base, the fine-tuned encoder, and both or one where they are fused
+    encoded = len(chunks) + examples + encoders * compared + (3 + context.twin) * scored
 
     if config.lora is not None:
         add_lora(model, config.lora)

@@ -50,17 +50,16 @@ def show_run(context: RunContext, command: str) -> None:
 
 def _show_scores(context: RunContext) -> None:
     weight = fused_weight(context.out)
-    systems = all_scores(context.out, weight)
+    systems = all_scores(context.out)
     value: dict[str, Any] = {
         "model": str(context.model),
         "report": str(context.path("report.html")),
         "weight": weight,
+        "kept_base": context.kept_base,
         "sets": {},
     }
     tables = []
     for name, before in systems["base"].items():
-        if name == "dev":
-            continue
         change = gain(before.per_query["recall@3"], systems["fused"][name].per_query["recall@3"])
         value["sets"][name] = {
             "systems": {system: scores[name].metrics for system, scores in systems.items()},
@@ -85,11 +84,13 @@ def _show_scores(context: RunContext) -> None:
                 label, *(f"{scores[name].metrics[metric]:.3f}" for metric in COLUMNS), style=style
             )
         tables.append(table)
-        if change.high < 0:
+        if change.high < 0 and weight:
             context.console.warn(
                 f"the fused model retrieves worse than the base on {title}; "
                 "see report.html for smaller weights."
             )
+    if context.kept_base:
+        context.console.warn(context.report["verdict"][0])
     context.console.result(value, *tables)
     context.console.say(f"the model is {context.model}, the report {context.path('report.html')}")
 

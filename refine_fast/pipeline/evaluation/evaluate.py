@@ -48,34 +48,48 @@ def rank(
 
 def score(
     model: SentenceTransformer,
-    data: RetrievalSet,
+    sets: Sequence[RetrievalSet],
     *,
     batch_size: int = 32,
     bf16: bool | None = None,
     progress: Progress | None = None,
-) -> Scores:
-    """Scores a model on a retrieval set.
+) -> list[Scores]:
+    """Scores a model on retrieval sets. A text that several of them hold is encoded once.
 
     As in BEIR, a query's own document (the passage with the query's id) is left out of its ranking.
 
     Args:
         model: Encodes both sides, with its own prompts.
-        data: The set.
+        sets: The sets.
         batch_size: Texts per forward pass.
         bf16: Whether to encode under bf16 autocast; None: where the hardware has bf16 products.
-        progress: Called with (done, total), in texts.
+        progress: Called with (done, total), in distinct texts.
     """
-    total = len(data.docs) + len(data.queries)
+    docs = {text: row for row, text in enumerate(dict.fromkeys(t for s in sets for t in s.docs))}
+    asked = dict.fromkeys(text for data in sets for text in data.queries)
+    queries = {text: row for row, text in enumerate(asked)}
+    total = len(docs) + len(queries)
     in_docs = progress and (lambda done, _: progress(done, total))
-    in_queries = progress and (lambda done, _: progress(len(data.docs) + done, total))
-    docs = encode(
-        model, data.docs, role="document", batch_size=batch_size, bf16=bf16, progress=in_docs
+    in_queries = progress and (lambda done, _: progress(len(docs) + done, total))
+    d = encode(
+        model, list(docs), role="document", batch_size=batch_size, bf16=bf16, progress=in_docs
     )
-    queries = encode(
-        model, data.queries, role="query", batch_size=batch_size, bf16=bf16, progress=in_queries
+    q = encode(
+        model, list(queries), role="query", batch_size=batch_size, bf16=bf16, progress=in_queries
     )
-    exclude = data.own_rows if any(data.own_rows) else None
-    return score_ranking(data.ids_at(rank(queries, docs, exclude)), data.qrels)
+    return [
+        score_ranking(
+            data.ids_at(
+                rank(
+                    q[[queries[text] for text in data.queries]],
+                    d[[docs[text] for text in data.docs]],
+                    data.own_rows if any(data.own_rows) else None,
+                )
+            ),
+            data.qrels,
+        )
+        for data in sets
+    ]
 
 
 def evaluate_models(
@@ -120,7 +134,7 @@ def evaluate_models(
     first: Scores | None = None
     for name, folder in zip(models, folders, strict=True):
         model = load_encoder(folder, trust_remote_code=trust_remote_code)
-        scores = score(model, held, bf16=bf16, progress=progress)
+        (scores,) = score(model, [held], bf16=bf16, progress=progress)
         rows.append({"system": name, **about, **scores.metrics})
         if first is None:
             first = scores

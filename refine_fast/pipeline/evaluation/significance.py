@@ -1,12 +1,10 @@
-"""Paired confidence intervals, and the choice of a fusion weight."""
+"""Paired confidence intervals."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-
-from .scores import Scores
 
 
 @dataclass(frozen=True)
@@ -50,26 +48,3 @@ def gain(before: np.ndarray, after: np.ndarray, *, resamples: int = 10_000, seed
     means = draws @ values / len(change)
     low, high = np.percentile(means, [2.5, 97.5])
     return Gain(float(change.mean()), float(low), float(high))
-
-
-def choose_weight(dev: dict[float, Scores], *, metric: str = "ndcg@10") -> float:
-    """The smallest fusion weight that is as good as the best one, within one standard error.
-
-    Let w* maximise the mean of ``metric``. The answer is the least w whose paired mean shortfall
-    against w* is at most the standard error of that shortfall: the one-standard-error rule of
-    Breiman et al. (1984), Section 3.4.3. Small weights are preferred because forgetting out of
-    domain grows with the weight. If tuning does not help, the answer is the smallest weight given,
-    so include 0.
-
-    Args:
-        dev: Weight -> scores of the model fused at it, on queries that are neither trained on nor
-            in any test set.
-        metric: The metric to compare.
-    """
-    best = max(sorted(dev), key=lambda weight: dev[weight].metrics[metric])
-    for weight in sorted(dev):
-        shortfall = dev[best].per_query[metric] - dev[weight].per_query[metric]
-        error = shortfall.std(ddof=1) / len(shortfall) ** 0.5 if len(shortfall) > 1 else 0.0
-        if shortfall.mean() <= error:
-            return weight
-    raise AssertionError("unreachable: the best weight always qualifies")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation.choice import Choice
 from ..evaluation.scores import Scores
 from ..evaluation.significance import Gain, gain
 
@@ -88,28 +89,37 @@ class Training:
     examples: int
     precision: str
     seed: int
+    loss_function: str
+    """In words."""
     loss: tuple[float, float]
     """Mean loss over the first and over the last tenth of the steps."""
 
 
-@dataclass(frozen=True)
-class SetScores:
-    """The scores of every system on one retrieval set."""
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """The scores on one retrieval set at several fusion weights."""
 
     name: str
-    passages: int
-    bm25: Scores
     at_weight: Mapping[float, Scores]
-    """Fusion weight -> scores. Must hold 0 (the base model) and 1 (the fine-tuned model)."""
+    """Fusion weight -> scores. Must hold 0 (the base model)."""
 
     @property
     def queries(self) -> int:
         """The number of queries in the set."""
-        return len(self.bm25)
+        return len(self.at_weight[0])
 
     def gain(self, weight: float, metric: str) -> Gain:
         """Gain of the model fused at ``weight`` over the base model."""
         return gain(self.at_weight[0].per_query[metric], self.at_weight[weight].per_query[metric])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetScores(Curve):
+    """The scores of every system on one test set: at 0, at the weight of the product and at 1 (the
+    fine-tuned model)."""
+
+    passages: int
+    bm25: Scores
 
 
 @dataclass(frozen=True)
@@ -122,8 +132,11 @@ class ReportData:
     training: Training
     weight: float
     """The fusion weight of the product; a key of every ``at_weight``."""
-    weight_chosen_on: str | None
-    """The queries that chose it under ``--weight auto``; None where the user gave it."""
+    choice: Choice | None
+    """How it was chosen; None where the user gave it."""
+    curves: tuple[Curve, Curve]
+    """Every weight that was tried, on queries about held-out documents and on general
+    knowledge."""
     in_domain: SetScores
     out_of_domain: list[SetScores]
     versions: Mapping[str, str]
@@ -140,10 +153,10 @@ class ReportData:
         if len(sets) < 2:
             return sets[0] if sets else None
         return SetScores(
-            f"{len(sets)} sets pooled",
-            sum(data.passages for data in sets),
-            Scores.pooled([data.bm25 for data in sets]),
-            {
+            name=f"{len(sets)} sets pooled",
+            passages=sum(data.passages for data in sets),
+            bm25=Scores.pooled([data.bm25 for data in sets]),
+            at_weight={
                 weight: Scores.pooled([data.at_weight[weight] for data in sets])
                 for weight in sets[0].at_weight
             },

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..evaluation.metrics import METRICS
-from .data import ReportData, SetScores
+from .data import Curve, ReportData, SetScores
 from .verdict import caveats, verdict
 
 
@@ -20,7 +20,8 @@ def report_facts(data: ReportData) -> dict[str, Any]:
         "caveats": caveats(data),
         "fusion": data.fusion,
         "weight": data.weight,
-        "weight_chosen_on": data.weight_chosen_on,
+        "choice": None if data.choice is None else asdict(data.choice),
+        "curves": [_curve_facts(curve) for curve in data.curves],
         "in_domain": _set_facts(data.in_domain),
         "out_of_domain": [_set_facts(scores) for scores in data.out_of_domain],
         "out_of_domain_pooled": None if data.pooled is None else _set_facts(data.pooled),
@@ -33,17 +34,19 @@ def report_facts(data: ReportData) -> dict[str, Any]:
 
 
 def _set_facts(scores: SetScores) -> dict[str, Any]:
+    return {
+        **_curve_facts(scores),
+        "passages": scores.passages,
+        "bm25": scores.bm25.metrics,
+    }
+
+
+def _curve_facts(curve: Curve) -> dict[str, Any]:
     weights = []
-    for weight, at_weight in sorted(scores.at_weight.items()):
-        gains = {metric: scores.gain(weight, metric) for metric in METRICS}
+    for weight, at_weight in sorted(curve.at_weight.items()):
+        gains = {metric: curve.gain(weight, metric) for metric in METRICS}
         changes = {
             metric: {**vars(change), "verdict": change.verdict} for metric, change in gains.items()
         }
         weights.append({"weight": weight, "metrics": at_weight.metrics, "gain": changes})
-    return {
-        "name": scores.name,
-        "passages": scores.passages,
-        "queries": scores.queries,
-        "bm25": scores.bm25.metrics,
-        "weights": weights,
-    }
+    return {"name": curve.name, "queries": curve.queries, "weights": weights}

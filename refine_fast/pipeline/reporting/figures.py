@@ -50,7 +50,6 @@ def draw_figures(folder: Path, data: ReportData) -> dict[str, str]:
     Returns:
         File name -> caption.
     """
-    separate = " Thin lines: each out-of-domain set." if len(data.out_of_domain) > 1 else ""
     figures = {
         "recall.png": (
             recall_figure,
@@ -59,7 +58,7 @@ def draw_figures(folder: Path, data: ReportData) -> dict[str, str]:
         "weights.png": (
             weights_figure,
             f"Change of {HEADLINE} against the base model at each fusion weight, with 95%"
-            f" intervals: what is learned and what is forgotten.{separate}",
+            " intervals: what is learned and what is forgotten.",
         ),
         "similarities.png": (
             similarities_figure,
@@ -119,16 +118,15 @@ def _recall_panel(panel: Axes, data: ReportData, scores: SetScores) -> None:
 
 
 def weights_figure(data: ReportData) -> Figure:
-    """Gain in ``HEADLINE`` over the fusion weight: in domain, and out of domain (pooled, with a
-    thin line per set)."""
+    """Gain in ``HEADLINE`` over the fusion weight, on the two sets that the weights are compared
+    on."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     panel = figure.subplots()
-    weights = sorted(data.in_domain.at_weight)
-    curves = [(data.in_domain, "your documents", BLUE)]
-    if data.pooled is not None:
-        curves.append((data.pooled, "out of domain", VERMILION))
+    curves = list(zip(data.curves, (BLUE, VERMILION), strict=True))
+    weights = sorted(data.curves[0].at_weight)
     ends = []
-    for scores, name, colour in curves:
+    for scores, colour in curves:
+        name = scores.name
         gains = [scores.gain(weight, HEADLINE) for weight in weights]
         mean, low, high = (
             100 * np.array([getattr(g, side) for g in gains]) for side in ("mean", "low", "high")
@@ -147,11 +145,6 @@ def weights_figure(data: ReportData) -> Figure:
         )
         base = scores.at_weight[0].metrics[HEADLINE]
         ends.append((float(mean[-1]), f"{name}\n(base {base:.3f})", colour))
-    if len(data.out_of_domain) > 1:
-        for scores in data.out_of_domain:
-            gains = [scores.gain(weight, HEADLINE) for weight in weights]
-            points = [100 * change.mean for change in gains]
-            panel.plot(weights, points, color=VERMILION, lw=0.8, alpha=0.5, label=scores.name)
     panel.axhline(0, color=GREY, lw=0.8, zorder=0)
     panel.axvline(data.weight, color=GREY, lw=0.8, ls=":", zorder=0)
     panel.text(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..evaluation.significance import Gain
 
 HEADLINE = "recall@3"
@@ -14,3 +16,14 @@ TABLE_METRICS = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@10", "mr
 def points(change: Gain) -> str:
     """A gain in percentage points with its 95% interval: "+3.2 points [+1.9, +4.5]"."""
     return f"{100 * change.mean:+.1f} points [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+
+
+def loss_in_words(distill: float, teachers: Sequence[str]) -> str:
+    """The loss of training: InfoNCE, distillation, or the shares of both."""
+    known = {"frozen": "the frozen encoder", "hybrid": "the frozen encoder with BM25"}
+    distillation = f"distillation from {' and '.join(known[name] for name in teachers)}"
+    if not distill:
+        return "InfoNCE"
+    if distill == 1:
+        return distillation
+    return f"{1 - distill:g} InfoNCE + {distill:g} {distillation}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..evaluation.choice import FORGETS, METRIC, NO_QUERIES, NOT_BETTER, Choice
 from ..evaluation.significance import Gain
 from .data import ReportData, SetScores
 from .format import HEADLINE, points
@@ -24,10 +25,12 @@ class Statement:
 def verdict(data: ReportData) -> list[Statement]:
     """What the run achieved, in at most four statements.
 
-    One on the user's documents and one out of domain: improved, got worse, or no measurable
-    change, as 0 lies below, above or inside the 95% interval of the gain in ``HEADLINE``. Where a
-    result is not welcome, a remedy follows.
+    Where the base was kept, the reason alone. Else one on the user's documents and one out of
+    domain: improved, got worse, or no measurable change, as 0 lies below, above or inside the 95%
+    interval of the gain in ``HEADLINE``. Where a result is not welcome, a remedy follows.
     """
+    if data.choice is not None and data.choice.refused is not None:
+        return [refusal(data.choice)]
     own = data.in_domain.gain(data.weight, HEADLINE)
     statements = [_statement("On your documents", data.in_domain, data.weight, own)]
     if own.low <= 0:
@@ -45,14 +48,41 @@ def verdict(data: ReportData) -> list[Statement]:
             *statements,
             Statement(
                 "Out of domain: not measured.",
-                "What the model has forgotten is unknown; name a BEIR folder with `--ood`.",
+                "`--ood none` was given; without it, general knowledge is the measure.",
             ),
         ]
     lost = pooled.gain(data.weight, HEADLINE)
     statements.append(_statement(f"Out of domain ({pooled.name})", pooled, data.weight, lost))
     if lost.high < 0:
-        statements.append(_remedy_for_forgetting(data, pooled))
+        statements.append(_remedy_for_forgetting(data))
     return statements
+
+
+def refusal(choice: Choice) -> Statement:
+    """Why the base model is delivered, and what to try."""
+    changes = (
+        f"At the best weight, {choice.best:g}, {METRIC} changes by {points(choice.gain)} on"
+        f" held-out queries and by {points(choice.guard)} on general knowledge."
+    )
+    why, remedy = {
+        NOT_BETTER: (
+            f"no fusion weight is shown to retrieve your documents better. {changes}",
+            "Better queries (`--llm`, `--queries`), more documents or a lower `--lr` may help.",
+        ),
+        FORGETS: (
+            f"every fusion weight forgets more than is tolerated. {changes}",
+            "A lower `--lr`, fewer `--epochs` or a smaller weight in `--curve` may help;"
+            " `--tolerance` allows more.",
+        ),
+        NO_QUERIES: (
+            "no query is left to compare fusion weights on.",
+            "Give more documents or `--queries`.",
+        ),
+    }[choice.refused or NO_QUERIES]
+    return Statement(
+        "The base model is kept:",
+        f"{why} {remedy} A number for `--weight` delivers that weight whatever it does.",
+    )
 
 
 def _statement(where: str, scores: SetScores, weight: float, change: Gain) -> Statement:
@@ -64,19 +94,22 @@ def _statement(where: str, scores: SetScores, weight: float, change: Gain) -> St
     )
 
 
-def _remedy_for_forgetting(data: ReportData, pooled: SetScores) -> Statement:
-    """The largest smaller weight that still improves the user's documents without a loss."""
+def _remedy_for_forgetting(data: ReportData) -> Statement:
+    """The largest smaller weight that improves the user's documents and forgets nothing
+    measurable."""
+    documents, general = data.curves
     lossless = [
         weight
-        for weight in pooled.at_weight
+        for weight in general.at_weight
         if 0 < weight < data.weight
-        and pooled.gain(weight, HEADLINE).high >= 0
-        and data.in_domain.gain(weight, HEADLINE).low > 0
+        and general.gain(weight, HEADLINE).high >= 0
+        and documents.gain(weight, HEADLINE).low > 0
     ]
     if not lossless:
         return Statement(
             "No smaller weight helps:",
-            "none that was tried improves your documents without a measurable loss out of domain.",
+            "none that was tried improves your documents without a measurable loss on general"
+            " knowledge.",
         )
     weight = max(lossless)
     option = (
@@ -85,10 +118,9 @@ def _remedy_for_forgetting(data: ReportData, pooled: SetScores) -> Statement:
         else f"use `--weight {weight:g}`"
     )
     return Statement(
-        f"A smaller weight, {weight:g}, loses nothing measurable:",
-        "of the weights that were tried, it is the largest that improved your documents without a"
-        " measurable loss out of domain. It was selected on these very queries, so expect a little"
-        f" less. To take it, {option}.",
+        f"A smaller weight, {weight:g}, loses nothing measurable on general knowledge:",
+        "of the weights that were tried, it is the largest that improves your documents without"
+        f" such a loss. To take it, {option}.",
     )
 
 

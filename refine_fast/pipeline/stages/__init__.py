@@ -1,6 +1,7 @@
 """The stages of a run, in order, and what each depends on.
 
-    chunk -> query -> embed -> mine -> train -> score (each system) -> fuse -> report
+    chunk -> query -> embed -> mine -> train -> curve (each weight) -> choose
+          -> score (each system) -> fuse -> report
 
 One module per stage. A stage may read only what is declared here: files, settings and facts. Its
 code needs no declaration (see ``code_version``).
@@ -22,8 +23,6 @@ from ..artifacts import (
     CHUNKS,
     DEV,
     EMBEDDINGS,
-    FORGETTING_CHUNKS,
-    FORGETTING_QUERIES,
     FUSION_FACTS,
     HELD_OUT,
     MINING_FACTS,
@@ -31,9 +30,11 @@ from ..artifacts import (
     NEGATIVES,
     QUERIES,
     SETS,
+    SYSTEMS,
     TRAINING_FACTS,
     TUNED,
     TWINS,
+    curve_file,
     score_file,
 )
 from ..context import RunContext
@@ -51,7 +52,19 @@ LLM_SETTINGS = (
 def run_stages(context: RunContext) -> Iterator[Stage]:
     """Every stage of the run, in order."""
     # Imported here because the stages import torch, transformers and more.
-    from . import chunk, embed, forgetting_set, fuse, llm_query, mine, query, report, score, train
+    from . import (
+        choose,
+        chunk,
+        curve,
+        embed,
+        fuse,
+        llm_query,
+        mine,
+        query,
+        report,
+        score,
+        train,
+    )
 
     config = context.config
 
@@ -86,9 +99,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
     encoder = {"encoder": context.encoder}
     judged = given(docs=context.judged_corpus)
     documentation = {"docs": f"the documentation of Python {platform.python_version()}"}
-    choice = {"choose": "a weight"} if context.chooses_weight else {}
-    scored_weights = (None, *context.weights)
-    scores = made(*map(score_file, scored_weights))
+    scores = made(*map(score_file, SYSTEMS))
+    curve_files = made(*map(curve_file, context.weights))
     split = (QUERIES, DEV, HELD_OUT)
 
     yield stage(
@@ -106,7 +118,6 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             split,
             made(CHUNKS, TWINS) | given(queries=config.queries) | judged,
             "queries_per_chunk held_out seed encoding",
-            facts=choice,
         )
     else:
         yield stage(
@@ -118,7 +129,6 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             | encoder
             | given(prompt=config.prompt, judge_prompt=config.judge_prompt),
             f"queries_per_chunk held_out seed precision {LLM_SETTINGS}",
-            facts=choice,
             unfinished=lambda: llm_query.unanswered(context),
         )
     yield stage("embed", embed, (EMBEDDINGS,), made(CHUNKS, *split) | encoder, "precision")
@@ -136,44 +146,52 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         made(CHUNKS, *split, NEGATIVES, EMBEDDINGS) | encoder,
         "negatives epochs max_steps batch_size lr warmup temperature precision memory seed fusion "
         "lora" + (" weight" if context.twin else ""),
+        distill=context.distill,
     )
-    sets = made(CHUNKS, DEV, HELD_OUT) | judged
-    sets |= {f"ood {folder.name}": folder for folder in config.ood or ()}
-    if context.checks_forgetting:
+    for weight in context.weights:
         yield stage(
-            "forgetting set",
-            forgetting_set,
-            (FORGETTING_CHUNKS, FORGETTING_QUERIES),
-            encoder,
-            "chunk_tokens ood_passages seed",
-            facts=documentation,
+            f"curve {weight!r}",
+            curve,
+            (curve_file(weight),),
+            made(CHUNKS, DEV, *([TUNED] if weight else [])) | encoder,
+            "seed precision" + (" fusion" if 0 < weight < 1 else ""),
+            weight=weight,
         )
-        sets |= made(FORGETTING_CHUNKS, FORGETTING_QUERIES)
-    for weight in scored_weights:
+    yield stage(
+        "choose",
+        choose,
+        (FUSION_FACTS,),
+        curve_files if context.chooses_weight else {},
+        "weight tolerance curve" if context.chooses_weight else "weight",
+    )
+    sets = made(CHUNKS, HELD_OUT) | judged
+    sets |= {f"ood {folder.name}": folder for folder in config.ood or ()}
+    for system in SYSTEMS:
         models: dict[str, Path] = {}
         settings = "ood_passages seed"
-        if weight is not None:
+        if system != "BM25":
             models |= encoder
             settings += " precision"
-        if weight:
+        if system in ("fine-tuned", "fused"):
             models |= made(TUNED)
-        if weight and weight < 1:
+        if system == "fused":
+            models |= made(FUSION_FACTS)
             settings += " fusion"
         yield stage(
-            "score BM25" if weight is None else f"score {weight!r}",
+            f"score {system}",
             score,
-            (score_file(weight), SETS) if weight is None else (score_file(weight),),
+            (score_file(system), SETS) if system == "BM25" else (score_file(system),),
             sets | models,
             settings,
-            facts=choice,
-            weight=weight,
+            facts={"ood": "general knowledge" if config.ood is None else "given"},
+            system=system,
         )
     recipe = made(MINING_FACTS, TRAINING_FACTS)
     yield stage(
         "fuse",
         fuse,
-        (MODEL, FUSION_FACTS),
-        encoder | made(TUNED, EMBEDDINGS) | recipe | scores,
+        (MODEL,),
+        encoder | made(TUNED, FUSION_FACTS, EMBEDDINGS) | recipe | scores,
         f"weight fusion skip negatives select batch_size lr warmup temperature seed {NAMES}",
     )
     account = made(ACCOUNT) if config.llm is not None else {}
@@ -184,7 +202,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         made(CHUNKS, CHUNK_FACTS, *split, EMBEDDINGS, NEGATIVES, SETS, FUSION_FACTS)
         | recipe
         | scores
+        | curve_files
         | account,
-        "weight curve fusion band skip negatives select batch_size lr temperature epochs seed "
+        "weight curve fusion band skip negatives select batch_size lr temperature seed "
         f"docs {NAMES}",
     )

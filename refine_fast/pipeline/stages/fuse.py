@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...files import read_json, write_json
+from ...files import read_json
 from ...fuse import fuse
 from ..artifacts import (
-    FUSION_FACTS,
     MINING_FACTS,
     MODEL,
     TRAINING_FACTS,
     TUNED,
     all_scores,
-    read_scores,
+    fused_weight,
     similarity_name,
 )
 from ..encoder.twin import load_twin
-from ..evaluation.significance import choose_weight
+from ..reporting.format import loss_in_words
 from ..reporting.model_card import model_card
 
 if TYPE_CHECKING:
@@ -26,11 +25,8 @@ if TYPE_CHECKING:
 
 
 def run(context: RunContext, folder: Path) -> None:
-    """Chooses the weight if none is given, and writes the fused model with its card."""
-    if context.chooses_weight:
-        weight = choose_weight({w: read_scores(context.out, w)["dev"] for w in context.weights})
-    else:
-        weight = float(context.config.weight)
+    """Writes the fused model with its card."""
+    weight = fused_weight(context.out)
     tuned, out = context.path(TUNED), folder / MODEL
     if context.twin:
         pair = load_twin(
@@ -48,11 +44,10 @@ def run(context: RunContext, folder: Path) -> None:
         context.base_name,
         weight,
         _recipe(context, weight),
-        all_scores(context.out, weight),
+        all_scores(context.out),
         twin=context.twin,
     )
     (out / "README.md").write_text(card, encoding="utf-8")
-    write_json(folder / FUSION_FACTS, {"weight": weight})
 
 
 def _recipe(context: RunContext, weight: float) -> dict[str, str]:
@@ -63,12 +58,12 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
     low, high = mining["band"]
     similarity = similarity_name(context.out)
     fused = "embeddings, in the loss too" if context.twin else "parameters"
-    chosen = ", chosen on held-out queries" if context.chooses_weight else ""
+    chosen = ", chosen on held-out queries and general knowledge" if context.chooses_weight else ""
     return {
         "queries": f"{mining['queries']}, {context.query_source}",
-        "loss": f"InfoNCE over the {'cosine' if context.twin else similarity}, "
-        f"temperature {config.temperature:g}, in-batch negatives "
-        f"(batch {config.batch_size}), each document once",
+        "loss": f"{loss_in_words(training['distill'], training['teachers'])} over the "
+        f"{'cosine' if context.twin else similarity}, temperature {config.temperature:g}, "
+        f"batch {config.batch_size}, each document once",
         "hard negatives": f"{config.negatives} per query: after the {config.skip} most similar, "
         f"{similarity} {low:.2f} to {high:.2f}, {config.select}; none for {mining['empty']} "
         "queries",

@@ -20,12 +20,13 @@ from ..queries.user import load_queries
 if TYPE_CHECKING:
     from ..context import RunContext
 
-DEV_SHARE = 0.1
-"""Share of the queries, by whole documents, that choose the weight under ``--weight auto``."""
+DEV_QUERIES, DEV_SHARES = 100, (0.1, 0.2)
+"""Fusion weights are compared on so many queries, by whole documents, but on no smaller and no
+larger a share of them than that: fewer queries would not show a gain of a few points."""
 
 
 def run(context: RunContext, folder: Path) -> None:
-    """Writes the queries to train on, to choose the weight on, and to evaluate on."""
+    """Writes the queries to train on, to compare fusion weights on, and to evaluate on."""
     chunks = read_records(context.path(CHUNKS), Chunk)
     twins = read_json(context.path(TWINS))
     write_split(context, folder, chunks, offline_queries(context, chunks, twins))
@@ -52,7 +53,8 @@ def offline_queries(
 def split_queries(
     context: RunContext, chunks: Sequence[Chunk], queries: list[Query]
 ) -> dict[str, list[Query]]:
-    """{"train": ..., "held_out": ..., "dev": ...}, the latter two where they are needed.
+    """{"train": ..., "dev": ..., "held_out": ...}, the last one unless the documents have test
+    queries of their own.
 
     The split is by whole documents, and none of the queries is a judged test query.
     """
@@ -61,8 +63,8 @@ def split_queries(
         queries = without(queries, load_beir(context.judged_corpus).queries)
     else:
         shares["held_out"] = context.config.held_out
-    if context.chooses_weight:
-        shares["dev"] = DEV_SHARE
+    low, high = DEV_SHARES
+    shares["dev"] = min(high, max(low, DEV_QUERIES / max(len(queries), 1)))
     return split_by_document(queries, chunks, shares, seed=context.config.seed)
 
 

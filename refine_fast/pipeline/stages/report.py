@@ -14,11 +14,14 @@ from ...files import read_json
 from ..artifacts import (
     ACCOUNT,
     CHUNK_FACTS,
+    FUSION_FACTS,
     MINING_FACTS,
     QUERIES,
     SETS,
     TRAINING_FACTS,
+    all_scores,
     base_embeddings,
+    curve_file,
     fused_weight,
     read_negatives,
     read_scores,
@@ -27,8 +30,20 @@ from ..artifacts import (
     training_view,
 )
 from ..corpus.jsonl import read_records
+from ..evaluation.choice import Choice
+from ..evaluation.significance import Gain
 from ..queries.query import Query
-from ..reporting.data import Documents, Mining, Queries, ReportData, SetScores, Training, Triple
+from ..reporting.data import (
+    Curve,
+    Documents,
+    Mining,
+    Queries,
+    ReportData,
+    SetScores,
+    Training,
+    Triple,
+)
+from ..reporting.format import loss_in_words
 from ..reporting.render import write_report
 
 if TYPE_CHECKING:
@@ -42,8 +57,6 @@ SAMPLE = 20_000
 
 TRIPLES = 20
 """Queries that the report shows with their passages."""
-
-WEIGHT_CHOSEN_ON = "queries about documents that neither training nor testing used"
 
 
 def run(context: RunContext, folder: Path) -> None:
@@ -61,7 +74,8 @@ def collect(context: RunContext) -> ReportData:
         mining=_mining(context),
         training=_training(context),
         weight=fused_weight(context.out),
-        weight_chosen_on=WEIGHT_CHOSEN_ON if context.chooses_weight else None,
+        choice=_choice(context),
+        curves=_curves(context),
         in_domain=sets.pop("in_domain"),
         out_of_domain=list(sets.values()),
         fusion=config.fusion,
@@ -116,29 +130,50 @@ def _training(context: RunContext) -> Training:
         temperature=config.temperature,
         learning_rate=config.lr,
         batch_size=config.batch_size,
-        epochs=config.epochs,
+        epochs=facts["epochs"],
         steps=facts["steps"],
         examples=facts["examples"],
         precision=facts["precision"],
         seed=config.seed,
+        loss_function=loss_in_words(facts["distill"], facts["teachers"]),
         loss=(float(np.mean(loss[:tenth])), float(np.mean(loss[-tenth:]))),
     )
 
 
+def _choice(context: RunContext) -> Choice | None:
+    if not context.chooses_weight:
+        return None
+    facts = read_json(context.path(FUSION_FACTS))
+    return Choice(**{**facts, "gain": Gain(**facts["gain"]), "guard": Gain(**facts["guard"])})
+
+
+def _curves(context: RunContext) -> tuple[Curve, Curve]:
+    """The curves of the weights on the documents and on general knowledge."""
+    curve = {weight: read_scores(context.path(curve_file(weight))) for weight in context.weights}
+    dev, guard = ({w: sets[name] for w, sets in curve.items()} for name in ("dev", "guard"))
+    return (
+        Curve(name="your documents", at_weight=dev),
+        Curve(name="general knowledge", at_weight=guard),
+    )
+
+
 def _set_scores(context: RunContext) -> dict[str, SetScores]:
-    """Set -> the scores of every system on it. The set that only chooses a weight is left out."""
-    bm25 = read_scores(context.out, None)
-    at_weight = {weight: read_scores(context.out, weight) for weight in context.weights}
+    """Test set -> the scores of every system on it."""
+    systems = all_scores(context.out)
+    at_weight = {
+        0.0: systems["base"],
+        1.0: systems["fine-tuned"],
+        fused_weight(context.out): systems["fused"],
+    }
     passages = read_json(context.path(SETS))
     return {
         name: SetScores(
-            name.removeprefix("ood:"),
-            passages[name],
-            scores,
-            {weight: sets[name] for weight, sets in at_weight.items()},
+            name=name.removeprefix("ood:"),
+            passages=passages[name],
+            bm25=bm25,
+            at_weight={weight: sets[name] for weight, sets in at_weight.items()},
         )
-        for name, scores in bm25.items()
-        if name != "dev"
+        for name, bm25 in systems["BM25"].items()
     }
 
 

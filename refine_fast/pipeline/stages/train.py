@@ -26,13 +26,14 @@ from ..encoder.encode import has_fast_bf16
 from ..encoder.load import load_encoder
 from ..training.batches import Example, Twin
 from ..training.memory import Fit, fit_training
-from ..training.trainer import train
+from ..training.teachers import Teachers, lexical_teacher
+from ..training.trainer import epochs_of, train
 
 if TYPE_CHECKING:
     from ..context import RunContext
 
 
-def run(context: RunContext, folder: Path) -> None:
+def run(context: RunContext, folder: Path, *, distill: float) -> None:
     """Writes the fine-tuned encoder, and the steps and losses of its training. With ``--lora`` also
     the adapter, whose product is part of the fine-tuned encoder's weights."""
     config = context.config
@@ -56,15 +57,17 @@ def run(context: RunContext, folder: Path) -> None:
     )
     _say_how(context, fit, precision)
     twin = Twin(float(config.weight), *base_embeddings(context.out)) if context.twin else None
+    teachers = _teachers(context, relevant, passages) if distill else None
     # A twin's embeddings are unit vectors, whatever the encoder's are.
     unit = 1.0 if context.twin else similarity_unit(context.out)
+    epochs = epochs_of(len(examples), batch_size=config.batch_size, epochs=config.epochs)
     with context.console.progress("training") as progress:
         history = train(
             model,
             examples,
             passages,
             folder / "checkpoints",
-            epochs=config.epochs,
+            epochs=epochs,
             max_steps=config.max_steps,
             batch_size=config.batch_size,
             lr=config.lr,
@@ -74,6 +77,8 @@ def run(context: RunContext, folder: Path) -> None:
             bf16=bf16,
             seed=config.seed,
             twin=twin,
+            teachers=teachers,
+            distill=distill,
             progress=progress,
         )
     for i, adapter in enumerate(adapters):
@@ -83,8 +88,32 @@ def run(context: RunContext, folder: Path) -> None:
     model.save_pretrained(str(folder / TUNED), create_model_card=False)
     for code in context.encoder.glob("*.py"):  # of an encoder that brings its own
         shutil.copy(code, folder / TUNED)
-    facts = {**history, "examples": len(examples), "precision": precision}
+    facts = {
+        **history,
+        "examples": len(examples),
+        "epochs": epochs,
+        "precision": precision,
+        "distill": distill,
+        "teachers": [] if teachers is None else teachers.names,
+    }
     write_json(folder / TRAINING_FACTS, facts)
+
+
+def _teachers(
+    context: RunContext, relevant: dict[str, list[int]], passages: Sequence[str]
+) -> Teachers:
+    """The frozen encoder, and BM25 where it ranks the training queries' positives higher."""
+    queries, documents = base_embeddings(context.out)
+    lexical = lexical_teacher(
+        list(relevant),
+        list(relevant.values()),
+        passages,
+        (queries, documents),
+        seed=context.config.seed,
+    )
+    teachers = Teachers(queries, documents, context.config.temperature, lexical)
+    context.console.say(f"  teachers: {', '.join(teachers.names)}")
+    return teachers
 
 
 def _examples(

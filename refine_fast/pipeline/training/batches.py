@@ -10,9 +10,13 @@ import numpy as np
 import torch
 
 from ..encoder.encode import Role, prompt_of
+from .teachers import Teachers
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+TARGETS = "targets_"
+"""Prefix of a teacher's name among the features of the queries."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Collator:
     examples: Sequence[Example]
     documents: Sequence[str]
     twin: Twin | None = None
+    teachers: Teachers | None = None
     valid_label_columns: tuple[str, ...] = ("label",)  # the Trainer asks for it
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
@@ -68,7 +73,8 @@ class Collator:
         Returns:
             ``query_*`` and ``document_*``: what the encoder reads; ``document_group`` (N,) int64;
             ``label`` (B,) int64: the column of each query's positive; with a twin
-            ``query_frozen`` (B, d) and ``document_frozen`` (N, d) float32.
+            ``query_frozen`` (B, d) and ``document_frozen`` (N, d) float32; with teachers
+            ``query_targets_*`` (B, N) float32, one for each teacher.
         """
         # Longest first on both sides: the texts of a mini-batch have similar lengths.
         examples = sorted(
@@ -82,8 +88,11 @@ class Collator:
             "document_group": torch.tensor(_groups(examples, column)),
             "label": torch.tensor([column[example.positive] for example in examples]),
         }
+        queries = [example.row for example in examples]
+        if self.teachers is not None:
+            for name, targets in self.teachers.targets(queries, documents).items():
+                batch[f"query_{TARGETS}{name}"] = targets
         if self.twin is not None:
-            queries = [example.row for example in examples]
             batch["query_frozen"] = torch.from_numpy(self.twin.queries[queries])
             batch["document_frozen"] = torch.from_numpy(self.twin.documents[documents])
         return batch

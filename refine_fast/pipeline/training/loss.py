@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ...integrations.sentence_transformers.twin import fuse_embeddings
 from ...nn import InfoNCELoss
 from ..encoder.encode import compares_by_cosine
+from .batches import TARGETS
+from .teachers import HYBRID_TEMPERATURE
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -27,6 +29,8 @@ class BatchLoss(CachedLossMixin, nn.Module):
     without a graph, take the loss's gradient at the embeddings, encode again and push it through.
     The activations of one mini-batch live at a time, and the loss still sees the whole batch. With
     ``twin_weight``, the loss is that of the embeddings fused with the frozen ones in the batch.
+    With teachers, the loss is (1 - distill) InfoNCE + distill times the mean of their
+    cross-entropies.
 
     The encoder runs without dropout: drawing its masks took 37% of a step on a CPU, and with it
     attention cannot use the memory-efficient kernel.
@@ -38,24 +42,34 @@ class BatchLoss(CachedLossMixin, nn.Module):
         temperature: float,
         mini_batch: int | None = None,
         twin_weight: float | None = None,
+        distill: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.mini_batch_size = mini_batch or 0
         self.twin_weight = twin_weight
-        self.info_nce = InfoNCELoss(temperature=temperature, normalize=compares_by_cosine(model))
+        self.distill = distill
+        cosine = compares_by_cosine(model)
+        self.info_nce = InfoNCELoss(temperature=temperature, normalize=cosine)
+        self.hybrid = InfoNCELoss(temperature=HYBRID_TEMPERATURE * temperature, normalize=cosine)
 
     def forward(self, features: list[dict[str, Any]], labels: Tensor) -> Tensor:
         """The loss of a batch, a scalar.
 
         Args:
             features: what the encoder reads of the B queries and of the N documents, with
-                "group" (N,) and, for a twin, "frozen" (B, d) and (N, d).
+                "group" (N,), for a twin "frozen" (B, d) and (N, d), and of the queries each
+                teacher's targets (B, N).
             labels: (B,) column of each query's positive.
         """
         self.model.eval()  # the Trainer sets train() before every step
         queries, documents = features
         self.groups = documents.pop("group")
+        self.targets = {
+            name.removeprefix(TARGETS): queries.pop(name)
+            for name in list(queries)
+            if name.startswith(TARGETS)
+        }
         self.frozen = (
             [side.pop("frozen") for side in features] if self.twin_weight is not None else []
         )
@@ -80,7 +94,7 @@ class BatchLoss(CachedLossMixin, nn.Module):
                 for tuned, frozen in zip((q, d), self.frozen, strict=True)
             )
         try:
-            loss = self.info_nce(q, d, positives=labels, doc_ids=self.groups)
+            loss = self._loss(q, d, positives=labels, doc_ids=self.groups)
         except ValueError:  # of the CPU kernel; elsewhere the loss is NaN
             if q.isfinite().all() and d.isfinite().all():
                 raise
@@ -88,4 +102,15 @@ class BatchLoss(CachedLossMixin, nn.Module):
         if with_backward:
             loss.backward()
             loss = loss.detach()
+        return loss
+
+    def _loss(self, q: Tensor, d: Tensor, **columns: Any) -> Tensor:
+        loss = torch.zeros((), device=q.device)
+        if self.distill < 1:
+            loss = (1 - self.distill) * self.info_nce(q, d, **columns)
+        every = torch.arange(len(d), device=d.device).expand(len(q), -1)
+        for name, targets in self.targets.items():
+            matched = self.hybrid if name == "hybrid" else self.info_nce
+            by_teacher = matched(q, d, soft_columns=every, soft_targets=targets, **columns)
+            loss = loss + self.distill / len(self.targets) * by_teacher
         return loss

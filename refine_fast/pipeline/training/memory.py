@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from .batches import features_of
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-MINI_BATCH = 8
-"""Sequences encoded at a time if no budget is given. MiniLM-L6 on SQuAD, batch 64, two CPU cores:
-a step takes 1.07 times as long as with 16."""
+SHARE = 1 / 3
+"""Share of the machine's memory that training may take if no budget is given. Of all of it, not of
+what is free: a run that was killed resumes with the same plan, and ends with the same weights."""
 
 PROCESS = 900 << 20
 """Bytes: Python, torch, transformers and the data (650 MiB), and heap fragmentation from
@@ -34,6 +35,12 @@ Gradient caching, one thread, encoders of 6 layers and width 384 that read 256 t
 2,012 of 2,017; in bf16, 23 at a time, 2,032 of 2,028; MPNet, whose attention keeps its scores, 9 at
 a time, 1,825 of 1,930. With 1.3: MPNet 2,075 of 1,951, BERT 1,885 of 1,960, ModernBERT 1,630 of
 1,649, in bf16 1,667 of 1,695."""
+
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+"""Files with the limit of a container, versions 2 and 1."""
 
 WHOLE_BATCH_OVERHEAD = 1.1
 """The same factor if a whole batch is encoded at once: 6,267 of 7,130 MiB (MiniLM in fp32, 64
@@ -111,7 +118,7 @@ def fit_training(
         examples: number of training examples.
         batch_size: queries in a batch.
         negatives: hard negatives of each query.
-        memory: bytes that training may take; None: ``MINI_BATCH`` sequences at a time.
+        memory: bytes that training may take; None: ``SHARE`` of the machine's.
         bf16: whether the forward pass runs in bf16.
 
     Raises:
@@ -128,20 +135,40 @@ def fit_training(
     passage = activation_bytes(model, _longest(passages), bf16=bf16)
     whole = fixed + WHOLE_BATCH_OVERHEAD * (batch * query + documents * passage)
     each = FRAGMENTATION * max(query, passage)
+    given = memory is not None
+    memory = int(SHARE * machine_memory(model.device)) if memory is None else memory
     if _reads_bags(model):
         fits, least = batch + documents, whole
     else:
-        fits = MINI_BATCH if memory is None else int((memory - fixed) / max(each, 1))
-        least = fixed + each
-    if memory is not None and memory < least:
+        fits, least = int((memory - fixed) / max(each, 1)), fixed + each
+    if not given:
+        memory, fits = max(memory, math.ceil(least)), max(fits, 1)
+    if memory < least:
         raise RefineFastError(
             f"memory: {memory / 2**30:.1f} GB is too little for this encoder; "
             f"give at least {math.ceil(least / 2**30 * 10) / 10:.1f}GB."
         )
-    if fits >= batch + documents or (memory is not None and memory >= whole):
+    if fits >= batch + documents or memory >= whole:
         return Fit(batch + documents, False, int(whole))
     at_once = min(fits, documents)  # of either side: more would change nothing
     return Fit(at_once, True, int(fixed + at_once * each))
+
+
+def machine_memory(device: torch.device) -> int:
+    """Bytes of memory: the GPU's, or what this process's container may use of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    limits = [psutil.virtual_memory().total]
+    for file in _CGROUP_LIMITS:
+        try:
+            text = Path(file).read_text()
+        except OSError:
+            continue
+        if text.strip().isdigit():  # not "max"
+            limits.append(int(text))
+    return min(limits)
 
 
 def _longest(texts: Iterable[str]) -> str:

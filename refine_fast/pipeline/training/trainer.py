@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ...files import fsync_all
 from .batches import Collator, Example, Twin
 from .loss import BatchLoss, NonFiniteEmbeddingsError
 from .memory import return_free_memory
+from .teachers import Teachers
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -31,6 +32,23 @@ _WEIGHTS = "model.safetensors"
 
 CHECKPOINT_COMPLETE = "complete"
 """An empty file that a checkpoint gets last, when everything else in it is on the disk."""
+
+
+MIN_STEPS, MAX_EPOCHS = 30, 4.0
+"""Fewer steps than that hardly change an encoder; more passes than that teach it the queries."""
+
+
+def epochs_of(examples: int, *, batch_size: int, epochs: float | Literal["auto"]) -> float:
+    """Passes over the examples; "auto": 1, or as many as make ``MIN_STEPS``, up to ``MAX_EPOCHS``.
+
+    Args:
+        examples: number of training examples, at least 1.
+        batch_size: queries in a batch.
+        epochs: as given.
+    """
+    if epochs != "auto":
+        return epochs
+    return min(MAX_EPOCHS, max(1.0, MIN_STEPS * min(batch_size, examples) / examples))
 
 
 def steps_of(examples: int, *, batch_size: int, epochs: float, max_steps: int | None) -> int:
@@ -62,6 +80,8 @@ def train(
     bf16: bool = False,
     seed: int = 0,
     twin: Twin | None = None,
+    teachers: Teachers | None = None,
+    distill: float = 0.0,
     progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes ``model`` in place: AdamW, linear warm-up and decay, on one device.
@@ -83,6 +103,8 @@ def train(
         bf16: whether the forward pass runs under bf16 autocast.
         seed: order of the examples.
         twin: frozen embeddings that the loss fuses with the tuned ones.
+        teachers: what sets the share ``distill`` of the loss; None: nothing does.
+        distill: between 0, InfoNCE alone, and 1, the teachers alone.
         progress: called with (step, steps, note=...).
 
     Returns:
@@ -128,8 +150,14 @@ def train(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict({"row": order[: steps * batch_size]}),
-        data_collator=Collator(model, examples, documents, twin),  # type: ignore[arg-type]
-        loss=BatchLoss(model, temperature, mini_batch, None if twin is None else twin.weight),
+        data_collator=Collator(model, examples, documents, twin, teachers),  # type: ignore[arg-type]
+        loss=BatchLoss(
+            model,
+            temperature,
+            mini_batch,
+            None if twin is None else twin.weight,
+            0.0 if teachers is None else distill,
+        ),
         callbacks=[_Callback(steps, progress)],
     )
     trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,159 @@
+"""What the recipe gains and forgets: whole runs on real retrieval sets, in results/recipe.csv.
+
+    REFINE_FAST_DATA=<folder of BEIR sets> python benchmarks/recipe.py [--sets squad covidqa ...]
+        [--queries none human] [--options best paper ...] [--seeds 0 1 2] [--runs FOLDER] [--again]
+
+Each set is the domain once, judged on its own test questions; out of domain are the other sets.
+Queries: "none", made from the passages without a language model; "human", the set's train split.
+``OPTIONS`` changes one thing at a time.
+
+A run whose rows are in the table is skipped, and one that was stopped resumes in ``--runs``: start
+the same command again. Seconds and memory are right for runs that were not stopped. A row's key is
+(set, queries, option, seed, judged on, system, device).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, commit, device_name
+
+from refine_fast.cli import KEPT_BASE
+
+DATA = Path(os.environ.get("REFINE_FAST_DATA", ""))
+SETS = ("squad", "covidqa", "dstc11_travel", "pubmedqa", "scifact")
+OPTIONS: dict[str, list[str]] = {
+    "best": [],
+    "paper": ["--recipe", "paper"],
+    "InfoNCE": ["--distill", "0"],
+    "half distilled": ["--distill", "0.5"],
+    "distilled": ["--distill", "1"],
+    "lr 3e-4": ["--lr", "3e-4"],
+    "1 epoch": ["--epochs", "1"],
+    "2 epochs": ["--epochs", "2"],
+    "4 queries": ["--queries-per-chunk", "4"],
+    "no negatives": ["--negatives", "0"],
+    "fixed band": ["--band", "0.5,0.7"],
+    "embeddings": ["--fusion", "embeddings"],
+}
+KEY = ("set", "queries", "option", "seed", "judged_on", "system", "device")
+METRICS = ("recall@1", "recall@3", "recall@10", "ndcg@10", "mrr@10")
+GAIN = {"mean": "recall@3_gain", "low": "gain_low", "high": "gain_high"}
+COLUMNS = (
+    *KEY,
+    "passages",
+    "test_queries",
+    *METRICS,
+    *GAIN.values(),
+    "weight",
+    "kept_base",
+    "seconds",
+    "peak_mb",
+    "commit",
+)
+Rows = dict[tuple[str, ...], dict[str, Any]]
+
+
+def measure(run: dict[str, str], folder: Path, ood_passages: int) -> list[dict[str, Any]]:
+    """One run; the rows of all sets and systems that it was judged on."""
+    docs = DATA / run["set"]
+    flags = ["--seed", run["seed"], "--ood-passages", str(ood_passages), *OPTIONS[run["option"]]]
+    flags += ["--queries", str(docs)] if run["queries"] == "human" else []
+    for other in SETS:
+        flags += ["--ood", str(DATA / other)] if other != run["set"] else []
+    start = time.perf_counter()
+    command = ["refine-fast", "run", str(docs), "--out", str(folder), *flags]
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, KEPT_BASE):
+        raise SystemExit(f"{' '.join(command)} ended with status {code}")
+    report = json.loads((folder / "report.json").read_text())
+    common = {
+        **run,
+        "device": device_name(),
+        "weight": report["weight"],
+        "kept_base": int(code == KEPT_BASE),
+        "seconds": round(time.perf_counter() - start),
+        "peak_mb": usage.ru_maxrss // 1024,
+        "commit": commit(),
+    }
+    return [
+        {**common, **row}
+        for judged in (report["in_domain"], *report["out_of_domain"])
+        for row in rows_of(judged, report["weight"])
+    ]
+
+
+def rows_of(judged: dict[str, Any], weight: float) -> list[dict[str, Any]]:
+    """The rows of one test set: BM25, the base, the fused model and the fine-tuned one."""
+    about = {
+        "judged_on": judged["name"],
+        "passages": judged["passages"],
+        "test_queries": judged["queries"],
+    }
+    at = {point["weight"]: point for point in judged["weights"]}
+    rows = [{**about, "system": "BM25", **rounded(judged["bm25"], METRICS)}]
+    for system, point in (("base", at[0]), ("fused", at[weight]), ("fine-tuned", at[1])):
+        gain = {GAIN[side]: round(point["gain"]["recall@3"][side], 4) for side in GAIN}
+        rows.append({**about, "system": system, **rounded(point["metrics"], METRICS), **gain})
+    return rows
+
+
+def rounded(values: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
+    """The named values to four digits."""
+    return {name: round(values[name], 4) for name in names}
+
+
+def read(path: Path) -> Rows:
+    """The table, by key."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {tuple(row[key] for key in KEY): dict(row) for row in csv.DictReader(file)}
+
+
+def save(path: Path, new: list[dict[str, Any]]) -> None:
+    """Adds rows to the table; equal keys are overwritten."""
+    table = read(path) | {tuple(str(row[key]) for key in KEY): row for row in new}
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(table[key] for key in sorted(table))
+    temporary.replace(path)
+
+
+def main() -> None:
+    """Does what the module says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--queries", nargs="+", choices=("none", "human"), default=["none"])
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=["best"])
+    parser.add_argument("--seeds", nargs="+", default=["0"])
+    parser.add_argument("--ood-passages", type=int, default=1000)
+    parser.add_argument("--runs", type=Path, default=Path("recipe-runs"))
+    parser.add_argument("--again", action="store_true", help="also what is in the table")
+    given = parser.parse_args()
+    table = RESULTS / "recipe.csv"
+    chosen = (given.sets, given.queries, given.options, given.seeds)
+    for combination in itertools.product(*chosen):
+        run = dict(zip(("set", "queries", "option", "seed"), combination, strict=True))
+        key = (*combination, "in_domain", "fused", device_name())
+        if key in read(table) and not given.again:
+            continue
+        save(table, measure(run, given.runs / "-".join(combination), given.ood_passages))
+
+
+if __name__ == "__main__":
+    main()

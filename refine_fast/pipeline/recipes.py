@@ -1,0 +1,29 @@
+"""Named sets of options: what a name sets where nothing else is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+QUICK: dict[str, Any] = {
+    "limit": 300,
+    "max_steps": 10,
+    "ood_passages": 300,
+    "curve": (0.0, 1.0),
+    "weight": 0.35,  # no choice, which so little training would make
+}
+"""What --quick sets, unless given otherwise: every stage in about a minute, to see that a set-up
+works. Its figures mean little."""
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "best": {},
+    "paper": {
+        "band": (0.5, 0.7),
+        "skip": 5,
+        "negatives": 1,
+        "select": "hardest",
+        "distill": 0.0,
+        "epochs": 1.0,
+        "weight": 0.35,
+    },
+}
+"""Name -> what it sets instead of the defaults: "paper" has the constants of arXiv 2410.12890."""

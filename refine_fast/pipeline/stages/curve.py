@@ -1,0 +1,42 @@
+"""curve: the encoder at one fusion weight, on the two sets that choose the weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..artifacts import CHUNKS, DEV, TUNED, curve_file, write_scores
+from ..corpus.chunk import Chunk
+from ..corpus.jsonl import read_records
+from ..encoder.weighted import encoder_at
+from ..evaluation.evaluate import score
+from ..evaluation.general_knowledge import general_knowledge
+from ..queries.query import Query
+from ..queries.splits import held_out_set
+
+if TYPE_CHECKING:
+    from ..context import RunContext
+
+QUERIES, PASSAGES = 500, 1000
+"""The most of the queries and chunks that are scored at each weight: a sample decides."""
+
+
+def run(context: RunContext, folder: Path, *, weight: float) -> None:
+    """Writes the scores at a fusion weight on queries about held-out documents ("dev") and on
+    general knowledge ("guard")."""
+    chunks = read_records(context.path(CHUNKS), Chunk)
+    dev = held_out_set(chunks, read_records(context.path(DEV), Query), "dev").sample(
+        queries=QUERIES, docs=PASSAGES, seed=context.config.seed
+    )
+    model = encoder_at(
+        weight,
+        context.encoder,
+        context.path(TUNED),
+        twin=0 < weight < 1 and context.twin,
+        trust_remote_code=context.trust_remote_code,
+    )
+    with context.console.progress(f"weight {weight:g}") as progress:
+        scores = score(
+            model, [dev, general_knowledge("guard")], bf16=context.bf16, progress=progress
+        )
+    write_scores(folder / curve_file(weight), dict(zip(("dev", "guard"), scores, strict=True)))
