@@ -99,14 +99,28 @@ def _teacher_shares(settings: Any, labels: Tensor | None, shape: tuple[int, int]
     return settings.distill * (labels.float() / settings.distill_temperature).softmax(1)
 
 
-def _check_distillation(distill: float, temperature: float) -> None:
-    if not 0 <= distill <= 1:
-        raise ValueError(f"distill must be between 0 and 1 (got {distill})")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"distill_temperature must be a positive number (got {temperature})")
+class _Distilling:
+    """The arguments of distillation, beside those of the loss that is the other parent."""
+
+    def __init__(
+        self, *args: Any, distill: float = 0.0, distill_temperature: float = 1.0, **kwargs: Any
+    ) -> None:
+        if not 0 <= distill <= 1:
+            raise ValueError(f"distill must be between 0 and 1 (got {distill})")
+        if not 0 < distill_temperature < float("inf"):
+            raise ValueError(
+                f"distill_temperature must be a positive number (got {distill_temperature})"
+            )
+        super().__init__(*args, **kwargs)
+        self.distill, self.distill_temperature = distill, distill_temperature
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The arguments, for the model card."""
+        teacher = {"distill": self.distill, "distill_temperature": self.distill_temperature}
+        return {**super().get_config_dict(), **teacher}  # type: ignore[misc]  # the parent's
 
 
-class FusedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
+class FusedMultipleNegativesRankingLoss(_Distilling, MultipleNegativesRankingLoss):
     """``sentence_transformers.losses.MultipleNegativesRankingLoss`` without its score matrix: same
     arguments, loss and gradients.
 
@@ -115,25 +129,13 @@ class FusedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         distill_temperature: positive; of the teacher's scores.
     """
 
-    def __init__(
-        self, *args: Any, distill: float = 0.0, distill_temperature: float = 1.0, **kwargs: Any
-    ) -> None:
-        _check_distillation(distill, distill_temperature)
-        super().__init__(*args, **kwargs)
-        self.distill, self.distill_temperature = distill, distill_temperature
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """The arguments, for the model card."""
-        teacher = {"distill": self.distill, "distill_temperature": self.distill_temperature}
-        return {**super().get_config_dict(), **teacher}
-
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """The loss over (queries, positives, negatives, ...), each (B, D)."""
         loss = _loss(self, embeddings, labels)
         return super().compute_loss_from_embeddings(embeddings, labels) if loss is None else loss
 
 
-class CachedFusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
+class CachedFusedMultipleNegativesRankingLoss(_Distilling, CachedMultipleNegativesRankingLoss):
     """``sentence_transformers.losses.CachedMultipleNegativesRankingLoss`` (GradCache, Gao et al.,
     arXiv 2101.06983), with one fused step over the batch where the parent scores
     ``mini_batch_size`` rows at a time: same arguments, loss and gradients. ``mini_batch_size``
@@ -143,18 +145,6 @@ class CachedFusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss
         distill: share of the loss that the teacher's scores in the labels set.
         distill_temperature: positive; of the teacher's scores.
     """
-
-    def __init__(
-        self, *args: Any, distill: float = 0.0, distill_temperature: float = 1.0, **kwargs: Any
-    ) -> None:
-        _check_distillation(distill, distill_temperature)
-        super().__init__(*args, **kwargs)
-        self.distill, self.distill_temperature = distill, distill_temperature
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """The arguments, for the model card."""
-        teacher = {"distill": self.distill, "distill_temperature": self.distill_temperature}
-        return {**super().get_config_dict(), **teacher}
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
