@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import RefineFastError
+from ...fuse.compatibility import compare_models
 from ...fuse.plan import make_plan
 from ..encoder.adapters import add_lora
 from ..encoder.encode import encode, unit_of_similarity
@@ -61,7 +62,13 @@ def check_training(model: SentenceTransformer, folder: Path, *, lora: int | None
                 f"model: {folder} can be trained but not saved ({type(error).__name__}: {reason}); "
                 "give another encoder."
             ) from error
-        make_plan(folder, Path(temporary), [0.5])
+        make_plan(folder, Path(temporary), [0.5], force=True)
+        if changed := compare_models(folder, Path(temporary)).refused:
+            raise RefineFastError(
+                f"model: {folder} changes when it is loaded and saved ({'; '.join(changed[:2])},"
+                " where tuned is what was saved), so that its result would not fit it; save it once"
+                " with sentence-transformers and give that copy."
+            )
 
 
 def _one_step(model: SentenceTransformer) -> dict[str, bool]:
