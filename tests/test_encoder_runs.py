@@ -21,7 +21,7 @@ from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.encoder.load import load_encoder
 from refine_fast.pipeline.encoder.weighted import encoder_at
 from refine_fast.pipeline.evaluation.evaluate import score
-from refine_fast.pipeline.stages.score import test_sets
+from refine_fast.pipeline.stages.score import scored_sets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,7 +74,7 @@ def test_the_report_is_of_the_product(kind: str, tmp_path: Path, minilm: Path) -
         )
         np.testing.assert_array_equal(ours, theirs)
     saved = read_scores(context.path(score_file("fused")))
-    again = score(product, list(test_sets(context).values()), bf16=False)
+    again = score(product, list(scored_sets(context).values()), bf16=False)
     for before, after in zip(saved.values(), again, strict=True):
         for metric, values in before.per_query.items():
             np.testing.assert_array_equal(after.per_query[metric], values)

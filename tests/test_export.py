@@ -20,7 +20,7 @@ from small_runs import SMALL
 
 from refine_fast.cli import main, parser
 from refine_fast.pipeline import RunConfig, run
-from refine_fast.pipeline.artifacts import training_view
+from refine_fast.pipeline.artifacts import DEV, training_view
 from refine_fast.pipeline.commands.export import SUFFIXES
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.corpus.beir import load_beir
@@ -30,6 +30,7 @@ from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.encoder.load import load_encoder
 from refine_fast.pipeline.queries import export_formats
 from refine_fast.pipeline.queries.export_formats import BEIR_FILES, query_id
+from refine_fast.pipeline.queries.query import Query
 from refine_fast.pipeline.queries.user import load_queries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -255,11 +256,6 @@ def test_beir(asked: Path, tmp_path: Path) -> None:
         assert hard[query_id(query)]["neg"] == {"refine_fast": [id for id, _ in found]}
 
 
-def test_a_split_without_queries_has_no_qrels(whole: Path, tmp_path: Path) -> None:
-    folder = exported(whole, tmp_path, "beir")
-    assert sorted(path.stem for path in (folder / "qrels").iterdir()) == ["test", "train"]
-
-
 def test_parquet(mined: Path, tmp_path: Path) -> None:
     import pandas
     from datasets import Dataset
@@ -469,7 +465,8 @@ def test_a_new_folder_is_made(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_new_run_trains_on_an_exported_folder(asked: Path, tiny: Path, tmp_path: Path) -> None:
-    """The BEIR folder is documents, queries and test at once."""
+    """The BEIR folder is documents, queries and test at once. Its test queries are not the new
+    run's to export, and a split without queries has no qrels."""
     folder = exported(asked, tmp_path, "beir")
     out = tmp_path / "again"
     small = {**SMALL, "max_steps": 1}
@@ -477,7 +474,13 @@ def test_a_new_run_trains_on_an_exported_folder(asked: Path, tiny: Path, tmp_pat
         RunConfig(out=out, docs=folder, queries=folder, model=str(tiny), **small),
         console=Console(quiet=True),
     )
-    assert pairs(out) == pairs(asked)
+    again_in = tmp_path / "exported"
+    again_in.mkdir()
+    compared = {(query.text, query.chunk_id) for query in read_records(out / DEV, Query)}
+    assert compared
+    assert pairs(out) | compared == pairs(asked)
+    again = exported(out, again_in, "beir")
+    assert sorted(path.stem for path in (again / "qrels").iterdir()) == ["dev", "train"]
     assert context.report["in_domain"]["queries"] == len(load_beir(folder).queries)
 
 

@@ -279,6 +279,8 @@ def test_the_same_queries_make_the_same_model_over_http_and_from_a_file(
         "8",
         "--curve",
         "0,1",
+        "--weight",
+        "0.35",
         "--ood",
         "none",
         "--band=-0.9,1",

@@ -35,7 +35,7 @@ COVERED = {
 """(partition mode, sorted directions) that info_nce computes."""
 
 
-def _loss(settings: Any, embeddings: list[Tensor], labels: Tensor | None) -> Tensor | None:
+def _loss(settings: Any, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor | None:
     """The loss over (queries, positives, negatives, ...), each (B, D), or None where info_nce does
     not cover the settings.
 
@@ -115,9 +115,10 @@ class _Distilling:
         self.distill, self.distill_temperature = distill, distill_temperature
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The arguments, for the model card."""
+        """The arguments, for the model card; those of the teacher where there is one."""
         teacher = {"distill": self.distill, "distill_temperature": self.distill_temperature}
-        return {**super().get_config_dict(), **teacher}  # type: ignore[misc]  # the parent's
+        own = super().get_config_dict()  # type: ignore[misc]  # of the other parent
+        return {**own, **teacher} if self.distill else own
 
 
 class FusedMultipleNegativesRankingLoss(_Distilling, MultipleNegativesRankingLoss):

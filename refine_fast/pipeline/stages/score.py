@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def run(context: RunContext, folder: Path, *, system: str) -> None:
     """Writes the scores of one of ``SYSTEMS`` on every test set."""
-    sets = test_sets(context)
+    sets = scored_sets(context)
     if system == "BM25":
         for data in sets.values():
             for remark in data.remarks():
@@ -46,7 +46,7 @@ def run(context: RunContext, folder: Path, *, system: str) -> None:
     write_scores(folder / score_file(system), dict(zip(sets, scores, strict=True)))
 
 
-def test_sets(context: RunContext) -> dict[str, RetrievalSet]:
+def scored_sets(context: RunContext) -> dict[str, RetrievalSet]:
     """The sets that the report shows and that chose nothing: "in_domain"; each out-of-domain set
     under "ood:" and its name."""
     config = context.config
