@@ -7,6 +7,7 @@ from typing import Any
 QUICK: dict[str, Any] = {
     "limit": 300,
     "max_steps": 10,
+    "batch_size": 16,
     "ood_passages": 300,
     "curve": (0.0, 1.0),
     "weight": 0.35,  # no choice, which so little training would make
