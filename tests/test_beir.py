@@ -206,7 +206,7 @@ def beir_scores(
 ) -> dict[str, np.ndarray]:
     """Per query, as BEIR's EvaluateRetrieval computes them: identical ids are taken out of the
     results, pytrec_eval scores the rest, and MRR is the rank of the first relevant passage."""
-    pytrec_eval = pytest.importorskip("pytrec_eval")
+    pytrec_eval = pytest.importorskip("pytrec_eval", reason="needs pip install '.[test]'")
     qrels = {
         query: {doc: int(grade) for doc, grade in judged.items()}
         for query, judged in zip(data.query_ids, data.qrels, strict=True)

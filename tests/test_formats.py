@@ -222,7 +222,8 @@ def test_tables(tmp_path: Path, name: str) -> None:
 
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="needs the pipeline: pip install '.[pipeline]'")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet
+
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     assert [found[1:] for found in loaded(tmp_path / "a.parquet")] == EXPECTED
     (tmp_path / "b.parquet").write_bytes(b"PAR1 is not enough")

@@ -135,19 +135,15 @@ def fit_training(
     passage = activation_bytes(model, _longest(passages), bf16=bf16)
     whole = fixed + WHOLE_BATCH_OVERHEAD * (batch * query + documents * passage)
     each = FRAGMENTATION * max(query, passage)
-    given = memory is not None
-    memory = int(SHARE * machine_memory(model.device)) if memory is None else memory
-    if _reads_bags(model):
-        fits, least = batch + documents, whole
-    else:
-        fits, least = int((memory - fixed) / max(each, 1)), fixed + each
-    if not given:
-        memory, fits = max(memory, math.ceil(least)), max(fits, 1)
+    least = whole if _reads_bags(model) else fixed + each
+    if memory is None:
+        memory = max(int(SHARE * machine_memory(model.device)), math.ceil(least))
     if memory < least:
         raise RefineFastError(
             f"memory: {memory / 2**30:.1f} GB is too little for this encoder; "
             f"give at least {math.ceil(least / 2**30 * 10) / 10:.1f}GB."
         )
+    fits = int((memory - fixed) / max(each, 1))
     if fits >= batch + documents or memory >= whole:
         return Fit(batch + documents, False, int(whole))
     at_once = min(fits, documents)  # of either side: more would change nothing
