@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,21 @@ def test_forgetting_is_checked_unasked(tiny: Path, docs: Path, tmp_path: Path) -
     assert elsewhere["name"] == "general knowledge"
     assert elsewhere["queries"] == elsewhere["passages"] == len(general_knowledge("test").docs)
     assert "Out of domain (general knowledge)" in (out / "report.md").read_text()
+
+
+def test_the_extra_pipeline_is_enough(tiny: Path, docs: Path, tmp_path: Path) -> None:
+    """A run without a language model needs no package of another extra."""
+    others = "openai json_repair py3langid pypdf chardet docx pptx openpyxl peft triton pytest"
+    options = f"--model {tiny} --out {tmp_path / 'run'} --max-steps 1 --weight 0.35 --curve 0,1"
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({others.split()}))  # None: importing it fails
+from refine_fast.cli import main
+raise SystemExit(main(["run", {str(docs)!r}, "--ood", "none", "--quiet", *{options.split()}]))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_no_chunk_is_longer_than_the_encoder_reads(tiny: Path, docs: Path, tmp_path: Path) -> None:

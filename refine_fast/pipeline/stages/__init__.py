@@ -52,19 +52,7 @@ LLM_SETTINGS = (
 def run_stages(context: RunContext) -> Iterator[Stage]:
     """Every stage of the run, in order."""
     # Imported here because the stages import torch, transformers and more.
-    from . import (
-        choose,
-        chunk,
-        curve,
-        embed,
-        fuse,
-        llm_query,
-        mine,
-        query,
-        report,
-        score,
-        train,
-    )
+    from . import choose, chunk, curve, embed, fuse, mine, query, report, score, train
 
     config = context.config
 
@@ -120,6 +108,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             "queries_per_chunk held_out seed encoding",
         )
     else:
+        from . import llm_query  # needs the extra llm
+
         yield stage(
             "query",
             llm_query,
