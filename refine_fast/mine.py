@@ -136,8 +136,8 @@ def calibrate_band(
         share = float((found > lowest).float().mean())
         raise ValueError(
             f"only {share:.0%} of the queries have {k} documents below {hi:.3f} after skipping"
-            f" {skip}, and coverage asks for {coverage:.0%}; give the band as two numbers, or lower"
-            " k or coverage"
+            f" {skip}, and {coverage:.0%} must; give the band as two numbers, skip fewer, or mine"
+            " fewer negatives"
         )
     return lo, hi
 

@@ -109,12 +109,12 @@ def test_what_training_reads_is_what_is_encoded(tmp_path: Path, minilm: Path) ->
             )
 
 
-@pytest.mark.parametrize("mini_batch", [None, 3])
+@pytest.mark.parametrize(("mini_batch", "cached"), [(None, False), (3, False), (3, True)])
 def test_each_route_is_trained_by_its_own_texts(
-    tmp_path: Path, minilm: Path, mini_batch: int | None
+    tmp_path: Path, minilm: Path, mini_batch: int | None, cached: bool
 ) -> None:
     base = made(router, tmp_path / "router", minilm)
-    tune(load_encoder(base), tmp_path, mini_batch=mini_batch)
+    tune(load_encoder(base), tmp_path, mini_batch=mini_batch, cached=cached)
     for route in ("query", "document"):
         before, after = (
             load_file(folder / f"{route}_0_Transformer" / "model.safetensors")

@@ -86,9 +86,11 @@ def test_documents_without_words_have_no_lexical_teacher() -> None:
     assert lexical_teacher(["?"], [[0]], ["!!!", "..."], (q, d), seed=0) is None
 
 
-@pytest.mark.parametrize("mini_batch", [None, 3])
+@pytest.mark.parametrize(("mini_batch", "cached"), [(None, False), (3, False), (3, True)])
 @pytest.mark.parametrize("distill", [0.3, 1.0])
-def test_the_loss_of_a_batch(tiny: Path, distill: float, mini_batch: int | None) -> None:
+def test_the_loss_of_a_batch(
+    tiny: Path, distill: float, mini_batch: int | None, cached: bool
+) -> None:
     """Against the formula, with the whole matrix, in float64; so are the gradients."""
     pages = [topics[name][:300] for name in sorted(topics)[:8]]
     examples = [Example(page[:60], i, (), frozenset({i}), i) for i, page in enumerate(pages)]
@@ -107,7 +109,7 @@ def test_the_loss_of_a_batch(tiny: Path, distill: float, mini_batch: int | None)
         return features, batch["label"], targets
 
     features, label, targets = sides()
-    found = BatchLoss(model, 0.05, mini_batch, distill=distill)(features, label)
+    found = BatchLoss(model, 0.05, mini_batch, cached, distill=distill)(features, label)
     found.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

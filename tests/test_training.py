@@ -96,3 +96,13 @@ def test_the_steps_follow_the_data(examples: int, epochs: float, steps: int) -> 
     assert found == pytest.approx(epochs)
     assert steps_of(examples, batch_size=64, epochs=found, max_steps=None) == steps
     assert epochs_of(examples, batch_size=64, epochs=0.5) == 0.5
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_shortest_training_trains(tiny: Path, tmp_path: Path, steps: int) -> None:
+    """The warm-up, which starts at a rate of 0, leaves at least one step."""
+    model = load_encoder(tiny)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    history = train(model, EXAMPLES, PAGES, tmp_path, batch_size=8, epochs=9, max_steps=steps)
+    assert any((p != before[name]).any() for name, p in model.named_parameters())
+    assert (history["steps"], history["epochs"]) == (steps, steps / 2)

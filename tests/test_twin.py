@@ -111,8 +111,8 @@ def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
         TwinEncoder(load_encoder(tiny), other)
 
 
-@pytest.mark.parametrize("mini_batch", [None, 3])
-def test_the_loss_of_a_run(tiny: Path, mini_batch: int | None) -> None:
+@pytest.mark.parametrize(("mini_batch", "cached"), [(None, False), (3, False), (3, True)])
+def test_the_loss_of_a_run(tiny: Path, mini_batch: int | None, cached: bool) -> None:
     """The frozen embeddings come with the batch; value and gradients are those of the plain formula
     in float64, through the tuned encoder alone, with gradient caching too."""
     frozen = [
@@ -131,7 +131,7 @@ def test_the_loss_of_a_run(tiny: Path, mini_batch: int | None) -> None:
         {k.removeprefix(f"{side}_"): v for k, v in batch.items() if k.startswith(f"{side}_")}
         for side in ("query", "document")
     ]
-    loss = BatchLoss(model, 0.05, mini_batch, 0.35)(sides, batch["label"])
+    loss = BatchLoss(model, 0.05, mini_batch, cached, 0.35)(sides, batch["label"])
     loss.backward()
     gradients = {
         name: parameter.grad

@@ -263,7 +263,7 @@ class RunConfig(BaseModel):
     memory: Memory = _option(
         None,
         "memory that training may use, such as 8GB; more is faster "
-        "(default: a third of the machine's)",
+        "(default: half of the machine's)",
         "SIZE",
     )
 

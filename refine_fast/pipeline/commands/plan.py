@@ -135,7 +135,7 @@ def plan(config: RunConfig) -> Plan:
         steps=steps,
         passages_encoded=encoded,
         precision="bf16" if bf16 else "fp32",
-        mini_batch=fit.at_once,
+        mini_batch=fit.mini_batch or batch * (1 + config.negatives),
         training_gb=round(fit.peak / 2**30, 2),
         training_minutes=round(trained * seconds * TRAINING_OVER_ENCODING / 60, 1),
         encoding_minutes=round(encoded * seconds / 60, 1),

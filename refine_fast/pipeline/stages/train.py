@@ -73,7 +73,8 @@ def run(context: RunContext, folder: Path, *, distill: float) -> None:
             lr=config.lr,
             warmup=config.warmup,
             temperature=config.temperature * unit,
-            mini_batch=fit.at_once if fit.cached else None,
+            mini_batch=fit.mini_batch,
+            cached=fit.cached,
             bf16=bf16,
             seed=config.seed,
             twin=twin,
@@ -91,7 +92,6 @@ def run(context: RunContext, folder: Path, *, distill: float) -> None:
     facts = {
         **history,
         "examples": len(examples),
-        "epochs": epochs,
         "precision": precision,
         "distill": distill,
         "teachers": [] if teachers is None else teachers.names,
@@ -133,11 +133,8 @@ def _examples(
 
 
 def _say_how(context: RunContext, fit: Fit, precision: str) -> None:
-    how = (
-        f"{fit.at_once} sequences at a time, gradients cached"
-        if fit.cached
-        else f"all {fit.at_once} sequences of a batch at once"
-    )
+    how = "a batch at once" if fit.mini_batch is None else f"{fit.mini_batch} sequences at a time"
+    how += ", gradients cached" if fit.cached else ""
     context.console.say(f"  {how}, in {precision}: about {fit.peak / 2**30:.1f} GB of memory")
     if (gpus := torch.cuda.device_count()) > 1:
         context.console.say(f"  {gpus} GPUs are visible; training uses the first")

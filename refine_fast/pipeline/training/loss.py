@@ -25,10 +25,11 @@ class NonFiniteEmbeddingsError(ArithmeticError):
 class BatchLoss(CachedLossMixin, nn.Module):
     """InfoNCE over a batch of the collator, in the model's own similarity and dimensions.
 
-    With ``mini_batch``, gradient caching (Gao et al., arXiv 2101.06983): encode in mini-batches
-    without a graph, take the loss's gradient at the embeddings, encode again and push it through.
-    The activations of one mini-batch live at a time, and the loss still sees the whole batch. With
-    ``twin_weight``, the loss is that of the embeddings fused with the frozen ones in the batch.
+    With ``mini_batch``, that many sequences are encoded at a time. With ``cached`` as well,
+    gradient caching (Gao et al., arXiv 2101.06983): encode without a graph, take the loss's
+    gradient at the embeddings, encode again and push it through. The activations of one mini-batch
+    live at a time, and the loss still sees the whole batch. With ``twin_weight``, the loss is that
+    of the embeddings fused with the frozen ones in the batch.
     With teachers, the loss is (1 - distill) InfoNCE + distill times the mean of their
     cross-entropies.
 
@@ -41,12 +42,14 @@ class BatchLoss(CachedLossMixin, nn.Module):
         model: SentenceTransformer,
         temperature: float,
         mini_batch: int | None = None,
+        cached: bool = False,
         twin_weight: float | None = None,
         distill: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.mini_batch_size = mini_batch or 0
+        self.uses_gradient_cache = cached
         self.twin_weight = twin_weight
         self.distill = distill
         cosine = compares_by_cosine(model)
@@ -73,11 +76,15 @@ class BatchLoss(CachedLossMixin, nn.Module):
         self.frozen = (
             [side.pop("frozen") for side in features] if self.twin_weight is not None else []
         )
-        if self.mini_batch_size:
+        if self.uses_gradient_cache:
             return self.forward_cached(features, labels)
-        return self.calculate_loss(
-            [[self.model(side)["sentence_embedding"]] for side in (queries, documents)], labels
-        )
+        return self.calculate_loss([self._encoded(side) for side in (queries, documents)], labels)
+
+    def _encoded(self, side: dict[str, Any]) -> list[Tensor]:
+        if not self.mini_batch_size:
+            return [self.model(side)["sentence_embedding"]]
+        parts = self.embed_minibatch_iter(side, with_grad=True, copy_random_state=False)
+        return [embeddings for embeddings, _ in parts]
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

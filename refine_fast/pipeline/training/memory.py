@@ -18,7 +18,7 @@ from .batches import features_of
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-SHARE = 1 / 3
+SHARE = 1 / 2
 """Share of the machine's memory that training may take if no budget is given. Of all of it, not of
 what is free: a run that was killed resumes with the same plan, and ends with the same weights."""
 
@@ -87,12 +87,20 @@ def activation_bytes(
     return max(0, kept(2) - kept(1))
 
 
+CPU_MINI_BATCH = 16
+"""Sequences that a CPU encodes at a time. It gains nothing from more, and sequences of similar
+lengths waste little on padding: a step of MiniLM on SQuAD (64 queries, 128 passages) takes 28 s of
+CPU time with 8, 29 s with 16 or 32 and 43 s with the whole batch; with gradient caching, 58 s with
+126 (AMD EPYC, AVX2)."""
+
+
 class Fit(NamedTuple):
     """How many sequences training encodes at a time, and the memory that it takes."""
 
-    at_once: int
+    mini_batch: int | None
+    """None: each side of a batch at once."""
     cached: bool
-    """Whether a batch has more sequences than that, so that gradients are cached."""
+    """Whether gradients are cached, because the activations of a batch do not fit."""
     peak: int
     """Bytes."""
 
@@ -108,8 +116,9 @@ def fit_training(
     memory: int | None,
     bf16: bool,
 ) -> Fit:
-    """Chooses the whole batch if it stays under ``memory`` bytes, else as many sequences at a time
-    as do, assuming that each is as long as the longest.
+    """Chooses to keep the activations of the whole batch if they stay under ``memory`` bytes, else
+    gradient caching with as many sequences at a time as do, assuming that each is as long as the
+    longest.
 
     Args:
         model: the encoder to train.
@@ -144,10 +153,13 @@ def fit_training(
             f"give at least {math.ceil(least / 2**30 * 10) / 10:.1f}GB."
         )
     fits = int((memory - fixed) / max(each, 1))
+    on_cpu = model.device.type == "cpu"
     if fits >= batch + documents or memory >= whole:
-        return Fit(batch + documents, False, int(whole))
-    at_once = min(fits, documents)  # of either side: more would change nothing
-    return Fit(at_once, True, int(fixed + at_once * each))
+        in_parts = on_cpu and documents > CPU_MINI_BATCH and not _reads_bags(model)
+        return Fit(CPU_MINI_BATCH if in_parts else None, False, int(whole))
+    most = CPU_MINI_BATCH if on_cpu else documents  # of either side: more would change nothing
+    mini_batch = min(fits, documents, most)
+    return Fit(mini_batch, True, int(fixed + mini_batch * each))
 
 
 def machine_memory(device: torch.device) -> int:

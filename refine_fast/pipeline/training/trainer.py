@@ -77,6 +77,7 @@ def train(
     warmup: float = 0.1,
     temperature: float = 0.02,
     mini_batch: int | None = None,
+    cached: bool = False,
     bf16: bool = False,
     seed: int = 0,
     twin: Twin | None = None,
@@ -99,7 +100,8 @@ def train(
         lr: peak learning rate.
         warmup: share of the steps over which the learning rate rises.
         temperature: of the loss.
-        mini_batch: sequences encoded at a time, with gradient caching; None: the whole batch.
+        mini_batch: sequences encoded at a time; None: each side of a batch at once.
+        cached: gradient caching, so that the activations of one mini-batch live at a time.
         bf16: whether the forward pass runs under bf16 autocast.
         seed: order of the examples.
         twin: frozen embeddings that the loss fuses with the tuned ones.
@@ -108,7 +110,7 @@ def train(
         progress: called with (step, steps, note=...).
 
     Returns:
-        {"steps": number of steps, "loss": [[step, loss], ...]}.
+        {"steps": number of steps, "epochs": passes over the examples, "loss": [[step, loss], ...]}.
 
     Raises:
         RefineFastError: if there are too few examples, or the loss becomes NaN or infinite.
@@ -134,7 +136,8 @@ def train(
         batch_sampler=_in_order,  # type: ignore[arg-type]
         router_mapping={"query": "query", "document": "document"},
         learning_rate=lr,
-        warmup_steps=math.ceil(warmup * steps),
+        # The last step of a warm-up has the full rate; a single step must not be its first, with 0.
+        warmup_steps=min(math.ceil(warmup * steps), steps - 1),
         bf16=bf16,
         use_cpu=model.device.type == "cpu",
         seed=seed,
@@ -155,6 +158,7 @@ def train(
             model,
             temperature,
             mini_batch,
+            cached,
             None if twin is None else twin.weight,
             0.0 if teachers is None else distill,
         ),
@@ -169,7 +173,7 @@ def train(
             f"use a lower --lr than {lr:g}, or --precision fp32."
         ) from None
     history = [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log]
-    return {"steps": steps, "loss": history}
+    return {"steps": steps, "epochs": steps * batch_size / len(examples), "loss": history}
 
 
 class _NonFiniteLossError(ArithmeticError):
