@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import RefineFastWarning
 from .ops.band_inputs import Progress
 from .ops.band_topk import band_topk
 
@@ -90,7 +92,8 @@ def calibrate_band(
 
     hi is the lower quartile of the similarity of a query to its positives: documents above it are
     as similar as a quarter of the true answers, and may be answers that nobody marked. lo is the
-    highest edge that leaves ``coverage`` of the queries k negatives below hi, after ``skip``.
+    highest edge that leaves ``coverage`` of the queries k negatives below hi, after ``skip``; if
+    none does, the lowest similarity, with a warning.
 
     Args:
         query_embeddings: (B, D).
@@ -107,8 +110,7 @@ def calibrate_band(
         lo and hi.
 
     Raises:
-        ValueError: no query has a positive, too few have k other documents below hi, or a row
-            holds NaN or infinity.
+        ValueError: no query has a positive, or a row holds NaN or infinity.
     """
     if k < 1:
         raise ValueError(f"k must be an integer >= 1 (got {k})")
@@ -134,11 +136,13 @@ def calibrate_band(
     lo = float(found.quantile(1 - coverage, interpolation=between))
     if lo <= lowest:
         share = float((found > lowest).float().mean())
-        raise ValueError(
+        warnings.warn(
             f"only {share:.0%} of the queries have {k} documents below {hi:.3f} after skipping"
-            f" {skip}, and {coverage:.0%} must; give the band as two numbers, skip fewer, or mine"
-            " fewer negatives"
+            f" {skip}, fewer than {coverage:.0%}; the band has no lower edge",
+            RefineFastWarning,
+            stacklevel=2,
         )
+        lo = lowest
     return lo, hi
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from refine_fast import reference
+from refine_fast.errors import RefineFastWarning
 from refine_fast.mine import calibrate_band, mine
 
 
@@ -84,11 +85,23 @@ def test_calibration_says_when_it_cannot(
     queries, docs, positives = embeddings
     with pytest.raises(ValueError, match="no query has a positive"):
         calibrate_band(queries, docs, [[] for _ in positives])
-    with pytest.raises(ValueError, match="only 0% of the queries have 500 documents below"):
-        calibrate_band(queries, docs, positives, k=500)
     with pytest.raises(ValueError, match=r"k must be an integer >= 1 \(got 0\)"):
         calibrate_band(queries, docs, positives, k=0)
     broken = queries.clone()
     broken[17, 3] = torch.nan
     with pytest.raises(ValueError, match="row 17 of queries holds NaN or Inf"):
         calibrate_band(broken, docs, positives)
+
+
+def test_too_few_documents_for_the_coverage(
+    embeddings: tuple[Tensor, Tensor, list[list[int]]],
+) -> None:
+    """Whatever is below hi is mined."""
+    queries, docs, positives = embeddings
+    hi = calibrate_band(queries, docs, positives)[1]
+    with pytest.warns(RefineFastWarning, match="only 0% of the queries have 500 documents below"):
+        assert calibrate_band(queries, docs, positives, k=500) == (-1.0, hi)
+    with pytest.warns(RefineFastWarning, match="below .* after skipping 0, fewer than 90%"):
+        mined = mine(queries, docs, positives, k=500, band="auto", skip=0)
+    assert mined.band == (-1.0, hi)
+    assert (mined.in_band > 0).all()
