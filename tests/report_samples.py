@@ -11,6 +11,7 @@ from refine_fast.pipeline.evaluation.scores import Scores
 from refine_fast.pipeline.reporting.data import (
     Documents,
     Mining,
+    Moved,
     Queries,
     ReportData,
     SetScores,
@@ -79,6 +80,9 @@ def report_data() -> ReportData:
         set_scores("own", UP),
         [set_scores("scifact", SAME, 300), set_scores("travel", SAME, 500)],
         {"python": "3.11", "refine_fast": "0.1.0"},
+        [Moved("who *sees* it?", "the reader | of reports", None, 2)],
+        [Moved("where?", "here", 1, 3)],
+        {"chunk": (2.0, 312), "train": (90.0, 5120)},
     )
 
 

@@ -28,7 +28,7 @@ LAYERS = [
 ]
 # The rooms of pipeline/, likewise.
 PIPELINE_LAYERS = [
-    {"progress"},
+    {"progress", "usage"},
     {"corpus"},
     {"encoder"},
     {"queries"},

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from refine_fast.errors import RefineFastError
 from refine_fast.files import atomic
 from refine_fast.pipeline import engine
+from refine_fast.pipeline.artifacts import stage_costs
 from refine_fast.pipeline.code_version import CodeVersion
 from refine_fast.pipeline.engine import LockedError, RunFolder, Stage
 
@@ -214,6 +217,25 @@ def test_kill_at_every_write(tmp_path: Path) -> None:
         assert (run / "a.txt").read_text() + (run / "folder" / "b.txt").read_text() == "ab"
         assert (run / "log").read_text().split().count("worked") <= (1 if finished else 2)
         assert not list(run.rglob("*.tmp"))
+
+
+def test_a_stage_states_its_own_peak_memory(tmp_path: Path) -> None:
+    """In MiB; the peak of the stage before it does not count."""
+
+    def stage(name: str, mib: int) -> Stage:
+        def work(to: Path) -> None:
+            held = np.ones(mib << 20, np.uint8)
+            (to / name).write_text(str(held[-1]))
+
+        return Stage(name, (name,), work)
+
+    with RunFolder(tmp_path) as run:
+        run.do(stage("large", 400))
+        run.do(stage("small", 1))
+    large, small = (stage_costs(tmp_path)[name][1] for name in ("large", "small"))
+    assert large >= 400
+    if sys.platform == "linux":
+        assert small <= large - 300
 
 
 def test_the_second_run_stops_and_names_the_first(tmp_path: Path) -> None:

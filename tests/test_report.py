@@ -18,7 +18,7 @@ from refine_fast.pipeline.evaluation.choice import FORGETS, NO_QUERIES, NOT_BETT
 from refine_fast.pipeline.evaluation.metrics import METRICS
 from refine_fast.pipeline.evaluation.significance import Gain
 from refine_fast.pipeline.reporting import render
-from refine_fast.pipeline.reporting.data import Documents, Queries, ReportData, Triple
+from refine_fast.pipeline.reporting.data import Documents, Moved, Queries, ReportData, Triple
 from refine_fast.pipeline.reporting.facts import report_facts
 from refine_fast.pipeline.reporting.figures import similarities_figure
 from refine_fast.pipeline.reporting.render import write_report
@@ -153,6 +153,9 @@ FACTS = (
     "the weight given",
     "- **who \\*sees\\* it?**\n  - answer, 0.61: the reader of reports\n",
     "  - negative, 0.51: nobody \\| at all x",
+    "| over 10 -> 2 | who \\*sees\\* it? | the reader \\| of reports |\n",
+    "| 1 -> 3 | where? | here |\n",
+    "| train | 1.5 min | 5,120 MiB |\n| all | 1.5 min | 5,120 MiB |\n",
     "| fused, weight 0.35 | 0.700 | 0.700 | 0.700 | 0.700 | 0.700 | 0.700 |",
 )
 
@@ -185,7 +188,7 @@ def test_write_report(data: ReportData, tmp_path: Path, sets: int) -> None:
     assert "<b>" not in page  # the user's names are text, never markup
     assert "<title>all-MiniLM-L6-v2, refined on my|docs &lt;b&gt;</title>" in page
     assert "<h1>all-MiniLM-L6-v2, refined on my|docs &lt;b&gt;</h1>" in page
-    assert page.count("<table>") == 2 * (1 + sets) + 2
+    assert page.count("<table>") == 2 * (1 + sets) + 5
 
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved == json.loads(json.dumps(report_facts(data)))
@@ -338,6 +341,8 @@ def test_no_text_of_the_user_is_markup_anywhere(
         mining=dataclasses.replace(
             data.mining, select=text, triples=(Triple(text, (text, 0.5), ((text, 0.4),)),)
         ),
+        gained=[Moved(text, text, None, 1)],
+        costs={text: (1.0, 1)},
     )
     write_report(tmp_path, named)
     page = (tmp_path / "report.html").read_text().partition("</style>")[2]
@@ -346,7 +351,7 @@ def test_no_text_of_the_user_is_markup_anywhere(
         *("table", "thead", "tbody", "tr", "th", "td"),
     }
     assert page.count("<h1") == 1
-    assert page.count("<h2") == 6
+    assert page.count("<h2") == 8
     assert "49" not in page.partition("</h1>")[0]  # no template is run
     for table in re.findall(r"<table>.*?</table>", page, re.DOTALL):
         rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)

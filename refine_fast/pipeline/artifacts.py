@@ -47,6 +47,12 @@ MODEL = "model"
 """Folder of the product."""
 
 
+def stage_costs(out: Path) -> dict[str, tuple[float, int]]:
+    """Stage -> the seconds that it took when it was last done, and its peak memory in MiB."""
+    manifest = read_json(out / "manifest.json") or {}
+    return {name: (record["seconds"], record["peak_mb"]) for name, record in manifest.items()}
+
+
 def training_view(out: Path) -> tuple[list[Chunk], list[Query]]:
     """The chunks that training may see, without those of held-out documents, and its queries."""
     chunks = read_records(out / CHUNKS, Chunk)

@@ -1,9 +1,9 @@
 """A run folder: redoes a stage only when its input changed, and survives a kill at any moment.
 
 A stage is a function from files and settings to files. manifest.json records, for each finished
-stage, the SHA-256 of what it read and wrote, its settings and the version of its code. A stage
-whose record still matches is skipped. Any other is redone, and the difference is the reason given.
-What a stage writes passes through three states:
+stage, the SHA-256 of what it read and wrote, its settings, the version of its code, and the time
+and memory that it took. A stage whose record still matches is skipped. Any other is redone, and the
+difference is the reason given. What a stage writes passes through three states:
 
     .work/<stage>/            being written; kept after a kill while the key matches, so that
                               training finds its checkpoints
@@ -28,6 +28,7 @@ from typing import Any
 from ..errors import RefineFastError
 from ..files import fsync_all, name_of, read_json, walk, write_json
 from .code_version import CodeVersion, code_version
+from .usage import peak_mb, reset_peak
 
 
 class LockedError(RefineFastError):
@@ -136,12 +137,14 @@ class RunFolder:
             write_json(folder / "key.json", key)
         record = read_json(folder / "done.json")
         if record is None:
+            reset_peak()
             start = time.monotonic()
             stage.work(folder)
             for name in stage.outputs:
                 fsync_all(folder / name)
             outputs = {name: self._digest(folder / name) for name in stage.outputs}
-            record = {**key, "outputs": outputs, "seconds": round(time.monotonic() - start, 2)}
+            cost = {"seconds": round(time.monotonic() - start, 2), "peak_mb": peak_mb()}
+            record = {**key, "outputs": outputs, **cost}
             write_json(folder / "done.json", record)
         self._publish(stage, folder, record)
         return record["seconds"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from ...errors import RefineFastError
-from ..corpus.beir import RetrievalSet
+from ..corpus.beir import RetrievalSet, load_beir
 from ..corpus.chunk import Chunk
+from ..corpus.jsonl import read_records
 from ..corpus.text import normalize
 from .query import Query
 
@@ -22,6 +24,20 @@ def without(queries: Sequence[Query], texts: Sequence[str]) -> list[Query]:
     """
     excluded = {normalize(text) for text in texts}
     return [query for query in queries if normalize(query.text) not in excluded]
+
+
+def in_domain_set(judged: Path | None, chunks: Path, held_out: Path) -> RetrievalSet:
+    """What a run is evaluated on: the judged collection with its own test queries if the documents
+    are one, else the chunks with the held-out queries.
+
+    Args:
+        judged: folder of the collection.
+        chunks: file of the chunks.
+        held_out: file of the held-out queries.
+    """
+    if judged is not None:
+        return load_beir(judged)
+    return held_out_set(read_records(chunks, Chunk), read_records(held_out, Query))
 
 
 def held_out_set(

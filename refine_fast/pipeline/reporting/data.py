@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,20 @@ class Training:
     """Mean loss over the first and over the last tenth of the steps."""
 
 
+@dataclass(frozen=True)
+class Moved:
+    """A test query whose answer changed its rank."""
+
+    query: str
+    answer: str
+    """The passage that answers it best."""
+    before: int | None
+    """Rank of the first passage that answers it, under the base model; None: not in the first
+    ten."""
+    after: int | None
+    """The same under the product."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """The scores on one retrieval set at several fusion weights."""
@@ -141,6 +155,12 @@ class ReportData:
     out_of_domain: list[SetScores]
     versions: Mapping[str, str]
     """Package -> version, python among them."""
+    gained: Sequence[Moved] = ()
+    """The in-domain queries whose answers rose most."""
+    lost: Sequence[Moved] = ()
+    """Those whose answers fell most."""
+    costs: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """Stage -> seconds, and peak memory in MiB."""
     fusion: str = "weights"
     """"weights"; or "embeddings": a frozen twin beside the tuned encoder, in the loss and when
     serving."""

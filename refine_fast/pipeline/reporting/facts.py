@@ -25,6 +25,12 @@ def report_facts(data: ReportData) -> dict[str, Any]:
         "in_domain": _set_facts(data.in_domain),
         "out_of_domain": [_set_facts(scores) for scores in data.out_of_domain],
         "out_of_domain_pooled": None if data.pooled is None else _set_facts(data.pooled),
+        "gained": [asdict(query) for query in data.gained],
+        "lost": [asdict(query) for query in data.lost],
+        "stages": {
+            name: {"seconds": seconds, "peak_mb": peak}
+            for name, (seconds, peak) in data.costs.items()
+        },
         "documents": asdict(data.documents),
         "queries": asdict(data.queries),
         "mining": mining,

@@ -41,7 +41,14 @@ def write_report(out_dir: Path, data: ReportData) -> None:
 
 
 def _markdown(data: ReportData, facts: Mapping[str, Any], captions: Mapping[str, str]) -> str:
-    filters = {"points": _points, "at": _at, "listed": _listed, "most_first": _most_first}
+    filters = {
+        "points": _points,
+        "at": _at,
+        "listed": _listed,
+        "most_first": _most_first,
+        "rank": _rank,
+        "duration": _duration,
+    }
     template = markdown_template("report.md.jinja", **filters)
     context = {**facts, "verdict": verdict(data), "captions": captions}
     return template.render(**context, headline=HEADLINE, metrics=TABLE_METRICS)
@@ -59,6 +66,14 @@ def _at(scores: Mapping[str, Any], weight: float) -> Mapping[str, Any]:
 def _listed(counts: Mapping[str, int]) -> str:
     """Counts of kinds: "1,321 cloze, 700 title"."""
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) or "none"
+
+
+def _rank(rank: int | None) -> str:
+    return "over 10" if rank is None else str(rank)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def _most_first(counts: Mapping[str, int]) -> dict[str, int]:

@@ -193,7 +193,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         | recipe
         | scores
         | curve_files
-        | account,
+        | account
+        | judged,
         "weight curve fusion band skip negatives select batch_size lr temperature seed "
         f"docs {NAMES}",
     )

@@ -14,10 +14,13 @@ from ...files import read_json
 from ..artifacts import (
     ACCOUNT,
     CHUNK_FACTS,
+    CHUNKS,
     FUSION_FACTS,
+    HELD_OUT,
     MINING_FACTS,
     QUERIES,
     SETS,
+    SYSTEMS,
     TRAINING_FACTS,
     all_scores,
     base_embeddings,
@@ -27,12 +30,14 @@ from ..artifacts import (
     read_scores,
     relevant_rows,
     similarity_name,
+    stage_costs,
     training_view,
 )
 from ..corpus.jsonl import read_records
 from ..evaluation.choice import Choice
 from ..evaluation.significance import Gain
 from ..queries.query import Query
+from ..queries.splits import in_domain_set
 from ..reporting.data import (
     Curve,
     Documents,
@@ -44,6 +49,7 @@ from ..reporting.data import (
     Triple,
 )
 from ..reporting.format import loss_in_words
+from ..reporting.moved import moved_queries
 from ..reporting.render import write_report
 
 if TYPE_CHECKING:
@@ -68,19 +74,34 @@ def collect(context: RunContext) -> ReportData:
     """The content of the report, from the files of the run folder."""
     config = context.config
     sets = _set_scores(context)
+    weight, in_domain = fused_weight(context.out), sets.pop("in_domain")
+    data = in_domain_set(context.judged_corpus, context.path(CHUNKS), context.path(HELD_OUT))
+    gained, lost = moved_queries(data, in_domain.at_weight[0], in_domain.at_weight[weight])
     return ReportData(
         documents=_documents(context),
         queries=_queries(context),
         mining=_mining(context),
         training=_training(context),
-        weight=fused_weight(context.out),
+        weight=weight,
         choice=_choice(context),
         curves=_curves(context),
-        in_domain=sets.pop("in_domain"),
+        in_domain=in_domain,
         out_of_domain=list(sets.values()),
+        gained=gained,
+        lost=lost,
+        costs=_costs(context),
         fusion=config.fusion,
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     )
+
+
+def _costs(context: RunContext) -> dict[str, tuple[float, int]]:
+    """Of the stages before this one; their files are in the key, what they took is not."""
+    costs = stage_costs(context.out)
+    curve = (f"curve {weight!r}" for weight in context.weights)
+    scores = (f"score {system}" for system in SYSTEMS)
+    stages = ("chunk", "query", "embed", "mine", "train", *curve, "choose", *scores, "fuse")
+    return {name: costs[name] for name in stages if name in costs}
 
 
 def _documents(context: RunContext) -> Documents:

@@ -10,14 +10,11 @@ from ...errors import RefineFastWarning
 from ...files import write_json
 from ..artifacts import CHUNKS, HELD_OUT, SETS, TUNED, fused_weight, score_file, write_scores
 from ..corpus.beir import RetrievalSet, load_beir
-from ..corpus.chunk import Chunk
-from ..corpus.jsonl import read_records
 from ..encoder.weighted import encoder_at
 from ..evaluation.bm25 import score_bm25
 from ..evaluation.evaluate import score
 from ..evaluation.general_knowledge import general_knowledge
-from ..queries.query import Query
-from ..queries.splits import held_out_set
+from ..queries.splits import in_domain_set
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -50,12 +47,8 @@ def scored_sets(context: RunContext) -> dict[str, RetrievalSet]:
     """The sets that the report shows and that chose nothing: "in_domain"; each out-of-domain set
     under "ood:" and its name."""
     config = context.config
-    if context.judged_corpus:
-        in_domain = load_beir(context.judged_corpus)
-    else:
-        chunks = read_records(context.path(CHUNKS), Chunk)
-        in_domain = held_out_set(chunks, read_records(context.path(HELD_OUT), Query))
-    sets = {"in_domain": in_domain}
+    chunks, queries = context.path(CHUNKS), context.path(HELD_OUT)
+    sets = {"in_domain": in_domain_set(context.judged_corpus, chunks, queries)}
     if config.ood is None:
         sets["ood:general knowledge"] = general_knowledge("test")
     for folder in config.ood or ():
