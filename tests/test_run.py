@@ -16,6 +16,7 @@ from small_runs import SMALL, STAGES, outputs, rerun
 
 from refine_fast.cli import KEPT_BASE, main
 from refine_fast.pipeline import RunConfig, engine, run
+from refine_fast.pipeline.artifacts import score_file
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.context import RunContext
 from refine_fast.pipeline.encoder.load import load_encoder
@@ -207,6 +208,15 @@ def test_without_a_better_weight_the_base_is_delivered(
     assert report["choice"]["refused"] == "not better"
     assert report["verdict"] == [result_of(shown.err)]
     assert "as it was" in (copied / "model" / "README.md").read_text()
+
+
+def test_a_weight_of_1_is_scored_once(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the fine-tuned encoder, which it is."""
+    why = rerun(copied, capsys, "--weight", "1")
+    assert "score fused" in why
+    assert "score fine-tuned" not in why
+    fused, tuned = (copied / score_file(system) for system in ("fused", "fine-tuned"))
+    assert fused.read_bytes() == tuned.read_bytes() != (copied / score_file("base")).read_bytes()
 
 
 def result_of(messages: str) -> str:

@@ -165,7 +165,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         if system in ("fine-tuned", "fused"):
             models |= made(TUNED)
         if system == "fused":
-            models |= made(FUSION_FACTS)
+            # a weight of 0 or 1 takes the scores of an end
+            models |= made(FUSION_FACTS, score_file("base"), score_file("fine-tuned"))
             settings += " fusion"
         yield stage(
             f"score {system}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +21,17 @@ if TYPE_CHECKING:
     from ..context import RunContext
 
 
+_WEIGHTS = {"base": 0.0, "fine-tuned": 1.0}
+"""System -> the fusion weight that makes it."""
+_SYSTEMS = {weight: system for system, weight in _WEIGHTS.items()}
+
+
 def run(context: RunContext, folder: Path, *, system: str) -> None:
     """Writes the scores of one of ``SYSTEMS`` on every test set."""
+    target = folder / score_file(system)
+    if system == "fused" and (same := _SYSTEMS.get(fused_weight(context.out))):
+        shutil.copy(context.path(score_file(same)), target)
+        return
     sets = scored_sets(context)
     if system == "BM25":
         for data in sets.values():
@@ -30,9 +40,8 @@ def run(context: RunContext, folder: Path, *, system: str) -> None:
         write_json(folder / SETS, {name: len(data.docs) for name, data in sets.items()})
         scores = [score_bm25(data) for data in sets.values()]
     else:
-        weights = {"base": 0.0, "fine-tuned": 1.0}
         model = encoder_at(
-            weights[system] if system in weights else fused_weight(context.out),
+            _WEIGHTS[system] if system in _WEIGHTS else fused_weight(context.out),
             context.encoder,
             context.path(TUNED),
             twin=system == "fused" and context.twin,
@@ -40,7 +49,7 @@ def run(context: RunContext, folder: Path, *, system: str) -> None:
         )
         with context.console.progress(f"scoring {system}") as progress:
             scores = score(model, list(sets.values()), bf16=context.bf16, progress=progress)
-    write_scores(folder / score_file(system), dict(zip(sets, scores, strict=True)))
+    write_scores(target, dict(zip(sets, scores, strict=True)))
 
 
 def scored_sets(context: RunContext) -> dict[str, RetrievalSet]:
