@@ -28,7 +28,7 @@ LAYERS = [
 ]
 # The rooms of pipeline/, likewise.
 PIPELINE_LAYERS = [
-    {"progress", "usage"},
+    {"progress", "usage", "cache"},
     {"corpus"},
     {"encoder"},
     {"queries"},

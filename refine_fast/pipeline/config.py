@@ -23,7 +23,7 @@ from ..errors import RefineFastError
 from .config_values import (
     AnyPath,
     Band,
-    BeirFolders,
+    BeirSets,
     Encoder,
     Encoding,
     ExistingPath,
@@ -38,6 +38,7 @@ from .config_values import (
     is_windows_path,
     requirement,
 )
+from .corpus.nanobeir import is_nanobeir
 from .encoder.load import DEFAULT_ENCODER
 from .encoder.options import EncoderOptions
 from .recipes import RECIPES
@@ -286,11 +287,11 @@ class RunConfig(BaseModel):
         "what to interpolate; embeddings keeps the frozen encoder in the loss and when serving",
         "HOW",
     )
-    ood: BeirFolders = _option(
+    ood: BeirSets = _option(
         None,
-        "BEIR folder to check for forgetting, repeatable; none: no check "
-        "(default: questions of general knowledge)",
-        "FOLDER",
+        "BEIR folder to check for forgetting, or nanobeir, or one of its sets such as "
+        "nanobeir/scifact; repeatable; none: no check (default: questions of general knowledge)",
+        "SET",
     )
     ood_passages: int = _option(
         1000, "sample larger out-of-domain sets down to this many passages", "N", ge=10
@@ -451,7 +452,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values["model"] = beside(model)
     if values.get("ood") not in (None, "none"):
         folders = values["ood"] if isinstance(values["ood"], list) else [values["ood"]]
-        values["ood"] = [beside(folder) for folder in folders]
+        values["ood"] = [
+            folder if is_nanobeir(str(folder), path.parent) else beside(folder)
+            for folder in folders
+        ]
     return values
 
 

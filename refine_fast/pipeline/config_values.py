@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from .corpus.beir import is_beir
+from .corpus.nanobeir import is_nanobeir, sets_of
 from .encoder.load import DEFAULT_ENCODER
 
 
@@ -67,11 +68,14 @@ def _encoder(name: str) -> str:
     return str(_path(name)) if is_folder else name
 
 
-def _beir_folders(value: Any) -> tuple[Path, ...] | None:
+def _beir_sets(value: Any) -> tuple[Path | str, ...] | None:
+    """Folders, and names of NanoBEIR's sets."""
     if value is None or value in ("none", ["none"]):
         return None if value is None else ()
     items = [value] if isinstance(value, str | Path) else value
-    folders = tuple(dict.fromkeys(_path(item) for item in items))
+    named = [str(item) for item in items if is_nanobeir(str(item), Path.cwd())]
+    names = dict.fromkeys(name for item in named for name in sets_of(item))
+    folders = dict.fromkeys(_path(item) for item in items if str(item) not in named)
     for folder in folders:
         _existing(folder)
         if not is_beir(folder):
@@ -81,7 +85,7 @@ def _beir_folders(value: Any) -> tuple[Path, ...] | None:
             )
     if len({folder.name for folder in folders}) < len(folders):
         raise ValueError("have the same folder name; rename one")
-    return folders
+    return (*folders, *names)
 
 
 def _numbers(value: Any) -> list[float]:
@@ -158,9 +162,9 @@ AnyPath = Annotated[Path, BeforeValidator(_path, json_schema_input_type=Path)]
 ExistingPath = Annotated[AnyPath, AfterValidator(_existing)]
 Encoding = Annotated[Name, AfterValidator(_encoding)]
 Encoder = Annotated[Name, AfterValidator(_encoder)]
-BeirFolders = Annotated[
-    tuple[Path, ...] | None,
-    BeforeValidator(_beir_folders, json_schema_input_type=str | list[str] | None),
+BeirSets = Annotated[
+    tuple[Path | str, ...] | None,
+    BeforeValidator(_beir_sets, json_schema_input_type=str | list[str] | None),
 ]
 Band = Annotated[
     tuple[float, float] | Literal["auto"],

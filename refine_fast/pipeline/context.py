@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .artifacts import FUSION_FACTS, MODEL
 from .config import RunConfig
 from .console import Console
 from .corpus.beir import is_beir
+from .corpus.nanobeir import nanobeir_folder
 from .encoder.load import DEFAULT_ENCODER
 from .encoder.options import EncoderOptions
 
@@ -78,6 +80,14 @@ class RunContext:
         """The documents' folder if it is a retrieval set with test queries of its own."""
         docs = self.config.docs
         return docs if docs is not None and is_beir(docs) else None
+
+    @cached_property
+    def ood(self) -> tuple[Path, ...]:
+        """Folders of the sets that are checked for forgetting; those given by name are fetched."""
+        return tuple(
+            nanobeir_folder(given) if isinstance(given, str) else given
+            for given in self.config.ood or ()
+        )
 
     @property
     def twin(self) -> bool:

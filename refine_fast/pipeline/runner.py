@@ -58,6 +58,7 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
 def _try_out(context: RunContext, *, asks: bool) -> None:
     """Raises RefineFastError for what cannot work, before the first stage starts."""
     config = context.config
+    _ = context.ood  # fetches the sets that are given by name
     try_encoder(context.encoder, trust_remote_code=context.trust_remote_code, lora=config.lora)
     settings = config.llm_settings()
     if asks and settings is not None:

@@ -96,7 +96,7 @@ def plan(config: RunConfig) -> Plan:
     judged = load_beir(context.judged_corpus) if context.judged_corpus else None
     test_queries = len(judged.queries) if judged else len(queries["held_out"])
     scored = test_queries + (len(judged.docs) if judged else len(chunks))
-    for folder in config.ood or ():
+    for folder in context.ood:
         data = load_beir(folder)
         scored += min(len(data.docs), config.ood_passages) + len(data.queries)
     compared = min(len(chunks), PASSAGES) + min(len(queries["dev"]), QUERIES)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,15 +21,13 @@ from typing import TYPE_CHECKING, Any
 from ...errors import RefineFastError
 from ...fuse.into import check_fuse_into
 from ...integrations.sentence_transformers.twin import TwinEncoder
+from ..cache import cache_folder
 from .adapters import adapter_folder, base_of_adapter, merge_adapter
 from .load import encoder_folder, load_encoder
 from .options import EncoderOptions
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-CACHE = "REFINE_FAST_CACHE"
-"""Environment variable: folder of the prepared copies (default ``~/.cache/refine_fast``)."""
 
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """Names under which models keep the prompt of documents; the first that is not empty is used."""
@@ -51,7 +48,7 @@ def prepare_encoder(
     Args:
         folder: local folder of the encoder.
         options: what the user set.
-        cache: folder of the copies; by default that of ``REFINE_FAST_CACHE``. A copy is made once.
+        cache: folder of the copies, by default ``cache_folder()``. A copy is made once.
         say: called with one line when a copy is made: why, and where.
 
     Raises:
@@ -60,7 +57,7 @@ def prepare_encoder(
     if (folder / TwinEncoder.config_file_name).is_file():
         return folder  # a product of fused embeddings: complete, and never a base
     options = options or EncoderOptions()
-    cache = _default_cache() if cache is None else cache
+    cache = cache_folder() if cache is None else cache
     place = cache / "encoders" / _key(folder, options)
     if (place / "as_is").is_file():
         return folder
@@ -100,11 +97,6 @@ def _copy_missing(folder: Path, copy: Path) -> None:
         for file in folder.glob(pattern):
             if not (copy / file.name).exists():
                 shutil.copy(file, copy)
-
-
-def _default_cache() -> Path:
-    given = os.environ.get(CACHE)
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "refine_fast"
 
 
 def _key(folder: Path, options: EncoderOptions) -> str:

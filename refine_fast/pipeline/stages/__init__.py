@@ -155,7 +155,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         "weight tolerance curve" if context.chooses_weight else "weight",
     )
     sets = made(CHUNKS, HELD_OUT) | judged
-    sets |= {f"ood {folder.name}": folder for folder in config.ood or ()}
+    sets |= {f"ood {folder.name}": folder for folder in context.ood}
     for system in SYSTEMS:
         models: dict[str, Path] = {}
         settings = "ood_passages seed"

@@ -60,7 +60,7 @@ def scored_sets(context: RunContext) -> dict[str, RetrievalSet]:
     sets = {"in_domain": in_domain_set(context.judged_corpus, chunks, queries)}
     if config.ood is None:
         sets["ood:general knowledge"] = general_knowledge("test")
-    for folder in config.ood or ():
+    for folder in context.ood:
         data = load_beir(folder)
         sets[f"ood:{folder.name}"] = data.sample(
             queries=len(data.queries), docs=config.ood_passages, seed=config.seed
