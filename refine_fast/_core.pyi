@@ -59,3 +59,12 @@ def info_nce(
     normalize: bool, threads: int, loss: int, grad_q: int, grad_d: int, grad_hard: int,
     grad_temperature: int,
 ) -> None: ...  # fmt: skip
+
+class StageScope:
+    def __init__(self, name: str) -> None: ...
+    def close(self) -> None: ...
+
+def start_stages(capacity: int) -> None: ...
+def stop_stages() -> tuple[
+    list[tuple[str, int, int]], list[tuple[str, int, int, int]], int
+]: ...  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._native import isa
+from .bench.flags import add_bench_flags
 from .errors import RefineFastError
 
 if TYPE_CHECKING:
@@ -305,7 +306,23 @@ def parser() -> argparse.ArgumentParser:
         help="of the encoder; auto: bf16 where the hardware has it (default fp32)",
     )
     add_trust_flag(sub)
+
+    sub = command(
+        "bench",
+        bench,
+        "measure and profile the operations on this machine, beside their peers",
+        "bench band_topk --shape B=3000,N=50000,D=1024,k=7 --profile",
+    )
+    sub.set_defaults(stopped="the rows of what was measured before are kept")
+    add_bench_flags(sub)
     return top
+
+
+def bench(options: argparse.Namespace, console: Console) -> int:
+    """Measures or profiles the operations."""
+    from .bench.command import bench
+
+    return bench(options, console)
 
 
 def add_trust_flag(command: argparse.ArgumentParser) -> None:

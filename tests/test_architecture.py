@@ -17,12 +17,13 @@ ROOT = Path(__file__).parent.parent
 # A module may import those of a lower layer only.
 LAYERS = [
     {"errors", "files", "_core", "_cuda", "reference", "workspace"},
-    {"_native"},
+    {"_native", "profiling"},
     {"triton_kernels"},
     {"ops"},
     {"nn", "mine", "fuse"},
     {"integrations"},
     {"pipeline"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "core/matmul.h"
 #include "core/memory.h"
 #include "core/merge.h"
+#include "core/stages.h"
 
 namespace py = pybind11;
 namespace rf = refine_fast;
@@ -167,6 +169,25 @@ void info_nce(uintptr_t q, uintptr_t d, uintptr_t hard, uintptr_t positives, uin
   raise_unless_ok(status);
 }
 
+// --- stages
+
+std::unique_ptr<rf::StageScope> open_stage(const std::string& name) {
+  rf::Stage stage;
+  if (!rf::stage_from_name(name.c_str(), &stage)) throw py::value_error("no stage is called " + name);
+  return std::make_unique<rf::StageScope>(stage);
+}
+
+// (by stage: (name, nanoseconds of the caller, of other threads); events: (name, thread, begin, end); events dropped)
+py::tuple stop_stages() {
+  const rf::StageRecord record = rf::stop_stages();
+  py::list stages, events;
+  for (int i = 0; i < rf::kStages; ++i)
+    stages.append(py::make_tuple(rf::stage_name(static_cast<rf::Stage>(i)), record.caller[i], record.others[i]));
+  for (const rf::StageEvent& e : record.events)
+    events.append(py::make_tuple(rf::stage_name(e.stage), e.thread, e.begin, e.end));
+  return py::make_tuple(stages, events, record.dropped);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -232,4 +253,8 @@ PYBIND11_MODULE(_core, m) {
       });
   // --- info_nce
   m.def("info_nce", info_nce);
+  // --- stages
+  py::class_<rf::StageScope>(m, "StageScope").def(py::init(&open_stage)).def("close", &rf::StageScope::close);
+  m.def("start_stages", &rf::start_stages);
+  m.def("stop_stages", &stop_stages);
 }

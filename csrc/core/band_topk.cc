@@ -10,6 +10,7 @@
 #include "core/cpu.h"
 #include "core/numeric.h"
 #include "core/parallel.h"
+#include "core/stages.h"
 #include "core/tile_scope.h"
 
 namespace refine_fast {
@@ -118,6 +119,7 @@ void BandSearch::pack(const Rows& rows, int64_t count, PackPanel pack, char* pan
 }
 
 Status BandSearch::set_queries(const void* queries, Dtype dtype, int64_t row_stride) {
+  const StageScope pack_stage(Stage::pack);
   const int64_t d = spec_.d, row_bytes = row_stride * bytes_of(dtype);
   Operand operands[kLargestPanel];
   for (int64_t row = 0; row < rows_; ++row) {
@@ -142,6 +144,7 @@ Status BandSearch::set_queries(const void* queries, Dtype dtype, int64_t row_str
 }
 
 Status BandSearch::pack_documents(Block& block) {
+  const StageScope pack_stage(Stage::pack);
   struct Panel {
     double size, residual;  // the largest
     int64_t bad;            // the first row that cannot be used, or -1
@@ -238,6 +241,7 @@ void BandSearch::flush(int64_t row, const Block& block, Scratch& scratch) {
     }
   }
   query.pending = 0;
+  const StageScope rescore(Stage::rescore);
   for (size_t i = 0; i < doubts.size(); ++i) {
     if (i + kPrefetchDocuments < doubts.size()) prefetch(doubts[i + kPrefetchDocuments].column, block);
     const Doubt& doubt = doubts[i];
@@ -265,6 +269,7 @@ void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratc
   const char* a = packed_queries_ + panel * plan_.panel_a;
   float* scores = scratch.strip.data();
   {
+    const StageScope multiply(Stage::multiply);
     const TileScope scope(screen_);
     for (int64_t j = 0; j < columns; j += screen_.nr)
       screen_.tile(a, packed_documents_ + (start + j) / screen_.nr * plan_.panel_b, spec_.d, scores + j, plan_.strip);
@@ -297,6 +302,7 @@ Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64
     const Rows source{static_cast<const char*>(docs) + begin * row_bytes, dtype, row_bytes};
     Block block{source, std::min(plan_.block, rows - begin), first_id + begin, 0, 0};
     if (Status status = pack_documents(block); !status) return status;
+    const StageScope select(Stage::select);
     parallel_for(ceil_div(panels, group), spec_.threads, [&](int64_t task, int thread) {
       Scratch& scratch = scratch_[thread];
       const int64_t first_panel = task * group, last_panel = std::min(panels, first_panel + group);
@@ -324,6 +330,7 @@ Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64
 }
 
 void BandSearch::finish(int64_t* ids, float* scores, int64_t* in_band) {
+  const StageScope finish(Stage::finish);
   const int64_t k = spec_.k;
   parallel_for(rows_, spec_.threads, [&](int64_t row, int) {
     const Query& query = state_[row];

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "core/numeric.h"
+#include "core/stages.h"
 
 namespace refine_fast {
 namespace {
@@ -148,10 +149,12 @@ Status FileReader::at(int file, int64_t offset, int64_t least, const char** data
 }
 
 Status FileReader::fill(int file, int64_t offset, int64_t least) {
-  if (file != file_)
+  if (file != file_) {
     open(file);
-  else if (pending_.valid())
+  } else if (pending_.valid()) {
+    const StageScope wait(Stage::wait_for_read);
     pending_.get();
+  }
   if (next_.end > 0 && offset <= next_.begin && offset + least > next_.begin && offset >= begin_) {
     const int64_t left = next_.begin - offset;
     std::memcpy(next_.data() - left, now_.data() + (offset - now_.begin), static_cast<size_t>(left));
@@ -164,6 +167,7 @@ Status FileReader::fill(int file, int64_t offset, int64_t least) {
   if (offset + least > now_.end) return io_failure("reading", current_file(), kShorter);
   next_.end = 0;
   if (now_.end < size_) pending_ = std::async(policy_, [this] { load(&next_, now_.end); });
+  const StageScope callback(Stage::callback);
   if (!on_block_(file, now_.begin, now_.data(), now_.end - now_.begin)) return {Code::interrupted, {}};
   return {};
 }
@@ -182,6 +186,7 @@ void FileReader::close() {
 }
 
 void FileReader::load(Window* window, int64_t begin) const {
+  const StageScope read(Stage::read);
   window->begin = begin, window->end = std::min(begin + kWindow, size_), window->status = {};
   if (window->end > begin) window->status = source_->read(begin, window->end, window->data());
 }

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "core/numeric.h"
+#include "core/stages.h"
 
 namespace refine_fast {
 namespace {
@@ -95,17 +96,26 @@ Status FileWriter::open() {
   return io_failure("reading back", file_, std::strerror(errno));
 }
 
+Status FileWriter::wait() {
+  const StageScope wait(Stage::wait_for_write);
+  return pending_.valid() ? pending_.get() : Status{};
+}
+
 Status FileWriter::flush(bool last) {
-  if (pending_.valid())
-    if (const Status status = pending_.get(); !status) return status;
+  if (const Status status = wait(); !status) return status;
   const int64_t bytes = last ? used_ : round_down(used_, kPage), begin = begin_;
   const int64_t fresh = std::max(begin, offset_), end = std::max(fresh, begin + bytes);
+  StageScope callback(Stage::callback);
   if (!on_block_(-1 - index_, fresh, filled_.data() + (fresh - begin), end - fresh)) return {Code::interrupted, {}};
+  callback.close();
   std::memcpy(written_.data(), filled_.data() + bytes, static_cast<size_t>(used_ - bytes));
   std::swap(filled_, written_);
   begin_ += bytes, used_ -= bytes;
-  pending_ = std::async(policy_, [this, begin, bytes] { return sink_->write(begin, bytes, written_.data()); });
-  return last ? pending_.get() : Status{};
+  pending_ = std::async(policy_, [this, begin, bytes] {
+    const StageScope write(Stage::write);
+    return sink_->write(begin, bytes, written_.data());
+  });
+  return last ? wait() : Status{};
 }
 
 }  // namespace refine_fast

@@ -38,6 +38,8 @@ class FileWriter {
   Status flush(bool last);
 
  private:
+  Status wait();  // for the thread that writes
+
   const File& file_;
   const int64_t offset_;
   const int index_;

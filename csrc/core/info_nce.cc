@@ -124,11 +124,16 @@ Status InfoNCESolver::run() {
   for (const Strip& s : strips) {
     score_strip(s);
     if (stopped(0)) return Status{Code::interrupted};
-    parallel_for(s.rows, t_.threads, [&](int64_t r, int thread) { row_softmax(s, r, thread); });
+    {
+      const StageScope softmax(Stage::softmax);
+      parallel_for(s.rows, t_.threads, [&](int64_t r, int thread) { row_softmax(s, r, thread); });
+    }
     if (!gradients_) continue;
     accumulate_gradients(s);
+    const StageScope finish(Stage::finish);
     parallel_for(s.rows, t_.threads, [&](int64_t r, int thread) { finish_row(s, r, thread); });
   }
+  const StageScope finish(Stage::finish);
   if (gradients_) {
     if (t_.normalize) parallel_for(t_.columns, t_.threads, [&](int64_t j, int thread) { finish_document(j, thread); });
     *t_.grad_temperature = static_cast<float>(std::accumulate(tau_ + 0, tau_ + t_.rows, 0.0));
@@ -139,6 +144,7 @@ Status InfoNCESolver::run() {
 // An error unless the n rows of x (those in the mask) are finite. The losses alone would not tell: a NaN in a column of
 // weight 0 reaches only the gradients.
 Status InfoNCESolver::check_rows(const char* name, const void* x, int64_t n, const uint8_t* mask) const {
+  const StageScope check(Stage::check);
   std::atomic<int64_t> found{n};
   parallel_for(n, t_.threads, [&](int64_t i, int thread) {
     if (mask && !mask[i]) return;
@@ -169,6 +175,7 @@ Status InfoNCESolver::check_losses() const {
 }
 
 Status info_nce(const InfoNCE& task) {
+  const StageScope setup(Stage::setup);
   try {
     return InfoNCESolver(task).run();
   } catch (const std::bad_alloc&) {

@@ -42,12 +42,15 @@ void InfoNCESolver::accumulate_gradients(const Strip& s) {
     const int64_t step_g = panel_bytes(mm_, mm_.mr, b.columns), step_t = panel_bytes(mm_, mm_.mr, s.rows);
     for (int64_t m = prefixes_ - 1; m >= 0; --m) {
       const Slice& slice = slices_[m];
+      const StageScope gradients(Stage::gradients);
       parallel_for(1 + tasks, t_.threads, [&](int64_t task, int thread) {
         if (task == 0) return pack_documents(b, slice, true, packed_d_ + 0, scratch(thread));
+        const StageScope weights(Stage::weights);
         const int64_t first = (task - 1) * rows, last = std::min(first + rows, s.rows);
         float* moments = moments_ + (task - 1) * kBlock;
         std::fill_n(moments, kBlock, 0.0f);
         for (int64_t r = first; r < last; ++r) make_weights(s, b, m, r, moments, thread);
+        const StageScope pack(Stage::pack);
         pack_a(mm_, g_ + first * kBlock, kBlock, 1, last - first, b.columns, packed_g_ + first / mm_.mr * step_g);
       });
       constexpr int64_t columns = kBlock / 2;  // of a task that packs G^T: a multiple of every level's mr
@@ -60,6 +63,7 @@ void InfoNCESolver::accumulate_gradients(const Strip& s) {
         }
         const int64_t first = (task - tasks) * columns, last = std::min(first + columns, b.columns);
         if (first >= last) return;
+        const StageScope pack(Stage::pack);
         pack_a(mm_, g_ + first, 1, kBlock, last - first, s.rows, packed_g_transposed_ + first / mm_.mr * step_t);
         if (t_.normalize)
           for (int64_t lane = 0; lane < tasks; ++lane)

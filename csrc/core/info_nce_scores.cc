@@ -21,6 +21,7 @@ void InfoNCESolver::inverse_norms(const float* x, int64_t stride, float* out) co
 // columns).
 void InfoNCESolver::pack_documents(const Block& b, const Slice& slice, bool transposed, char* out,
                                    float* scratch) const {
+  const StageScope pack(Stage::pack);
   const int64_t cols = transposed ? slice.width : b.columns, k = transposed ? b.columns : slice.width;
   const void* src = at(t_.d, b.begin * t_.width + slice.begin);
   if (t_.dtype == Dtype::bf16 && direct_) {
@@ -50,12 +51,16 @@ void InfoNCESolver::find_norms() {
 
 // Step 1: the strip's scores under every prefix.
 void InfoNCESolver::score_strip(const Strip& s) {
-  queries_ = load(t_.q, s.begin, s.rows, q_ + 0);
-  for (const Slice& slice : slices_) {
-    pack_a(mm_, queries_ + slice.begin, t_.width, 1, s.rows, slice.width, packed_q_ + slice.packed_q);
-    if (gradients_)
-      pack_b(mm_, queries_ + slice.begin, 1, t_.width, slice.width, s.rows, packed_rows_ + slice.packed_rows);
+  {
+    const StageScope pack(Stage::pack);
+    queries_ = load(t_.q, s.begin, s.rows, q_ + 0);
+    for (const Slice& slice : slices_) {
+      pack_a(mm_, queries_ + slice.begin, t_.width, 1, s.rows, slice.width, packed_q_ + slice.packed_q);
+      if (gradients_)
+        pack_b(mm_, queries_ + slice.begin, 1, t_.width, slice.width, s.rows, packed_rows_ + slice.packed_rows);
+    }
   }
+  const StageScope scores_stage(Stage::scores);
   parallel_for(blocks_, t_.threads, [&](int64_t index, int thread) {
     if (stopped(thread)) return;
     const Block b = block(index);

@@ -47,6 +47,7 @@
 #include "core/matmul.h"
 #include "core/memory.h"
 #include "core/numeric.h"
+#include "core/stages.h"
 #include "kernels/kernels.h"
 #include "kernels/loss_kernels.h"
 

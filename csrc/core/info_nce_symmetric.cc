@@ -38,6 +38,7 @@ void InfoNCESolver::index_pairs() {
 // from the same product as the strips' scores: a query that occurs twice must tie with itself to the bit, or rounding
 // would decide whether a margin of 0 drops it.
 void InfoNCESolver::score_pairs() {
+  const StageScope scores_stage(Stage::scores);
   parallel_for(ceil_div(t_.rows, kPairs), t_.threads, [&](int64_t task, int thread) {
     const int64_t begin = task * kPairs, n = std::min(kPairs, t_.rows - begin), width = t_.width;
     float *d = scratch(thread), *s = d + kPairs * width, *rows = s + kPairs * kPairs;
@@ -66,6 +67,7 @@ const float* InfoNCESolver::gather(int64_t m, int64_t r, int64_t begin, int64_t 
 
 // Adds the strip's queries to the sums of every slot.
 void InfoNCESolver::sum_columns(const Strip& s) {
+  const StageScope softmax(Stage::softmax);
   parallel_for(blocks_, t_.threads, [&](int64_t index, int thread) {
     if (stopped(thread)) return;
     const int64_t begin = first_slot_[index], n = first_slot_[index + 1] - begin;

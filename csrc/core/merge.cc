@@ -9,6 +9,7 @@
 
 #include "core/file_reader.h"
 #include "core/file_writer.h"
+#include "core/stages.h"
 
 namespace refine_fast {
 namespace {
@@ -115,6 +116,7 @@ class Merge {
 Status merge(const std::vector<File>& files, const std::vector<Piece>& pieces,
              const std::vector<LowRankFactors>& factors, std::vector<Output>& outputs, bool overlap,
              const OnBlock& on_block) {
+  const StageScope compute(Stage::compute);
   try {
     return Merge(files, factors, outputs, overlap, on_block).run(pieces);
   } catch (const std::bad_alloc&) {

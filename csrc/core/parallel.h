@@ -14,6 +14,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/stages.h"
+
 namespace refine_fast {
 
 // Whether this process was forked from one that had loaded this library. The OpenMP pool of the parent does not survive
@@ -21,23 +23,28 @@ namespace refine_fast {
 bool in_forked_child();
 
 // body(task, thread) for each task in [0, tasks), handed out one at a time; thread 0 is the caller's. The result must
-// not depend on which thread runs a task. A forked child runs every task on the calling thread.
+// not depend on which thread runs a task. A forked child runs every task on the calling thread. The threads are in the
+// stage that the caller is in; after its share of the tasks, the caller waits for the others.
 template <class Body>
 void parallel_for(int64_t tasks, int threads, const Body& body) {
   if (threads <= 1 || tasks <= 1 || in_forked_child()) {
     for (int64_t t = 0; t < tasks; ++t) body(t, 0);
     return;
   }
+  const Stage stage = StageScope::current();
+  const StageScope wait(Stage::wait);
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
+    const StageScope work(stage);
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t t = 0; t < tasks; ++t) body(t, thread);
   }
 #else
   std::atomic<int64_t> next{0};
   const auto work = [&](int thread) {
+    const StageScope scope(stage);
     for (int64_t t; (t = next.fetch_add(1)) < tasks;) body(t, thread);
   };
   std::vector<std::thread> others;

@@ -18,6 +18,7 @@ from typing import Any
 from .. import _core
 from ..errors import RefineFastError, RefineFastWarning
 from ..files import fsync
+from ..profiling import stage
 from .adapter import LowRank
 from .atomic_output import AtomicOutput
 from .checkpoint import RAW
@@ -132,8 +133,9 @@ def fuse_sweep(
     finals = [Path(os.path.abspath(out)) for out in outs.values()]
     overlap = _overlaps(threads)
     try:
-        plan = make_plan(base, tuned, list(outs), weights, dtype, force=force)
-        _check_outputs(plan, [base, tuned], finals, overwrite)
+        with stage("plan"):
+            plan = make_plan(base, tuned, list(outs), weights, dtype, force=force)
+            _check_outputs(plan, [base, tuned], finals, overwrite)
         with ExitStack() as stack:
             outputs = [
                 stack.enter_context(
@@ -143,11 +145,12 @@ def fuse_sweep(
             ]
             merge = _Merge(plan, outputs, checksum, overlap, progress)
             changes = merge.run()
-            if plan.is_folder:
+            with stage("finish"):
+                if plan.is_folder:
+                    for output in outputs:
+                        _copy_others(plan, output.content)
                 for output in outputs:
-                    _copy_others(plan, output.content)
-            for output in outputs:
-                output.publish()
+                    output.publish()
     except OSError as error:
         raise RefineFastError(f"the merge failed and left nothing behind: {error}") from error
     seconds = time.perf_counter() - start
@@ -316,9 +319,10 @@ class _Merge:
             for path in paths:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context(path.open("r+b" if finished else "w+b", buffering=0))
-                _core.preallocate(file.fileno(), os.fsencode(path), offsets[-1])
-                if not finished:
-                    os.pwrite(file.fileno(), shard.header, 0)
+                with stage("setup"):
+                    _core.preallocate(file.fileno(), os.fsencode(path), offsets[-1])
+                    if not finished:
+                        os.pwrite(file.fileno(), shard.header, 0)
                 descriptors.append(file.fileno())
             entries = (e for p in shard.pieces for e in (p.base, p.tuned) if e is not None)
             names = sorted({entry.file for entry in entries})
@@ -354,11 +358,15 @@ class _Merge:
                 for changes, result in zip(done, results, strict=True):
                     changes[key] = [*changes[key], *result]
                 if last < len(shard.pieces) or shard is not self._plan.shards[-1]:
-                    for fd, output, changes in zip(descriptors, self._outputs, done, strict=True):
-                        os.fsync(fd)
-                        output.save_state(changes)
-            for descriptor in descriptors:
-                os.fsync(descriptor)
+                    with stage("sync"):
+                        for fd, output, changes in zip(
+                            descriptors, self._outputs, done, strict=True
+                        ):
+                            os.fsync(fd)
+                            output.save_state(changes)
+            with stage("sync"):
+                for descriptor in descriptors:
+                    os.fsync(descriptor)
         if self._inputs:
             for output, path, digest, sha256 in zip(
                 self._outputs, paths, digests, self._sha256, strict=True

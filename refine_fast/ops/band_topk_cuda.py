@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import workspace
 from .._native import DTYPES, cuda_module
+from ..profiling import stage
 from .band_inputs import (
     DOC_DTYPES,
     Block,
@@ -92,25 +93,29 @@ def search(
             room = torch.empty(band.bytes(min(step, rows)), dtype=torch.uint8, device=device)
             for first in range(0, rows, step):
                 last = min(first + step, rows)
-                band.begin(
-                    first, last - first, edges[first:].data_ptr(),
-                    0 if offsets is None else offsets[first:].data_ptr(),
-                    0 if excluded is None else excluded.data_ptr(), room.data_ptr(), stream,
-                    queries[first:].data_ptr(), DTYPES[queries.dtype], stride,
-                )  # fmt: skip
+                with stage("pack"):
+                    band.begin(
+                        first, last - first, edges[first:].data_ptr(),
+                        0 if offsets is None else offsets[first:].data_ptr(),
+                        0 if excluded is None else excluded.data_ptr(), room.data_ptr(), stream,
+                        queries[first:].data_ptr(), DTYPES[queries.dtype], stride,
+                    )  # fmt: skip
                 if resident:
                     blocks = _resident(docs, block)
                 else:
                     blocks = _streamed(docs, count, block, device)
                 for begin, end, rows_there in blocks:
                     pointer, row_stride, kept = address(rows_there)
-                    # returns when the GPU has read them
-                    band.push(pointer, DTYPES[kept.dtype], row_stride, end - begin, begin)
+                    with stage("multiply"):
+                        # returns when the GPU has read them
+                        band.push(pointer, DTYPES[kept.dtype], row_stride, end - begin, begin)
                     if progress is not None:
                         progress(first * count + (last - first) * end, rows * count)
-                band.finish(
-                    ids[first:].data_ptr(), scores[first:].data_ptr(), in_band[first:].data_ptr()
-                )
+                with stage("finish"):
+                    band.finish(
+                        ids[first:].data_ptr(), scores[first:].data_ptr(),
+                        in_band[first:].data_ptr(),
+                    )  # fmt: skip
             return found
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _core
 from .._native import DTYPES
+from ..profiling import stage
 from .info_nce_problem import Problem, assert_values, check, check_values
 
 SCHEMA = (
@@ -289,7 +290,8 @@ def _sum_backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if type(g) is not Tensor:  # traced by torch.compile, which plans memory itself
             large = [(x * g).to(dtype) for x in large]
         else:
-            large = [_narrowed(x.mul_(g), dtype) for x in large]
+            with stage("finish"):
+                large = [_narrowed(x.mul_(g), dtype) for x in large]
         grads = (*large, temperature * g)
     return (g * row_losses).to(coefficients.dtype), *_in_order(problem, grads)
 

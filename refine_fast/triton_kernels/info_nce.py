@@ -69,6 +69,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ..profiling import in_stage
 from ..workspace import MIN_BYTES, VARIABLE, workspace_bytes
 from . import info_nce_kernels as kernels
 from .info_nce_plan import plan, tiling
@@ -106,6 +107,7 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+@in_stage("gradients")
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a @ b, summed in float32."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -210,6 +212,7 @@ class Direction:
         """The strides of a row's hard negatives and of one of them; 0 without any."""
         return (self.hard.stride(0), self.hard.stride(1)) if self.K else (0, 0)
 
+    @in_stage("softmax")
     def sum_wide_rows(self) -> None:
         """Computes the exact log-sum, as shift and loss, of the rows marked ``wide``."""
         tiles = triton.cdiv(self.N, self.tile.n)
@@ -239,6 +242,7 @@ class Direction:
         self.loss = loss
         self.shift = torch.add(self.x_pos, loss, alpha=1 / math.log(2))
 
+    @in_stage("weights")
     def weights(self, rows: slice, cols: slice, e: Tensor) -> tuple[Tensor, Tensor]:
         """The block's weights, a view into the buffer e of whole tiles, and the row sums of its
         tiles."""
@@ -253,6 +257,7 @@ class Direction:
         )  # fmt: skip
         return e[: len(q), : len(d)], part
 
+    @in_stage("pack")
     def scaled_q(self, rows: slice, g: Tensor, part: Tensor | None) -> Tensor:
         """g / tau / row sum * q, with the row sums of ``part``, or 1 where the shift already is the
         row's log-sum."""
@@ -268,6 +273,7 @@ class Direction:
         )  # fmt: skip
         return out
 
+    @in_stage("finish")
     def finish_rows(
         self, rows: slice, g: Tensor, acc: Tensor, extra: Tensor | None, out: _Rows
     ) -> None:
@@ -283,6 +289,7 @@ class Direction:
             EXTRA=extra is not None, NORMALIZE=self.normalize, **self.row_form,
         )  # fmt: skip
 
+    @in_stage("finish")
     def finish_cols(
         self, cols: slice, g: Tensor, acc: Tensor, extra: Tensor | None, out: Tensor
     ) -> None:

@@ -1,0 +1,64 @@
+"""The flags of ``refine-fast bench``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+NAMES = ("info_nce", "band_topk", "fuse", "encode", "train", "run")
+"""The operations, in the order in which they are measured."""
+
+
+def add_bench_flags(command: argparse.ArgumentParser) -> None:
+    """Adds them to the command's parser."""
+    add = command.add_argument
+    add(
+        "operations",
+        nargs="*",
+        metavar="OPERATION",
+        help=f"{', '.join(NAMES)} (default: all but run, which --full adds)",
+    )
+    size = command.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="small shapes: under two minutes")
+    size.add_argument("--full", action="store_true", help="more shapes, for the plots; long")
+    add("--shape", metavar="N=V,...", help="sizes, such as B=8192,D=768; the rest is the default")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="of the inputs (default fp32)")
+    add("--mode", metavar="NAME", help="another form of the operation, such as cold (of fuse)")
+    add("--isa", metavar="LEVEL", help="the CPU level of our kernels (default: the best)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: those of torch)")
+    add("--rounds", type=int, metavar="N", help="samples of each contender (default 5; --quick 3)")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave out every other peer; repeatable",
+    )
+    add(
+        "--profile",
+        nargs="?",
+        const="trace.json",
+        type=Path,
+        metavar="TRACE",
+        help="show where the time goes, by stages, instead of measuring; write a trace for "
+        "Perfetto to TRACE (default trace.json)",
+    )
+    add("--compare", type=Path, metavar="FILE", help="show the change from an earlier csv file")
+    add(
+        "--check",
+        action="store_true",
+        help="fail (exit code 1) if an operation lost a fifth of its recorded lead over a peer",
+    )
+    add("--record", action="store_true", help="with --check: record the leads instead")
+    add(
+        "--report",
+        action="store_true",
+        help="write the tables of README.md and the plots from the results, and measure nothing",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where rows are kept, a csv file for each device (default benchmarks/results if that "
+        "exists, else refine-fast-bench)",
+    )

@@ -1,0 +1,151 @@
+"""``--profile``: where the time of one call goes, by stages, and a trace of it.
+
+The stages of the calling thread exclude each other, so they add up to the call; what they leave out
+is shown as "outside the stages" (Python, autograd, allocation). Stages of other threads run
+meanwhile. Two calls are made: one whose stages are counted, with nothing else watching, and one
+under torch.profiler for the trace, in which every stage is a slice of its thread. Perfetto
+(https://ui.perfetto.dev) and chrome://tracing open the file.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import atomic
+from ..profiling import Recording, recorded
+from .measuring import synchronize
+from .operation import Operation, Shape
+from .suite import OURS
+
+MARK = "refine_fast call"
+"""The slice of the trace that is the whole call."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of one call.
+
+    Attributes:
+        seconds: the whole.
+        stages: the recording of its stages.
+    """
+
+    seconds: float
+    stages: Recording
+
+    @property
+    def covered(self) -> float:
+        """The share of the whole that is in the caller's stages."""
+        return sum(self.stages.caller.values()) / self.seconds
+
+    def table(self) -> list[tuple[str, float, float, float]]:
+        """(stage, seconds of the caller, their share of the whole, seconds of other threads), the
+        longest first."""
+        names = dict.fromkeys((*self.stages.caller, *self.stages.others))
+        found = [
+            (name, own, own / self.seconds, self.stages.others.get(name, 0.0))
+            for name in names
+            for own in (self.stages.caller.get(name, 0.0),)
+        ]
+        rest = self.seconds - sum(self.stages.caller.values())
+        found.append(("outside the stages", rest, rest / self.seconds, 0.0))
+        return sorted(found, key=lambda row: -row[1])
+
+
+def profile(op: Operation, shape: Shape, dtype: str, device: str, trace: Path | None) -> Profile:
+    """Profiles ours.
+
+    Args:
+        op: the operation.
+        shape: all of its sizes.
+        dtype: of its inputs.
+        device: cpu or cuda.
+        trace: a file for the trace, or None.
+    """
+    run = op.contender(OURS).run
+    with op.inputs(shape, dtype, device) as inputs:
+        call = partial(run, inputs)
+        watched = nullcontext() if op.watched is None else op.watched(inputs)
+        prepare(op, inputs)
+        call()  # first touches, thread pools
+        prepare(op, inputs)
+        with watched, recorded() as stages:
+            synchronize()
+            start = time.perf_counter()
+            returned = call()
+            synchronize()
+            seconds = time.perf_counter() - start
+        if op.stages_of is not None:
+            stages.caller = op.stages_of(returned)
+        if trace is not None:
+            prepare(op, inputs)
+            write_trace(op, inputs, call, trace)
+    return Profile(seconds, stages)
+
+
+def prepare(op: Operation, inputs: Any) -> None:
+    """Does what the operation needs before a call."""
+    if op.before is not None:
+        op.before(inputs)
+
+
+def write_trace(op: Operation, inputs: Any, call: Any, trace: Path) -> None:
+    """torch.profiler's trace of a call with the stages as slices, one row a thread."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    watched = nullcontext() if op.watched is None else op.watched(inputs)
+    with watched, recorded() as stages, torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.record_function(MARK):
+            begin = time.monotonic_ns()
+            call()
+            synchronize()
+    with atomic(trace) as temporary:
+        profiler.export_chrome_trace(str(temporary))
+        content = json.loads(temporary.read_text())
+        content["traceEvents"] += slices(stages, content["traceEvents"], begin)
+        content["refine_fast"] = {"stages dropped from the trace": stages.dropped}
+        temporary.write_text(json.dumps(content))
+
+
+def slices(stages: Recording, events: list[dict[str, Any]], begin: int) -> list[dict[str, Any]]:
+    """The stages as events of a Chrome trace, on the clock of its own events.
+
+    Args:
+        stages: the recording.
+        events: those of the trace; one of them is called ``MARK``.
+        begin: nanoseconds of ``time.monotonic_ns`` when that one began.
+    """
+    mark = next(event for event in events if event.get("name") == MARK and event["ph"] == "X")
+    process = mark["pid"]
+    threads = sorted({thread for _, thread, _, _ in stages.events})
+    named = [
+        {
+            "ph": "M",
+            "name": "thread_name",
+            "pid": process,
+            "tid": f"stages {thread}",
+            "args": {"name": f"stages of {'the caller' if thread == 0 else f'thread {thread}'}"},
+        }
+        for thread in threads
+    ]
+    return named + [
+        {
+            "ph": "X",
+            "cat": "refine_fast",
+            "name": name,
+            "pid": process,
+            "tid": f"stages {thread}",
+            "ts": mark["ts"] + (start - begin) / 1e3,
+            "dur": (end - start) / 1e3,
+        }
+        for name, thread, start, end in stages.events
+    ]
