@@ -27,13 +27,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import Row, measure, rows, save
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import refine_fast as rf
+from refine_fast.bench import rows as table
+from refine_fast.bench.measuring import measure
+from refine_fast.bench.operations.info_nce import memeff_loss as memeff
+from refine_fast.bench.rows import Row, rows
 from refine_fast.workspace import VARIABLE
 
+RESULTS = Path(__file__).parent / "results"
 WIDTHS = (768, 384, 1_024)
 TARGET, SMALL, HUGE = 65_536, 16_384, 1 << 20  # rows of the loss
 SMALL_WORKSPACE = 240  # MB, with which the loss takes less than 1% of torch eager's at TARGET
@@ -72,6 +76,12 @@ MIN_SAMPLE = 0.05  # seconds
 
 
 Contestants = Mapping[str, Callable[[], object]]
+
+
+def save(found: list[Row]) -> None:
+    """Keeps the rows and prints them."""
+    table.save(found, RESULTS)
+    print(*map(table.line, found), sep="\n", flush=True)
 
 
 def unit_rows(n: int, d: int) -> Tensor:
@@ -118,8 +128,8 @@ def peak_mb(run: Callable[[], object]) -> float:
 
 
 def take_turns(contestants: Contestants, rounds: int) -> dict[str, list[float]]:
-    """As record.measure, by the GPU's clock, each sample of as many calls as last MIN_SAMPLE. With
-    0 rounds, one call of each. A peer that fails is named and left out."""
+    """As refine_fast.bench.measuring, by the GPU's clock, each sample of as many calls as last
+    MIN_SAMPLE. With 0 rounds, one call of each. A peer that fails is named and left out."""
     calls, first = {}, {}
     for name, run in contestants.items():
         try:
@@ -178,11 +188,7 @@ def memeff_loss() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     if find_spec("memeff") is None:
         print("memeff is left out: not installed (pip install memeff)", flush=True)
         return {}
-    from memeff import MemoryEfficientQwen3Loss
-
-    # a margin of 2 drops no negative; stable would scale the gradients
-    settings = {"margin": 2.0, "normalized_inputs": True, "stable": False}
-    return {"memeff": MemoryEfficientQwen3Loss(temperature=0.02, **settings)}
+    return {"memeff": memeff(0.02)}
 
 
 def bench_rows(B: int, D: int, rounds: int) -> None:

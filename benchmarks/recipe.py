@@ -24,10 +24,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, commit, device_name
-
+from refine_fast.bench.machine import commit, device_name
 from refine_fast.cli import KEPT_BASE
 
+RESULTS = Path(__file__).parent / "results"
 DATA = Path(os.environ.get("REFINE_FAST_DATA", ""))
 SETS = ("squad", "covidqa", "dstc11_travel", "pubmedqa", "scifact")
 OPTIONS: dict[str, list[str]] = {

@@ -8,16 +8,17 @@ time is that of the kernels. Unless ``recorded`` is active, a stage is the test 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import ContextManager, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from . import _core
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 EVENTS = 1 << 16
 """Events that a recording keeps for a trace; the times by stage count all of them."""
@@ -61,7 +62,7 @@ def recorded() -> Iterator[Recording]:
         record.others = {name: others / 1e9 for name, _, others in stages if others}
 
 
-def stage(name: str) -> ContextManager[None]:
+def stage(name: str) -> AbstractContextManager[None]:
     """A stage of an operation, as a context.
 
     Args:

@@ -22,8 +22,8 @@ How to read a row of ``benchmarks/results/<device>.csv``: ``provider`` did ``op`
 inputs of ``dtype`` and ``shape``; ``p20``, ``p50`` and ``p80`` are percentiles of ``metric`` in
 ``unit``; ``ratio_to_peer`` is the median over that of ``peer`` in the same run, so 0.5 is half of
 its time or memory. ``gflop`` and ``gb`` are the work that the operation needs at least, by its
-formula; ``tflops`` and ``gb_per_s`` are that work over the time of the fraction. A row's key is everything but
-its values, commit and time, so a re-run overwrites it.
+formula; ``tflops`` and ``gb_per_s`` are that work over the time of the fraction. A row's key is
+everything but its values, commit and time, so a re-run overwrites it.
 
 How to add a contender: write a function of the operation's inputs in ``operations/<op>.py`` that
 imports what it needs inside, and add a ``Contender`` with its name, the function, the package that

@@ -20,6 +20,7 @@ import refine_fast as rf
 from ..errors import RefineFastError
 from . import machine, regression, rows
 from .compare import Change, compare
+from .measuring import percentiles
 from .operation import Operation, Shape, parse_shape
 from .operations import OPERATIONS
 from .profile import Profile, profile
@@ -102,12 +103,14 @@ def tasks_of(options: argparse.Namespace) -> list[Task]:
                 raise RefineFastError(
                     f"--dtype: {op.title} takes {', '.join(op.dtypes)} (got {dtype!r})."
                 )
-            rounds = options.rounds or (min(op.rounds, QUICK_ROUNDS) if options.quick else op.rounds)
-            common = {"dtype": dtype, "device": device, "rounds": rounds}
-            for shape in shapes(op, options):
-                tasks.append(
-                    Task(op, shape, quick=options.quick, only=tuple(options.only), **common)
-                )
+            rounds = options.rounds or (
+                min(op.rounds, QUICK_ROUNDS) if options.quick else op.rounds
+            )
+            only = tuple(options.only)
+            tasks += [
+                Task(op, shape, dtype, device, rounds, options.quick, only)
+                for shape in shapes(op, options)
+            ]
     return tasks
 
 
@@ -124,7 +127,7 @@ def modes(all_modes: Sequence[Operation], mode: str | None, *, full: bool) -> li
 
 def shapes(op: Operation, options: argparse.Namespace) -> list[Shape]:
     """The shapes to measure."""
-    whole = op.shape | op.quick if options.quick else op.shape
+    whole: Shape = {**op.shape, **op.quick} if options.quick else op.shape
     if options.shape:
         given = parse_shape(options.shape, op.shape)
         if op.square and "B" in given and "N" not in given:
@@ -202,27 +205,28 @@ def shown_shape(shape: Shape) -> str:
 
 
 def measured_table(found: Measured) -> Table:
-    """The contenders, fastest first."""
+    """The contenders, fastest first; ± is half of the distance from p20 to p80, and roof the
+    fraction of the roofline."""
     task, op = found.task, found.task.op
     title = f"{op.title} · {task.dtype} · {shown_shape(task.shape)}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     work = op.work(task.shape, task.dtype)
     has_rate = bool(work.flops or work.bytes)
     table.add_column("contender", min_width=28)
-    headers = ("seconds", "p20 - p80", "CPU s", "MiB", "roofline", "to ours")
+    headers = ("seconds", "±", "CPU s", "MiB", "roof", "to ours")
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     ours = found.middle(OURS).seconds
     for name in sorted(found.samples, key=lambda name: found.middle(name).seconds):
         middle = found.middle(name)
-        p20, _, p80 = rows.percentiles([one.seconds for one in found.samples[name]])
+        p20, _, p80 = percentiles([one.seconds for one in found.samples[name]])
         peak = f"{found.peaks[name]:,.0f}" if name in found.peaks else ""
         fraction = f"{found.fraction(name):.0%}" if has_rate else ""
         floor = " (floor)" if name == op.floor else "" if op.contender(name).exact else " *"
         table.add_row(
             f"{name}{floor}",
             f"{middle.seconds:.4g}",
-            f"{p20:.3g} - {p80:.3g}",
+            f"{(p80 - p20) / 2 / middle.seconds:.0%}",
             f"{middle.cpu_seconds:.4g}",
             peak,
             fraction,
@@ -276,7 +280,7 @@ def changes_table(changes: Sequence[Change], earlier: Path) -> Table:
 def show_profiles(tasks: list[Task], trace: Path, console: Console) -> int:
     """Profiles each task; with several, the trace's name gets the operation's."""
     found: dict[str, Any] = {}
-    tables = []
+    tables: list[Table] = []
     for task in tasks:
         several = len(tasks) > 1
         path = trace.with_stem(f"{trace.stem}-{task.op.name}-{len(tables)}") if several else trace

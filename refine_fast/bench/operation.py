@@ -72,7 +72,7 @@ class Contender:
         return ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """One operation in one mode.
 
@@ -166,7 +166,9 @@ def parse_shape(text: str, allowed: Shape) -> dict[str, int | float]:
     for pair in text.split(","):
         name, equals, value = (part.strip() for part in pair.partition("="))
         if not equals:
-            raise RefineFastError(f"--shape must be NAME=VALUE,... such as B=512,D=384 (got {pair!r}).")
+            raise RefineFastError(
+                f"--shape must be NAME=VALUE,... such as B=512,D=384 (got {pair!r})."
+            )
         name = next((known for known in allowed if known.lower() == name.lower()), name)
         if name not in allowed:
             raise RefineFastError(

@@ -103,11 +103,15 @@ def write_trace(op: Operation, inputs: Any, call: Any, trace: Path) -> None:
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     watched = nullcontext() if op.watched is None else op.watched(inputs)
-    with watched, recorded() as stages, torch.profiler.profile(activities=activities) as profiler:
-        with torch.profiler.record_function(MARK):
-            begin = time.monotonic_ns()
-            call()
-            synchronize()
+    with (
+        watched,
+        recorded() as stages,
+        torch.profiler.profile(activities=activities) as profiler,
+        torch.profiler.record_function(MARK),
+    ):
+        begin = time.monotonic_ns()
+        call()
+        synchronize()
     with atomic(trace) as temporary:
         profiler.export_chrome_trace(str(temporary))
         content = json.loads(temporary.read_text())

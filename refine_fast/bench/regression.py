@@ -118,7 +118,9 @@ def checked_operations() -> list[Operation]:
 
 
 def check(
-    op: Operation, recorded: float | None, slowed: Callable[[Contender], Contender] = lambda one: one
+    op: Operation,
+    recorded: float | None,
+    slowed: Callable[[Contender], Contender] = lambda one: one,
 ) -> Verdict:
     """Measures the lead of one operation in float32 on one thread.
 
@@ -127,7 +129,7 @@ def check(
         recorded: the lead on record, if any.
         slowed: replaces ours, for the tests.
     """
-    shape = op.shape | (op.check or {})
+    shape = {**op.shape, **(op.check or {})}
     ours, peer = slowed(op.contender(OURS)), op.contender(op.check_peer)
     with op.inputs(shape, "fp32", "cpu") as inputs:
         turn = 0
@@ -156,7 +158,7 @@ def lead_rows(verdict: Verdict) -> list[Row]:
     op, lead = verdict.op, verdict.lead
     samples = {OURS: [1 / ratio for ratio in lead.ratios], op.check_peer: [1.0]}
     found = rows(
-        samples, op=op.name, mode=MODE, dtype="fp32", shape=op.shape | (op.check or {}),
+        samples, op=op.name, mode=MODE, dtype="fp32", shape={**op.shape, **(op.check or {})},
         metric="cpu_seconds", peer=op.check_peer,
     )  # fmt: skip
     return found[:1]
@@ -164,5 +166,7 @@ def lead_rows(verdict: Verdict) -> list[Row]:
 
 def known_rows(folder: Path) -> list[Row]:
     """The rows of every machine in a folder of results."""
-    names = (path for path in sorted(folder.glob("*.csv")) if path.name not in ("recipe.csv", "runs.csv"))
+    names = (
+        path for path in sorted(folder.glob("*.csv")) if path.name not in ("recipe.csv", "runs.csv")
+    )
     return [row for path in names for row in load(path)]

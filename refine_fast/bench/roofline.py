@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -48,18 +49,27 @@ def contenders(device: str, dtype: str) -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {}
     for name in dict.fromkeys(("fp32", dtype) if device == "cpu" else (dtype,)):
         a, b = (torch.randn(side, side, device=device, dtype=DTYPES[name]) for _ in range(2))
-        found[f"torch.mm {name}"] = lambda a=a, b=b: a @ b
+        found[f"torch.mm {name}"] = partial(torch.mm, a, b)
     if device == "cpu":
         rows_ = side // threads  # of one thread's share
         a, b, out = torch.randn(rows_, side), torch.randn(side, side), torch.empty(rows_, side)
         pointers = (a.data_ptr(), side, 1, b.data_ptr(), 1, side, rows_, side, side)
         bf16 = dtype == "bf16"
-        # one thread; the lambda keeps the tensors alive
-        found["refine_fast tile"] = lambda: (_core.matmul(*pointers, bf16, out.data_ptr()), a, b)
+        found["refine_fast tile"] = partial(tile, pointers, bf16, (a, b, out))
     source = torch.ones(COPIED[device] // 4, device=device)
     target = torch.empty_like(source)
     found["copy"] = lambda: target.copy_(source)
     return found
+
+
+def tile(
+    pointers: tuple[int, int, int, int, int, int, int, int, int],
+    bf16: bool,
+    tensors: tuple[torch.Tensor, ...],
+) -> None:
+    """The product in our kernels, on one thread; ``tensors`` hold the memory, the last the
+    result."""
+    _core.matmul(*pointers, bf16, tensors[-1].data_ptr())
 
 
 def busy(sample: Sample, device: str) -> float:
@@ -88,6 +98,14 @@ def roofline_rows(found: Rates, dtype: str, device: str) -> list[Row]:
     common = {"op": "roofline", "dtype": dtype, "peer": ""}
     shape = {"side": SIDE[device], "bytes": COPIED[device]}
     return [
-        *rows({"machine": [found.matrix / 1e12]}, mode="matrix", metric="tflops", shape=shape, **common),
-        *rows({"machine": [found.copy / 1e9]}, mode="copy", metric="gb_per_s", shape=shape, **common),
+        *rows(
+            {"machine": [found.matrix / 1e12]},
+            mode="matrix",
+            metric="tflops",
+            shape=shape,
+            **common,
+        ),
+        *rows(
+            {"machine": [found.copy / 1e9]}, mode="copy", metric="gb_per_s", shape=shape, **common
+        ),
     ]

@@ -73,7 +73,11 @@ class Measured:
         """Of the roofline; of the floor where the operation has one."""
         floor = self.task.op.floor
         if floor:
-            return self.middle(floor).seconds / self.middle(name).seconds if floor in self.samples else 0
+            return (
+                self.middle(floor).seconds / self.middle(name).seconds
+                if floor in self.samples
+                else 0
+            )
         ideal = self.rates.seconds(self.task.op.work(self.task.shape, self.task.dtype))
         return ideal / busy(self.middle(name), self.task.device)
 
@@ -88,7 +92,8 @@ def measure(task: Task, progress: Callable[[str], None] | None = None) -> Measur
     names = [one.name for one in op.contenders]
     if unknown := set(task.only) - set(names):
         raise RefineFastError(
-            f"--only: {op.title} has no contender {sorted(unknown)[0]!r}; it has {', '.join(names)}."
+            f"--only: {op.title} has no contender {sorted(unknown)[0]!r}; "
+            f"it has {', '.join(names)}."
         )
     there, absent = op.present(task.device, task.dtype, quick=task.quick)
     if task.only:
@@ -126,11 +131,15 @@ def measure(task: Task, progress: Callable[[str], None] | None = None) -> Measur
 
 
 def failure(
-    op: Operation, run: Callable[[Any], object], task: Task, before: Callable[[], None] | None, inputs: Any
+    op: Operation,
+    run: Callable[[Any], object],
+    task: Task,
+    before: Callable[[], None] | None,
+    inputs: Any,
 ) -> Exception | None:
     """What a contender raises on tiny inputs, which also takes its imports out of the figures."""
     try:
-        with op.inputs(op.shape | op.tiny, task.dtype, task.device) as tiny:
+        with op.inputs({**op.shape, **op.tiny}, task.dtype, task.device) as tiny:
             if op.before is not None:
                 op.before(tiny)
             run(tiny)
@@ -155,7 +164,7 @@ def ready(
     torch.set_num_threads(threads)
     rf.force_isa(isa)
     run = op.contender(contender).run
-    with op.inputs(op.shape | op.tiny, dtype, device) as tiny:
+    with op.inputs({**op.shape, **op.tiny}, dtype, device) as tiny:
         run(tiny)
     stack = ExitStack()
     _kept.append(stack)

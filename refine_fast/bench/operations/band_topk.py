@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,9 +50,7 @@ def clustered(count: int, width: int, seed: int) -> Tensor:
     """(count, width) unit rows around 600 centres of very different sizes, each row at its own
     distance."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.nn.functional.normalize(
-        torch.randn(CENTRES, width, generator=generator), dim=1
-    )
+    centres = torch.nn.functional.normalize(torch.randn(CENTRES, width, generator=generator), dim=1)
     generator.manual_seed(seed)
     sizes = torch.arange(1, CENTRES + 1).float().pow(-0.9)
     centre = centres[torch.multinomial(sizes, count, replacement=True, generator=generator)]
@@ -94,7 +93,10 @@ def ours(search: Search) -> Tensor:
 def torch_chunks(search: Search) -> Tensor:
     """The ten lines that one would write: a chunk's scores, the skipped and what is outside the
     band masked, topk."""
-    found, docs = [], torch.as_tensor(search.docs)
+    found = []
+    with warnings.catch_warnings():  # of a memory map that cannot be written to
+        warnings.simplefilter("ignore", UserWarning)
+        docs = torch.as_tensor(search.docs)
     for chunk in search.queries.split(256):
         s = (chunk @ docs.T).float()
         s.scatter_(1, s.topk(search.skip).indices, -1)
@@ -267,7 +269,7 @@ OPERATIONS = (
         "drop_in",
         shape=SHAPE,
         quick=QUICK,
-        tiny=TINY,
+        tiny={**TINY, "N": 4000},
         rounds=1,
         contenders=(
             Contender(

@@ -96,7 +96,9 @@ def in_order(inputs: Encoding) -> Any:
     found = []
     for start in range(0, len(inputs.texts), 32):
         batch = inputs.model.preprocess(inputs.texts[start : start + 32])
-        batch = {k: v.to(inputs.model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        batch = {
+            k: v.to(inputs.model.device) if torch.is_tensor(v) else v for k, v in batch.items()
+        }
         with autocast(inputs):
             found.append(inputs.model(batch)["sentence_embedding"].float())
     return torch.nn.functional.normalize(torch.cat(found), dim=1).cpu().numpy()

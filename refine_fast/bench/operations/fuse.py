@@ -333,7 +333,9 @@ CONTENDERS = (
         slow=True,
         exact=False,
     ),
-    Contender("device", device, "the disk's floor: the same bytes past the page cache", exact=False),
+    Contender(
+        "device", device, "the disk's floor: the same bytes past the page cache", exact=False
+    ),
 )
 LARGE = {"gb": 3.15, "shards": 3}
 

@@ -98,10 +98,16 @@ def compiled(leaves: Leaves) -> list[Tensor]:
 
 
 def sentence_transformers(q: Tensor, d: Tensor) -> Tensor:
-    """MultipleNegativesRankingLoss on embeddings, without an encoder."""
+    """MultipleNegativesRankingLoss on embeddings, without an encoder; of inner products, since the
+    rows are unit vectors."""
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.util import dot_score
 
-    loss = MultipleNegativesRankingLoss(nn.Identity(), scale=1 / TEMPERATURE)  # type: ignore[arg-type]
+    loss: Any = MultipleNegativesRankingLoss(
+        nn.Identity(),  # type: ignore[arg-type]
+        scale=1 / TEMPERATURE,
+        similarity_fct=dot_score,
+    )
     return loss.compute_loss_from_embeddings([q, d], None)
 
 
@@ -110,10 +116,12 @@ def sentence_transformers_cached(leaves: Leaves) -> list[Tensor]:
     from sentence_transformers.sentence_transformer.losses import (
         CachedMultipleNegativesRankingLoss,
     )
+    from sentence_transformers.util import dot_score
 
     loss: Any = CachedMultipleNegativesRankingLoss(
         nn.Sequential(nn.Identity()),  # type: ignore[arg-type]
         scale=1 / TEMPERATURE,
+        similarity_fct=dot_score,
         mini_batch_size=MINI_BATCH,
     )
     value = loss.calculate_loss([[leaves[0]], [leaves[1]]], with_backward=True)
@@ -153,7 +161,9 @@ def fused_prefixes(leaves: Leaves) -> list[Tensor]:
     """Every width in one pass."""
     q, d = leaves
     widths = all_widths(q.shape[1])
-    loss = rf.info_nce(q, d, temperature=TEMPERATURE, widths=widths, width_weights=[1.0] * len(widths))
+    loss = rf.info_nce(
+        q, d, temperature=TEMPERATURE, widths=widths, width_weights=[1.0] * len(widths)
+    )
     loss.backward()
     return [loss.detach(), *taken(leaves)]
 
@@ -201,7 +211,9 @@ OPERATIONS = (
             Contender(
                 "torch chunks of 256", chunks, "ten lines of torch, gradients in the forward"
             ),
-            Contender("naive cross_entropy", with_gradients(naive), "F.cross_entropy(q @ d.T / tau)"),
+            Contender(
+                "naive cross_entropy", with_gradients(naive), "F.cross_entropy(q @ d.T / tau)"
+            ),
             Contender("torch.compile", compiled, "the naive loss, compiled", slow=True),
             Contender(
                 "sentence-transformers",

@@ -40,7 +40,10 @@ def step(inputs: Step, loss: Any) -> list[torch.Tensor]:
     """The loss, and the gradient of one layer; all gradients are dropped afterwards."""
     model = inputs.model
     features = [
-        {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in model.preprocess(side).items()}
+        {
+            k: v.to(model.device) if torch.is_tensor(v) else v
+            for k, v in model.preprocess(side).items()
+        }
         for side in (inputs.queries, inputs.passages)
     ]
     enabled = inputs.dtype != "fp32"
@@ -100,9 +103,7 @@ OPERATIONS = (
         dtypes=("fp32", "bf16"),
         contenders=(
             Contender("refine_fast", ours, "CachedFusedMultipleNegativesRankingLoss"),
-            Contender(
-                "sentence-transformers cached", cached, "CachedMultipleNegativesRankingLoss"
-            ),
+            Contender("sentence-transformers cached", cached, "CachedMultipleNegativesRankingLoss"),
             Contender("sentence-transformers", plain, "the whole batch in memory", slow=True),
         ),
         peer="sentence-transformers cached",

@@ -2,7 +2,7 @@
 on SQuAD's passages, each in a process of its own, and the ``training_gb`` of ``refine-fast plan``
 with the same flags.
 
-    REFINE_FAST_DATA=<folder of BEIR sets> python benchmarks/bench_memory.py [minilm] [bert-base]
+    REFINE_FAST_DATA=<folder of BEIR sets> python benchmarks/memory.py [minilm] [bert-base]
  peak_mb is the peak resident size of the whole process. bert-base is made on the spot with random
 weights: memory asks for shapes alone.
 """
@@ -16,13 +16,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from record import rows, save
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertModel
 
+from refine_fast.bench.rows import line, rows, save
 from refine_fast.pipeline.encoder.load import encoder_folder
 
+RESULTS = Path(__file__).parent / "results"
 DATA = Path(os.environ.get("REFINE_FAST_DATA", ""))
 # encoder -> batch size, budgets: from one that leaves room for few sequences to one where the whole
 # batch fits
@@ -77,17 +78,10 @@ def measure(name: str, folder: Path) -> None:
                 )
             peaks = {"refine_fast": [usage.ru_maxrss / 1024], "plan": [plan["training_gb"] * 1024]}
             shape = {"B": batch, "mini_batch": plan["mini_batch"], "budget": budget, "steps": STEPS}
-            save(
-                rows(
-                    peaks,
-                    op="train",
-                    mode=name,
-                    dtype=precision,
-                    shape=shape,
-                    metric="peak_mb",
-                    peer="plan",
-                )
-            )
+            about = {"op": "train", "mode": name, "dtype": precision, "shape": shape}
+            found = rows(peaks, metric="peak_mb", peer="plan", **about)
+            save(found, RESULTS)
+            print(*map(line, found), sep="\n")
 
 
 def main() -> None:

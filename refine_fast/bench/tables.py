@@ -1,0 +1,226 @@
+"""The tables of README.md, from the rows in ``benchmarks/results``.
+
+A table stands between the markers ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import RefineFastError
+from .regression import known_rows
+from .rows import Row
+from .suite import OURS
+
+LEVELS = ("scalar", "neon", "avx2", "avx512", "avx512_bf16", "amx")
+"""Slowest first."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table of operations.
+
+    Attributes:
+        title: what the first column says.
+        op, mode, dtype, shape, metric: whose rows it is made of.
+        peers: provider -> how the text names it.
+        memory: the provider whose memory is told beside ours, and how the text names it.
+        besides: what our memory is, in words.
+    """
+
+    title: str
+    op: str
+    mode: str
+    dtype: str
+    shape: Mapping[str, float]
+    metric: str
+    peers: dict[str, str]
+    memory: tuple[str, str] | None
+    besides: str
+
+
+INFO_NCE = {"B": 8192, "N": 8192, "D": 384}
+LINES = (
+    Line(
+        "`info_nce`, B = 8,192, d = 384, fp32", "info_nce", "fwd+bwd", "fp32", INFO_NCE,
+        "cpu_seconds",
+        {
+            "torch chunks of 256": "torch in chunks of 256 rows",
+            "sentence-transformers cached": "sentence-transformers' cached loss",
+        },
+        ("naive cross_entropy", "naive"), "with gradients",
+    ),
+    Line(
+        "the same in bf16", "info_nce", "fwd+bwd", "bf16", INFO_NCE, "cpu_seconds",
+        {"torch chunks of 256": "torch in chunks of 256 rows"}, None, "with gradients",
+    ),
+    Line(
+        "`band_topk`, 4,096 x 200,000, d = 384", "band_topk", "mine", "fp32",
+        {"B": 4096, "N": 200_000, "D": 384, "k": 100, "skip": 5}, "cpu_seconds",
+        {"faiss_top100": "faiss's exact top 100, which has no band"}, None, "besides the data",
+    ),
+    Line(
+        "`fuse`, 3.15 GB bf16 pair in 3 shards, cold, fsynced", "fuse", "cold", "bf16",
+        {"gb": 3.15, "shards": 3}, "seconds",
+        {
+            "cp": "`cp` of one model",
+            "loop": "safetensors + `torch.lerp`",
+            "mergekit": "mergekit",
+        },
+        ("loop", "the loop"), "",
+    ),
+)  # fmt: skip
+
+
+def machine_name(row: Row) -> str:
+    """``AMD EPYC, avx2``."""
+    return f"{row.device.split(',')[0]}, {row.isa}"
+
+
+def machines(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows by (device, its best level): a CPU of the same name may have other instructions.
+    Of each, the rows of forced lower levels are left out."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.device, []).append(row)
+    split: dict[tuple[str, str], list[Row]] = {}
+    for device, own in found.items():
+        for level in dict.fromkeys(row.isa for row in own):
+            split[device, level] = [row for row in own if row.isa == level]
+    return {
+        key: split[key] for key in sorted(split, key=lambda key: (key[0], -LEVELS.index(key[1])))
+    }
+
+
+def matches(row: Row, line: Line) -> bool:
+    """Whether a row is about a line's subject, on one thread where CPU time is its metric."""
+    same = (row.op, row.mode, row.dtype) == (line.op, line.mode, line.dtype)
+    return same and row.sizes == line.shape and (line.op == "fuse" or row.threads == 1)
+
+
+def speed(rows: Sequence[Row], line: Line) -> str:
+    """``2.3x torch in chunks, 9.5x ...``: the peers' time over ours."""
+    times = {row.provider: row.p50 for row in rows if row.metric == line.metric}
+    ratios = {
+        row.peer: row.ratio_to_peer
+        for row in rows
+        if row.metric == line.metric and row.provider == OURS and row.ratio_to_peer
+    }
+    said = []
+    for peer, words in line.peers.items():
+        if peer in ratios:
+            said.append(f"{1 / ratios[peer]:.1f}x {words}")
+        elif OURS in times and peer in times:
+            said.append(f"{times[peer] / times[OURS]:.1f}x {words}")
+    return ", ".join(said)
+
+
+def memory(rows: Sequence[Row], line: Line) -> str:
+    """``47 MiB with gradients; naive 773``."""
+    peaks = {row.provider: row.p50 for row in rows if row.metric == "peak_mb"}
+    if OURS not in peaks:
+        return ""
+    said = f"{peaks[OURS]:,.0f} MiB {line.besides}".strip()
+    if line.memory is not None and line.memory[0] in peaks:
+        said += f"; {line.memory[1]} {peaks[line.memory[0]]:,.0f}"
+    return said
+
+
+def operations_table(results: Path) -> str:
+    """Each operation on each machine: how much faster than its peers, and its memory."""
+    lines = ["| operation | machine | speed | memory |", "|---|---|---|---|"]
+    by_machine = machines(known_rows(results))
+    for line in LINES:
+        for rows in by_machine.values():
+            own = [row for row in rows if matches(row, line)]
+            if said := speed(own, line):
+                place = machine_name(own[0])
+                lines.append(f"| {line.title} | {place} | {said} | {memory(own, line)} |")
+    return "\n".join(lines)
+
+
+BEST = {"set": "squad", "queries": "none", "option": "best", "seed": "0"}
+RECIPES = (
+    ("SQuAD", "made from the passages, no LLM", "recipe.csv", BEST),
+    ("COVID-QA", "asked by people (`--queries`)", "runs.csv", {"run": "covidqa"}),
+)
+"""Documents, queries, file and what its rows have: the table of adapted encoders."""
+SETS = {
+    "scifact": "SciFact",
+    "covidqa": "COVID-QA",
+    "dstc11_travel": "travel",
+    "pubmedqa": "PubMedQA",
+    "squad": "SQuAD",
+}
+"""The order and the names of the sets in the last column."""
+
+
+def recipe_table(results: Path) -> str:
+    """Adapted encoders: recall@3 before and after, and elsewhere."""
+    lines = [
+        "| documents | queries | BM25 | base | **adapted** | elsewhere |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, queries, file, wanted in RECIPES:
+        with (results / file).open(newline="") as opened:
+            rows = [
+                row
+                for row in csv.DictReader(opened)
+                if all(row[column] == value for column, value in wanted.items())
+            ]
+        own = {row["system"]: row for row in rows if row["judged_on"] == "in_domain"}
+        adapted = own.get("fused") or own["weight 0.35"]
+        base = own.get("base") or own["weight 0"]
+        elsewhere = [
+            f"{label} {_gain(row)}"
+            for judged, label in SETS.items()
+            for row in rows
+            if row["judged_on"] == judged and row["system"] == adapted["system"]
+        ]
+        lines.append(
+            f"| {name}, {int(adapted['passages']):,} passages | {queries} | "
+            f"{_recall(own['BM25'])} | {_recall(base)} | **{_recall(adapted)}** "
+            f"({_gain(adapted)}) | {', '.join(elsewhere)} |"
+        )
+    return "\n".join(lines)
+
+
+def _recall(row: dict[str, str]) -> str:
+    return f"{float(row['recall@3']):.3f}".lstrip("0")
+
+
+def _gain(row: dict[str, str]) -> str:
+    mean, low, high = (
+        100 * float(row[name]) for name in ("recall@3_gain", "gain_low", "gain_high")
+    )
+    return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "operations": operations_table,
+    "recipe": recipe_table,
+}
+
+
+def with_tables(text: str, results: Path, name: str = "README.md") -> str:
+    """The text with every table as the results have it.
+
+    Raises:
+        RefineFastError: a marker names no table or has no end, or a table has no marker.
+    """
+    for table, make in TABLES.items():
+        start, end = f"<!-- table: {table} -->\n", "<!-- end of table -->"
+        found = re.findall(f"{start}((?:(?!<!--).)*?){end}", text, re.S)
+        count = len(found)
+        if count == 1:
+            text = text.replace(f"{start}{found[0]}{end}", f"{start}{make(results)}\n{end}")
+        else:
+            raise RefineFastError(
+                f"{name}: the markers <!-- table: {table} --> and <!-- end of table --> must occur "
+                f"once (found {count})."
+            )
+    return text

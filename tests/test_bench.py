@@ -1,0 +1,447 @@
+"""The benchmark suite: contenders agree, rows are keyed, reports are idempotent, a lost lead is
+noticed. Nothing here depends on how long something takes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
+
+from refine_fast import cli, profiling
+from refine_fast.bench import plots, regression, rows, suite, tables
+from refine_fast.bench.compare import compare
+from refine_fast.bench.flags import NAMES
+from refine_fast.bench.measuring import Sample, peak_mb, percentiles, take_turns
+from refine_fast.bench.operation import Contender, Operation, parse_shape
+from refine_fast.bench.operations import OPERATIONS, operation
+from refine_fast.bench.profile import profile
+from refine_fast.bench.report import write_report
+from refine_fast.bench.roofline import Rates
+from refine_fast.bench.suite import OURS, Measured, Task, measure, ready, rows_of
+from refine_fast.errors import RefineFastError
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+COMPARABLE = [
+    (op, dtype)
+    for modes in OPERATIONS.values()
+    for op in modes
+    if op.name != "run" and not op.mode.startswith("cold")
+    for dtype in op.dtypes
+    if dtype != "fp16" and (op.name, dtype) != ("band_topk", "bf16")
+]
+"""torch's scores in bf16 lie on the other side of an edge of the band than exact ones."""
+TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
+INFO_NCE, BAND = operation("info_nce", "fwd+bwd"), operation("band_topk", "mine")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tensors(found: Any) -> list[torch.Tensor]:
+    return [x.float() for x in (found if isinstance(found, list | tuple) else [found])]
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype"), COMPARABLE, ids=[f"{op.name}-{op.mode}-{dtype}" for op, dtype in COMPARABLE]
+)
+def test_contenders_compute_the_same_thing(op: Operation, dtype: str) -> None:
+    """On the tiny inputs; those that answer another question say so and only run."""
+    results = {}
+    with op.inputs({**op.shape, **op.tiny}, dtype, "cpu") as inputs:
+        for contender in op.contenders:
+            if contender.missing("cpu", dtype) or contender.name == "torch.compile":
+                continue  # minutes of a C++ compiler; it is the naive one's code
+            if op.before is not None:
+                op.before(inputs)
+            found = contender.run(inputs)
+            if contender.exact:
+                results[contender.name] = tensors(op.result(found))
+    ours = results.pop(OURS)
+    assert all(torch.isfinite(x).all() and x.abs().max() > 0 for x in ours)
+    assert results or op.mode == "drop_in"  # whose peers find fewer rows
+    for name, theirs in results.items():
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a - b).norm() <= TOLERANCE[dtype] * b.norm(), name
+
+
+def test_the_flags_name_every_operation() -> None:
+    assert tuple(OPERATIONS) == NAMES
+    for name, modes in OPERATIONS.items():
+        assert {op.name for op in modes} == {name}
+        for op in modes:
+            assert {op.peer, OURS} <= {one.name for one in op.contenders}
+            assert all(set(sizes) <= set(op.shape) for sizes in (op.quick, op.tiny, *op.full))
+
+
+def test_shape() -> None:
+    allowed = {"B": 8, "gb": 0.5, "skip": 5}
+    assert parse_shape("b=1_000, gb=2,skip=0", allowed) == {"B": 1000, "gb": 2.0, "skip": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("B", "--shape must be NAME=VALUE,... such as B=512,D=384 (got 'B')."),
+        ("", "--shape must be NAME=VALUE,... such as B=512,D=384 (got '')."),
+        ("X=1", "--shape: unknown size 'X'; this operation has B, gb, skip."),
+        ("B=0", "--shape: B must be an integer > 0 (got '0')."),
+        ("B=1.5", "--shape: B must be an integer > 0 (got '1.5')."),
+        ("gb=nan", "--shape: gb must be a number > 0 (got 'nan')."),
+        ("gb=inf", "--shape: gb must be a number > 0 (got 'inf')."),
+        ("skip=-1", "--shape: skip must be an integer >= 0 (got '-1')."),
+    ],
+)
+def test_bad_shape_is_one_sentence(text: str, message: str) -> None:
+    with pytest.raises(RefineFastError) as raised:
+        parse_shape(text, {"B": 8, "gb": 0.5, "skip": 5})
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["infonce"], "unknown operation 'infonce'"),
+        (["--shape", "B=3"], "need exactly one operation"),
+        (["fuse", "--mode", "hot"], "fuse has the modes 'warm', 'cold'"),
+        (["encode", "--dtype", "fp16"], "--dtype: encode (MiniLM-L6) takes fp32, bf16"),
+        (["info_nce", "--shape", "B=9,N=8"], "N must be at least B=9"),
+        (["info_nce", "--threads", "0"], "--threads must be an integer >= 1 (got 0)"),
+        (["info_nce", "--rounds", "0"], "--rounds must be an integer >= 1 (got 0)"),
+        (["info_nce", "--isa", "sse"], "--isa must be one of scalar"),
+        (["info_nce", "--only", "nobody", "--shape", "B=8,D=8"], "no contender 'nobody'"),
+        (["info_nce", "--shape", "B=8,D=8", "--compare", "no.csv"], "no.csv: No such file"),
+    ],
+)
+def test_bad_flags_are_one_sentence(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", *flags, "--out", str(tmp_path)]) == cli.BAD_INPUT
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_turns() -> None:
+    """One uncounted round, then each contender first in turn, each call prepared."""
+    calls: list[str] = []
+    names = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    samples = take_turns(names, rounds=3, before=lambda: calls.append("-"))
+    assert "".join(calls).replace("-", "") == "abc" + "abc" + "bca" + "cab"
+    assert calls.count("-") == 12
+    assert {name: len(taken) for name, taken in samples.items()} == dict.fromkeys("abc", 3)
+
+
+def test_percentiles() -> None:
+    assert percentiles([3.0]) == (3.0, 3.0, 3.0)
+    assert percentiles([float(x) for x in range(11)]) == (2.0, 5.0, 8.0)
+
+
+def measured(cost: dict[str, float]) -> Measured:
+    task = Task(INFO_NCE, {"B": 8, "N": 8, "D": 4}, "fp32", "cpu", rounds=3)
+    samples = {name: [Sample(seconds, seconds)] * 3 for name, seconds in cost.items()}
+    return Measured(task, samples, dict.fromkeys(cost, 5.0), Rates(1e9, 1e9), {})
+
+
+def test_rows_hold_the_ratio_to_each_peer(tmp_path: Path) -> None:
+    peer, other = INFO_NCE.peer, "naive cross_entropy"
+    made = rows_of(measured({OURS: 2.0, peer: 4.0, other: 6.0}))
+    ratios = {
+        (row.provider, row.peer): row.ratio_to_peer for row in made if row.metric == "seconds"
+    }
+    third = pytest.approx(1 / 3)
+    expected = {(OURS, peer): 0.5, (peer, peer): 1.0, (other, peer): 1.5, (OURS, other): third}
+    assert ratios == expected
+    (fraction,) = (
+        row.p50 for row in made if (row.metric, row.provider) == ("fraction_of_roofline", OURS)
+    )
+    assert fraction == pytest.approx(6 * 8 * 8 * 4 / 1e9 / 2.0)
+    assert {row.op for row in made} == {"info_nce", "roofline"}
+    assert rows.load(rows.save(made, tmp_path)) == [
+        replace(row, **{name: float(f"{getattr(row, name):.6g}") for name in ("p20", "p50", "p80")},
+                ratio_to_peer=row.ratio_to_peer and float(f"{row.ratio_to_peer:.6g}"))
+        for row in sorted(made, key=lambda row: rows.key(rows.as_text(row)))
+    ]  # fmt: skip
+
+
+def test_a_rerun_overwrites_its_rows(tmp_path: Path) -> None:
+    peer = INFO_NCE.peer
+    path = rows.save(rows_of(measured({OURS: 2.0, peer: 4.0})), tmp_path)
+    count = len(rows.load(path))
+    assert rows.save(rows_of(measured({OURS: 1.0, peer: 4.0})), tmp_path) == path
+    after = rows.load(path)
+    assert len(after) == count
+    assert {row.p50 for row in after if (row.metric, row.provider) == ("seconds", OURS)} == {1.0}
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("op,p20\ninfo_nce,1\n")
+    with pytest.raises(RefineFastError, match="is no table of benchmark rows"):
+        rows.load(path)
+
+
+def test_compare_ignores_versions_and_takes_the_latest() -> None:
+    peer = INFO_NCE.peer
+    now = rows_of(measured({OURS: 3.0, peer: 4.0}))
+    then = [
+        replace(row, torch="1", commit="old", timestamp="2020")
+        for row in rows_of(measured({OURS: 2.0, peer: 4.0}))
+    ]
+    older = [replace(row, p50=99.0, timestamp="2019") for row in then]
+    changes = compare(now, then + older)
+    (ours,) = (c for c in changes if (c.now.metric, c.now.provider) == ("seconds", OURS))
+    assert ours.ratio == ours.of_lead == 1.5
+    assert {change.now.metric for change in changes} == {"seconds", "cpu_seconds", "peak_mb"}
+
+
+@pytest.mark.parametrize("op", ["info_nce", "band_topk"])
+def test_the_command_measures_and_compares(
+    op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "peak_mb", lambda build: 3.0)  # else a process for each contender
+    shape = {"info_nce": "B=64,D=16", "band_topk": "B=64,N=300,D=16,k=7"}[op]
+    command = ["bench", op, "--shape", shape, "--quick", "--rounds", "1", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "roofline in fp32" in shown
+    assert "refine_fast was" in shown
+    (path,) = tmp_path.iterdir()
+    metrics = {row.metric for row in rows.load(path) if row.provider == OURS}
+    assert metrics == {"seconds", "cpu_seconds", "peak_mb", "tflops", "fraction_of_roofline"}
+    assert cli.main([*command, "--compare", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["op"] for row in found["rows"]} == {op, "roofline"}
+
+
+def test_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    broken = replace(
+        INFO_NCE,
+        measures_memory=False,
+        contenders=(INFO_NCE.contender(OURS), Contender("broken", fails, "")),
+    )
+    found = measure(Task(broken, {"B": 8, "N": 8, "D": 8}, "fp32", "cpu", rounds=1))
+    assert list(found.samples) == [OURS]
+    assert found.absent == {"broken": "failed: RuntimeError: no such kernel"}
+
+
+def tensor_of(megabytes: int) -> torch.Tensor:
+    return torch.ones(megabytes << 18)
+
+
+def build(megabytes: int) -> Any:
+    held = tensor_of(50)  # not counted: it is there before
+    return partial(lambda size, _: tensor_of(size), megabytes, held)
+
+
+def test_memory_is_what_one_call_adds() -> None:
+    assert 38 <= peak_mb(partial(build, 40)) <= 60
+
+
+def test_the_process_that_measures_memory_calls_the_contender() -> None:
+    import refine_fast as rf
+
+    what = (BAND.name, BAND.mode, {**BAND.shape, **BAND.tiny}, "fp32", "cpu")
+    call = ready(what, OURS, rf.isa(), 1)
+    assert torch.is_tensor(call())
+
+
+# --- profile
+
+STAGES = {
+    "info_nce": {"check", "pack", "scores", "softmax", "weights", "gradients", "finish"},
+    "band_topk": {"pack", "multiply", "select", "rescore", "finish"},
+    "fuse": {"plan", "read", "compute", "wait for write", "sync", "finish"},
+}
+SHAPES = {
+    "info_nce": {"B": 1024, "N": 1024, "D": 256},
+    "band_topk": {"B": 512, "N": 12_000, "D": 256, "k": 20, "skip": 5},
+    "fuse": {"gb": 0.18, "shards": 1},
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_stages_add_up_to_the_call(name: str, threads: int) -> None:
+    """To within 5%: what is left is Python, autograd and allocation. The best of a few calls: the
+    system may take the core away between two stages."""
+    torch.set_num_threads(threads)
+    op = OPERATIONS[name][0]
+    found = [profile(op, SHAPES[name], "fp32", "cpu", None) for _ in range(3)]
+    best = max(found, key=lambda one: one.covered)
+    assert best.stages.caller.keys() >= STAGES[name]
+    assert 0.95 <= best.covered <= 1
+    assert sum(own for _, own, _, _ in best.table()) == pytest.approx(best.seconds)
+    assert best.stages.dropped == 0 or len(best.stages.events) == profiling.EVENTS
+    if threads == 2 and name != "fuse":
+        assert sum(best.stages.others.values()) > 0
+
+
+def test_nothing_is_recorded_outside_of_a_recording() -> None:
+    with (
+        profiling.stage("plan"),
+        INFO_NCE.inputs({"B": 8, "N": 8, "D": 8}, "fp32", "cpu") as leaves,
+    ):
+        INFO_NCE.contender(OURS).run(leaves)
+    with profiling.recorded() as record:
+        pass
+    assert (record.caller, record.others, record.events) == ({}, {}, [])
+
+
+def test_stages_nest_and_exclude_each_other() -> None:
+    with profiling.recorded() as record, profiling.stage("plan"):
+        with profiling.stage("read"):
+            pass
+        torch.randn(200, 200) @ torch.randn(200, 200)
+    ended = [(name, thread) for name, thread, _, _ in record.events]
+    assert ended == [("read", 0), ("plan", 0)]
+    (_, _, begin, end), (_, _, outer_begin, outer_end) = record.events
+    assert outer_begin <= begin <= end <= outer_end
+    total = (outer_end - outer_begin) / 1e9
+    assert math.isclose(sum(record.caller.values()), total, rel_tol=1e-6)
+    refused = pytest.raises(ValueError, match="no stage is called")
+    with profiling.recorded(), refused, profiling.stage("nonsense"):
+        pass
+
+
+def test_trace_opens_in_perfetto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Chrome's trace event format: complete events with times within the call's slice, in rows of
+    their own."""
+    path = tmp_path / "trace.json"
+    command = ["bench", "band_topk", "--shape", "B=200,N=3000,d=64,k=7", "--profile", str(path)]
+    assert cli.main([*command, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out).values()
+    assert found["trace"] == str(path)
+    events = json.loads(path.read_text())["traceEvents"]
+    (whole,) = (e for e in events if e.get("name") == "refine_fast call" and e["ph"] == "X")
+    stages = [e for e in events if e.get("cat") == "refine_fast"]
+    assert {e["name"] for e in stages} >= {"pack", "multiply", "select"}
+    slack = 1e3  # microseconds between the two clocks
+    for event in stages:
+        assert event["ts"] >= whole["ts"] - slack
+        assert event["ts"] + event["dur"] <= whole["ts"] + whole["dur"] + slack
+    assert any(e.get("name", "").startswith("refine_fast::") for e in events)
+
+
+# --- regression check
+
+
+def costs(slowed: float, noise: float) -> regression.Costs:
+    """Rounds of a contender whose lead is 2, divided by ``slowed``, on a machine whose speed drifts
+    by half and whose single rounds scatter."""
+    generator = torch.Generator().manual_seed(0)
+
+    def round_() -> tuple[float, float]:
+        drift = 1 + 0.5 * torch.rand((), generator=generator).item()
+        a, b = (1 + noise * torch.randn(2, generator=generator)).tolist()
+        return drift * slowed * a, 2 * drift * b
+
+    return round_
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize(
+    ("slowed", "passes"), [(1.0, True), (1.1, True), (1.3, False), (2.0, False)]
+)
+def test_a_lost_fifth_of_the_lead_fails(slowed: float, passes: bool, noise: float) -> None:
+    limit = regression.KEPT * 2
+    lead = regression.measure_lead(costs(slowed, noise), limit)
+    verdict = regression.Verdict(INFO_NCE, lead, 2.0)
+    assert verdict.passed is passes
+    assert lead.low <= lead.median <= lead.high
+
+
+def test_the_check_fails_on_a_slowed_contender(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole command, with clocks that are made up: ours takes 1 and then 1.3, the peer 2."""
+    cost = {OURS: 1.0}
+
+    def sample(run: Any) -> Sample:
+        mine = run.func is INFO_NCE.contender(OURS).run
+        seconds = cost[OURS] if mine else 2.0
+        return Sample(seconds, seconds)
+
+    monkeypatch.setattr(regression, "sample", sample)
+    monkeypatch.setattr(regression, "checked_operations", lambda: [INFO_NCE])
+    command = ["bench", "--check", "--out", str(tmp_path)]
+    assert cli.main(command) == 0  # nothing on record: nothing to compare with
+    assert "no lead is recorded" in capsys.readouterr().err
+    assert cli.main([*command, "--record"]) == 0
+    (row,) = rows.load(next(tmp_path.iterdir()))
+    assert (row.mode, row.provider, row.ratio_to_peer) == ("check", OURS, 0.5)
+    assert cli.main(command) == 0
+    cost[OURS] = 1.3
+    assert cli.main(command) == 1
+    assert "lost a fifth of its lead" in capsys.readouterr().err
+
+
+def test_a_lead_is_that_of_the_same_level() -> None:
+    found = regression.lead_rows(regression.Verdict(INFO_NCE, regression.lead_of([2.0] * 9), None))
+    here = replace(found[0], isa="avx2", device="here", ratio_to_peer=0.5)
+    there = replace(here, device="there", ratio_to_peer=0.4)
+    other = replace(here, isa="amx", ratio_to_peer=0.1)
+    known = [here, there, other]
+    assert regression.recorded_lead(known, INFO_NCE, "avx2", "here") == 2
+    assert regression.recorded_lead(known, INFO_NCE, "avx2", "elsewhere") == 2
+    assert regression.recorded_lead(known, INFO_NCE, "neon", "here") is None
+
+
+# --- tables and plots
+
+
+def test_readme_has_the_tables_of_the_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert tables.with_tables(readme, RESULTS) == readme, "run: refine-fast bench --report"
+
+
+def test_plots_show_the_results() -> None:
+    folder = RESULTS.parent / "plots"
+    expected = {f"{name}-{theme}.svg": number for name, theme, _, number in plots.wanted(RESULTS)}
+    assert {path.name: plots.drawn(path) for path in folder.iterdir()} == expected, (
+        "run: refine-fast bench --report"
+    )
+
+
+def test_report_is_idempotent(tmp_path: Path) -> None:
+    """A second one changes nothing; one from scratch writes the same bytes."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for path in RESULTS.glob("*.csv"):
+        (results / path.name).write_bytes(path.read_bytes())
+    readme = tmp_path / "README.md"
+    marks = "".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in tables.TABLES)
+    readme.write_text(f"before\n{marks}after\n")
+    written = write_report(tmp_path, results)
+    assert readme in written
+    assert "before" in readme.read_text()
+    first = {path: path.read_bytes() for path in written}
+    assert write_report(tmp_path, results) == []
+    for path in written:
+        path.unlink()
+    readme.write_text(f"before\n{marks}after\n")
+    write_report(tmp_path, results)
+    assert {path: path.read_bytes() for path in written} == first
+
+
+def test_a_missing_marker_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RefineFastError, match="<!-- table: operations -->"):
+        tables.with_tables("no markers", RESULTS)
