@@ -376,8 +376,9 @@ def test_the_check_fails_on_a_slowed_contender(
     cost = {OURS: 1.0}
 
     def sample(run: Any) -> Sample:
-        mine = run.func is INFO_NCE.contender(OURS).run
-        seconds = cost[OURS] if mine else 2.0
+        contender, _, calls = run.args
+        mine = contender is INFO_NCE.contender(OURS).run
+        seconds = calls * (cost[OURS] if mine else 2.0)
         return Sample(seconds, seconds)
 
     monkeypatch.setattr(regression, "sample", sample)
@@ -387,7 +388,7 @@ def test_the_check_fails_on_a_slowed_contender(
     assert "no lead is recorded" in capsys.readouterr().err
     assert cli.main([*command, "--record"]) == 0
     (row,) = rows.load(next(tmp_path.iterdir()))
-    assert (row.mode, row.provider, row.ratio_to_peer) == ("check", OURS, 0.5)
+    assert (row.mode, row.provider, row.ratio_to_peer) == ("check fwd+bwd", OURS, 0.5)
     assert cli.main(command) == 0
     cost[OURS] = 1.3
     assert cli.main(command) == 1

@@ -83,7 +83,8 @@ class Operation:
         quick: the sizes of ``--quick`` that differ.
         tiny: the sizes of a warm-up and of the tests that differ.
         full: further shapes of ``--full``, as changes of ``shape``; they make the scaling plots.
-        check: the sizes of the regression check that differ; None: it has no check.
+        check: the sizes of the regression check that differ; None: it has no check. What waits for
+            a disk has none: its CPU time is not its own.
         dtypes: the first is the default.
         contenders: ours is called refine_fast.
         peer: the contender that ratios are to.

@@ -217,7 +217,7 @@ OPERATIONS = (
             {"B": 1024},
             {"B": 2048},
         ),
-        check={"B": 768, "N": 20_000},
+        check={"B": 768, "N": 20_000, "k": 5, "skip": 0},
         check_peer="torch_chunks",
         dtypes=("fp32", "bf16", "fp16"),
         contenders=(

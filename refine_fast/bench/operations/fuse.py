@@ -48,6 +48,7 @@ from safetensors.torch import load_file, save_file
 import refine_fast as rf
 
 from ...errors import RefineFastError
+from ...ops.lerp import lerp_
 from ..operation import DTYPES, Contender, Operation, Shape, Work
 
 WEIGHT = 0.35
@@ -309,6 +310,32 @@ def work(shape: Shape, dtype: str) -> Work:
     return Work(3 * size / DTYPES[dtype].itemsize, 3 * size)
 
 
+@contextmanager
+def tensors(
+    shape: Shape, dtype: str, device: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """base, tuned and a copy of base to work in."""
+    count = int(float(shape["gb"]) * 1e9) // DTYPES[dtype].itemsize
+    generator = torch.Generator().manual_seed(0)
+    base, tuned = (
+        torch.randn(count, generator=generator).to(device, DTYPES[dtype]) for _ in range(2)
+    )
+    yield base, tuned, base.clone()
+
+
+def lerped(inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Ours, in place; the copy that both contenders make first is part of both."""
+    base, tuned, out = inputs
+    lerp_(out.copy_(base), tuned, WEIGHT)
+    return out
+
+
+def torch_lerp(inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """torch's, in place."""
+    base, tuned, out = inputs
+    return out.copy_(base).lerp_(tuned, WEIGHT)
+
+
 CONTENDERS = (
     Contender("refine_fast", fused, "streamed, flushed"),
     Contender("cp", copy, "a copy of one model, flushed", exact=False),
@@ -346,8 +373,6 @@ WARM = Operation(
     quick={"gb": 0.12},
     tiny={"gb": 0.004},
     full=({"gb": 0.12}, {"gb": 1.0}),
-    check={"gb": 0.1},
-    check_peer="loop",
     dtypes=("fp32", "bf16", "fp16"),
     contenders=(
         *CONTENDERS,
@@ -363,6 +388,24 @@ WARM = Operation(
 )
 OPERATIONS = (
     WARM,
+    Operation(
+        "fuse",
+        "lerp",
+        shape={"gb": 0.2},
+        quick={"gb": 0.05},
+        tiny={"gb": 0.0001},
+        check={"gb": 0.001},
+        check_peer="torch.lerp",
+        dtypes=("fp32", "bf16", "fp16"),
+        contenders=(
+            Contender("refine_fast", lerped, "the arithmetic alone, in place, in memory"),
+            Contender("torch.lerp", torch_lerp, "base.lerp_(tuned, weight)"),
+        ),
+        peer="torch.lerp",
+        inputs=tensors,
+        work=work,
+        by_default=False,
+    ),
     *(
         replace(
             WARM,
@@ -372,7 +415,6 @@ OPERATIONS = (
             contenders=CONTENDERS,
             full=(),
             rounds=3,
-            check=None,
             inputs=partial(pair, mode=mode),
             by_default=False,
         )
