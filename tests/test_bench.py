@@ -395,14 +395,15 @@ def test_the_check_fails_on_a_slowed_contender(
     assert "lost a fifth of its lead" in capsys.readouterr().err
 
 
-def test_a_lead_is_that_of_the_same_level() -> None:
+def test_a_lead_is_that_of_the_same_level_and_device() -> None:
     found = regression.lead_rows(regression.Verdict(INFO_NCE, regression.lead_of([2.0] * 9), None))
     here = replace(found[0], isa="avx2", device="here", ratio_to_peer=0.5)
-    there = replace(here, device="there", ratio_to_peer=0.4)
+    there = replace(here, device="there", ratio_to_peer=0.25)
     other = replace(here, isa="amx", ratio_to_peer=0.1)
     known = [here, there, other]
     assert regression.recorded_lead(known, INFO_NCE, "avx2", "here") == 2
-    assert regression.recorded_lead(known, INFO_NCE, "avx2", "elsewhere") == 2
+    assert regression.recorded_lead(known, INFO_NCE, "avx2", "there") == 4
+    assert regression.recorded_lead(known, INFO_NCE, "avx2", "elsewhere") is None
     assert regression.recorded_lead(known, INFO_NCE, "neon", "here") is None
 
 

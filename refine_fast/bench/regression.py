@@ -109,15 +109,14 @@ def mode_of(op: Operation) -> str:
 
 
 def recorded_lead(known: Sequence[Row], op: Operation, isa: str, device: str) -> float | None:
-    """The lead on record for this level: of this device, else of another one, the smallest."""
+    """The lead on record for this level of this device: another device's differs."""
+    subject = (op.name, mode_of(op), OURS, isa, device)
     found = [
-        row
+        row.ratio_to_peer
         for row in known
-        if (row.op, row.mode, row.provider, row.isa) == (op.name, mode_of(op), OURS, isa)
-        and row.ratio_to_peer
+        if (row.op, row.mode, row.provider, row.isa, row.device) == subject and row.ratio_to_peer
     ]
-    own = [row for row in found if row.device == device] or found
-    return min((1 / row.ratio_to_peer for row in own if row.ratio_to_peer), default=None)
+    return min((1 / ratio for ratio in found), default=None)
 
 
 def checked_operations() -> list[Operation]:

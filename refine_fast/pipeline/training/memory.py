@@ -44,7 +44,7 @@ _CGROUP_LIMITS = (
 
 WHOLE_BATCH_OVERHEAD = 1.1
 """The same factor if a whole batch is encoded at once: 6,267 of 7,130 MiB (MiniLM in fp32, 64
-queries and 128 documents at a time; benchmarks/bench_memory.py)."""
+queries and 128 documents at a time; benchmarks/memory.py)."""
 
 
 def return_free_memory() -> None:
