@@ -37,9 +37,10 @@ COMPARABLE = [
     for op in modes
     if op.name != "run" and not op.mode.startswith("cold")
     for dtype in op.dtypes
-    if dtype != "fp16" and (op.name, dtype) != ("band_topk", "bf16")
+    if dtype != "fp16" and (op.name, dtype) not in {("band_topk", "bf16"), ("train", "bf16")}
 ]
-"""torch's scores in bf16 lie on the other side of an edge of the band than exact ones."""
+"""torch's scores in bf16 lie on the other side of an edge of the band than exact ones; train's bf16
+takes long without hardware for it."""
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
 INFO_NCE, BAND = operation("info_nce", "fwd+bwd"), operation("band_topk", "mine")
 
@@ -117,7 +118,7 @@ def test_bad_shape_is_one_sentence(text: str, message: str) -> None:
     [
         (["infonce"], "unknown operation 'infonce'"),
         (["--shape", "B=3"], "need exactly one operation"),
-        (["fuse", "--mode", "hot"], "fuse has the modes 'warm', 'cold'"),
+        (["fuse", "--mode", "hot"], "fuse has the modes 'warm', 'lerp', 'cold'"),
         (["encode", "--dtype", "fp16"], "--dtype: encode (MiniLM-L6) takes fp32, bf16"),
         (["info_nce", "--shape", "B=9,N=8"], "N must be at least B=9"),
         (["info_nce", "--threads", "0"], "--threads must be an integer >= 1 (got 0)"),
