@@ -23,6 +23,7 @@ LAYERS = [
     {"nn", "mine", "fuse"},
     {"integrations"},
     {"pipeline"},
+    {"arguments"},
     {"cli"},
     {"__main__"},
 ]
