@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ._native import isa
+from .arguments import (
+    add_run_flags,
+    add_trust_flag,
+    count,
+    join_negative_values,
+    weight_of_glob,
+)
 from .bench.flags import add_bench_flags
 from .errors import RefineFastError
 
@@ -27,6 +33,9 @@ LAST_STAGE = {
     "run": "report",
 }
 """Command -> the last stage that it does."""
+
+INDEX_FORMATS = ("vectors", "faiss", "lancedb", "qdrant")
+"""Formats of ``export`` that need an index; the others need a run that is mined."""
 
 OK, FAILED, BAD_INPUT, LOCKED, KEPT_BASE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -69,18 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return BAD_INPUT
-
-
-def join_negative_values(arguments: Sequence[str]) -> list[str]:
-    """``--band -1,1`` as ``--band=-1,1``: argparse takes -1,1 for an option."""
-    joined: list[str] = []
-    for argument in arguments:
-        after_flag = joined and re.fullmatch(r"--\w[\w-]*", joined[-1])
-        if after_flag and re.match(r"-\.?\d", argument):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
 
 
 def perform(options: argparse.Namespace) -> int:
@@ -210,15 +207,66 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "index",
         index,
-        "build a faiss index of a run's documents under its fused model",
+        "build the index of a run's documents that search and serve read",
         "index run/",
     )
     sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a finished run")
+    sub.add_argument(
+        "--type",
+        choices=["auto", "flat", "sq8", "hnsw", "ivfpq"],
+        help="of the faiss indexes; flat is exact; auto: by the number of vectors (default: as it "
+        "was, auto at first)",
+    )
+    sub.add_argument(
+        "--add",
+        type=Path,
+        metavar="DOCS",
+        help="add documents to the index; one whose id is there already replaces that document",
+    )
+    sub.add_argument(
+        "--remove",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="remove a document from the index; repeatable",
+    )
+
+    sub = command(
+        "search",
+        search,
+        "search a run's index: base, fused, BM25 and their blend side by side",
+        'search run/ "how do I reset it" -k 5',
+    )
+    sub.set_defaults(stopped="nothing was changed")
+    sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run with an index")
+    sub.add_argument("query", metavar="QUERY", help="what to search for")
+    sub.add_argument(
+        "-k", type=count, default=10, metavar="N", help="passages per system (default 10)"
+    )
+
+    sub = command(
+        "serve",
+        serve,
+        "serve a run's index as a web page and a JSON endpoint",
+        "serve run/",
+    )
+    sub.set_defaults(stopped="the marks are saved")
+    sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run with an index")
+    sub.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; an address that other machines reach needs the token that is "
+        "printed, or that REFINE_FAST_TOKEN holds (default 127.0.0.1)",
+    )
+    sub.add_argument(
+        "--port", type=int, default=8765, metavar="N", help="0: a free one (default 8765)"
+    )
 
     sub = command(
         "export",
         export,
-        "write a run's mined training set for another trainer",
+        "write a run's mined training set for another trainer, or its index for another server",
         "export run/ --format flagembedding --out train.jsonl",
     )
     sub.set_defaults(stopped="nothing was left at --out")
@@ -226,9 +274,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--format",
         required=True,
-        choices=["triplets", "flagembedding", "tevatron", "llama_index", "beir", "parquet"],
-        help="triplets: of sentence-transformers; beir: a folder, with the queries held out as "
-        "its splits dev and test; parquet: ids, texts and scores, a row for each query",
+        choices=[
+            *("triplets", "flagembedding", "tevatron", "llama_index", "beir", "parquet"),
+            *INDEX_FORMATS,
+        ],
+        help="of the training set: triplets (sentence-transformers), flagembedding, tevatron, "
+        "llama_index, beir (a folder, with the queries held out as its splits dev and test), "
+        "parquet (ids, texts and scores, a row for each query); of the index: vectors (parquet), "
+        "faiss, lancedb, qdrant",
     )
     sub.add_argument(
         "-o",
@@ -325,78 +378,6 @@ def bench(options: argparse.Namespace, console: Console) -> int:
     return bench(options, console)
 
 
-def add_trust_flag(command: argparse.ArgumentParser) -> None:
-    """``--trust-remote-code``, for encoders with code of their own."""
-    command.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run Python code in an encoder's folder",
-    )
-
-
-def weight_of_glob(text: str) -> tuple[str, float]:
-    """``GLOB=W`` as (glob, weight)."""
-    glob, _, weight = text.rpartition("=")
-    try:
-        return glob, float(weight)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be GLOB=W, such as '*.embeddings.*=0'"
-        ) from None
-
-
-def add_run_flags(command: argparse.ArgumentParser) -> None:
-    """DOCS, and one flag for each field of RunConfig. Only what is given is set: the rest is left
-    to the YAML file and the defaults."""
-    from .pipeline.config import RunConfig
-
-    command.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="YAML file with any of the options below, such as 'queries_per_chunk: 8'",
-    )
-    command.add_argument(
-        "--quick",
-        action="store_true",
-        help="do every stage on a little data, to see that the set-up works",
-    )
-    for name, field in RunConfig.model_fields.items():
-        extra: Any = field.json_schema_extra
-        help = str(field.description)
-        if name == "docs":
-            command.add_argument(
-                "docs",
-                nargs="?",
-                default=argparse.SUPPRESS,
-                metavar=extra["metavar"],
-                help=f"{help} (default: the documents of the run at --out if it exists, "
-                "else Python's documentation)",
-            )
-            continue
-        if not field.is_required() and field.default not in (None, ()):
-            help += f" (default {shown(field.default)})"
-        # A switch may be given without a value: --judge, --judge yes and --judge no.
-        switch: Any = {"nargs": "?", "const": "yes"} if field.annotation is bool else {}
-        command.add_argument(
-            f"--{name.replace('_', '-')}",
-            action="append" if name == "ood" else "store",
-            default=argparse.SUPPRESS,
-            metavar=extra["metavar"],
-            help=help.replace("%", "%%"),
-            **switch,
-        )
-
-
-def shown(value: Any) -> str:
-    """A default as its flag would be written."""
-    if isinstance(value, tuple):
-        return ",".join(
-            f"{item[0]}={item[1]:g}" if isinstance(item, tuple) else f"{item:g}" for item in value
-        )
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-
-
 def config_of(options: argparse.Namespace) -> RunConfig:
     """The configuration that the flags and the YAML file describe."""
     from .pipeline.config import RunConfig, load_config
@@ -448,11 +429,32 @@ def index(options: argparse.Namespace, console: Console) -> None:
     """Builds the index of a finished run."""
     from .pipeline.commands.index import index
 
-    index(options.folder, console)
+    index(options.folder, console, kind=options.type, add=options.add, remove=options.remove)
+
+
+def search(options: argparse.Namespace, console: Console) -> None:
+    """Searches the index of a run."""
+    from .pipeline.commands.search import search
+
+    search(options.folder, options.query, options.k, console)
+
+
+def serve(options: argparse.Namespace, console: Console) -> None:
+    """Serves the index of a run."""
+    from .pipeline.commands.serve import serve
+
+    serve(options.folder, options.host, options.port, console)
 
 
 def export(options: argparse.Namespace, console: Console) -> None:
-    """Writes the training set of a run."""
+    """Writes the training set of a run, or its index."""
+    if options.format in INDEX_FORMATS:
+        from .pipeline.commands.export_index import export_index
+
+        export_index(
+            options.folder, options.format, options.out, console, overwrite=options.overwrite
+        )
+        return
     from .pipeline.commands.export import export
 
     export(options.folder, options.format, options.out, console, overwrite=options.overwrite)

@@ -24,6 +24,7 @@ LAYERS = [
     {"integrations"},
     {"pipeline"},
     {"bench"},
+    {"arguments"},
     {"cli"},
     {"__main__"},
 ]
@@ -34,6 +35,7 @@ PIPELINE_LAYERS = [
     {"encoder"},
     {"queries"},
     {"training", "evaluation"},
+    {"serving"},
     {"reporting"},
     {"artifacts", "config_values", "console", "code_version", "recipes"},
     {"config", "engine"},
