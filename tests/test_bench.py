@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -244,17 +245,9 @@ def test_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.absent == {"broken": "failed: RuntimeError: no such kernel"}
 
 
-def tensor_of(megabytes: int) -> torch.Tensor:
-    return torch.ones(megabytes << 18)
-
-
-def build(megabytes: int) -> Any:
-    held = tensor_of(50)  # not counted: it is there before
-    return partial(lambda size, _: tensor_of(size), megabytes, held)
-
-
 def test_memory_is_what_one_call_adds() -> None:
-    assert 38 <= peak_mb(partial(build, 40)) <= 60
+    megabytes = 40
+    assert 38 <= peak_mb(partial(partial, operator.mul, b"x", megabytes << 20)) <= 60
 
 
 def test_the_process_that_measures_memory_calls_the_contender() -> None:
@@ -275,24 +268,25 @@ STAGES = {
 SHAPES = {
     "info_nce": {"B": 1024, "N": 1024, "D": 256},
     "band_topk": {"B": 512, "N": 12_000, "D": 256, "k": 20, "skip": 5},
-    "fuse": {"gb": 0.18, "shards": 1},
+    "fuse": {"gb": 0.12, "shards": 1},
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "threads"), [*((name, 1) for name in STAGES), ("info_nce", 2), ("band_topk", 2)]
+)
 def test_stages_add_up_to_the_call(name: str, threads: int) -> None:
     """To within 5%: what is left is Python, autograd and allocation. The best of a few calls: the
     system may take the core away between two stages."""
     torch.set_num_threads(threads)
     op = OPERATIONS[name][0]
-    found = [profile(op, SHAPES[name], "fp32", "cpu", None) for _ in range(3)]
+    found = [profile(op, SHAPES[name], "fp32", "cpu", None) for _ in range(2)]
     best = max(found, key=lambda one: one.covered)
     assert best.stages.caller.keys() >= STAGES[name]
     assert 0.95 <= best.covered <= 1
     assert sum(own for _, own, _, _ in best.table()) == pytest.approx(best.seconds)
     assert best.stages.dropped == 0 or len(best.stages.events) == profiling.EVENTS
-    if threads == 2 and name != "fuse":
+    if threads == 2:
         assert sum(best.stages.others.values()) > 0
 
 
