@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic
-from .regression import known_rows
 from .rows import Row
 from .suite import OURS
 from .tables import LINES, machine_name, machines, matches
@@ -41,11 +40,11 @@ LINE_COLORS = (
 Data = dict[str, Any]
 
 
-def bars_data(rows: list[Row]) -> list[Data]:
+def bars_data(places: list[list[Row]]) -> list[Data]:
     """For each line of README's table and machine: the peers' time over ours."""
     found = []
     for line in LINES:
-        for own in machines(rows).values():
+        for own in places:
             there = [row for row in own if matches(row, line) and row.metric == line.metric]
             times = {row.provider: row.p50 for row in there}
             if OURS not in times:
@@ -59,11 +58,11 @@ def bars_data(rows: list[Row]) -> list[Data]:
     return found
 
 
-def scaling_data(rows: list[Row]) -> list[Data]:
+def scaling_data(places: list[list[Row]]) -> list[Data]:
     """For each operation and machine, each size of which at least three values were measured while
     the others stayed: times and memory by it. Where B and N are equal, they count as one."""
     found = []
-    for own in machines(rows).values():
+    for own in places:
         measured = [
             row
             for row in own
@@ -93,10 +92,10 @@ def scaling_data(rows: list[Row]) -> list[Data]:
     return found
 
 
-def roofline_data(rows: list[Row]) -> list[Data]:
+def roofline_data(places: list[list[Row]]) -> list[Data]:
     """For each machine and dtype: the roof, and where ours and its peers lie below it."""
     found = []
-    for own in machines(rows).values():
+    for own in places:
         one = [row for row in own if row.threads == 1]
         roofs = {
             (row.dtype, row.mode): row.p50
@@ -256,9 +255,9 @@ def digest(data: list[Data]) -> str:
 
 def wanted(results: Path) -> Iterator[tuple[str, str, list[Data], str]]:
     """(name, theme, data, digest) of every plot for which there are rows."""
-    rows = known_rows(results)
+    places = machines(results)
     for name, (collect, _) in PLOTS.items():
-        data = collect(rows)
+        data = collect(places)
         for theme in THEMES if data else ():
             yield name, theme, data, digest(data)
 

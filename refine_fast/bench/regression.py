@@ -109,12 +109,16 @@ def mode_of(op: Operation) -> str:
 
 
 def recorded_lead(known: Sequence[Row], op: Operation, isa: str, device: str) -> float | None:
-    """The lead on record for this level of this device: another device's differs."""
+    """The lead on record for this level of this device, at the shape that is checked: another
+    device's differs."""
+    shape = {**op.shape, **(op.check or {})}
     subject = (op.name, mode_of(op), OURS, isa, device)
     found = [
         row.ratio_to_peer
         for row in known
-        if (row.op, row.mode, row.provider, row.isa, row.device) == subject and row.ratio_to_peer
+        if (row.op, row.mode, row.provider, row.isa, row.device) == subject
+        and row.sizes == shape
+        and row.ratio_to_peer
     ]
     return min((1 / ratio for ratio in found), default=None)
 
@@ -171,9 +175,13 @@ def lead_rows(verdict: Verdict) -> list[Row]:
     return found[:1]
 
 
+def result_files(folder: Path) -> list[Path]:
+    """The files of rows in a folder of results, one for each machine; the others hold whole
+    runs."""
+    others = ("recipe.csv", "runs.csv")
+    return [path for path in sorted(folder.glob("*.csv")) if path.name not in others]
+
+
 def known_rows(folder: Path) -> list[Row]:
     """The rows of every machine in a folder of results."""
-    names = (
-        path for path in sorted(folder.glob("*.csv")) if path.name not in ("recipe.csv", "runs.csv")
-    )
-    return [row for path in names for row in load(path)]
+    return [row for path in result_files(folder) for row in load(path)]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RefineFastError
-from .regression import known_rows
-from .rows import Row
+from .regression import result_files
+from .rows import Row, load
 from .suite import OURS
 
 LEVELS = ("scalar", "neon", "avx2", "avx512", "avx512_bf16", "amx")
@@ -81,19 +81,15 @@ def machine_name(row: Row) -> str:
     return f"{row.device.split(',')[0]}, {row.isa}"
 
 
-def machines(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows by (device, its best level): a CPU of the same name may have other instructions.
-    Of each, the rows of forced lower levels are left out."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.device, []).append(row)
-    split: dict[tuple[str, str], list[Row]] = {}
-    for device, own in found.items():
-        for level in dict.fromkeys(row.isa for row in own):
-            split[device, level] = [row for row in own if row.isa == level]
-    return {
-        key: split[key] for key in sorted(split, key=lambda key: (key[0], -LEVELS.index(key[1])))
-    }
+def machines(results: Path) -> list[list[Row]]:
+    """The rows of each machine, a file each, at its best level: rows of levels that were forced are
+    left out. The machine with the most instructions comes first."""
+    found = []
+    for path in result_files(results):
+        rows = load(path)
+        best = max((row.isa for row in rows), key=LEVELS.index)
+        found.append([row for row in rows if row.isa == best])
+    return sorted(found, key=lambda rows: (-LEVELS.index(rows[0].isa), rows[0].device))
 
 
 def matches(row: Row, line: Line) -> bool:
@@ -133,9 +129,9 @@ def memory(rows: Sequence[Row], line: Line) -> str:
 def operations_table(results: Path) -> str:
     """Each operation on each machine: how much faster than its peers, and its memory."""
     lines = ["| operation | machine | speed | memory |", "|---|---|---|---|"]
-    by_machine = machines(known_rows(results))
+    by_machine = machines(results)
     for line in LINES:
-        for rows in by_machine.values():
+        for rows in by_machine:
             own = [row for row in rows if matches(row, line)]
             if said := speed(own, line):
                 place = machine_name(own[0])
