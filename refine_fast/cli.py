@@ -210,10 +210,42 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "index",
         index,
-        "build a faiss index of a run's documents under its fused model",
+        "build the index of a run's documents that search and serve read",
         "index run/",
     )
     sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a finished run")
+    sub.add_argument(
+        "--type",
+        choices=["auto", "flat", "sq8", "hnsw", "ivfpq"],
+        default="auto",
+        help="of the faiss indexes; flat is exact; auto: by the number of vectors (default auto)",
+    )
+    sub.add_argument(
+        "--add",
+        type=Path,
+        metavar="DOCS",
+        help="add documents to the index; one whose id is there already replaces that document",
+    )
+    sub.add_argument(
+        "--remove",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="remove a document from the index; repeatable",
+    )
+
+    sub = command(
+        "search",
+        search,
+        "search a run's index: base, fused, BM25 and their blend side by side",
+        'search run/ "how do I reset it" -k 5',
+    )
+    sub.set_defaults(stopped="nothing was changed")
+    sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run with an index")
+    sub.add_argument("query", metavar="QUERY", help="what to search for")
+    sub.add_argument(
+        "-k", type=count, default=10, metavar="N", help="passages per system (default 10)"
+    )
 
     sub = command(
         "export",
@@ -334,6 +366,13 @@ def add_trust_flag(command: argparse.ArgumentParser) -> None:
     )
 
 
+def count(text: str) -> int:
+    """An integer from 1 to 1,000."""
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 1,000 (got {text!r})")
+    return int(text)
+
+
 def weight_of_glob(text: str) -> tuple[str, float]:
     """``GLOB=W`` as (glob, weight)."""
     glob, _, weight = text.rpartition("=")
@@ -448,7 +487,15 @@ def index(options: argparse.Namespace, console: Console) -> None:
     """Builds the index of a finished run."""
     from .pipeline.commands.index import index
 
-    index(options.folder, console)
+    kind = None if options.type == "auto" else options.type
+    index(options.folder, console, kind=kind, add=options.add, remove=options.remove)
+
+
+def search(options: argparse.Namespace, console: Console) -> None:
+    """Searches the index of a run."""
+    from .pipeline.commands.search import search
+
+    search(options.folder, options.query, options.k, console)
 
 
 def export(options: argparse.Namespace, console: Console) -> None:

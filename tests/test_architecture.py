@@ -34,6 +34,7 @@ PIPELINE_LAYERS = [
     {"encoder"},
     {"queries"},
     {"training", "evaluation"},
+    {"serving"},
     {"reporting"},
     {"artifacts", "config_values", "console", "code_version", "recipes"},
     {"config", "engine"},

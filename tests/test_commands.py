@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from refine_fast.cli import main
-from refine_fast.pipeline.encoder.load import load_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
 
@@ -69,21 +68,6 @@ def test_eval_names_its_models_whole(whole: Path, tiny: Path, tmp_path: Path, ca
         if line.startswith("│")
     ]
     assert "".join(cells) == "BM25" + "".join(models)
-
-
-def test_index_finds_what_the_model_finds(copied: Path, capsys) -> None:
-    import faiss
-
-    assert main(["index", str(copied)]) == 0
-    index = faiss.read_index(str(copied / "index" / "vectors.faiss"))
-    ids = json.loads((copied / "index" / "ids.json").read_text())
-    chunks = [json.loads(line) for line in (copied / "chunks.jsonl").open()]
-    assert ids == [chunk["id"] for chunk in chunks]
-    from refine_fast.pipeline.encoder.encode import encode
-
-    passage = f"{chunks[5]['title']} {chunks[5]['text']}"
-    vector = encode(load_encoder(copied / "model"), [passage], role="document")
-    assert index.search(vector, 1)[1][0, 0] == 5
 
 
 def test_plan_writes_nothing(tmp_path: Path, tiny: Path, docs: Path, whole: Path, capsys) -> None:

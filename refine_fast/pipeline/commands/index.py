@@ -1,36 +1,177 @@
-"""``refine-fast index``: a faiss index of a run's documents, for serving."""
+"""``refine-fast index``: the index of a run that ``search`` and ``serve`` read."""
 
 from __future__ import annotations
 
-from functools import partial
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ...errors import RefineFastError
-from ..artifacts import CHUNKS, MODEL
-from ..config import load_config
+from ...files import name_of, read_json, walk
+from ..artifacts import CHUNKS, DEV, FUSION_FACTS, MODEL
+from ..code_version import code_version
+from ..config import RunConfig, load_config
 from ..console import Console
-from ..engine import RunFolder, Stage
-from ..stages import index as stage
+from ..context import RunContext
+from ..corpus.chunk import Chunk
+from ..corpus.columns import Columns
+from ..corpus.documents import Reading, load_documents
+from ..corpus.jsonl import read_records
+from ..encoder.load import encoder_folder, load_encoder
+from ..encoder.prepare import prepare_encoder
+from ..engine import RunFolder
+from ..evaluation.significance import Gain
+from ..queries.query import Query
+from ..queries.user import load_queries
+from ..reporting.format import points
+from ..serving import build
+from ..serving.ann import Kind
+from ..serving.build import Builder
+from ..serving.encoders import Encoders, Side
+from ..serving.judged import JUDGED
+from ..serving.storage import IndexFolder, Manifest
+from ..stages.chunk import cut
+
+MIN_JUDGED = 50
+"""Marked queries that are enough to choose the blend by; fewer are added to the held-out ones."""
 
 
-def index(out: Path, console: Console) -> None:
-    """Writes the index of the finished run ``out`` unless it is up to date.
+def index(
+    out: Path,
+    console: Console,
+    *,
+    kind: Kind | None = None,
+    add: Path | None = None,
+    remove: Sequence[str] = (),
+) -> None:
+    """Builds the index of the finished run ``out`` unless it is up to date, or changes documents.
+
+    Args:
+        out: the run folder.
+        console: told what is done.
+        kind: of the faiss indexes; None: by size.
+        add: documents to add; those with the id of a document that is there replace it.
+        remove: ids of documents to remove.
+
+    Raises:
+        RefineFastError: if the run is not finished, or has no index to change.
+    """
+    context, encoders = serving_encoders(out, console)
+    folder = IndexFolder(out)
+    with RunFolder(out):
+        key = index_key(out, encoders, kind)
+        manifest = folder.manifest()
+        builder = Builder(folder, encoders, console.progress)
+        if add is not None or remove:
+            if manifest is None or different(manifest, key):
+                raise RefineFastError(
+                    f"index: {out} has no index that is up to date; "
+                    f"make it first: refine-fast index {out}."
+                )
+            added = [] if add is None else _chunks(context, add)
+            manifest = builder.change(manifest, added, remove)
+        elif manifest is None or different(manifest, key):
+            reasons = ["not done yet"] if manifest is None else different(manifest, key)
+            console.say(f"index: {'; '.join(reasons)}")
+            chunks = read_records(out / CHUNKS, Chunk)
+            manifest = builder.build(chunks, held_out_queries(out, chunks), key, kind)
+        else:
+            console.say("index: up to date")
+    _show(folder, manifest, console)
+
+
+def serving_encoders(out: Path, console: Console) -> tuple[RunContext, Encoders]:
+    """The encoders of a finished run.
 
     Raises:
         RefineFastError: if the run is not finished.
     """
-    files = {name: out / name for name in (MODEL, CHUNKS)}
-    for name, path in files.items():
-        if not path.exists():
+    for name in (MODEL, CHUNKS):
+        if not (out / name).exists():
             raise RefineFastError(
                 f"index: {out} has no {name}; finish the run first: refine-fast run --out {out}."
             )
-    trusted = load_config(None, {"out": out}).trust_remote_code
-    work = partial(stage.run, out, console, trust_remote_code=trusted)
-    indexing = Stage("index", (stage.INDEX,), work, files, module=stage.__name__)
-    with RunFolder(out) as folder:
-        if reasons := folder.reasons(indexing):
-            console.say(f"index: {'; '.join(reasons)}")
-            folder.do(indexing)
-    console.result({"index": str(out / stage.INDEX)})
-    console.say(f"the index is {out / stage.INDEX}")
+    config: RunConfig = load_config(None, {"out": out})
+    options = config.encoder_options()
+    base = prepare_encoder(encoder_folder(config.model), options, say=console.say)
+    context = RunContext(config, base, console, options)
+    folders: dict[Side, Path] = {"product": out / MODEL}
+    if (read_json(out / FUSION_FACTS) or {}).get("weight") != 0:
+        folders["base"] = base
+    return context, Encoders(folders, context.bf16, context.trust_remote_code)
+
+
+def index_key(out: Path, encoders: Encoders, kind: Kind | None = None) -> dict[str, Any]:
+    """What an index is made from, by digest."""
+    files = {
+        "the passages": out / CHUNKS,
+        "the held-out queries": out / DEV,
+        **{f"the {side} encoder": folder for side, folder in encoders.folders.items()},
+    }
+    return {
+        **{label: _digest(path) for label, path in files.items()},
+        "--type": kind or "auto",
+        "the code": code_version(build.__name__).modules,
+    }
+
+
+def different(manifest: Manifest, key: dict[str, Any]) -> list[str]:
+    """What has changed since an index was made; empty if it is up to date."""
+    labels = key.keys() | manifest.key.keys()
+    return sorted(f"{x} changed" for x in labels if key.get(x) != manifest.key.get(x))
+
+
+def _digest(path: Path) -> str:
+    files = [(path, "")] if path.is_file() else sorted(walk(path), key=lambda item: item[1])
+    digest = hashlib.sha256()
+    for file, name in files:
+        with file.open("rb") as opened:
+            digest.update(name_of(name).encode() + hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def held_out_queries(out: Path, chunks: Sequence[Chunk]) -> list[Query]:
+    """The queries that choose the blend: a person's marks if they are enough, else those and the
+    run's held-out queries."""
+    marked = load_queries(out / JUDGED, chunks) if (out / JUDGED).exists() else []
+    if len({query.text for query in marked}) >= MIN_JUDGED:
+        return marked
+    return [*marked, *read_records(out / DEV, Query)]
+
+
+def _chunks(context: RunContext, path: Path) -> list[Chunk]:
+    """Documents, read and cut as the run's."""
+    config = context.config
+    columns = Columns(config.text_column, config.title_column, config.id_column)
+    reading = Reading(config.encoding, columns, say=context.console.say)
+    with context.console.progress("reading documents") as progress:
+        documents = load_documents(path, progress, reading=reading)
+    encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
+    return cut(context, encoder, documents)
+
+
+def _show(folder: IndexFolder, manifest: Manifest, console: Console) -> None:
+    segments = {name: read_json(folder.path / name / "segment.json") for name in manifest.segments}
+    console.result({"index": str(folder.path), "blend": manifest.blend, "segments": segments})
+    for name, about in segments.items():
+        kinds = ", ".join(
+            f"{vectors} {facts['kind']}"
+            + ("" if facts["kind"] == "flat" else f" (recall@10 {facts['recall@10']:.3f})")
+            for vectors, facts in about["indexes"].items()
+        )
+        console.say(
+            f"{name}: {about['product']:,} passages, {about['sentences']:,} sentences, "
+            f"{about['bytes'] / 1e6:,.0f} MB; {kinds}"
+        )
+    blend = manifest.blend
+    if blend["queries"]:
+        gains = {name: Gain(**change) for name, change in blend["gains"].items()}
+        shown = ", ".join(f"{name} {points(change)}" for name, change in gains.items())
+        console.say(
+            f"blend: best sentence {blend['sentences']:g}, BM25 {blend['lexical']:g}, chosen on "
+            f"{blend['queries']:,} held-out queries; gain in {blend['metric']}: {shown}"
+        )
+    else:
+        console.say("blend: passage vectors alone; there are no held-out queries to choose by")
+    console.say(f"the index is {folder.path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class RetrievalSet:
     qrels: list[dict[str, float]]
     """Per query: passage id -> grade, relevant if above 0. May name passages that the corpus lacks:
     they count as relevant and cannot be found."""
+    titles: list[str] = field(default_factory=list)
+    """Per passage: the title that ``docs`` begins with; empty: no passage has one."""
 
     @cached_property
     def relevant(self) -> list[set[int]]:
@@ -106,6 +108,7 @@ class RetrievalSet:
             [self.query_ids[i] for i in kept],
             [self.queries[i] for i in kept],
             [self.qrels[i] for i in kept],
+            [self.titles[row] for row in rows] if self.titles else [],
         )
 
 
@@ -150,27 +153,28 @@ def load_beir(folder: Path, split: str = "test") -> RetrievalSet:
     return RetrievalSet(
         folder.resolve().name,
         list(corpus),
-        list(corpus.values()),
+        [passage_text(title, text) for title, text in corpus.values()],
         list(qrels),
-        [queries[key] for key in qrels],
+        [passage_text(*queries[key]) for key in qrels],
         list(qrels.values()),
+        [title for title, _ in corpus.values()],
     )
 
 
-def _texts(folder: Path, stem: str) -> dict[str, str]:
-    """_id -> passage or query of ``stem``.jsonl[.gz]."""
+def _texts(folder: Path, stem: str) -> dict[str, tuple[str, str]]:
+    """_id -> title and text of a passage or query of ``stem``.jsonl[.gz]."""
     candidates = (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz")
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise RefineFastError(
             f"{folder} has no {stem}.jsonl or {stem}.jsonl.gz; give a folder in BEIR layout."
         )
-    texts: dict[str, str] = {}
+    texts: dict[str, tuple[str, str]] = {}
     for number, row in read_jsonl(path):
         place = f"{path}:{number}"
         key = text_field(row, ("_id",), place)
         if key in texts:
             raise RefineFastError(f"{place}: duplicate _id {key!r}; ids must be unique.")
         title = text_field(row, ("title",), place, default="")
-        texts[key] = passage_text(title, text_field(row, ("text",), place))
+        texts[key] = title, text_field(row, ("text",), place)
     return texts

@@ -27,3 +27,9 @@ class Chunk:
     def passage(self) -> str:
         """What the encoder reads: title and text."""
         return passage_text(self.title, self.text)
+
+
+def document_id(chunk_id: str) -> str:
+    """The id of the document that a chunk is part of, by the form of its id."""
+    document, mark, number = chunk_id.rpartition("#")
+    return document if mark and number.isdigit() else chunk_id

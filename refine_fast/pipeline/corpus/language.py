@@ -1,4 +1,4 @@
-"""Whether documents are in English, by their script and, if py3langid is installed, language."""
+"""The language of documents, by their script and, if py3langid is installed, their words."""
 
 from __future__ import annotations
 
@@ -18,6 +18,28 @@ _SCRIPTS = (
     *("Devanagari", "Bengali", "Tamil", "Telugu", "Arabic", "Hebrew", "Cyrillic", "Greek"),
     *("Armenian", "Georgian", "Ethiopic"),
 )
+_LANGUAGES = {
+    "Han": "zh",
+    "Hiragana": "ja",
+    "Katakana": "ja",
+    "Hangul": "ko",
+    "Thai": "th",
+    "Lao": "lo",
+    "Khmer": "km",
+    "Myanmar": "my",
+    "Devanagari": "hi",
+    "Bengali": "bn",
+    "Tamil": "ta",
+    "Telugu": "te",
+    "Arabic": "ar",
+    "Hebrew": "he",
+    "Cyrillic": "ru",
+    "Greek": "el",
+    "Armenian": "hy",
+    "Georgian": "ka",
+    "Ethiopic": "am",
+}
+"""Script -> the language with the most readers, where the script does not tell."""
 _LETTER = regex.compile("|".join(rf"(?P<{name}>\p{{{name}}})" for name in _SCRIPTS))
 
 
@@ -31,13 +53,39 @@ def other_language(texts: Sequence[str]) -> str | None:
         return None
     if 2 * scripts["Latin"] < scripts.total():
         return f"the {scripts.most_common(1)[0][0]} script"
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError:
-        return None
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    answers = map(identifier.classify, sample)
-    languages = Counter(name for name, certainty in answers if certainty >= MIN_CERTAINTY)
+    languages = _identified(sample)
     if 2 * (languages.total() - languages["en"]) <= len(sample):
         return None
     return f"the language {languages.most_common(1)[0][0]!r}"
+
+
+def languages_of(texts: Sequence[str]) -> list[str]:
+    """The ISO 639-1 code of each text's language, by its script. In the Latin script it is what
+    most of the texts are in, and "en" without py3langid."""
+    scripts = [
+        Counter(match.lastgroup for match in _LETTER.finditer(text[:SAMPLE_CHARACTERS]))
+        for text in texts
+    ]
+    latin = [text for text, found in zip(texts, scripts, strict=True) if _main(found) == "Latin"]
+    step = max(1, len(latin) // SAMPLE_TEXTS)
+    languages = _identified([text[:SAMPLE_CHARACTERS] for text in latin[::step]])
+    codes = _LANGUAGES | {"Latin": languages.most_common(1)[0][0] if languages else "en"}
+    return [codes[_main(found)] for found in scripts]
+
+
+def _main(scripts: Counter[str | None]) -> str:
+    """The script of most letters; Japanese also where most are Chinese characters."""
+    if scripts["Hiragana"] + scripts["Katakana"] > 0.1 * scripts.total():
+        return "Hiragana"
+    return str(scripts.most_common(1)[0][0]) if scripts else "Latin"
+
+
+def _identified(sample: Sequence[str]) -> Counter[str]:
+    """Language -> texts that py3langid is sure of; empty if it is not installed."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        return Counter()
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    answers = map(identifier.classify, sample)
+    return Counter(name for name, certainty in answers if certainty >= MIN_CERTAINTY)

@@ -55,6 +55,7 @@ def held_out_set(
         [f"query {i} on {query.chunk_id}" for i, query in enumerate(queries)],
         [query.text for query in queries],
         [{query.chunk_id: 1.0} for query in queries],
+        [chunk.title for chunk in chunks],
     )
 
 

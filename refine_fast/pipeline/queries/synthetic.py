@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import regex
 
 from ..corpus.chunk import Chunk
+from ..corpus.sentences import MORE_BOUNDARIES
 from ..corpus.text import CJK, UNSPACED, word_count
 from .query import Query
 
@@ -23,9 +24,6 @@ KINDS_IN_TURN = ("cloze", "span", "cloze", "title")
 
 MIN_SENTENCE_WORDS, MAX_SENTENCE_WORDS = 6, 60
 
-# Khmer and Tibetan stops, which sentencex does not split at. Thai and Lao have none, so that
-# blanks separate their clauses.
-_MORE_BOUNDARIES = regex.compile(r"(?<=[។៕།༎])\s*|(?<=[\p{Thai}\p{Lao}])\s+(?=[\p{Thai}\p{Lao}])")
 _RUN = regex.compile(
     rf"(?V1)(?P<unspaced>[\w&&{UNSPACED}][[\w&&{UNSPACED}]\p{{M}}]*)"
     rf"|(?P<word>(?<!\w)[[\w--_]--{UNSPACED}][\w--{UNSPACED}]+)"
@@ -108,7 +106,7 @@ def _sentences(text: str) -> list[str]:
     found = (
         " ".join(part.split())
         for sentence in segment("en", text)
-        for part in _MORE_BOUNDARIES.split(sentence)
+        for part in MORE_BOUNDARIES.split(sentence)
     )
     return [
         sentence

@@ -13,7 +13,7 @@ import numpy as np
 from ...errors import RefineFastError, RefineFastWarning
 from ...files import write_json
 from ..artifacts import CHUNK_FACTS, CHUNKS, TWINS
-from ..corpus.chunk import Chunk
+from ..corpus.chunk import Chunk, document_id
 from ..corpus.chunking import chunk_documents, truncated_passages
 from ..corpus.columns import Columns
 from ..corpus.dedup import Duplicates, deduplicate, shingles
@@ -141,23 +141,18 @@ def _labelled(
 ) -> Callable[[Chunk], bool]:
     """Whether one of the user's queries names a chunk, by its id, its document's id or its text."""
     judgements = [] if queries is None else list(read_judgements(queries, encoding=encoding))
-    known = {id for chunk in chunks for id in (chunk.id, _document_id(chunk))}
+    known = {id for chunk in chunks for id in (chunk.id, document_id(chunk.id))}
     ids = {item.doc_id for item in judgements}
     texts = {item.passage for item in judgements if item.passage and item.doc_id not in known}
     parts = {shingle for text in texts for shingle in shingles(text)}
 
     def is_labelled(chunk: Chunk) -> bool:
-        if chunk.id in ids or _document_id(chunk) in ids:
+        if chunk.id in ids or document_id(chunk.id) in ids:
             return True
         # A text may be that of a whole document, of which the chunk is a part.
         return bool(parts) and shingles(chunk.text) <= parts
 
     return is_labelled
-
-
-def _document_id(chunk: Chunk) -> str:
-    document, mark, number = chunk.id.rpartition("#")
-    return document if mark and number.isdigit() else chunk.id
 
 
 def _whole_sources(chunks: Sequence[Chunk], limit: int, seed: int) -> list[Chunk]:

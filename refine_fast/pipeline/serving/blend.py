@@ -1,0 +1,144 @@
+"""The blend of passage, best sentence and BM25, and the choice of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.choice import METRIC
+from ..evaluation.metrics import score_ranking
+from ..evaluation.scores import Scores
+from ..evaluation.significance import Gain, gain
+
+SENTENCE_SHARES = tuple(i / 10 for i in range(11))
+LEXICAL_SHARES = tuple(i / 20 for i in range(21))
+"""The weights that are tried."""
+
+TOP = 300
+"""Passages of each query that are compared: the best by each of the three scores."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """``(1 - lexical) * ((1 - sentences) * own + sentences * best) + lexical * bm25``, over
+    standard scores."""
+
+    sentences: float = 0.0
+    """Share of the best sentence in the dense score."""
+    lexical: float = 0.0
+    """Share of BM25."""
+
+    def __call__(self, parts: Components) -> np.ndarray:
+        """The score of each passage."""
+        dense = (1 - self.sentences) * parts.own + self.sentences * parts.best
+        return (1 - self.lexical) * dense + self.lexical * parts.bm25
+
+
+@dataclass(frozen=True)
+class Components:
+    """Standard scores of some passages for one query. The mean and the spread are over every
+    passage: of ``own`` for the two dense scores, of BM25 for its."""
+
+    rows: np.ndarray
+    """(n,) the passages, ascending."""
+    own: np.ndarray
+    """By the passage's vector."""
+    best: np.ndarray
+    """By the vector of its best sentence."""
+    bm25: np.ndarray
+    matched: np.ndarray
+    """(n,) bool: whether the passage shares a term with the query."""
+    scale: tuple[float, float] = (0.0, 1.0)
+    """Mean and spread of ``own`` before it was standardized."""
+
+    def top(self, scores: np.ndarray, k: int) -> np.ndarray:
+        """The k best places in ``rows``, best first, ties by lower row."""
+        if k < len(scores):
+            least = np.partition(scores, len(scores) - k)[len(scores) - k]
+            places = np.flatnonzero(scores >= least)
+        else:
+            places = np.arange(len(scores))
+        return places[np.argsort(-scores[places], kind="stable")][:k]
+
+    def trimmed(self, k: int = TOP) -> Components:
+        """Only the passages that are among the best k by one of the scores."""
+        best = [self.top(scores, k) for scores in (self.own, self.best, self.bm25)]
+        kept = np.unique(np.concatenate(best))
+        columns = ("rows", "own", "best", "bm25", "matched")
+        return replace(self, **{name: getattr(self, name)[kept] for name in columns})
+
+
+def standard(scores: np.ndarray, count: int) -> np.ndarray:
+    """BM25 scores with mean 0 and variance 1 over ``count`` passages; 0 if all are equal.
+
+    ``scores`` may leave out passages with the score 0.
+    """
+    mean = float(scores.sum(dtype=np.float64)) / max(count, 1)
+    square = float((scores.astype(np.float64) ** 2).sum()) / max(count, 1)
+    spread = np.sqrt(max(square - mean**2, 0.0))
+    return np.asarray((scores - mean) / spread if spread > 1e-9 else np.zeros_like(scores))
+
+
+@dataclass(frozen=True)
+class BlendChoice:
+    """The weights, and the gains in ``METRIC`` that they were chosen by."""
+
+    blend: Blend
+    queries: int
+    gains: Mapping[str, Gain]
+    """"sentences", "lexical": of the best blend over the best one without; "all": of the chosen
+    blend over passage vectors alone."""
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON."""
+        gains = {name: asdict(change) for name, change in self.gains.items()}
+        return {**asdict(self.blend), "queries": self.queries, "metric": METRIC, "gains": gains}
+
+
+def choose_blend(
+    queries: Iterable[Components], relevant: Sequence[Mapping[int, float]]
+) -> BlendChoice:
+    """The weights with the highest mean of ``METRIC``. A part whose gain is not shown, because its
+    95% interval does not lie above 0, gets the weight 0.
+
+    Args:
+        queries: of each held-out query the components, trimmed.
+        relevant: of each query: row -> grade.
+    """
+    parts = list(queries)
+    if not parts:
+        return BlendChoice(Blend(), 0, {})
+    grid = {
+        Blend(w, b): _scores(parts, relevant, Blend(w, b))
+        for w in SENTENCE_SHARES
+        for b in LEXICAL_SHARES
+    }
+
+    def best(keep: Iterable[Blend]) -> Blend:
+        return max(keep, key=lambda blend: grid[blend].metrics[METRIC])
+
+    def change(before: Blend, after: Blend) -> Gain:
+        return gain(grid[before].per_query[METRIC], grid[after].per_query[METRIC])
+
+    chosen = best(grid)
+    without = {
+        "sentences": best(blend for blend in grid if not blend.sentences),
+        "lexical": best(blend for blend in grid if not blend.lexical),
+    }
+    gains = {name: change(blend, chosen) for name, blend in without.items()}
+    if min(gain.low for gain in gains.values()) <= 0:
+        # The part that adds least goes; the other must then be better than passages alone.
+        chosen = without[min(gains, key=lambda name: gains[name].mean)]
+        if change(Blend(), chosen).low <= 0:
+            chosen = Blend()
+    return BlendChoice(chosen, len(parts), {**gains, "all": change(Blend(), chosen)})
+
+
+def _scores(
+    parts: Sequence[Components], relevant: Sequence[Mapping[int, float]], blend: Blend
+) -> Scores:
+    ranked = [part.rows[part.top(blend(part), 10)].tolist() for part in parts]
+    return score_ranking(ranked, relevant)

@@ -1,0 +1,205 @@
+"""Builds an index, and adds, changes and removes documents without building it anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import RefineFastError
+from ..corpus.chunk import Chunk, document_id
+from ..progress import Progress
+from ..queries.query import Query
+from .ann import Kind
+from .blend import BlendChoice, choose_blend
+from .dense import rows_of_groups
+from .encoders import Encoders, Side
+from .search import Index
+from .segment import Segment, finish_segment, split, write_segment
+from .storage import IndexFolder, Manifest
+
+MAX_ADDED = 8
+"""Added segments; more are merged, so that a search does not visit hundreds of them."""
+
+Bar = Callable[[str], AbstractContextManager[Progress]]
+"""Shows the progress of what it is given the name of."""
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Writes the index of a run. The caller holds the lock of the run folder."""
+
+    folder: IndexFolder
+    encoders: Encoders
+    progress: Bar
+
+    def build(
+        self,
+        chunks: Sequence[Chunk],
+        dev: Sequence[Query],
+        key: dict[str, Any],
+        kind: Kind | None = None,
+    ) -> Manifest:
+        """A new index of the run's chunks, with the documents that were added to the old one and
+        without those that were removed from it.
+
+        Args:
+            chunks: of the run.
+            dev: held-out queries, which choose the blend.
+            key: what the index is made from.
+            kind: of the faiss indexes; None: by size.
+
+        Raises:
+            RefineFastError: if no passage is left.
+        """
+        old = self.folder.manifest()
+        edited = frozenset(old.edited if old else ())
+        first = [chunk for chunk in chunks if _owner(chunk.id, edited) not in edited]
+        added = [] if old is None or len(old.segments) < 2 else _added(self.folder, old)
+        if not first:
+            raise RefineFastError("index: no passage of the run is left; add documents to the run.")
+        asked = list(dict.fromkeys(query.text for query in dev))
+        vectors = self.encoders.queries("product", asked) if asked else None
+        names = []
+        for part in (first, added):
+            if part:
+                names.append(self._segment(part, kind, vectors))
+        manifest = Manifest(key, tuple(names), None, tuple(sorted(edited)))
+        choice = self._choose(manifest, asked, vectors, dev)
+        manifest = replace(manifest, blend=choice.facts())
+        self.folder.commit(manifest)
+        return manifest
+
+    def _segment(
+        self, chunks: Sequence[Chunk], kind: Kind | None, queries: np.ndarray | None = None
+    ) -> str:
+        def encode(name: str, texts: Sequence[str], out: Path) -> None:
+            with self.progress(f"embedding {name}") as progress:
+                side: Side = "base" if name == "base" else "product"
+                self.encoders.documents(side, texts, out, progress)
+
+        with self.folder.new_segment() as folder:
+            has_base = "base" in self.encoders.folders
+            write_segment(folder, chunks, split(chunks), encode, base=has_base)
+            finish_segment(folder, kind, queries)
+        return folder.name
+
+    def _choose(
+        self,
+        manifest: Manifest,
+        asked: Sequence[str],
+        vectors: np.ndarray | None,
+        dev: Sequence[Query],
+    ) -> BlendChoice:
+        if vectors is None:
+            return choose_blend([], [])
+        index = Index.open(self.folder, manifest)
+        row = {id: i for i, id in enumerate(index.ids())}
+        relevant: dict[str, dict[int, float]] = {text: {} for text in asked}
+        for query in dev:
+            if query.chunk_id in row:
+                relevant[query.text][row[query.chunk_id]] = 1.0
+        kept = [(text, v) for text, v in zip(asked, vectors, strict=True) if relevant[text]]
+        with self.progress("choosing the blend") as progress:
+            parts = []
+            for done, (text, vector) in enumerate(kept, 1):
+                parts.append(index.components(text, vector).trimmed())
+                progress(done, len(kept))
+        return choose_blend(parts, [relevant[text] for text, _ in kept])
+
+    def change(
+        self, manifest: Manifest, added: Sequence[Chunk], removed: Iterable[str]
+    ) -> Manifest:
+        """Adds and removes whole documents. Only what is added is encoded.
+
+        Args:
+            manifest: the index.
+            added: the chunks of new documents, and of changed ones, whose old chunks die.
+            removed: ids of documents.
+
+        Raises:
+            RefineFastError: if a document to remove is not there.
+        """
+        index = Index.open(self.folder, manifest)
+        removed = frozenset(removed)
+        ids = index.ids()
+        new = {chunk.id for chunk in added}
+        documents = removed | {document_id(id) for id in new} | new
+        live = np.flatnonzero(index.alive)
+        owner = {int(row): _owner(ids[row], documents) for row in live}
+        if missing := removed - set(owner.values()):
+            raise RefineFastError(f"remove: no document {min(missing)!r} is in the index.")
+        dying = [row for row, document in owner.items() if document in documents]
+        if len(dying) == len(live) and not added:
+            raise RefineFastError("remove: the index would be empty; keep at least one document.")
+        rows = np.concatenate([np.flatnonzero(~index.alive), np.array(dying, np.int64)])
+        names = list(manifest.segments)
+        if added:
+            names.append(self._segment(added, None))
+        changed = replace(
+            manifest,
+            segments=tuple(names),
+            dead=self.folder.write_dead(np.sort(rows)) if len(rows) else None,
+            edited=tuple(sorted({*manifest.edited, *documents})),
+        )
+        if len(names) > 1 + MAX_ADDED:
+            changed = self._merged(changed)
+        self.folder.commit(changed)
+        return changed
+
+    def _merged(self, manifest: Manifest) -> Manifest:
+        """The same index with one segment for everything that was added; nothing is encoded."""
+        index = Index.open(self.folder, manifest)
+        first = len(index.segments[0])
+        live = [
+            np.flatnonzero(index.alive[start : start + len(segment)])
+            for segment, start in zip(index.segments, index.starts, strict=False)
+        ]
+        dead = np.flatnonzero(~index.alive[:first])
+        name = None
+        if any(map(len, live[1:])):
+            with self.folder.new_segment() as folder:
+                _merge(list(zip(index.segments[1:], live[1:], strict=True)), folder)
+                finish_segment(folder)
+            name = folder.name
+        return replace(
+            manifest,
+            segments=(manifest.segments[0], *([name] if name else [])),
+            dead=self.folder.write_dead(dead) if len(dead) else None,
+        )
+
+
+def _owner(chunk_id: str, known: Container[str]) -> str:
+    """The document of a chunk: the whole id if that is a document's."""
+    return chunk_id if chunk_id in known else document_id(chunk_id)
+
+
+def _added(folder: IndexFolder, manifest: Manifest) -> list[Chunk]:
+    """The live chunks of the documents that were added."""
+    index = Index.open(folder, manifest)
+    first = len(index.segments[0])
+    return [index.chunk(int(row)) for row in np.flatnonzero(index.alive) if row >= first]
+
+
+def _merge(parts: Sequence[tuple[Segment, np.ndarray]], folder: Path) -> None:
+    """Writes a segment with some rows of others; their vectors are copied."""
+
+    def copy(name: str, _: Sequence[str], out: Path) -> None:
+        blocks = []
+        for segment, rows in parts:
+            places = rows_of_groups(segment.offsets, rows)[0] if name == "sentences" else rows
+            blocks.append(segment.vectors[name][places])
+        np.save(out, np.concatenate(blocks))
+
+    live = [(segment, int(row)) for segment, rows in parts for row in rows]
+    write_segment(
+        folder,
+        [segment.chunk(row) for segment, row in live],
+        [segment.sentences(row) for segment, row in live],
+        copy,
+        base="base" in parts[0][0].vectors,
+    )

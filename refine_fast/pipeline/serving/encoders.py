@@ -1,0 +1,55 @@
+"""The encoders that an index was made with, loaded when they are first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from ..encoder.encode import encode
+from ..encoder.load import load_encoder
+from ..progress import Progress
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Side = Literal["product", "base"]
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The product of a run, and the base encoder where the product is another."""
+
+    folders: dict[Side, Path]
+    """"product"; "base" unless the product is the base."""
+    bf16: bool | None = None
+    """As for ``encode``."""
+    trust_remote_code: bool = False
+    _loaded: dict[Side, SentenceTransformer] = field(default_factory=dict)
+
+    def _model(self, side: Side) -> SentenceTransformer:
+        if side not in self._loaded:
+            self._loaded[side] = load_encoder(
+                self.folders[side], trust_remote_code=self.trust_remote_code
+            )
+        return self._loaded[side]
+
+    def queries(self, side: Side, texts: Sequence[str]) -> np.ndarray:
+        """(Q, d) float32 vectors of queries."""
+        return encode(self._model(side), list(texts), role="query", bf16=self.bf16)
+
+    def documents(
+        self, side: Side, texts: Sequence[str], out: Path, progress: Progress | None = None
+    ) -> None:
+        """Writes the vectors of documents to a .npy file."""
+        encode(
+            self._model(side),
+            list(texts),
+            role="document",
+            bf16=self.bf16,
+            out=out,
+            progress=progress,
+        )

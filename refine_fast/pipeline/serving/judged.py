@@ -1,0 +1,52 @@
+"""A person's marks, "this passage answers this query", in the run's own format of queries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from threading import Lock
+
+from ...files import atomic
+from ..corpus.jsonl import read_jsonl
+
+JUDGED = "judged.jsonl"
+"""File in the run folder: {"text", "doc_id"} a line, as ``--queries`` reads."""
+
+
+class Judged:
+    """The marks of a run. Every change is on the disk before it counts."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the marks that are there.
+
+        Raises:
+            RefineFastError: for a malformed line.
+        """
+        self._path = path
+        self._lock = Lock()
+        rows = [row for _, row in read_jsonl(path)] if path.exists() else []
+        self._marks = dict.fromkeys((str(row["text"]), str(row["doc_id"])) for row in rows)
+
+    def __len__(self) -> int:
+        return len(self._marks)
+
+    def of(self, query: str) -> list[str]:
+        """The passages that are marked for a query."""
+        return [doc_id for text, doc_id in self._marks if text == query]
+
+    def mark(self, query: str, doc_id: str, *, answers: bool = True) -> int:
+        """Adds a mark, or takes it back; returns how many there are."""
+        with self._lock:
+            marks = dict(self._marks)
+            if answers:
+                marks[query, doc_id] = None
+            else:
+                marks.pop((query, doc_id), None)
+            lines = [
+                json.dumps({"text": text, "doc_id": doc}, ensure_ascii=False) for text, doc in marks
+            ]
+            with atomic(self._path) as temporary:
+                text = "".join(f"{line}\n" for line in lines)
+                temporary.write_text(text, encoding="utf-8", errors="replace")
+            self._marks = marks
+            return len(marks)

@@ -1,0 +1,292 @@
+"""Search in an index: passage vectors of base and product, BM25, and their blend, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import RefineFastError
+from ..corpus.chunk import Chunk
+from .blend import Blend, Components, standard
+from .dense import Moments, best_of_groups, rows_of_groups
+from .encoders import Encoders
+from .lexical import Lexical
+from .segment import Segment
+from .storage import IndexFolder, Manifest
+
+CANDIDATES = 400
+"""Vectors that an approximate index contributes for each query; they are then scored exactly."""
+
+MAX_QUERY = 10_000
+"""Characters of a query; the encoder reads the first few hundred words anyway."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage that was found."""
+
+    score: float
+    chunk: Chunk
+    sentence: tuple[int, int]
+    """Where the sentence that matches best is in the passage's text."""
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON: texts, and offsets into the document."""
+        start, end = self.sentence
+        return {
+            "id": self.chunk.id,
+            "score": round(self.score, 4),
+            "title": self.chunk.title,
+            "text": self.chunk.text,
+            "source": self.chunk.source,
+            "start": self.chunk.start,
+            "end": self.chunk.end,
+            "sentence": {
+                "text": self.chunk.text[start:end],
+                "in_text": [start, end],
+                "in_source": [self.chunk.start + start, self.chunk.start + end],
+            },
+        }
+
+
+class Index:
+    """The passages of an index and their scores."""
+
+    def __init__(self, segments: Sequence[Segment], dead: np.ndarray | None = None) -> None:
+        """Takes the segments in order.
+
+        Args:
+            segments: at least one.
+            dead: rows, counted over all segments, that are not found.
+        """
+        self.segments = segments
+        self.starts = np.cumsum([0, *map(len, segments)])
+        self.alive = np.ones(int(self.starts[-1]), bool)
+        self._dead = np.array([], np.int64) if dead is None else dead
+        self.alive[self._dead] = False
+        self.lexical = Lexical([segment.postings for segment in segments], self.alive)
+
+    @classmethod
+    def open(cls, folder: IndexFolder, manifest: Manifest) -> Index:
+        """The index that a manifest names."""
+        dead = None if manifest.dead is None else np.load(folder.path / manifest.dead)
+        return cls([Segment(folder.path / name) for name in manifest.segments], dead)
+
+    @property
+    def count(self) -> int:
+        """Live passages."""
+        return len(self.alive) - len(self._dead)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base encoder's vectors are there."""
+        return "base" in self.segments[0].vectors
+
+    def ids(self) -> list[str]:
+        """The chunk id of every row, dead ones too."""
+        return [id for segment in self.segments for id in segment.ids()]
+
+    def chunk(self, row: int) -> Chunk:
+        """The passage of a row."""
+        part, place = self._place(row)
+        return part.chunk(place)
+
+    def _place(self, row: int) -> tuple[Segment, int]:
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.segments[number], row - int(self.starts[number])
+
+    @cached_property
+    def _moments(self) -> dict[str, Moments]:
+        return {
+            side: self._moments_of(side) for side in self.segments[0].vectors if side != "sentences"
+        }
+
+    def _moments_of(self, side: str) -> Moments:
+        first, *rest = (segment.moments(side) for segment in self.segments)
+        for moments in rest:
+            first = first.plus(moments)
+        if not len(self._dead):
+            return first
+        places = [self._place(int(row)) for row in self._dead]
+        gone = np.stack([part.vectors[side][place] for part, place in places])
+        return first.plus(Moments.of(gone), -1)
+
+    def components(self, query: str, vector: np.ndarray) -> Components:
+        """The standard scores of the passages that may be the best: of all where no index is
+        approximate, and else of those that it or BM25 finds.
+
+        Args:
+            query: its text.
+            vector: (d,) under the product.
+        """
+        bm25 = self.lexical.scores(query)
+        rows, own, best = [], [], []
+        for segment, start in zip(self.segments, self.starts, strict=False):
+            places = self._candidates(segment, int(start), vector, bm25)
+            rows.append(places + start)
+            own.append(_products(segment.vectors["product"], places, vector))
+            best.append(_best_sentences(segment, places, vector))
+        mean, spread = (float(x[0]) for x in self._moments["product"].standard(vector[None]))
+        chosen = np.concatenate(rows)
+        return Components(
+            chosen,
+            (np.concatenate(own) - mean) / spread,
+            (np.concatenate(best) - mean) / spread,
+            standard(bm25, self.count)[chosen],
+            bm25[chosen] > 0,
+            (mean, spread),
+        )
+
+    def _candidates(
+        self, segment: Segment, start: int, vector: np.ndarray, bm25: np.ndarray
+    ) -> np.ndarray:
+        """Live rows of a segment that are scored exactly, ascending."""
+        alive = self.alive[start : start + len(segment)]
+        if not {"product", "sentences"} & segment.indexes.keys():
+            return np.flatnonzero(alive)
+        found = [_best(bm25[start : start + len(segment)], CANDIDATES)]
+        found.append(_nearest(segment, "product", vector))
+        sentences = _nearest(segment, "sentences", vector)
+        found.append(np.searchsorted(segment.offsets, sentences, side="right") - 1)
+        rows = np.unique(np.concatenate(found))
+        return rows[alive[rows]]
+
+    def base(self, vector: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The best passages by the base encoder's passage vectors: rows and similarities."""
+        rows, scores = [], []
+        for segment, start in zip(self.segments, self.starts, strict=False):
+            alive = self.alive[start : start + len(segment)]
+            places = np.sort(_nearest(segment, "base", vector))
+            places = places[alive[places]]
+            rows.append(places + start)
+            scores.append(_products(segment.vectors["base"], places, vector))
+        found, values = np.concatenate(rows), np.concatenate(scores)
+        best = np.argsort(-values, kind="stable")[:k]
+        return found[best], values[best]
+
+    def hits(self, rows: np.ndarray, scores: np.ndarray, vector: np.ndarray) -> list[Hit]:
+        """The passages of rows with the sentences that match best."""
+        hits = []
+        for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
+            segment, place = self._place(row)
+            first, last = segment.offsets[place : place + 2]
+            near = segment.vectors["sentences"][first:last] @ vector
+            start, end = segment.spans[first + int(near.argmax())].tolist()
+            hits.append(Hit(score, segment.chunk(place), (start, end)))
+        return hits
+
+
+def _products(vectors: np.ndarray, places: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    whole = len(places) == len(vectors)
+    return (vectors if whole else vectors[places]) @ vector
+
+
+def _best_sentences(segment: Segment, places: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    if not len(places):
+        return np.zeros(0, np.float32)
+    sentences, offsets = segment.vectors["sentences"], segment.offsets
+    if len(places) < len(segment):
+        rows, offsets = rows_of_groups(offsets, places)
+        sentences = sentences[rows]
+    return best_of_groups(vector[None], sentences, offsets)[0]
+
+
+def _nearest(segment: Segment, side: str, vector: np.ndarray) -> np.ndarray:
+    """Rows of vectors: all without an approximate index, in order; else the nearest."""
+    index = segment.indexes.get(side)
+    if index is None:
+        return np.arange(len(segment.vectors[side]))
+    _, found = index.search(vector[None], min(CANDIDATES, len(segment.vectors[side])))
+    return found[0][found[0] >= 0]
+
+
+def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    """Rows of the k highest scores above 0, in any order."""
+    if k < len(scores):
+        rows = np.argpartition(scores, len(scores) - k)[len(scores) - k :]
+    else:
+        rows = np.arange(len(scores))
+    return rows[scores[rows] > 0]
+
+
+class Searcher:
+    """The index of a run with its encoders."""
+
+    def __init__(self, run: Path, encoders: Encoders) -> None:
+        """Opens the index of a run.
+
+        Raises:
+            RefineFastError: if the run has none.
+        """
+        self.run = run
+        self._folder = IndexFolder(run)
+        self._encoders = encoders
+        self.manifest, self.index = self._open()
+
+    def _open(self) -> tuple[Manifest, Index]:
+        while True:
+            manifest = self._folder.manifest()
+            if manifest is None:
+                raise RefineFastError(
+                    f"{self.run} has no index; make one: refine-fast index {self.run}."
+                )
+            try:
+                return manifest, Index.open(self._folder, manifest)
+            except FileNotFoundError:
+                if self._folder.manifest() == manifest:
+                    raise
+                # A writer has replaced the index since index.json was read.
+
+    def refresh(self) -> None:
+        """Opens the index anew if a writer has added, changed or removed documents.
+
+        Raises:
+            RefineFastError: if the index was built anew under another encoder.
+        """
+        manifest = self._folder.manifest()
+        if manifest is None or manifest == self.manifest:
+            return
+        if manifest.key != self.manifest.key:
+            raise RefineFastError(f"{self.run}: the index was rebuilt; start the command again.")
+        self.manifest, self.index = self._open()
+
+    @property
+    def blend(self) -> Blend:
+        """The weights that were chosen."""
+        return Blend(self.manifest.blend["sentences"], self.manifest.blend["lexical"])
+
+    def search(self, query: str, k: int = 10) -> dict[str, list[Hit]]:
+        """The best passages by each system.
+
+        Args:
+            query: at most ``MAX_QUERY`` characters count.
+            k: passages per system.
+
+        Returns:
+            "base" (unless the product is the base), "fused", "BM25" and "blend", best first. The
+            scores of the first two are similarities, of the others standard scores. BM25 finds only
+            passages that share a term with the query.
+        """
+        query, index = query[:MAX_QUERY], self.index
+        vector = self._encoders.queries("product", [query])[0]
+        parts = index.components(query, vector)
+        mean, spread = parts.scale
+        found: dict[str, list[Hit]] = {}
+        if index.has_base:
+            rows, scores = index.base(self._encoders.queries("base", [query])[0], k)
+            found["base"] = index.hits(rows, scores, vector)
+        lexical = np.where(parts.matched, parts.bm25, -np.inf)
+        for name, scores, shown in (
+            ("fused", parts.own, parts.own * spread + mean),
+            ("BM25", lexical, lexical),
+            ("blend", blended := self.blend(parts), blended),
+        ):
+            places = parts.top(scores, k)
+            places = places[scores[places] > -np.inf]
+            found[name] = index.hits(parts.rows[places], shown[places], vector)
+        return found

@@ -1,0 +1,198 @@
+"""A segment of an index: passages that were encoded together, in files that never change.
+
+passages.parquet          a row per passage: the fields of its Chunk
+spans.npy, offsets.npy    where each sentence is in its passage's text; each passage's sentences
+product.npy, base.npy     (N, d) passages under the product and, if it differs, the base
+sentences.npy             (S, d) sentences under the product, each with its title in front
+<vectors>.faiss           a faiss index of them, unless they are few
+postings/                 BM25
+moments.npz               of product.npy and base.npy
+segment.json              counts, kinds of index and their recall, bytes
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...files import read_json, write_json
+from ..corpus.chunk import Chunk
+from ..corpus.language import languages_of
+from ..corpus.sentences import sentence_spans
+from ..corpus.text import passage_text
+from . import ann
+from .dense import Moments
+from .lexical import Postings
+
+ROW_GROUP = 128
+"""Rows of the parquet file that are read at a time."""
+
+CACHED_GROUPS = 2048
+
+Spans = list[tuple[int, int]]
+"""Where the sentences of a passage are in its text; at least one."""
+
+Encode = Callable[[str, Sequence[str], Path], None]
+"""Writes the vectors "product", "base" or "sentences" of texts to a .npy file."""
+
+
+def split(chunks: Sequence[Chunk]) -> list[Spans]:
+    """The sentences of each passage. A passage without words is one sentence."""
+    languages = languages_of([chunk.text for chunk in chunks])
+    return [
+        sentence_spans(chunk.text, language) or [(0, len(chunk.text))]
+        for chunk, language in zip(chunks, languages, strict=True)
+    ]
+
+
+def sentence_texts(chunks: Sequence[Chunk], spans: Sequence[Spans]) -> list[str]:
+    """What is encoded of each sentence: the title and the sentence."""
+    return [
+        passage_text(chunk.title, chunk.text[start:end])
+        for chunk, own in zip(chunks, spans, strict=True)
+        for start, end in own
+    ]
+
+
+def write_segment(
+    folder: Path, chunks: Sequence[Chunk], spans: Sequence[Spans], encode: Encode, *, base: bool
+) -> None:
+    """Writes passages and their sentences into a segment, all but ``finish_segment``.
+
+    Args:
+        folder: an empty folder.
+        chunks: at least one.
+        spans: of each chunk the sentences.
+        encode: makes the vectors.
+        base: whether the base encoder is another one than the product.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    names = [field.name for field in fields(Chunk)]
+    numbers = ("start", "end")
+    table = pa.table(
+        {name: [_storable(getattr(chunk, name)) for chunk in chunks] for name in names},
+        schema=pa.schema([(n, pa.int64() if n in numbers else pa.string()) for n in names]),
+    )
+    parquet.write_table(table, folder / "passages.parquet", row_group_size=ROW_GROUP)
+    flat = [span for own in spans for span in own]
+    np.save(folder / "spans.npy", np.array(flat, np.int32).reshape(-1, 2))
+    np.save(folder / "offsets.npy", np.cumsum([0, *map(len, spans)], dtype=np.int64))
+    passages = [chunk.passage for chunk in chunks]
+    encode("product", passages, folder / "product.npy")
+    encode("sentences", sentence_texts(chunks, spans), folder / "sentences.npy")
+    if base:
+        encode("base", passages, folder / "base.npy")
+    Postings.of(passages).save(folder / "postings")
+
+
+def _storable(value: Any) -> Any:
+    """A lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def finish_segment(
+    folder: Path, kind: ann.Kind | None = None, queries: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Adds the faiss indexes and the facts to a segment that has its texts and vectors.
+
+    Args:
+        folder: of the segment.
+        kind: of every faiss index; None: by the number of vectors.
+        queries: (Q, d) of the product, to measure the recall with; None: vectors of the segment.
+
+    Returns:
+        What segment.json says.
+    """
+    facts: dict[str, Any] = {"indexes": {}}
+    for name in ("product", "base", "sentences"):
+        path = folder / f"{name}.npy"
+        if not path.exists():
+            continue
+        vectors = np.load(path, mmap_mode="r").view(np.ndarray)
+        facts[name] = len(vectors)
+        own_kind = ann.kind_for(len(vectors)) if kind is None else kind
+        about: dict[str, Any] = {"kind": own_kind, "recall@10": 1.0}
+        if own_kind != "flat":
+            index = ann.build(vectors, own_kind)
+            ann.save(index, folder / f"{name}.faiss")
+            rng = np.random.default_rng(0)
+            asked = vectors[np.sort(rng.permutation(len(vectors))[: ann.SAMPLE])]
+            if queries is not None and len(queries) and name != "base":
+                asked = queries[: ann.SAMPLE]
+            about["recall@10"] = round(ann.recall(index, vectors, asked), 4)
+            about["bytes"] = (folder / f"{name}.faiss").stat().st_size
+        facts["indexes"][name] = about
+        if name != "sentences":
+            found = Moments.of(vectors)
+            np.save(folder / f"moments-{name}.npy", np.vstack([found.total, found.second]))
+    facts["bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    write_json(folder / "segment.json", facts)
+    return facts
+
+
+class Segment:
+    """A segment, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts: dict[str, Any] = read_json(folder / "segment.json")
+        self.offsets = np.load(folder / "offsets.npy")
+        self.spans = self._array("spans")
+        self.vectors = {
+            name: self._array(name)
+            for name in ("product", "base", "sentences")
+            if name in self.facts
+        }
+        self.postings = Postings.load(folder / "postings")
+        self.indexes = {
+            name: ann.load(folder / f"{name}.faiss")
+            for name, about in self.facts["indexes"].items()
+            if about["kind"] != "flat"
+        }
+        self._parquet: Any = None
+        self._groups: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def _array(self, name: str) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+
+    def moments(self, side: str) -> Moments:
+        """Those of the passages under "product" or "base"."""
+        total, *second = np.load(self.folder / f"moments-{side}.npy")
+        return Moments(len(self), total, np.array(second))
+
+    def _table(self) -> Any:
+        from pyarrow import parquet
+
+        if self._parquet is None:
+            self._parquet = parquet.ParquetFile(self.folder / "passages.parquet", memory_map=True)
+        return self._parquet
+
+    def ids(self) -> list[str]:
+        """The chunk id of every passage."""
+        return self._table().read(columns=["id"]).column("id").to_pylist()
+
+    def sentences(self, row: int) -> Spans:
+        """Where the sentences of a passage are in its text."""
+        first, last = self.offsets[row : row + 2]
+        return [(int(start), int(end)) for start, end in self.spans[first:last]]
+
+    def chunk(self, row: int) -> Chunk:
+        """One passage."""
+        number, place = divmod(row, ROW_GROUP)
+        group = self._groups.get(number)
+        if group is None:
+            group = self._table().read_row_group(number).to_pylist()
+            self._groups[number] = group
+            if len(self._groups) > CACHED_GROUPS:
+                self._groups.popitem(last=False)
+        return Chunk(**group[place])

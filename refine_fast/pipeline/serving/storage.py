@@ -1,0 +1,103 @@
+"""The folder of an index: segments that never change, and one file that says which of them count.
+
+    index.json          which segments count, in order; their dead passages; the blend
+    s<number>/          a segment
+    dead-<number>.npy   rows of dead passages, over all segments
+
+index.json is replaced by a rename, after everything that it names is on the disk: a kill leaves the
+old index or the new. What it does not name is deleted by the next writer.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import RefineFastError
+from ...files import atomic, fsync, fsync_all, read_json, write_json
+
+INDEX = "index"
+"""Folder in the run folder."""
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of index.json."""
+
+    key: dict[str, Any]
+    """What the first segment was built from; another one means a rebuild."""
+    segments: tuple[str, ...]
+    """Names, the run's own passages first, then added ones."""
+    dead: str | None = None
+    edited: tuple[str, ...] = ()
+    """Ids of the documents that were added, changed or removed."""
+    blend: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+class IndexFolder:
+    """Reads and replaces an index. Writers must hold the lock of the run folder."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / INDEX
+
+    def manifest(self) -> Manifest | None:
+        """What index.json says; None without an index.
+
+        Raises:
+            RefineFastError: if another version of refine_fast wrote it.
+        """
+        found = read_json(self.path / "index.json")
+        if found is None:
+            return None
+        if found.get("format") != FORMAT:
+            raise RefineFastError(
+                f"{self.path} has format {found.get('format')}, and this version reads {FORMAT}; "
+                f"delete it and run refine-fast index {self.path.parent}."
+            )
+        lists = {name: tuple(found[name]) for name in ("segments", "edited")}
+        return Manifest(**{**found, **lists})
+
+    @contextmanager
+    def new_segment(self) -> Iterator[Path]:
+        """Yields an empty folder for a segment, which is on the disk when the block ends. It
+        counts once a manifest names it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        folder = self.path / f"s{self._next('s')}"
+        folder.mkdir()
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        fsync_all(folder)
+
+    def write_dead(self, rows: np.ndarray) -> str:
+        """Writes the dead rows; returns the name for the manifest."""
+        name = f"dead-{self._next('dead-')}.npy"
+        with atomic(self.path / name) as temporary, temporary.open("wb") as file:
+            np.save(file, rows)
+        return name
+
+    def commit(self, manifest: Manifest) -> None:
+        """Makes ``manifest`` the index, and deletes what it does not name."""
+        fsync(self.path)
+        write_json(self.path / "index.json", asdict(manifest))
+        fsync(self.path)
+        kept = {"index.json", *manifest.segments, manifest.dead}
+        for item in self.path.iterdir():
+            if item.name not in kept:
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    def _next(self, prefix: str) -> int:
+        """The first free number, above every one that is there: of a killed writer too."""
+        stems = (item.stem.removeprefix(prefix) for item in self.path.glob(f"{prefix}*"))
+        return max((int(stem) for stem in stems if stem.isdigit()), default=0) + 1

@@ -1,0 +1,365 @@
+"""The index of a run and its search: exact, complete, and the same after any history of changes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refine_fast.cli import main
+from refine_fast.pipeline.commands.search import open_searcher, printable
+from refine_fast.pipeline.console import Console
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.corpus.jsonl import read_records
+from refine_fast.pipeline.corpus.language import languages_of
+from refine_fast.pipeline.corpus.sentences import sentence_spans
+from refine_fast.pipeline.serving import ann
+from refine_fast.pipeline.serving.blend import Blend, Components, choose_blend, standard
+from refine_fast.pipeline.serving.dense import (
+    TILE_ROWS,
+    Moments,
+    best_of_groups,
+    rows_of_groups,
+)
+from refine_fast.pipeline.serving.lexical import Lexical, Postings
+from refine_fast.pipeline.serving.search import Searcher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "sentences"),
+    [
+        (
+            "Dr. Smith walked 3.5 km to the sea. Title\n\nHe swam there for two hours.",
+            "en",
+            ["Dr. Smith walked 3.5 km to the sea.", "Title\n\nHe swam there for two hours."],
+        ),
+        (
+            "今日は天気がいいですね。元気ですか？",
+            "ja",
+            ["今日は天気がいいですね。", "元気ですか？"],
+        ),
+        ("Das ist z. B. ein Satz. Hier kommt noch einer.", "de", None),
+        ("  one word  ", "en", ["one word"]),
+        ("A whole sentence is here. End.", "en", ["A whole sentence is here. End."]),
+        (" \n ", "en", []),
+        ("", "en", []),
+    ],
+)
+def test_sentences(text: str, language: str, sentences: list[str] | None) -> None:
+    spans = sentence_spans(text, language)
+    found = [text[start:end] for start, end in spans]
+    if sentences is None:  # an abbreviation of German does not end a sentence
+        assert found[0].startswith("Das ist z. B. ein")
+    else:
+        assert found == sentences
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    assert "".join("".join(found).split()) == "".join(text.split())
+
+
+def test_languages_by_script() -> None:
+    texts = ["plain English words", "日本語のテキスト", "中文的文本", "русский текст", "ไทย", "123"]
+    assert languages_of(texts)[1:5] == ["ja", "zh", "ru", "th"]
+    assert languages_of([]) == []
+
+
+def groups(count: int, largest: int) -> np.ndarray:
+    return np.cumsum([0, *RNG.integers(1, largest, count)])
+
+
+def test_best_of_groups_is_the_maximum_over_the_whole_matrix() -> None:
+    """More rows than a tile, and one group that is larger than a tile."""
+    offsets = np.cumsum([0, *np.diff(groups(300, 60)), TILE_ROWS + 5, 1])
+    rows = RNG.standard_normal((offsets[-1], 16), np.float32)
+    queries = RNG.standard_normal((5, 16), np.float32)
+    scores = queries @ rows.T
+    expected = np.stack([scores[:, a:b].max(1) for a, b in itertools.pairwise(offsets)], 1)
+    np.testing.assert_allclose(best_of_groups(queries, rows, offsets), expected, rtol=1e-5)
+
+    chosen = np.array([7, 2, 299])
+    some, ends = rows_of_groups(offsets, chosen)
+    np.testing.assert_allclose(
+        best_of_groups(queries, rows[some], ends), expected[:, chosen], rtol=1e-5
+    )
+
+
+def test_moments_give_the_mean_and_spread_of_every_score() -> None:
+    vectors = RNG.standard_normal((500, 8), np.float32) + 1
+    queries = RNG.standard_normal((3, 8), np.float32)
+    kept, gone = vectors[:450], vectors[450:]
+    moments = Moments.of(kept[:100]).plus(Moments.of(vectors[100:])).plus(Moments.of(gone), -1)
+    scores = queries @ kept.T
+    mean, spread = moments.standard(queries)
+    np.testing.assert_allclose(mean, scores.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(spread, scores.std(1), rtol=1e-5)
+
+
+TEXTS = [
+    "the cat sat on the mat with another cat",
+    "dogs chase cats around the house",
+    "a house of cards",
+    "the Loire is a river in France, and rivers flow",
+    "",
+    "日本語の文章です",
+]
+
+
+@pytest.mark.parametrize("query", ["cat house", "river river rivers", "unknown", "", "日本語"])
+def test_bm25_has_bm25s_scores(query: str) -> None:
+    import bm25s
+
+    from refine_fast.pipeline.corpus.terms import search_terms
+
+    peer = bm25s.BM25()
+    peer.index(search_terms(TEXTS), show_progress=False)
+    (terms,) = search_terms([query])
+    expected = peer.get_scores(terms) if terms else np.zeros(len(TEXTS))
+    own = Lexical([Postings.of(TEXTS)], np.ones(len(TEXTS), bool)).scores(query)
+    np.testing.assert_allclose(own, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("query", ["cat house", "river", "日本語"])
+def test_bm25_of_parts_with_dead_passages_is_that_of_a_new_index(query: str) -> None:
+    alive = np.array([True, False, True, True, True, False])
+    parts = [Postings.of(TEXTS[:2]), Postings.of(TEXTS[2:])]
+    kept = [text for text, lives in zip(TEXTS, alive, strict=True) if lives]
+    expected = Lexical([Postings.of(kept)], np.ones(len(kept), bool)).scores(query)
+    scores = Lexical(parts, alive).scores(query)
+    np.testing.assert_allclose(scores[alive], expected, rtol=1e-6)
+    assert not scores[~alive].any()
+
+
+def components(own: list[float], best: list[float], bm25: list[float]) -> Components:
+    columns = (np.array(x, float) for x in (own, best, bm25))
+    return Components(np.arange(len(own)), *columns, np.array(bm25) > 0)
+
+
+def test_the_blend_takes_what_helps_and_refuses_what_is_not_shown_to() -> None:
+    useful = [components([1, 0.9, 0.8], [0, 0, 0], [0, 2, 0])] * 40
+    choice = choose_blend(useful, [{1: 1.0}] * 40)
+    assert choice.blend.lexical > 0
+    assert choice.blend.sentences == 0
+    assert choice.gains["all"].low > 0
+
+    helps_once = [components([1, 0.9, 0.8], [0, 0, 0], [0, 2, 0])]
+    alike = [components([1, 0, 0], [1, 0, 0], [1, 0, 0])] * 39
+    choice = choose_blend(helps_once + alike, [{1: 1.0}] + [{0: 1.0}] * 39)
+    assert choice.blend == Blend()
+    assert choice.gains["all"].mean == 0
+    assert choose_blend([], []).blend == Blend()
+
+
+def test_standard_scores_with_the_zeros_left_out() -> None:
+    scores = np.array([0, 3, 0, 1.0])
+    expected = (scores - scores.mean()) / scores.std()
+    np.testing.assert_allclose(standard(scores, 4), expected)
+    assert not standard(np.zeros(3), 3).any()
+
+
+@pytest.mark.parametrize("kind", ["sq8", "hnsw", "ivfpq"])
+def test_every_kind_of_index_states_its_recall(kind: ann.Kind, tmp_path: Path) -> None:
+    vectors = RNG.standard_normal((2000, 16), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = ann.build(vectors, kind)
+    found = ann.recall(index, vectors, vectors[:20])
+    assert 0.5 < found <= 1
+    ann.save(index, tmp_path / "x.faiss")
+    again = ann.load(tmp_path / "x.faiss")
+    assert ann.recall(again, vectors, vectors[:20]) == found
+    exact = ann.build(vectors, "hnsw")
+    exact.hnsw.efSearch = 2000
+    assert ann.recall(exact, vectors, vectors[:20]) > 0.99
+
+
+@pytest.fixture(scope="module")
+def indexed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = shutil.copytree(whole, tmp_path_factory.mktemp("indexed") / "run")
+    assert main(["index", str(out), "--quiet"]) == 0
+    return out
+
+
+@pytest.fixture
+def run(indexed: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(indexed, tmp_path / "run")
+
+
+def searcher(out: Path) -> Searcher:
+    return open_searcher(out, Console(quiet=True))
+
+
+def answers(out: Path, queries: list[str], k: int = 5) -> list[dict[str, list[tuple]]]:
+    """Per query and system: ids, sentences and scores."""
+    found = (searcher(out).search(query, k) for query in queries)
+    return [
+        {
+            name: [(hit.chunk.id, hit.sentence, hit.score) for hit in hits]
+            for name, hits in x.items()
+        }
+        for x in found
+    ]
+
+
+def assert_same(one: list, other: list) -> None:
+    """Equal ids and sentences; scores up to rounding."""
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert [hit[:2] for hit in a[name]] == [hit[:2] for hit in b[name]], name
+            np.testing.assert_allclose(
+                [hit[2] for hit in a[name]], [hit[2] for hit in b[name]], rtol=1e-4, atol=1e-5
+            )
+
+
+QUERIES = ["how are operators called", "import statement", "zzz unknown", "<b>&\x1b[31m"]
+
+
+def test_search_shows_each_system(indexed: Path, capsys) -> None:
+    assert main(["search", str(indexed), QUERIES[0], "-k", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["systems"]) == {"base", "fused", "BM25", "blend"}
+    chunks = {chunk.id: chunk for chunk in read_records(indexed / "chunks.jsonl", Chunk)}
+    for hits in found["systems"].values():
+        assert len(hits) == 3
+        assert [hit["score"] for hit in hits] == sorted(
+            (hit["score"] for hit in hits), reverse=True
+        )
+        for hit in hits:
+            chunk = chunks[hit["id"]]
+            assert (hit["text"], hit["source"]) == (chunk.text, chunk.source)
+            start, end = hit["sentence"]["in_text"]
+            assert hit["sentence"]["text"] == chunk.text[start:end]
+            first = hit["sentence"]["in_source"][0]
+            assert first == chunk.start + start
+    assert main(["search", str(indexed), QUERIES[0]]) == 0
+    assert found["systems"]["blend"][0]["id"] in capsys.readouterr().out
+    assert main(["search", str(indexed), " "]) == 2
+    assert "search: the query is empty" in capsys.readouterr().err
+
+
+def test_the_columns_are_what_each_system_ranks(indexed: Path) -> None:
+    """Over every passage, with numpy alone."""
+    own = searcher(indexed)
+    index, query = own.index, QUERIES[0]
+    found = own.search(query, 5)
+    (segment,) = index.segments
+    for side, name in (("product", "fused"), ("base", "base")):
+        scores = segment.vectors[side] @ own._encoders.queries(side, [query])[0]
+        best = np.argsort(-scores, kind="stable")[:5]
+        assert [hit.chunk.id for hit in found[name]] == [index.chunk(int(i)).id for i in best]
+        np.testing.assert_allclose([hit.score for hit in found[name]], scores[best], rtol=1e-4)
+
+
+def test_an_approximate_index_finds_nearly_the_same(run: Path) -> None:
+    exact = answers(run, QUERIES[:2])
+    assert main(["index", str(run), "--type", "sq8", "--quiet"]) == 0
+    assert (run / "index").glob("*/sentences.faiss")
+    assert_same(answers(run, QUERIES[:2]), exact)  # all lists are searched where there are few
+
+
+def test_a_new_index_only_where_something_changed(run: Path, capsys) -> None:
+    assert main(["index", str(run)]) == 0
+    assert "index: up to date" in capsys.readouterr().err
+    shutil.copy(run / "tuned" / "model.safetensors", run / "model" / "model.safetensors")
+    assert main(["search", str(run), "x"]) == 2
+    assert "the index is older than the model (the product encoder changed)" in (
+        capsys.readouterr().err
+    )
+    assert main(["index", str(run)]) == 0
+    assert "index: the product encoder changed" in capsys.readouterr().err
+    assert main(["search", str(run), "x", "--quiet"]) == 0
+
+
+@pytest.fixture
+def more(tmp_path: Path) -> Path:
+    folder = tmp_path / "more"
+    folder.mkdir()
+    (folder / "new.md").write_text("# Loire\n\nThe Loire is the longest river of France.")
+    return folder
+
+
+def test_changes_leave_the_index_that_a_rebuild_makes(run: Path, more: Path, capsys) -> None:
+    """Added, changed and removed documents: no trace of the old ones, statistics included."""
+    queries = [*QUERIES, "the longest river of France"]
+    ids = [chunk.id.partition("#")[0] for chunk in read_records(run / "chunks.jsonl", Chunk)]
+    gone, changed = ids[0], ids[-1]
+    (more / changed).write_text("Another text about operators stands here now.")
+    assert main(["index", str(run), "--add", str(more), "--remove", gone, "--quiet"]) == 0
+    found = answers(run, queries)
+    assert found[-1]["blend"][0][0] == "new.md"
+    seen = {hit[0].partition("#")[0] for x in answers(run, queries, 500) for hit in x["fused"]}
+    assert gone not in seen
+    assert {changed, "new.md"} < seen
+    manifest = json.loads((run / "index" / "index.json").read_text())
+    assert manifest["edited"] == sorted({gone, changed, "new.md"})
+
+    manifest["key"] = {}  # as if a setting had changed
+    (run / "index" / "index.json").write_text(json.dumps(manifest))
+    blend = manifest["blend"]
+    assert main(["index", str(run), "--quiet"]) == 0
+    rebuilt = json.loads((run / "index" / "index.json").read_text())
+    assert rebuilt["dead"] is None
+    rebuilt["blend"] = blend  # chosen anew
+    (run / "index" / "index.json").write_text(json.dumps(rebuilt))
+    assert_same(answers(run, queries), found)
+    assert main(["index", str(run), "--remove", "nobody"]) == 2
+    assert "no document 'nobody' is in the index" in capsys.readouterr().err
+
+
+def test_many_additions_are_merged(run: Path, more: Path) -> None:
+    queries = [*QUERIES, "river number 7"]
+    for number in range(10):
+        (more / "new.md").write_text(f"The river number {number} flows. It is long and wide.")
+        if number == 9:
+            (more / "other.md").write_text("The other river is deep.")
+        assert main(["index", str(run), "--add", str(more), "--quiet"]) == 0
+        if number == 7:
+            before = len(json.loads((run / "index" / "index.json").read_text())["segments"])
+    after = json.loads((run / "index" / "index.json").read_text())["segments"]
+    assert before == 9
+    assert len(after) <= 3
+    hits = searcher(run).search("the other river", 500)["fused"]
+    assert [hit.chunk.text for hit in hits if hit.chunk.id == "new.md"] == [
+        "The river number 9 flows. It is long and wide."
+    ]
+    assert "other.md" in [hit.chunk.id for hit in hits]
+    assert len(answers(run, queries)) == len(queries)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1])
+def test_a_killed_writer_leaves_the_old_index_or_the_new(
+    run: Path, more: Path, delay: float
+) -> None:
+    """SIGKILL after the first file of the new segment, and a little later."""
+    before = answers(run, QUERIES)
+    old = set(os.listdir(run / "index"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "refine_fast", "index", str(run), "--add", str(more), "--quiet"]
+    )
+    while set(os.listdir(run / "index")) == old and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found = searcher(run).search("the longest river of France", 500)["fused"]
+    if "new.md" not in [hit.chunk.id for hit in found]:
+        assert_same(answers(run, QUERIES), before)
+    assert main(["index", str(run), "--add", str(more), "--quiet"]) == 0
+    manifest = json.loads((run / "index" / "index.json").read_text())
+    kept = {"index.json", manifest["dead"], *manifest["segments"]} - {None}
+    assert set(os.listdir(run / "index")) == kept
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert printable("a\x1b[31m\u202eb\x07") == "a [31m b "
