@@ -248,6 +248,25 @@ def parser() -> argparse.ArgumentParser:
     )
 
     sub = command(
+        "serve",
+        serve,
+        "serve a run's index as a web page and a JSON endpoint",
+        "serve run/",
+    )
+    sub.set_defaults(stopped="the marks are saved")
+    sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run with an index")
+    sub.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; an address that other machines reach needs the token that is "
+        "printed, or that REFINE_FAST_TOKEN holds (default 127.0.0.1)",
+    )
+    sub.add_argument(
+        "--port", type=int, default=8765, metavar="N", help="0: a free one (default 8765)"
+    )
+
+    sub = command(
         "export",
         export,
         "write a run's mined training set for another trainer",
@@ -496,6 +515,13 @@ def search(options: argparse.Namespace, console: Console) -> None:
     from .pipeline.commands.search import search
 
     search(options.folder, options.query, options.k, console)
+
+
+def serve(options: argparse.Namespace, console: Console) -> None:
+    """Serves the index of a run."""
+    from .pipeline.commands.serve import serve
+
+    serve(options.folder, options.host, options.port, console)
 
 
 def export(options: argparse.Namespace, console: Console) -> None:

@@ -228,3 +228,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny: Path, docs: Path) -> P
 def copied(whole: Path, tmp_path: Path) -> Path:
     """A copy of the run, to change."""
     return shutil.copytree(whole, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def indexed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run with its index, to read."""
+    from refine_fast.cli import main
+
+    out = shutil.copytree(whole, tmp_path_factory.mktemp("indexed") / "run")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main(["index", str(out), "--quiet"]) == 0
+    torch.set_num_threads(threads)
+    return out

@@ -183,13 +183,6 @@ def test_every_kind_of_index_states_its_recall(kind: ann.Kind, tmp_path: Path) -
     assert ann.recall(exact, vectors, vectors[:20]) > 0.99
 
 
-@pytest.fixture(scope="module")
-def indexed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = shutil.copytree(whole, tmp_path_factory.mktemp("indexed") / "run")
-    assert main(["index", str(out), "--quiet"]) == 0
-    return out
-
-
 @pytest.fixture
 def run(indexed: Path, tmp_path: Path) -> Path:
     return shutil.copytree(indexed, tmp_path / "run")

@@ -23,7 +23,7 @@ CANDIDATES = 400
 """Vectors that an approximate index contributes for each query; they are then scored exactly."""
 
 MAX_QUERY = 10_000
-"""Characters of a query; the encoder reads the first few hundred words anyway."""
+"""Characters of a query. BM25 reads all of them, an encoder the first few hundred words."""
 
 
 @dataclass(frozen=True)
@@ -264,15 +264,23 @@ class Searcher:
         """The best passages by each system.
 
         Args:
-            query: at most ``MAX_QUERY`` characters count.
+            query: at most ``MAX_QUERY`` characters.
             k: passages per system.
 
         Returns:
             "base" (unless the product is the base), "fused", "BM25" and "blend", best first. The
             scores of the first two are similarities, of the others standard scores. BM25 finds only
             passages that share a term with the query.
+
+        Raises:
+            RefineFastError: a longer query.
         """
-        query, index = query[:MAX_QUERY], self.index
+        if len(query) > MAX_QUERY:
+            raise RefineFastError(
+                f"query must have at most {MAX_QUERY:,} characters (got {len(query):,}); "
+                "shorten it."
+            )
+        query, index = query.encode("utf-8", "replace").decode(), self.index  # lone surrogates
         vector = self._encoders.queries("product", [query])[0]
         parts = index.components(query, vector)
         mean, spread = parts.scale

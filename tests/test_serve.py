@@ -1,0 +1,314 @@
+"""The page of ``refine-fast serve`` and its JSON endpoint, with hostile documents and queries."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refine_fast.cli import main
+from refine_fast.pipeline.commands.search import open_searcher
+from refine_fast.pipeline.commands.serve import is_loopback
+from refine_fast.pipeline.console import Console
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.corpus.jsonl import read_records
+from refine_fast.pipeline.queries.user import load_queries
+from refine_fast.pipeline.serving.judged import JUDGED, Judged
+
+uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn: pip install '.[serve]'")
+pytest.importorskip("starlette", reason="needs starlette: pip install '.[serve]'")
+
+HOSTILE = (
+    "# <img src=x onerror=hacked()> hostile\n\n"
+    "The zebra crossing <script>window.hacked = 1</script> is </mark></article> here \x1b[31m now. "
+    "A second \U0001f600 zebra sentence with <b>bold</b> \u202e reversed text. "
+    "<a href='javascript:hacked()'>zebra</a> &lt;b&gt; \u2028 end of it."
+)
+
+
+@contextmanager
+def serving(run: Path, **options: Any) -> Iterator[str]:
+    """The address of a server in this process."""
+    from refine_fast.pipeline.serving.web import application
+
+    searcher = open_searcher(run, Console(quiet=True))
+    app = application(searcher, Judged(run / JUDGED), **options)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def run(indexed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    out = shutil.copytree(indexed, folder / "run")
+    (folder / "more").mkdir()
+    (folder / "more" / "hostile.txt").write_text(HOSTILE, encoding="utf-8")
+    assert main(["index", str(out), "--add", str(folder / "more"), "--quiet"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def address(run: Path) -> Iterator[str]:
+    with serving(run, hosts=["127.0.0.1"]) as found:
+        yield found
+
+
+def call(
+    url: str, body: object = None, *, kind: str = "application/json", **headers: str
+) -> tuple[int, Any]:
+    """Status and JSON value of a response."""
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": kind, **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        text = error.read()
+        return error.code, json.loads(text) if text.startswith(b"{") else text
+
+
+def test_the_endpoint_answers_as_search_does(address: str, run: Path, capsys) -> None:
+    query = "how are operators called"
+    status, found = call(f"{address}/api/search", {"query": query, "k": 3})
+    assert status == 200
+    assert call(f"{address}/api/search?q=how+are+operators+called&k=3") == (200, found)
+    assert main(["search", str(run), query, "-k", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["systems"] == found["systems"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"query": " "}, "query must be a text that is not empty"),
+        ({"query": 5}, "query must be a text that is not empty"),
+        ({"query": "x", "k": 0}, "k must be an integer from 1 to 100 (got '0')"),
+        ({"query": "x", "k": "9" * 5000}, "k must be an integer from 1 to 100"),
+        ({"query": "x" * 10_001}, "query must have at most 10,000 characters (got 10,001)"),
+        (b"{" * 100, "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b" " * 300_000, "a request may have 200,000 bytes"),
+        ([1], "must be a JSON object"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(address: str, body: object, message: str) -> None:
+    status, value = call(f"{address}/api/search", body)
+    assert status == 400
+    assert message in value["error"]
+
+
+def test_another_site_cannot_use_it(address: str) -> None:
+    """A form of another page, and a name that resolves to this machine."""
+    mark = {"query": "x", "doc_id": "y"}
+    assert call(f"{address}/api/judge", mark, kind="text/plain")[0] == 400
+    assert call(f"{address}/api/about", Host="evil.example")[0] == 400
+    with urllib.request.urlopen(address) as response:
+        policy = response.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+
+
+def test_a_token(run: Path) -> None:
+    with serving(run, token="secret") as address:
+        assert call(f"{address}/api/about")[0] == 401
+        assert call(f"{address}/api/about", Cookie="refine_fast_token=other")[0] == 401
+        assert call(f"{address}/?token=other")[0] == 401
+        assert call(f"{address}/page.js")[0] == 401
+        assert call(f"{address}/api/about", Authorization="Bearer secret")[0] == 200
+        assert call(f"{address}/api/about", Cookie="refine_fast_token=secret")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback(host: str, local: bool) -> None:
+    assert is_loopback(host) is local
+    assert not is_loopback("example.org")
+
+
+LONG = ("zebra <script>alert(1)</script> \x00\x07\u202e" * 400)[:10_000]
+ODD = [LONG, "\ud800 zebra", "\x00", "'\"><svg onload=hacked()>", "😀" * 5000, "OR 1=1 --", "🦓"]
+
+
+def test_twenty_users_with_odd_queries_lose_nothing(address: str, run: Path) -> None:
+    """Searches and marks at once: every answer is its own query's, every mark is on the disk."""
+    target = read_records(run / "chunks.jsonl", Chunk)[3].id
+
+    def user(number: int) -> None:
+        for query in (f"user {number} asks for operators", ODD[number % len(ODD)]):
+            status, found = call(f"{address}/api/search", {"query": query, "k": 5})
+            assert status == 200
+            assert found["query"] == query.encode("utf-8", "replace").decode()
+            assert len(found["systems"]["blend"]) == 5
+        mark = {"query": f"user {number} asks for operators", "doc_id": target}
+        assert call(f"{address}/api/judge", mark)[0] == 200
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(user, range(20)))
+    marked = [json.loads(line) for line in (run / JUDGED).open(encoding="utf-8")]
+    mine = [mark for mark in marked if mark["text"].startswith("user ")]
+    assert len(mine) == 20
+    queries = load_queries(run / JUDGED, read_records(run / "chunks.jsonl", Chunk))
+    assert {query.chunk_id for query in queries} == {target}
+
+    status, left = call(f"{address}/api/judge", {**mine_of(mine[0]), "answers": False})
+    assert (status, left["marks"]) == (200, len(marked) - 1)
+
+
+def mine_of(mark: dict[str, str]) -> dict[str, str]:
+    return {"query": mark["text"], "doc_id": mark["doc_id"]}
+
+
+def test_marks_with_odd_texts_are_read_back(tmp_path: Path) -> None:
+    judged = Judged(tmp_path / JUDGED)
+    for number, query in enumerate(ODD):
+        judged.mark(query.encode("utf-8", "replace").decode(), f"d{number}\n\x00")
+    again = Judged(tmp_path / JUDGED)
+    assert len(again) == len(ODD)
+    assert again.of(LONG) == ["d0\n\x00"]
+
+
+def test_marks_choose_the_blend(run: Path, tmp_path: Path, capsys) -> None:
+    """Enough of them, and they alone do."""
+    out = shutil.copytree(run, tmp_path / "run")
+    chunks = read_records(out / "chunks.jsonl", Chunk)
+    judged = Judged(out / JUDGED)
+    for number in range(60):
+        chunk = chunks[number % len(chunks)]
+        judged.mark(f"{number} {chunk.text[:40]}", chunk.id)
+    assert main(["index", str(out), "--json", "--quiet"]) == 0
+    blend = json.loads(capsys.readouterr().out)["blend"]
+    assert blend["queries"] == 60 + (0 if not (run / JUDGED).exists() else blend["queries"] - 60)
+
+
+def test_the_command_serves_until_it_is_stopped(run: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "refine_fast", "serve", str(run), "--port", "0", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )
+    lines = ""
+    while "}" not in lines:
+        lines += process.stdout.readline()
+    address = json.loads(lines)["address"]
+    assert call(f"{address}api/about")[0] == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) in (0, 130)
+    assert "Traceback" not in process.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="needs playwright: pip install playwright"
+    )
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """A page whose errors and policy violations fail the test."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    problems: list[str] = []
+    page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("dialog", lambda dialog: problems.append(dialog.message))
+    page.goto(address)
+    yield page
+    assert [text for text in problems if "ERR_FAILED" not in text] == []
+    page.close()
+
+
+def shot(page: Any, name: str) -> None:
+    """A screenshot, where REFINE_FAST_SHOTS names a folder for them."""
+    if folder := os.environ.get("REFINE_FAST_SHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+def test_a_person_searches_and_marks_with_the_keyboard(page: Any, run: Path) -> None:
+    page.keyboard.type("zebra <script>window.hacked = 1</script> crossing")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("article")
+    systems = page.eval_on_selector_all("section", "x => x.map(s => s.dataset.system)")
+    assert systems == ["blend", "fused", "base", "BM25"]
+    first = page.locator('section[data-system="BM25"] article').first
+    assert "<script>window.hacked = 1</script>" in first.inner_text()
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("main script, main img, main a, main b").count() == 0
+    marked = first.locator("mark").inner_text()
+    assert marked
+    assert marked in HOSTILE
+    target = first.get_attribute("data-id")
+    assert target.startswith("hostile.txt")
+
+    page.keyboard.press("ArrowDown")  # from the query to the first passage
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("a")
+    page.wait_for_selector("article.answers")
+    assert page.locator(f'article[data-id="{target}"].answers').count() >= 1
+    marks = [json.loads(line) for line in (run / JUDGED).open(encoding="utf-8")]
+    assert {
+        "text": "zebra <script>window.hacked = 1</script> crossing",
+        "doc_id": target,
+    } in marks
+    shot(page, "wide")
+    page.keyboard.press("a")
+    page.wait_for_selector("article.answers", state="detached")
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "query"
+
+
+def test_a_telephone_shows_one_system_at_a_time(page: Any) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.fill("#query", "x" * 300 + " zebra " + LONG[:9000])
+    page.click("form button")
+    page.wait_for_selector("article")
+    assert page.locator("section:visible").count() == 1
+    page.click('#tabs button[data-system="BM25"]')
+    assert page.locator("section:visible").get_attribute("data-system") == "BM25"
+    shot(page, "telephone")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    small = page.eval_on_selector_all(
+        "button", "x => x.filter(b => b.offsetParent && b.offsetHeight < 40).length"
+    )
+    assert small == 0
+
+
+def test_a_server_that_is_gone_is_named(page: Any) -> None:
+    page.route("**/api/search", lambda route: route.abort())
+    page.fill("#query", "zebra")
+    page.click("form button")
+    page.get_by_text("the server does not answer").wait_for()
+    page.unroute("**/api/search")
