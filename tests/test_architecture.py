@@ -23,7 +23,7 @@ LAYERS = [
     {"nn", "mine", "fuse"},
     {"integrations"},
     {"pipeline"},
-    {"bench"},
+    {"bench", "arguments"},
     {"cli"},
     {"__main__"},
 ]

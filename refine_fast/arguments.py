@@ -1,0 +1,100 @@
+"""Arguments of the command line that take more than a line to read or to declare."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def join_negative_values(arguments: Sequence[str]) -> list[str]:
+    """``--band -1,1`` as ``--band=-1,1``: argparse takes -1,1 for an option."""
+    joined: list[str] = []
+    for argument in arguments:
+        after_flag = joined and re.fullmatch(r"--\w[\w-]*", joined[-1])
+        if after_flag and re.match(r"-\.?\d", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def add_trust_flag(command: argparse.ArgumentParser) -> None:
+    """``--trust-remote-code``, for encoders with code of their own."""
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code in an encoder's folder",
+    )
+
+
+def count(text: str) -> int:
+    """An integer from 1 to 1,000."""
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 1,000 (got {text!r})")
+    return int(text)
+
+
+def weight_of_glob(text: str) -> tuple[str, float]:
+    """``GLOB=W`` as (glob, weight)."""
+    glob, _, weight = text.rpartition("=")
+    try:
+        return glob, float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be GLOB=W, such as '*.embeddings.*=0'"
+        ) from None
+
+
+def add_run_flags(command: argparse.ArgumentParser) -> None:
+    """DOCS, and one flag for each field of RunConfig. Only what is given is set: the rest is left
+    to the YAML file and the defaults."""
+    from .pipeline.config import RunConfig
+
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file with any of the options below, such as 'queries_per_chunk: 8'",
+    )
+    command.add_argument(
+        "--quick",
+        action="store_true",
+        help="do every stage on a little data, to see that the set-up works",
+    )
+    for name, field in RunConfig.model_fields.items():
+        extra: Any = field.json_schema_extra
+        help = str(field.description)
+        if name == "docs":
+            command.add_argument(
+                "docs",
+                nargs="?",
+                default=argparse.SUPPRESS,
+                metavar=extra["metavar"],
+                help=f"{help} (default: the documents of the run at --out if it exists, "
+                "else Python's documentation)",
+            )
+            continue
+        if not field.is_required() and field.default not in (None, ()):
+            help += f" (default {shown(field.default)})"
+        # A switch may be given without a value: --judge, --judge yes and --judge no.
+        switch: Any = {"nargs": "?", "const": "yes"} if field.annotation is bool else {}
+        command.add_argument(
+            f"--{name.replace('_', '-')}",
+            action="append" if name == "ood" else "store",
+            default=argparse.SUPPRESS,
+            metavar=extra["metavar"],
+            help=help.replace("%", "%%"),
+            **switch,
+        )
+
+
+def shown(value: Any) -> str:
+    """A default as its flag would be written."""
+    if isinstance(value, tuple):
+        return ",".join(
+            f"{item[0]}={item[1]:g}" if isinstance(item, tuple) else f"{item:g}" for item in value
+        )
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
