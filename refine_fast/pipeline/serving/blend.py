@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ..evaluation.choice import METRIC
-from ..evaluation.metrics import score_ranking
+from ..evaluation.metrics import DEPTH, score_ranking
 from ..evaluation.scores import Scores
 from ..evaluation.significance import Gain, gain
 
@@ -91,6 +91,8 @@ class BlendChoice:
     gains: Mapping[str, Gain]
     """"sentences", "lexical": of the best blend over the best one without; "all": of the chosen
     blend over passage vectors alone."""
+    without: Mapping[str, Blend] = field(default_factory=dict)
+    """"sentences", "lexical": the best blend without."""
 
     def facts(self) -> dict[str, Any]:
         """As JSON."""
@@ -112,7 +114,7 @@ def choose_blend(
     if not parts:
         return BlendChoice(Blend(), 0, {})
     grid = {
-        Blend(w, b): _scores(parts, relevant, Blend(w, b))
+        Blend(w, b): score_blend(parts, relevant, Blend(w, b), 10)
         for w in SENTENCE_SHARES
         for b in LEXICAL_SHARES
     }
@@ -134,11 +136,15 @@ def choose_blend(
         chosen = without[min(gains, key=lambda name: gains[name].mean)]
         if change(Blend(), chosen).low <= 0:
             chosen = Blend()
-    return BlendChoice(chosen, len(parts), {**gains, "all": change(Blend(), chosen)})
+    return BlendChoice(chosen, len(parts), {**gains, "all": change(Blend(), chosen)}, without)
 
 
-def _scores(
-    parts: Sequence[Components], relevant: Sequence[Mapping[int, float]], blend: Blend
+def score_blend(
+    parts: Sequence[Components],
+    relevant: Sequence[Mapping[int, float]],
+    blend: Blend,
+    depth: int = DEPTH,
 ) -> Scores:
-    ranked = [part.rows[part.top(blend(part), 10)].tolist() for part in parts]
+    """The scores of a blend's first ``depth`` passages of each query."""
+    ranked = [part.rows[part.top(blend(part), depth)].tolist() for part in parts]
     return score_ranking(ranked, relevant)

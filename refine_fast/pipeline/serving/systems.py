@@ -1,0 +1,99 @@
+"""Scores of systems, not only of models: passage vectors, sentences, BM25 and their blends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..corpus.beir import RetrievalSet
+from ..corpus.language import languages_of
+from ..corpus.sentences import sentence_spans
+from ..corpus.text import passage_text
+from ..evaluation.bm25 import score_bm25
+from ..evaluation.scores import Scores
+from .blend import Blend, BlendChoice, Components, score_blend, standard
+from .dense import Moments, best_of_groups
+from .lexical import Lexical, Postings
+
+SERVED = "blend"
+"""The system that ``search`` and ``serve`` put first."""
+
+SYSTEM_NAMES = ("passages", "sentences", "BM25", "hybrid", SERVED)
+"""Passage vectors alone; with the best sentence; BM25 alone; passages and BM25; all three."""
+
+QUERIES_AT_A_TIME = 64
+
+Encode = Callable[[Sequence[str]], np.ndarray]
+"""Texts to float32 vectors."""
+
+
+def sentences_of(data: RetrievalSet) -> tuple[list[str], np.ndarray]:
+    """What is encoded of every sentence of a set, and the offsets of each passage's."""
+    titles = data.titles or [""] * len(data.docs)
+    texts = [doc[len(title) :].strip() for doc, title in zip(data.docs, titles, strict=True)]
+    sentences: list[str] = []
+    offsets = [0]
+    for title, text, language in zip(titles, texts, languages_of(texts), strict=True):
+        spans = sentence_spans(text, language) or [(0, len(text))]
+        sentences += [passage_text(title, text[start:end]) for start, end in spans]
+        offsets.append(len(sentences))
+    return sentences, np.array(offsets, np.int64)
+
+
+def components_of(data: RetrievalSet, documents: Encode, queries: Encode) -> list[Components]:
+    """The standard scores of the best passages of each query, as ``Components.trimmed``.
+
+    As in BEIR, a query's own document is left out of its ranking.
+
+    Args:
+        data: the set.
+        documents: encodes passages and sentences.
+        queries: encodes queries.
+    """
+    sentences, offsets = sentences_of(data)
+    passages, best_rows = documents(data.docs), documents(sentences)
+    vectors = queries(data.queries)
+    moments = Moments.of(passages)
+    lexical = Lexical([Postings.of(data.docs)], np.ones(len(data.docs), bool))
+    found = []
+    for first in range(0, len(vectors), QUERIES_AT_A_TIME):
+        block = slice(first, first + QUERIES_AT_A_TIME)
+        q = vectors[block]
+        mean, spread = (values[:, None] for values in moments.standard(q))
+        own = (q @ passages.T - mean) / spread
+        best = (best_of_groups(q, best_rows, offsets) - mean) / spread
+        for i, query in enumerate(data.queries[block]):
+            bm25 = lexical.scores(query)
+            rows = np.delete(np.arange(len(data.docs)), data.own_rows[first + i])
+            whole = Components(
+                rows, own[i][rows], best[i][rows], standard(bm25, len(bm25))[rows], bm25[rows] > 0
+            )
+            found.append(whole.trimmed())
+    return found
+
+
+def relevant_of(data: RetrievalSet) -> list[dict[int, float]]:
+    """Per query: row of a passage -> grade. A passage that the corpus lacks has a negative row, so
+    that it counts as not found."""
+    row = {id: i for i, id in enumerate(data.doc_ids)}
+    return [
+        {row.get(id, -1 - i): grade for i, (id, grade) in enumerate(grades.items())}
+        for grades in data.qrels
+    ]
+
+
+def score_systems(
+    data: RetrievalSet, parts: Sequence[Components], choice: BlendChoice
+) -> dict[str, Scores]:
+    """System of ``SYSTEM_NAMES`` -> scores, at the weights that were chosen on other queries."""
+    relevant = relevant_of(data)
+    blends = {
+        "passages": Blend(),
+        "sentences": choice.without.get("lexical", Blend()),
+        "hybrid": choice.without.get("sentences", Blend()),
+        SERVED: choice.blend,
+    }
+    scores = {name: score_blend(parts, relevant, blend) for name, blend in blends.items()}
+    scores["BM25"] = score_bm25(data)
+    return {name: scores[name] for name in SYSTEM_NAMES}
