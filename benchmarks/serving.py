@@ -4,9 +4,10 @@
 
 Each model on each set, as passage vectors, with sentence vectors, BM25, and their blends. The
 weights are chosen on held-out queries: the split "train" of the set, never its test queries, or
-queries that are made from the documents (--dev synthetic). Embeddings are kept in --cache. A row
-that is in the table is not measured again without --again. gain_recall@3 is the change against the
-better of passage vectors and BM25, with its paired 95% interval.
+queries that are made from the documents, with as many of general knowledge (--dev synthetic).
+Embeddings are kept in --cache. A row that is in the table is not measured again without --again.
+gain_recall@3 is the change against the better of passage vectors and BM25, with its paired 95%
+interval.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ from refine_fast.pipeline.encoder.load import encoder_folder, load_encoder
 from refine_fast.pipeline.evaluation.significance import gain
 from refine_fast.pipeline.queries.splits import held_out_set
 from refine_fast.pipeline.queries.synthetic import synthesize_queries
-from refine_fast.pipeline.serving.blend import choose_blend
-from refine_fast.pipeline.serving.systems import components_of, relevant_of, score_systems
+from refine_fast.pipeline.serving.systems import (
+    choose,
+    components_of,
+    relevant_of,
+    score_systems,
+)
 
 SETS = ("squad", "covidqa", "dstc11_travel", "scifact", "pubmedqa")
 METRICS = ("recall@1", "recall@3", "recall@10", "ndcg@10")
@@ -94,10 +99,10 @@ def measure(name: str, set_name: str, dev: str, given: argparse.Namespace) -> li
     folder = Path(os.environ["REFINE_FAST_DATA"]) / set_name
     data, encoder = load_beir(folder), Encoder(name, given.cache)
     held = dev_set(data, folder, dev)
-    choice = choose_blend(
-        components_of(held, encoder.documents, encoder.queries), relevant_of(held)
-    )
-    scores = score_systems(data, components_of(data, encoder.documents, encoder.queries), choice)
+    both = (encoder.documents, encoder.queries)
+    parts = components_of(held, *both)
+    choice = choose(parts, relevant_of(held), *both, made=dev == "synthetic")
+    scores = score_systems(data, components_of(data, *both), choice)
     blends = {
         "sentences": choice.without["lexical"],
         "hybrid": choice.without["sentences"],

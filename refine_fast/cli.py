@@ -34,6 +34,9 @@ LAST_STAGE = {
 }
 """Command -> the last stage that it does."""
 
+INDEX_FORMATS = ("vectors", "faiss", "lancedb", "qdrant")
+"""Formats of ``export`` that need an index; the others need a run that is mined."""
+
 OK, FAILED, BAD_INPUT, LOCKED, KEPT_BASE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 EXAMPLES = """examples:
@@ -263,7 +266,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "export",
         export,
-        "write a run's mined training set for another trainer",
+        "write a run's mined training set for another trainer, or its index for another server",
         "export run/ --format flagembedding --out train.jsonl",
     )
     sub.set_defaults(stopped="nothing was left at --out")
@@ -271,9 +274,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--format",
         required=True,
-        choices=["triplets", "flagembedding", "tevatron", "llama_index", "beir", "parquet"],
-        help="triplets: of sentence-transformers; beir: a folder, with the queries held out as "
-        "its splits dev and test; parquet: ids, texts and scores, a row for each query",
+        choices=[
+            *("triplets", "flagembedding", "tevatron", "llama_index", "beir", "parquet"),
+            *INDEX_FORMATS,
+        ],
+        help="of the training set: triplets (sentence-transformers), flagembedding, tevatron, "
+        "llama_index, beir (a folder, with the queries held out as its splits dev and test), "
+        "parquet (ids, texts and scores, a row for each query); of the index: vectors (parquet), "
+        "faiss, lancedb, qdrant",
     )
     sub.add_argument(
         "-o",
@@ -440,7 +448,14 @@ def serve(options: argparse.Namespace, console: Console) -> None:
 
 
 def export(options: argparse.Namespace, console: Console) -> None:
-    """Writes the training set of a run."""
+    """Writes the training set of a run, or its index."""
+    if options.format in INDEX_FORMATS:
+        from .pipeline.commands.export_index import export_index
+
+        export_index(
+            options.folder, options.format, options.out, console, overwrite=options.overwrite
+        )
+        return
     from .pipeline.commands.export import export
 
     export(options.folder, options.format, options.out, console, overwrite=options.overwrite)

@@ -36,6 +36,7 @@ STAGES = [
     "score base",
     "score fine-tuned",
     "score fused",
+    "systems",
     "fuse",
     "report",
 ]

@@ -142,6 +142,7 @@ def test_a_rerun_does_nothing(copied: Path, capsys) -> None:
                 "curve 0.5": "not done yet",
                 "choose": "config.weight 0.35 -> 0.5",
                 "score fused": "fusion.json changed",
+                "systems": "fusion.json changed",
                 "fuse": "fusion.json changed",
             },
         ),

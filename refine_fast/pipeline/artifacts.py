@@ -43,6 +43,8 @@ SYSTEMS = ("BM25", "base", "fine-tuned", "fused")
 """What is scored on the test sets."""
 SETS = "sets.json"
 """Retrieval set -> number of passages that a query is scored against."""
+SERVED = "systems.json"
+"""The scores of the systems that can be served (passages, sentences, BM25, blends)."""
 MODEL = "model"
 """Folder of the product."""
 

@@ -297,6 +297,13 @@ class RunConfig(BaseModel):
         1000, "sample larger out-of-domain sets down to this many passages", "N", ge=10
     )
 
+    served: bool = _option(
+        True,
+        "score base and product in the system that is served too (sentences, BM25, their blend), "
+        "which encodes every sentence of up to 2,000 passages: yes or no",
+        "YES",
+    )
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)

@@ -11,6 +11,7 @@ QUICK: dict[str, Any] = {
     "ood_passages": 300,
     "curve": (0.0, 1.0),
     "weight": 0.35,  # no choice, which so little training would make
+    "served": False,
 }
 """What --quick sets, unless given otherwise: every stage in about a minute, to see that a set-up
 works. Its figures mean little."""

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 KINDS_IN_TURN = ("cloze", "span", "cloze", "title")
 """Kinds rotate; each chunk starts at a random position."""
 
+KINDS = frozenset(KINDS_IN_TURN)
+"""Kinds of queries that share their words with the passage that they were made from."""
+
 MIN_SENTENCE_WORDS, MAX_SENTENCE_WORDS = 6, 60
 
 _RUN = regex.compile(

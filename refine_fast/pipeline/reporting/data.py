@@ -137,6 +137,29 @@ class SetScores(Curve):
 
 
 @dataclass(frozen=True)
+class Served:
+    """The systems that can be served, on a sample of the test queries."""
+
+    passages: int
+    systems: Mapping[str, Mapping[str, Scores]]
+    """"base" and "fused" -> system -> scores; without "fused" where the product is the base."""
+    choices: Mapping[str, Mapping[str, Any]]
+    """"base" and "fused" -> how its blend was chosen (``BlendChoice.facts``)."""
+    name: str = "blend"
+    """The system that is served."""
+
+    @property
+    def queries(self) -> int:
+        """The number of test queries."""
+        return len(self.systems["base"][self.name])
+
+    def gain(self, metric: str) -> Gain:
+        """Gain of the product over the base, both served."""
+        before, after = (self.systems[side][self.name] for side in ("base", "fused"))
+        return gain(before.per_query[metric], after.per_query[metric])
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything that a report states or draws."""
 
@@ -164,6 +187,8 @@ class ReportData:
     fusion: str = "weights"
     """"weights"; or "embeddings": a frozen twin beside the tuned encoder, in the loss and when
     serving."""
+    served: Served | None = None
+    """None where ``--served no`` was given."""
 
     @property
     def pooled(self) -> SetScores | None:

@@ -6,7 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ..evaluation.metrics import METRICS
-from .data import Curve, ReportData, SetScores
+from ..evaluation.significance import gain
+from .data import Curve, ReportData, Served, SetScores
+from .format import HEADLINE, TABLE_METRICS
 from .verdict import caveats, verdict
 
 
@@ -35,7 +37,33 @@ def report_facts(data: ReportData) -> dict[str, Any]:
         "queries": asdict(data.queries),
         "mining": mining,
         "training": asdict(data.training),
+        "served": None if data.served is None else _served_facts(data.served),
         "versions": dict(data.versions),
+    }
+
+
+def _served_facts(served: Served) -> dict[str, Any]:
+    """Each system under each encoder; its gain over passage vectors under the base."""
+    first = served.systems["base"]["passages"].per_query
+    sides = {
+        side: {
+            system: {
+                "metrics": scores.metrics,
+                "gain": {
+                    metric: vars(gain(first[metric], scores.per_query[metric]))
+                    for metric in TABLE_METRICS
+                },
+            }
+            for system, scores in systems.items()
+        }
+        for side, systems in served.systems.items()
+    }
+    return {
+        "queries": served.queries,
+        "passages": served.passages,
+        "choices": dict(served.choices),
+        "systems": sides,
+        "gain": vars(served.gain(HEADLINE)) if "fused" in served.systems else None,
     }
 
 

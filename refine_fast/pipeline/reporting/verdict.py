@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..evaluation.choice import FORGETS, METRIC, NO_QUERIES, NOT_BETTER, Choice
 from ..evaluation.significance import Gain
-from .data import ReportData, SetScores
+from .data import ReportData, Served, SetScores
 from .format import HEADLINE, points
 
 
@@ -23,16 +23,19 @@ class Statement:
 
 
 def verdict(data: ReportData) -> list[Statement]:
-    """What the run achieved, in at most four statements.
+    """What the run achieved, in at most five statements.
 
-    Where the base was kept, the reason alone. Else one on the user's documents and one out of
-    domain: improved, got worse, or no measurable change, as 0 lies below, above or inside the 95%
-    interval of the gain in ``HEADLINE``. Where a result is not welcome, a remedy follows.
+    Where the base was kept, the reason alone. Else one on the user's documents, one on them in the
+    system that is served, and one out of domain: improved, got worse, or no measurable change, as 0
+    lies below, above or inside the 95% interval of the gain in ``HEADLINE``. Where a result is not
+    welcome, a remedy follows.
     """
     if data.choice is not None and data.choice.refused is not None:
         return [refusal(data.choice)]
     own = data.in_domain.gain(data.weight, HEADLINE)
     statements = [_statement("On your documents", data.in_domain, data.weight, own)]
+    if data.served is not None:
+        statements.append(_served(data.served))
     if own.low <= 0:
         statements.append(
             Statement(
@@ -91,6 +94,19 @@ def _statement(where: str, scores: SetScores, weight: float, change: Gain) -> St
         f"{where}: {change.verdict}.",
         f"{HEADLINE} {before:.3f} -> {after:.3f}: {points(change)}, 95% interval over"
         f" {scores.queries:,} queries.",
+    )
+
+
+def _served(served: Served) -> Statement:
+    """The gain inside the system that is served, which may have it already by other means."""
+    before, after = (
+        served.systems[side][served.name].metrics[HEADLINE] for side in ("base", "fused")
+    )
+    change = served.gain(HEADLINE)
+    return Statement(
+        f"Served, with sentences and BM25: {change.verdict}.",
+        f"{HEADLINE} {before:.3f} -> {after:.3f}: {points(change)}, 95% interval over"
+        f" {served.queries:,} queries against {served.passages:,} passages.",
     )
 
 

@@ -93,11 +93,14 @@ class BlendChoice:
     blend over passage vectors alone."""
     without: Mapping[str, Blend] = field(default_factory=dict)
     """"sentences", "lexical": the best blend without."""
+    general: int = 0
+    """How many of the queries are questions of general knowledge."""
 
     def facts(self) -> dict[str, Any]:
         """As JSON."""
         gains = {name: asdict(change) for name, change in self.gains.items()}
-        return {**asdict(self.blend), "queries": self.queries, "metric": METRIC, "gains": gains}
+        counts = {"queries": self.queries, "general_knowledge": self.general}
+        return {**asdict(self.blend), **counts, "metric": METRIC, "gains": gains}
 
 
 def choose_blend(

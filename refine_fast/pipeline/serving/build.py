@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ...errors import RefineFastError
 from ..corpus.chunk import Chunk, document_id
 from ..progress import Progress
 from ..queries.query import Query
+from ..queries.synthetic import KINDS
 from .ann import Kind
 from .blend import BlendChoice, choose_blend
 from .dense import rows_of_groups
@@ -21,6 +23,7 @@ from .encoders import Encoders, Side
 from .search import Index
 from .segment import Segment, finish_segment, split, write_segment
 from .storage import IndexFolder, Manifest
+from .systems import choose
 
 MAX_ADDED = 8
 """Added segments; more are merged, so that a search does not visit hundreds of them."""
@@ -80,7 +83,7 @@ class Builder:
         def encode(name: str, texts: Sequence[str], out: Path) -> None:
             with self.progress(f"embedding {name}") as progress:
                 side: Side = "base" if name == "base" else "product"
-                self.encoders.documents(side, texts, out, progress)
+                self.encoders.documents(side, texts, out=out, progress=progress)
 
         with self.folder.new_segment() as folder:
             has_base = "base" in self.encoders.folders
@@ -97,6 +100,11 @@ class Builder:
     ) -> BlendChoice:
         if vectors is None:
             return choose_blend([], [])
+
+        def documents(texts: Sequence[str]) -> np.ndarray:
+            with self.progress("choosing the blend") as progress:
+                return self.encoders.documents("product", texts, progress=progress)
+
         index = Index.open(self.folder, manifest)
         row = {id: i for i, id in enumerate(index.ids())}
         relevant: dict[str, dict[int, float]] = {text: {} for text in asked}
@@ -104,12 +112,13 @@ class Builder:
             if query.chunk_id in row:
                 relevant[query.text][row[query.chunk_id]] = 1.0
         kept = [(text, v) for text, v in zip(asked, vectors, strict=True) if relevant[text]]
-        with self.progress("choosing the blend") as progress:
-            parts = []
-            for done, (text, vector) in enumerate(kept, 1):
-                parts.append(index.components(text, vector).trimmed())
-                progress(done, len(kept))
-        return choose_blend(parts, [relevant[text] for text, _ in kept])
+        return choose(
+            [index.components(text, vector).trimmed() for text, vector in kept],
+            [relevant[text] for text, _ in kept],
+            documents,
+            partial(self.encoders.queries, "product"),
+            made=all(query.kind in KINDS for query in dev),
+        )
 
     def change(
         self, manifest: Manifest, added: Sequence[Chunk], removed: Iterable[str]

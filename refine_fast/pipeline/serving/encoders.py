@@ -42,10 +42,15 @@ class Encoders:
         return encode(self._model(side), list(texts), role="query", bf16=self.bf16)
 
     def documents(
-        self, side: Side, texts: Sequence[str], out: Path, progress: Progress | None = None
-    ) -> None:
-        """Writes the vectors of documents to a .npy file."""
-        encode(
+        self,
+        side: Side,
+        texts: Sequence[str],
+        *,
+        out: Path | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """(n, d) float32 vectors of documents, written to the .npy file ``out`` if it is given."""
+        return encode(
             self._model(side),
             list(texts),
             role="document",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,8 +12,9 @@ from ..corpus.language import languages_of
 from ..corpus.sentences import sentence_spans
 from ..corpus.text import passage_text
 from ..evaluation.bm25 import score_bm25
+from ..evaluation.general_knowledge import general_knowledge
 from ..evaluation.scores import Scores
-from .blend import Blend, BlendChoice, Components, score_blend, standard
+from .blend import Blend, BlendChoice, Components, choose_blend, score_blend, standard
 from .dense import Moments, best_of_groups
 from .lexical import Lexical, Postings
 
@@ -81,6 +83,39 @@ def relevant_of(data: RetrievalSet) -> list[dict[int, float]]:
         {row.get(id, -1 - i): grade for i, (id, grade) in enumerate(grades.items())}
         for grades in data.qrels
     ]
+
+
+def choose(
+    parts: Sequence[Components],
+    relevant: Sequence[Mapping[int, float]],
+    documents: Encode,
+    queries: Encode,
+    *,
+    made: bool,
+    seed: int = 0,
+) -> BlendChoice:
+    """``choose_blend``, with questions of general knowledge where the queries need them.
+
+    Queries that are made from the documents without a language model share their words with the
+    passages, and alone would choose little but BM25. The questions of general knowledge are in
+    other words than the passages. What people ask is in between, so as many of those count too.
+
+    Args:
+        parts: of each held-out query the components.
+        relevant: of each held-out query: row -> grade.
+        documents, queries: encode the passages and the questions of general knowledge.
+        made: whether the queries were made from the documents (``synthetic.KINDS``).
+        seed: of the draws, where one of the two sets is larger.
+    """
+    if not (made and parts):
+        return choose_blend(parts, relevant)
+    guard = general_knowledge("guard")
+    rng = np.random.default_rng(seed)
+    size = min(len(parts), len(guard.queries))
+    sets = ((parts, relevant), (components_of(guard, documents, queries), relevant_of(guard)))
+    drawn = [(own[i], grades[i]) for own, grades in sets for i in rng.permutation(len(own))[:size]]
+    choice = choose_blend([part for part, _ in drawn], [grades for _, grades in drawn])
+    return replace(choice, general=size)
 
 
 def score_systems(

@@ -1,7 +1,7 @@
 """The stages of a run, in order, and what each depends on.
 
     chunk -> query -> embed -> mine -> train -> curve (each weight) -> choose
-          -> score (each system) -> fuse -> report
+          -> score (each system) -> systems -> fuse -> report
 
 One module per stage. A stage may read only what is declared here: files, settings and facts. Its
 code needs no declaration (see ``code_version``).
@@ -29,6 +29,7 @@ from ..artifacts import (
     MODEL,
     NEGATIVES,
     QUERIES,
+    SERVED,
     SETS,
     SYSTEMS,
     TRAINING_FACTS,
@@ -52,7 +53,7 @@ LLM_SETTINGS = (
 def run_stages(context: RunContext) -> Iterator[Stage]:
     """Every stage of the run, in order."""
     # Imported here because the stages import torch, transformers and more.
-    from . import choose, chunk, curve, embed, fuse, mine, query, report, score, train
+    from . import choose, chunk, curve, embed, fuse, mine, query, report, score, systems, train
 
     config = context.config
 
@@ -177,6 +178,16 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             facts={"ood": "general knowledge" if config.ood is None else "given"},
             system=system,
         )
+    served = {}
+    if config.served:
+        served = made(SERVED)
+        yield stage(
+            "systems",
+            systems,
+            (SERVED,),
+            made(CHUNKS, DEV, HELD_OUT, TUNED, FUSION_FACTS) | judged | encoder,
+            "seed precision fusion",
+        )
     recipe = made(MINING_FACTS, TRAINING_FACTS)
     yield stage(
         "fuse",
@@ -194,8 +205,9 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         | recipe
         | scores
         | curve_files
+        | served
         | account
         | judged,
-        "weight curve fusion band skip negatives select batch_size lr temperature seed "
+        "weight curve fusion band skip negatives select batch_size lr temperature seed served "
         f"docs {NAMES}",
     )

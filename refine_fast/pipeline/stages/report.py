@@ -19,6 +19,7 @@ from ..artifacts import (
     HELD_OUT,
     MINING_FACTS,
     QUERIES,
+    SERVED,
     SETS,
     SYSTEMS,
     TRAINING_FACTS,
@@ -35,6 +36,7 @@ from ..artifacts import (
 )
 from ..corpus.jsonl import read_records
 from ..evaluation.choice import Choice
+from ..evaluation.scores import Scores
 from ..evaluation.significance import Gain
 from ..queries.query import Query
 from ..queries.splits import in_domain_set
@@ -44,6 +46,7 @@ from ..reporting.data import (
     Mining,
     Queries,
     ReportData,
+    Served,
     SetScores,
     Training,
     Triple,
@@ -91,6 +94,7 @@ def collect(context: RunContext) -> ReportData:
         lost=lost,
         costs=_costs(context),
         fusion=config.fusion,
+        served=_served(context) if config.served else None,
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     )
 
@@ -196,6 +200,22 @@ def _set_scores(context: RunContext) -> dict[str, SetScores]:
         )
         for name, bm25 in systems["BM25"].items()
     }
+
+
+def _served(context: RunContext) -> Served:
+    """The systems under base and product."""
+    facts = read_json(context.path(SERVED))
+    return Served(
+        facts["passages"],
+        {
+            side: {
+                system: Scores({name: np.array(column) for name, column in scores.items()})
+                for system, scores in about["scores"].items()
+            }
+            for side, about in facts["sides"].items()
+        },
+        {side: about["choice"] for side, about in facts["sides"].items()},
+    )
 
 
 def _similarities(context: RunContext) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,99 @@
+"""systems: the base and the product in the system that is served, on a sample of test queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...files import write_json
+from ..artifacts import CHUNKS, DEV, HELD_OUT, SERVED, TUNED, fused_weight
+from ..corpus.beir import RetrievalSet, load_beir
+from ..corpus.chunk import Chunk
+from ..corpus.jsonl import read_records
+from ..encoder.encode import Role, encode
+from ..encoder.weighted import encoder_at
+from ..queries.query import Query
+from ..queries.splits import held_out_set
+from ..queries.synthetic import KINDS
+from ..serving.systems import choose, components_of, relevant_of, score_systems
+
+if TYPE_CHECKING:
+    from ..context import RunContext
+
+QUERIES, PASSAGES = 500, 1000
+"""The most of the queries and passages that are scored: every sentence is encoded, under both
+encoders."""
+
+
+def run(context: RunContext, folder: Path) -> None:
+    """Writes the scores of every system under the base and under the product, and the weights,
+    which are chosen for each on the queries that choose the fusion weight."""
+    asked = read_records(context.path(DEV), Query)
+    dev, test = _sets(context, asked)
+    made = all(query.kind in KINDS for query in asked)
+    weight = fused_weight(context.out)
+    facts = {}
+    for side, at in {"base": 0.0, "fused": weight}.items():
+        if side == "fused" and not weight:
+            continue  # the product is the base
+        encoder = _Encoder(context, side, at)
+        held = components_of(dev, encoder.documents, encoder.queries)
+        choice = choose(held, relevant_of(dev), encoder.documents, encoder.queries, made=made)
+        parts = components_of(test, encoder.documents, encoder.queries)
+        scores = score_systems(test, parts, choice)
+        facts[side] = {
+            "choice": choice.facts(),
+            "scores": {
+                system: {name: values.tolist() for name, values in found.per_query.items()}
+                for system, found in scores.items()
+            },
+        }
+    write_json(folder / SERVED, {"passages": len(test.docs), "sides": facts})
+
+
+def _sets(context: RunContext, asked: Sequence[Query]) -> tuple[RetrievalSet, RetrievalSet]:
+    """The queries that choose, and those that are shown."""
+    chunks = read_records(context.path(CHUNKS), Chunk)
+    dev = held_out_set(chunks, asked, "dev")
+    if context.judged_corpus:
+        test = load_beir(context.judged_corpus)
+    else:
+        test = held_out_set(chunks, read_records(context.path(HELD_OUT), Query))
+    seed = context.config.seed
+    first, second = (s.sample(queries=QUERIES, docs=PASSAGES, seed=seed) for s in (dev, test))
+    return first, second
+
+
+class _Encoder:
+    """The encoder at a fusion weight. A text is encoded once."""
+
+    def __init__(self, context: RunContext, side: str, weight: float) -> None:
+        self._context = context
+        self._label = f"serving {side}"
+        self._model = encoder_at(
+            weight,
+            context.encoder,
+            context.path(TUNED),
+            twin=0 < weight < 1 and context.twin,
+            trust_remote_code=context.trust_remote_code,
+        )
+        self.documents = self._remembering("document")
+        self.queries = self._remembering("query")
+
+    def _remembering(self, role: Role) -> Callable[[Sequence[str]], np.ndarray]:
+        known: dict[str, np.ndarray] = {}
+
+        def vectors(texts: Sequence[str]) -> np.ndarray:
+            new = [text for text in dict.fromkeys(texts) if text not in known]
+            if new:
+                with self._context.console.progress(self._label) as progress:
+                    made = encode(
+                        self._model, new, role=role, bf16=self._context.bf16, progress=progress
+                    )
+                known.update(zip(new, made, strict=True))
+            return np.stack([known[text] for text in texts])
+
+        return vectors
