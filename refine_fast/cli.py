@@ -214,8 +214,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--type",
         choices=["auto", "flat", "sq8", "hnsw", "ivfpq"],
-        default="auto",
-        help="of the faiss indexes; flat is exact; auto: by the number of vectors (default auto)",
+        help="of the faiss indexes; flat is exact; auto: by the number of vectors (default: as it "
+        "was, auto at first)",
     )
     sub.add_argument(
         "--add",
@@ -429,8 +429,7 @@ def index(options: argparse.Namespace, console: Console) -> None:
     """Builds the index of a finished run."""
     from .pipeline.commands.index import index
 
-    kind = None if options.type == "auto" else options.type
-    index(options.folder, console, kind=kind, add=options.add, remove=options.remove)
+    index(options.folder, console, kind=options.type, add=options.add, remove=options.remove)
 
 
 def search(options: argparse.Namespace, console: Console) -> None:

@@ -190,17 +190,28 @@ def test_marks_with_odd_texts_are_read_back(tmp_path: Path) -> None:
     assert again.of(LONG) == ["d0\n\x00"]
 
 
-def test_marks_choose_the_blend(run: Path, tmp_path: Path, capsys) -> None:
-    """Enough of them, and they alone do."""
-    out = shutil.copytree(run, tmp_path / "run")
+def test_marks_choose_the_blend(indexed: Path, tmp_path: Path, capsys) -> None:
+    """Enough of them, and they alone do; else they are added to the held-out queries."""
+    out = shutil.copytree(indexed, tmp_path / "run")
     chunks = read_records(out / "chunks.jsonl", Chunk)
     judged = Judged(out / JUDGED)
+
+    def chosen_by() -> dict[str, Any]:
+        manifest = json.loads((out / "index" / "index.json").read_text())
+        (out / "index" / "index.json").write_text(json.dumps({**manifest, "key": {}}))
+        assert main(["index", str(out), "--json", "--quiet"]) == 0
+        return json.loads(capsys.readouterr().out)["blend"]
+
+    before = chosen_by()
+    judged.mark("a query about a passage that is gone", "nowhere")
+    judged.mark("the first mark", chunks[0].id)
+    assert before["general_knowledge"] > 0
+    few = chosen_by()
+    assert few["queries"] == before["queries"] + 2  # and one more of general knowledge
     for number in range(60):
-        chunk = chunks[number % len(chunks)]
-        judged.mark(f"{number} {chunk.text[:40]}", chunk.id)
-    assert main(["index", str(out), "--json", "--quiet"]) == 0
-    blend = json.loads(capsys.readouterr().out)["blend"]
-    assert blend["queries"] == 60 + (0 if not (run / JUDGED).exists() else blend["queries"] - 60)
+        judged.mark(f"{number} {chunks[number].text[:40]}", chunks[number].id)
+    many = chosen_by()
+    assert (many["queries"], many["general_knowledge"]) == (61, 0)
 
 
 def test_the_command_serves_until_it_is_stopped(run: Path) -> None:

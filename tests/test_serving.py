@@ -254,11 +254,13 @@ def test_the_columns_are_what_each_system_ranks(indexed: Path) -> None:
         np.testing.assert_allclose([hit.score for hit in found[name]], scores[best], rtol=1e-4)
 
 
-def test_an_approximate_index_finds_nearly_the_same(run: Path) -> None:
+def test_an_approximate_index_finds_nearly_the_same(run: Path, capsys) -> None:
     exact = answers(run, QUERIES[:2])
     assert main(["index", str(run), "--type", "sq8", "--quiet"]) == 0
-    assert (run / "index").glob("*/sentences.faiss")
+    assert list((run / "index").glob("*/sentences.faiss"))
     assert_same(answers(run, QUERIES[:2]), exact)  # all lists are searched where there are few
+    assert main(["index", str(run), "--remove", "nobody"]) == 2  # the kind is kept
+    assert "no document 'nobody'" in capsys.readouterr().err
 
 
 def test_a_new_index_only_where_something_changed(run: Path, capsys) -> None:

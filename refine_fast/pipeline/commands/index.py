@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import RefineFastError
 from ...files import name_of, read_json, walk
@@ -23,13 +23,12 @@ from ..encoder.prepare import prepare_encoder
 from ..engine import RunFolder
 from ..evaluation.significance import Gain
 from ..queries.query import Query
-from ..queries.user import load_queries
 from ..reporting.format import points
 from ..serving import build
 from ..serving.ann import Kind
 from ..serving.build import Builder
 from ..serving.encoders import Encoders, Side
-from ..serving.judged import JUDGED
+from ..serving.judged import JUDGED, Judged
 from ..serving.storage import IndexFolder, Manifest
 from ..stages.chunk import cut
 
@@ -41,7 +40,7 @@ def index(
     out: Path,
     console: Console,
     *,
-    kind: Kind | None = None,
+    kind: Kind | Literal["auto"] | None = None,
     add: Path | None = None,
     remove: Sequence[str] = (),
 ) -> None:
@@ -50,7 +49,7 @@ def index(
     Args:
         out: the run folder.
         console: told what is done.
-        kind: of the faiss indexes; None: by size.
+        kind: of the faiss indexes; auto: by size; None: as it was, auto at first.
         add: documents to add; those with the id of a document that is there replace it.
         remove: ids of documents to remove.
 
@@ -60,8 +59,9 @@ def index(
     context, encoders = serving_encoders(out, console)
     folder = IndexFolder(out)
     with RunFolder(out):
-        key = index_key(out, encoders, kind)
         manifest = folder.manifest()
+        chosen = kind or (manifest.key.get("--type") if manifest else None) or "auto"
+        key = index_key(out, encoders, chosen)
         builder = Builder(folder, encoders, console.progress)
         if add is not None or remove:
             if manifest is None or different(manifest, key):
@@ -75,7 +75,8 @@ def index(
             reasons = ["not done yet"] if manifest is None else different(manifest, key)
             console.say(f"index: {'; '.join(reasons)}")
             chunks = read_records(out / CHUNKS, Chunk)
-            manifest = builder.build(chunks, held_out_queries(out, chunks), key, kind)
+            of_kind = None if chosen == "auto" else chosen
+            manifest = builder.build(chunks, held_out_queries(out), key, of_kind)
         else:
             console.say("index: up to date")
     _show(folder, manifest, console)
@@ -102,7 +103,7 @@ def serving_encoders(out: Path, console: Console) -> tuple[RunContext, Encoders]
     return context, Encoders(folders, context.bf16, context.trust_remote_code)
 
 
-def index_key(out: Path, encoders: Encoders, kind: Kind | None = None) -> dict[str, Any]:
+def index_key(out: Path, encoders: Encoders, kind: str = "auto") -> dict[str, Any]:
     """What an index is made from, by digest."""
     files = {
         "the passages": out / CHUNKS,
@@ -111,7 +112,7 @@ def index_key(out: Path, encoders: Encoders, kind: Kind | None = None) -> dict[s
     }
     return {
         **{label: _digest(path) for label, path in files.items()},
-        "--type": kind or "auto",
+        "--type": kind,
         "the code": code_version(build.__name__).modules,
     }
 
@@ -131,10 +132,10 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def held_out_queries(out: Path, chunks: Sequence[Chunk]) -> list[Query]:
+def held_out_queries(out: Path) -> list[Query]:
     """The queries that choose the blend: a person's marks if they are enough, else those and the
     run's held-out queries."""
-    marked = load_queries(out / JUDGED, chunks) if (out / JUDGED).exists() else []
+    marked = [Query(text, doc_id, "user") for text, doc_id in Judged(out / JUDGED).marks]
     if len({query.text for query in marked}) >= MIN_JUDGED:
         return marked
     return [*marked, *read_records(out / DEV, Query)]

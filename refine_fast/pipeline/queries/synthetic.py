@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 KINDS_IN_TURN = ("cloze", "span", "cloze", "title")
 """Kinds rotate; each chunk starts at a random position."""
 
-KINDS = frozenset(KINDS_IN_TURN)
-"""Kinds of queries that share their words with the passage that they were made from."""
-
 MIN_SENTENCE_WORDS, MAX_SENTENCE_WORDS = 6, 60
 
 _RUN = regex.compile(
@@ -75,6 +72,12 @@ def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: int = 2
             for text in dict.fromkeys(texts)
         ]
     return queries
+
+
+def mostly_made(queries: Sequence[Query]) -> bool:
+    """Whether most of the queries were made by ``synthesize_queries``, and so share their words
+    with the passages."""
+    return 2 * sum(query.kind in KINDS_IN_TURN for query in queries) > len(queries)
 
 
 def _cloze(chunk: Chunk, count: int, rng: random.Random) -> list[str]:

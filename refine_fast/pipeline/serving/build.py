@@ -15,7 +15,7 @@ from ...errors import RefineFastError
 from ..corpus.chunk import Chunk, document_id
 from ..progress import Progress
 from ..queries.query import Query
-from ..queries.synthetic import KINDS
+from ..queries.synthetic import mostly_made
 from .ann import Kind
 from .blend import BlendChoice, choose_blend
 from .dense import rows_of_groups
@@ -117,7 +117,7 @@ class Builder:
             [relevant[text] for text, _ in kept],
             documents,
             partial(self.encoders.queries, "product"),
-            made=all(query.kind in KINDS for query in dev),
+            made=mostly_made(dev),
         )
 
     def change(

@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Lock
 
 from ...files import atomic
-from ..corpus.jsonl import read_jsonl
+from ..corpus.jsonl import read_jsonl, text_field
 
 JUDGED = "judged.jsonl"
 """File in the run folder: {"text", "doc_id"} a line, as ``--queries`` reads."""
@@ -24,11 +24,19 @@ class Judged:
         """
         self._path = path
         self._lock = Lock()
-        rows = [row for _, row in read_jsonl(path)] if path.exists() else []
-        self._marks = dict.fromkeys((str(row["text"]), str(row["doc_id"])) for row in rows)
+        self._marks: dict[tuple[str, str], None] = {}
+        for number, row in read_jsonl(path) if path.exists() else ():
+            place = f"{path}:{number}"
+            text, doc_id = (text_field(row, (name,), place) for name in ("text", "doc_id"))
+            self._marks[text, doc_id] = None
 
     def __len__(self) -> int:
         return len(self._marks)
+
+    @property
+    def marks(self) -> list[tuple[str, str]]:
+        """Every (query, id of a passage that answers it), in the order of marking."""
+        return list(self._marks)
 
     def of(self, query: str) -> list[str]:
         """The passages that are marked for a query."""

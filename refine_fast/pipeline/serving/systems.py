@@ -104,7 +104,7 @@ def choose(
         parts: of each held-out query the components.
         relevant: of each held-out query: row -> grade.
         documents, queries: encode the passages and the questions of general knowledge.
-        made: whether the queries were made from the documents (``synthetic.KINDS``).
+        made: whether the queries were made from the documents (``synthetic.mostly_made``).
         seed: of the draws, where one of the two sets is larger.
     """
     if not (made and parts):
