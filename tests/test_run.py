@@ -142,7 +142,6 @@ def test_a_rerun_does_nothing(copied: Path, capsys) -> None:
                 "curve 0.5": "not done yet",
                 "choose": "config.weight 0.35 -> 0.5",
                 "score fused": "fusion.json changed",
-                "systems": "fusion.json changed",
                 "fuse": "fusion.json changed",
             },
         ),
@@ -237,6 +236,24 @@ def test_the_weight_is_compared_on_documents_of_their_own(copied: Path) -> None:
     assert not sources[1] & sources[2]
 
 
+def test_the_gain_in_the_served_system_is_the_second_line(copied: Path, capsys) -> None:
+    """Its passage vectors and its BM25 have the scores that the other stages give them."""
+    why = rerun(copied, capsys, "--served", "yes")
+    assert why["systems"] == "not done yet"
+    report = json.loads((copied / "report.json").read_text())
+    assert report["verdict"][1].startswith("Served, with sentences and BM25: ")
+    served, judged = report["served"], report["in_domain"]
+    assert (served["queries"], served["passages"]) == (judged["queries"], judged["passages"])
+    at = {point["weight"]: point["metrics"] for point in judged["weights"]}
+    for side, weight in (("base", 0), ("fused", 0.35)):
+        systems = served["systems"][side]
+        assert list(systems) == ["passages", "sentences", "BM25", "hybrid", "blend"]
+        assert systems["passages"]["metrics"] == pytest.approx(at[weight])
+        assert systems["BM25"]["metrics"] == pytest.approx(judged["bm25"])
+        assert served["choices"][side]["general_knowledge"] > 0
+    assert "## The systems that can be served" in (copied / "report.md").read_text()
+
+
 def test_a_stage_reads_no_setting_that_it_does_not_declare(
     tmp_path: Path, tiny: Path, docs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +277,7 @@ def test_a_stage_reads_no_setting_that_it_does_not_declare(
 
     monkeypatch.setattr(RunConfig, "__getattribute__", recorded)
     monkeypatch.setattr(engine.RunFolder, "do", watched)
-    settings = {**SMALL, "ood": None, "max_steps": 1, "weight": "auto"}
+    settings = {**SMALL, "ood": None, "max_steps": 1, "weight": "auto", "served": True}
     config = RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **settings)
     run(config, console=Console(quiet=True))
     assert {stage: fields for stage, fields in undeclared.items() if fields} == {}

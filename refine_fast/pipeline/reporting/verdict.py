@@ -34,7 +34,7 @@ def verdict(data: ReportData) -> list[Statement]:
         return [refusal(data.choice)]
     own = data.in_domain.gain(data.weight, HEADLINE)
     statements = [_statement("On your documents", data.in_domain, data.weight, own)]
-    if data.served is not None:
+    if data.served is not None and "fused" in data.served.systems:
         statements.append(_served(data.served))
     if own.low <= 0:
         statements.append(
