@@ -23,8 +23,7 @@ LAYERS = [
     {"nn", "mine", "fuse"},
     {"integrations"},
     {"pipeline"},
-    {"bench"},
-    {"arguments"},
+    {"bench", "arguments"},
     {"cli"},
     {"__main__"},
 ]

@@ -4,6 +4,7 @@ a changed copy of it as ``tuned``, and a few documents in ``docs``."""
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -48,5 +49,5 @@ def test_every_flag_named_exists() -> None:
 
     top = parser()
     for line in re.findall(r"^refine-fast (.+?)(?:  +#.*)?$", README, re.M):
-        words = line.replace("docs/", str(Path(__file__).parent)).split()
+        words = shlex.split(line.replace("docs/", str(Path(__file__).parent)))
         top.parse_args(words)
