@@ -22,14 +22,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from record import RESULTS, commit, device_name
 
+from refine_fast.bench.machine import commit, device_name
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.serving import ann
 from refine_fast.pipeline.serving.blend import Blend
 from refine_fast.pipeline.serving.search import Index
 from refine_fast.pipeline.serving.segment import Segment, finish_segment, write_segment
 
+RESULTS = Path(__file__).parent / "results"
 KEY = ("passages", "type", "metric", "device")
 COLUMNS = (*KEY, "value", "unit", "sentences", "d", "commit")
 QUERIES = 100

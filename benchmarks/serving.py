@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import RESULTS, commit, device_name
 
+from refine_fast.bench.machine import commit, device_name
 from refine_fast.pipeline.corpus.beir import RetrievalSet, load_beir
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.text import normalize
@@ -39,6 +39,7 @@ from refine_fast.pipeline.serving.systems import (
     score_systems,
 )
 
+RESULTS = Path(__file__).parent / "results"
 SETS = ("squad", "covidqa", "dstc11_travel", "scifact", "pubmedqa")
 METRICS = ("recall@1", "recall@3", "recall@10", "ndcg@10")
 KEY = ("set", "model", "dev", "system", "device")

@@ -300,7 +300,7 @@ class RunConfig(BaseModel):
     served: bool = _option(
         True,
         "score base and product in the system that is served too (sentences, BM25, their blend), "
-        "which encodes every sentence of up to 2,000 passages: yes or no",
+        "which encodes every sentence of up to 1,000 passages: yes or no",
         "YES",
     )
 

@@ -25,6 +25,7 @@ from ..encoder.prepare import prepare_encoder
 from ..evaluation.general_knowledge import general_knowledge
 from ..preflight import try_encoder, try_language_model
 from ..queries.splits import require_enough
+from ..stages import systems
 from ..stages.chunk import cut_corpus
 from ..stages.curve import PASSAGES, QUERIES
 from ..stages.query import offline_queries, split_queries
@@ -104,6 +105,10 @@ def plan(config: RunConfig) -> Plan:
     encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in context.weights)
     # the base, the fine-tuned encoder, and both or one where they are fused
     encoded = len(chunks) + examples + encoders * compared + (3 + context.twin) * scored
+    if config.served:
+        tested = len(judged.docs) if judged else len(chunks)
+        # a passage and its sentences, under the base and under the product
+        encoded += 2 * 2 * sum(min(count, systems.PASSAGES) for count in (len(chunks), tested))
 
     if config.lora is not None:
         add_lora(model, config.lora)

@@ -104,7 +104,8 @@ def _costs(context: RunContext) -> dict[str, tuple[float, int]]:
     costs = stage_costs(context.out)
     curve = (f"curve {weight!r}" for weight in context.weights)
     scores = (f"score {system}" for system in SYSTEMS)
-    stages = ("chunk", "query", "embed", "mine", "train", *curve, "choose", *scores, "fuse")
+    first = ("chunk", "query", "embed", "mine", "train")
+    stages = (*first, *curve, "choose", *scores, "systems", "fuse")
     return {name: costs[name] for name in stages if name in costs}
 
 

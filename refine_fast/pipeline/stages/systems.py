@@ -10,20 +10,20 @@ import numpy as np
 
 from ...files import write_json
 from ..artifacts import CHUNKS, DEV, HELD_OUT, SERVED, TUNED, fused_weight
-from ..corpus.beir import RetrievalSet, load_beir
+from ..corpus.beir import RetrievalSet
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
 from ..encoder.encode import Role, encode
 from ..encoder.weighted import encoder_at
 from ..queries.query import Query
-from ..queries.splits import held_out_set
+from ..queries.splits import held_out_set, in_domain_set
 from ..queries.synthetic import mostly_made
 from ..serving.systems import choose, components_of, relevant_of, score_systems
 
 if TYPE_CHECKING:
     from ..context import RunContext
 
-QUERIES, PASSAGES = 500, 1000
+QUERIES, PASSAGES = 300, 500
 """The most of the queries and passages that are scored: every sentence is encoded, under both
 encoders."""
 
@@ -56,12 +56,8 @@ def run(context: RunContext, folder: Path) -> None:
 
 def _sets(context: RunContext, asked: Sequence[Query]) -> tuple[RetrievalSet, RetrievalSet]:
     """The queries that choose, and those that are shown."""
-    chunks = read_records(context.path(CHUNKS), Chunk)
-    dev = held_out_set(chunks, asked, "dev")
-    if context.judged_corpus:
-        test = load_beir(context.judged_corpus)
-    else:
-        test = held_out_set(chunks, read_records(context.path(HELD_OUT), Query))
+    dev = held_out_set(read_records(context.path(CHUNKS), Chunk), asked, "dev")
+    test = in_domain_set(context.judged_corpus, context.path(CHUNKS), context.path(HELD_OUT))
     seed = context.config.seed
     first, second = (s.sample(queries=QUERIES, docs=PASSAGES, seed=seed) for s in (dev, test))
     return first, second
