@@ -20,7 +20,7 @@ from typing import Any
 from .measuring import sample
 from .operation import Contender, Operation
 from .operations import OPERATIONS
-from .rows import Row, load, rows
+from .rows import Row, has_rows, load, rows
 from .suite import OURS
 
 KEPT = 0.84
@@ -176,10 +176,9 @@ def lead_rows(verdict: Verdict) -> list[Row]:
 
 
 def result_files(folder: Path) -> list[Path]:
-    """The files of rows in a folder of results, one for each machine; the others hold whole
-    runs."""
-    others = ("recipe.csv", "runs.csv")
-    return [path for path in sorted(folder.glob("*.csv")) if path.name not in others]
+    """The files of rows in a folder of results, one for each machine; other files have other
+    columns."""
+    return [path for path in sorted(folder.glob("*.csv")) if has_rows(path)]
 
 
 def known_rows(folder: Path) -> list[Row]:

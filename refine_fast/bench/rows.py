@@ -145,6 +145,12 @@ def save(new: Iterable[Row], folder: Path) -> Path:
     return path
 
 
+def has_rows(path: Path) -> bool:
+    """Whether a file has the columns of rows."""
+    with path.open(newline="") as file:
+        return next(csv.reader(file), []) == COLUMNS
+
+
 def load(path: Path) -> list[Row]:
     """The rows of a file.
 
