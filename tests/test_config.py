@@ -330,7 +330,10 @@ def test_every_flag_that_a_message_names_exists() -> None:
     assert wrong == []
 
 
-OTHERS = {"--local-dir"}
+OTHERS = {
+    *("--local-dir", "--porcelain", "--short"),  # hf download, git
+    *("--no-copy-tokenizer", "--no-write-model-card"),  # mergekit
+}
 """Flags of other programs that our texts name."""
 
 
