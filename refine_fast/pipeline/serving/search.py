@@ -161,8 +161,11 @@ class Index:
         rows, scores = [], []
         for segment, start in zip(self.segments, self.starts, strict=False):
             alive = self.alive[start : start + len(segment)]
-            places = np.sort(_nearest(segment, "base", vector))
-            places = places[alive[places]]
+            if "base" in segment.indexes:
+                places = np.sort(_nearest(segment, "base", vector))
+                places = places[alive[places]]
+            else:
+                places = np.flatnonzero(alive)
             rows.append(places + start)
             scores.append(_products(segment.vectors["base"], places, vector))
         found, values = np.concatenate(rows), np.concatenate(scores)
@@ -197,10 +200,11 @@ def _best_sentences(segment: Segment, places: np.ndarray, vector: np.ndarray) ->
 
 
 def _nearest(segment: Segment, side: str, vector: np.ndarray) -> np.ndarray:
-    """Rows of vectors: all without an approximate index, in order; else the nearest."""
+    """Rows of the ``CANDIDATES`` nearest vectors, in any order."""
     index = segment.indexes.get(side)
     if index is None:
-        return np.arange(len(segment.vectors[side]))
+        scores = segment.vectors[side] @ vector
+        return np.argpartition(scores, -min(CANDIDATES, len(scores)))[-CANDIDATES:]
     _, found = index.search(vector[None], min(CANDIDATES, len(segment.vectors[side])))
     return found[0][found[0] >= 0]
 
