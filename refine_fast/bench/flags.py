@@ -19,7 +19,7 @@ def add_bench_flags(command: argparse.ArgumentParser) -> None:
         help=f"{', '.join(NAMES)} (default: all but run, which --full adds)",
     )
     size = command.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="small shapes: under two minutes")
+    size.add_argument("--quick", action="store_true", help="small shapes")
     size.add_argument("--full", action="store_true", help="more shapes, for the plots; long")
     add("--shape", metavar="N=V,...", help="sizes, such as B=8192,D=768; the rest is the default")
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="of the inputs (default fp32)")

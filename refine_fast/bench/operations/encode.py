@@ -122,7 +122,7 @@ OPERATIONS = (
         "encode",
         "MiniLM-L6",
         shape={"N": 1024, "tokens": 128},
-        quick={"N": 48},
+        quick={"N": 32},
         tiny={"N": 6, "tokens": 16},
         full=({"tokens": 64}, {"tokens": 256}),
         rounds=3,

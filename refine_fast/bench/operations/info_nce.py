@@ -193,7 +193,7 @@ OPERATIONS = (
         "info_nce",
         "fwd+bwd",
         shape={"B": 8192, "N": 8192, "D": 384},
-        quick={"B": 2048, "N": 2048},
+        quick={"B": 1024, "N": 1024},
         tiny={"B": 12, "N": 20, "D": 32},
         full=(
             {"D": 768},

@@ -96,7 +96,7 @@ OPERATIONS = (
         "train",
         "cached step",
         shape={"B": 512, "tokens": 64, "mini_batch": 32},
-        quick={"B": 32, "tokens": 16, "mini_batch": 16},
+        quick={"B": 16, "tokens": 16, "mini_batch": 8},
         tiny={"B": 4, "tokens": 8, "mini_batch": 2},
         full=({"B": 2048, "mini_batch": 8},),
         rounds=3,
