@@ -41,13 +41,10 @@ from .config_values import (
 from .corpus.nanobeir import is_nanobeir
 from .encoder.load import DEFAULT_ENCODER
 from .encoder.options import EncoderOptions
-from .recipes import RECIPES
+from .recipes import DEMO, RECIPES
 
 if TYPE_CHECKING:
     from .queries.llm import LLMSettings
-
-DEMO_CHUNKS = 700
-"""Chunks of Python's documentation, where no documents are given: a run of a few minutes."""
 
 _PATHS = ("docs", "queries", "out", "prompt", "judge_prompt")
 """Fields that a YAML file gives relative to itself; so do ``model``, where it is a folder, and
@@ -160,7 +157,8 @@ class RunConfig(BaseModel):
     queries_per_chunk: int = _option(2, "synthetic queries made for each chunk", "N", ge=1)
     llm: Name | None = _option(
         None,
-        "have a language model write the queries: an OpenAI-compatible URL, or transformers",
+        "have a language model write the queries: an OpenAI-compatible URL, smollm2 (inside a "
+        "package), or transformers (in this process)",
         "URL",
     )
     llm_model: Names = _option(
@@ -316,11 +314,10 @@ class RunConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("docs") is None and values.get("limit") is None:
-            values = {**values, "limit": DEMO_CHUNKS}
+        demo = DEMO if values.get("docs") is None else {}
         if values.get("fusion") == "embeddings":
             values = {"weight": RECIPES["paper"]["weight"], **values}  # it is part of the loss
-        return {**RECIPES.get(str(values.get("recipe")), {}), **values}
+        return {**demo, **RECIPES.get(str(values.get("recipe")), {}), **values}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -371,11 +368,12 @@ class RunConfig(BaseModel):
         """What the language model that writes the queries is asked; None without one."""
         if self.llm is None:
             return None
-        from .queries.llm import LLMSettings
+        from .queries.llm import SMOLLM2, SMOLLM2_MODEL, LLMSettings
 
+        bundled = self.llm == SMOLLM2 and not self.llm_model
         return LLMSettings(
             self.llm,
-            self.llm_model,
+            (SMOLLM2_MODEL,) if bundled else self.llm_model,
             key_env=self.llm_key_env,
             prompt=self.prompt,
             mix=dict(self.llm_mix),

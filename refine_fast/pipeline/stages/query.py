@@ -61,7 +61,7 @@ def split_queries(
     shares = {}
     if context.judged_corpus:
         queries = without(queries, load_beir(context.judged_corpus).queries)
-    else:
+    if not context.has_test_queries:
         shares["held_out"] = context.config.held_out
     low, high = DEV_SHARES
     shares["dev"] = min(high, max(low, DEV_QUERIES / max(len(queries), 1)))
