@@ -33,6 +33,7 @@ from .config_values import (
     Name,
     Names,
     Positive,
+    Rank,
     Share,
     Weights,
     is_windows_path,
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 _PATHS = ("docs", "queries", "out", "prompt", "judge_prompt")
 """Fields that a YAML file gives relative to itself; so do ``model``, where it is a folder, and
 ``ood``."""
+
+LOCAL_ROUND_TRIP = 10
+"""The rank within which a query of a model in this process must find its chunk."""
 
 _FOR_A_MODEL = {
     "prompt",
@@ -204,8 +208,11 @@ class RunConfig(BaseModel):
         "which duplicates of a model's queries to drop: near (and exact), exact, or keep all",
         "HOW",
     )
-    round_trip: int = _option(
-        0, "keep a query only if the encoder ranks its chunk in the top N; 0 keeps all", "N", ge=0
+    round_trip: Rank | Literal["auto"] = _option(
+        "auto",
+        "keep a query only if the encoder ranks its chunk in the top N and clearly above similar "
+        "ones; 0 keeps all; auto: 10 if the model runs in this process, else 0",
+        "N",
     )
     judge: bool = _option(
         False,
@@ -368,8 +375,11 @@ class RunConfig(BaseModel):
         """What the language model that writes the queries is asked; None without one."""
         if self.llm is None:
             return None
-        from .queries.llm import SMOLLM2, SMOLLM2_MODEL, LLMSettings
+        from .queries.llm import IN_PROCESS, SMOLLM2, SMOLLM2_MODEL, LLMSettings
 
+        round_trip = self.round_trip
+        if round_trip == "auto":
+            round_trip = LOCAL_ROUND_TRIP if self.llm in (SMOLLM2, IN_PROCESS) else 0
         bundled = self.llm == SMOLLM2 and not self.llm_model
         return LLMSettings(
             self.llm,
@@ -389,7 +399,7 @@ class RunConfig(BaseModel):
             price_in=self.price_in,
             price_out=self.price_out,
             duplicates=self.duplicates,
-            round_trip=self.round_trip,
+            round_trip=round_trip,
             judge=self.judge,
             judge_prompt=self.judge_prompt,
             seed=self.seed,

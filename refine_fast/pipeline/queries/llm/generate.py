@@ -369,8 +369,14 @@ def _round_trip(
         else embeddings
     )
     queries = encode([text for _, _, text in found], "query")
-    hits = filters.found_by_retriever(queries, documents, np.array([i for i, _, _ in found]), top_n)
-    return _keep(found, [None if hit else f"not found in the top {top_n}" for hit in hits], account)
+    own = np.array([i for i, _, _ in found])
+    hits = filters.found_by_retriever(queries, documents, own, top_n)
+    leads = filters.lead_over_neighbours(queries, documents, own)
+    verdicts = [
+        f"not found in the top {top_n}" if not hit else "vague" if lead < filters.MIN_LEAD else None
+        for hit, lead in zip(hits, leads, strict=True)
+    ]
+    return _keep(found, verdicts, account)
 
 
 async def _judged(
