@@ -23,8 +23,8 @@ from ..encoder.encode import encode, has_fast_bf16
 from ..encoder.load import encoder_folder
 from ..encoder.prepare import prepare_encoder
 from ..evaluation.general_knowledge import general_knowledge
-from ..queries.python_questions import python_questions
 from ..preflight import try_encoder, try_language_model
+from ..queries.python_questions import python_questions
 from ..queries.splits import require_enough
 from ..stages import systems
 from ..stages.chunk import cut_corpus
