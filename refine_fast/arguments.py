@@ -21,6 +21,47 @@ def join_negative_values(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
+def add_llm_flags(command: argparse.ArgumentParser, help: str) -> None:
+    """``--llm``, and what names its model and its key."""
+    command.add_argument("--llm", metavar="URL", help=help)
+    command.add_argument("--llm-model", metavar="NAME,...", help="the models to ask there")
+    command.add_argument(
+        "--llm-key-env",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable that holds the API key (default OPENAI_API_KEY)",
+    )
+
+
+def add_prompt_flags(command: argparse.ArgumentParser) -> None:
+    """Which prompt is printed, or which one is tried, on what, and with which model."""
+    command.add_argument(
+        "name",
+        nargs="?",
+        choices=["queries", "lines", "judge"],
+        default="queries",
+        help="which prompt (default queries); lines: the one for models with fewer than 2 billion "
+        "parameters; judge: the one for --judge-prompt",
+    )
+    command.add_argument(
+        "--try",
+        dest="tried",
+        type=Path,
+        metavar="FILE",
+        help="send a few passages through the prompt in FILE, and show what would be kept",
+    )
+    command.add_argument(
+        "-n", type=int, default=5, metavar="N", dest="count", help="passages to try (default 5)"
+    )
+    command.add_argument(
+        "--docs",
+        type=Path,
+        metavar="DOCS",
+        help="where they come from (default: Python's language reference)",
+    )
+    add_llm_flags(command, "who is asked: a URL, smollm2 or transformers (default smollm2)")
+
+
 def add_trust_flag(command: argparse.ArgumentParser) -> None:
     """``--trust-remote-code``, for encoders with code of their own."""
     command.add_argument(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from ._native import isa
 from .arguments import (
+    add_llm_flags,
+    add_prompt_flags,
     add_run_flags,
     add_trust_flag,
     count,
@@ -176,33 +178,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--model", default="minilm", metavar="NAME", help="the encoder to try (default minilm)"
     )
-    sub.add_argument(
-        "--llm",
-        metavar="URL",
-        help="an OpenAI-compatible endpoint to probe with a few short calls",
-    )
-    sub.add_argument("--llm-model", metavar="NAME,...", help="the models to ask there")
-    sub.add_argument(
-        "--llm-key-env",
-        default="OPENAI_API_KEY",
-        metavar="NAME",
-        help="environment variable that holds the API key (default OPENAI_API_KEY)",
-    )
+    add_llm_flags(sub, "an OpenAI-compatible endpoint to probe with a few short calls")
     add_trust_flag(sub)
 
     sub = command(
         "prompt",
         prompt,
-        "print the default prompt for queries, to edit and pass as --prompt",
+        "print the default prompt for queries, to edit and pass as --prompt, or try one",
         "prompt > mine.jinja",
     )
-    sub.add_argument(
-        "name",
-        nargs="?",
-        choices=["queries", "judge"],
-        default="queries",
-        help="which prompt (default queries); judge: the one for --judge-prompt",
-    )
+    add_prompt_flags(sub)
 
     sub = command(
         "index",
@@ -415,9 +400,23 @@ def doctor(options: argparse.Namespace, console: Console) -> None:
 
 
 def prompt(options: argparse.Namespace, console: Console) -> None:
-    """Prints a default prompt."""
+    """Prints a default prompt, or tries one."""
     from .pipeline.queries.llm import default_prompt
 
+    if options.tried is not None:
+        from .pipeline.commands.try_prompt import try_prompt
+        from .pipeline.config import RunConfig
+
+        config = RunConfig(
+            out="run",  # nothing is written there
+            docs=options.docs,
+            prompt=options.tried,
+            llm=options.llm or "smollm2",
+            llm_model=options.llm_model or (),
+            llm_key_env=options.llm_key_env,
+        )
+        try_prompt(config, options.count, console)
+        return
     text = default_prompt(options.name)
     if options.json:
         console.result({options.name: text})

@@ -359,14 +359,12 @@ def test_python_docs(tokenizer) -> None:
     documents = load_documents(None)
     by_source = {document.source: document for document in documents}
     assert len(by_source) == len(documents) == len({document.id for document in documents})
-    assert {"topic:assert", "json.dumps", "textwrap.TextWrapper"} <= {
-        document.id for document in documents
-    }
-    chunks, removed = deduplicate(chunk_documents(documents, tokenizer, max_tokens=256))
-    assert (
-        1000 <= len(chunks) <= 2500
-    )  # what a run of five minutes on two cores can take, whatever the Python
-    assert removed.exact > 0  # pydoc prints "compound" statements under several topics
+    ids = {document.id for document in documents}
+    assert {"topic:assert", "topic:compound"} <= ids
+    assert "topic:if" not in ids  # it is a part of "compound"
+    chunks, _ = deduplicate(chunk_documents(documents, tokenizer, max_tokens=128))
+    # What a run of five minutes on two cores can take, whatever the Python.
+    assert 500 <= len(chunks) <= 1300
     assert all(
         chunk.text == by_source[chunk.source].text[chunk.start : chunk.end] for chunk in chunks
     )

@@ -33,6 +33,7 @@ from .config_values import (
     Name,
     Names,
     Positive,
+    Rank,
     Share,
     Weights,
     is_windows_path,
@@ -41,17 +42,17 @@ from .config_values import (
 from .corpus.nanobeir import is_nanobeir
 from .encoder.load import DEFAULT_ENCODER
 from .encoder.options import EncoderOptions
-from .recipes import RECIPES
+from .recipes import DEMO, RECIPES
 
 if TYPE_CHECKING:
     from .queries.llm import LLMSettings
 
-DEMO_CHUNKS = 700
-"""Chunks of Python's documentation, where no documents are given: a run of a few minutes."""
-
 _PATHS = ("docs", "queries", "out", "prompt", "judge_prompt")
 """Fields that a YAML file gives relative to itself; so do ``model``, where it is a folder, and
 ``ood``."""
+
+LOCAL_ROUND_TRIP = 10
+"""The rank within which a query of a model in this process must find its chunk."""
 
 _FOR_A_MODEL = {
     "prompt",
@@ -160,7 +161,8 @@ class RunConfig(BaseModel):
     queries_per_chunk: int = _option(2, "synthetic queries made for each chunk", "N", ge=1)
     llm: Name | None = _option(
         None,
-        "have a language model write the queries: an OpenAI-compatible URL, or transformers",
+        "have a language model write the queries: an OpenAI-compatible URL, smollm2 (inside a "
+        "package), or transformers (in this process)",
         "URL",
     )
     llm_model: Names = _option(
@@ -206,8 +208,11 @@ class RunConfig(BaseModel):
         "which duplicates of a model's queries to drop: near (and exact), exact, or keep all",
         "HOW",
     )
-    round_trip: int = _option(
-        0, "keep a query only if the encoder ranks its chunk in the top N; 0 keeps all", "N", ge=0
+    round_trip: Rank | Literal["auto"] = _option(
+        "auto",
+        "keep a query only if the encoder ranks its chunk in the top N and clearly above similar "
+        "ones; 0 keeps all; auto: 10 if the model runs in this process, else 0",
+        "N",
     )
     judge: bool = _option(
         False,
@@ -316,11 +321,10 @@ class RunConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("docs") is None and values.get("limit") is None:
-            values = {**values, "limit": DEMO_CHUNKS}
+        demo = DEMO if values.get("docs") is None else {}
         if values.get("fusion") == "embeddings":
             values = {"weight": RECIPES["paper"]["weight"], **values}  # it is part of the loss
-        return {**RECIPES.get(str(values.get("recipe")), {}), **values}
+        return {**demo, **RECIPES.get(str(values.get("recipe")), {}), **values}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -371,11 +375,15 @@ class RunConfig(BaseModel):
         """What the language model that writes the queries is asked; None without one."""
         if self.llm is None:
             return None
-        from .queries.llm import LLMSettings
+        from .queries.llm import IN_PROCESS, SMOLLM2, SMOLLM2_MODEL, LLMSettings
 
+        round_trip = self.round_trip
+        if round_trip == "auto":
+            round_trip = LOCAL_ROUND_TRIP if self.llm in (SMOLLM2, IN_PROCESS) else 0
+        bundled = self.llm == SMOLLM2 and not self.llm_model
         return LLMSettings(
             self.llm,
-            self.llm_model,
+            (SMOLLM2_MODEL,) if bundled else self.llm_model,
             key_env=self.llm_key_env,
             prompt=self.prompt,
             mix=dict(self.llm_mix),
@@ -391,7 +399,7 @@ class RunConfig(BaseModel):
             price_in=self.price_in,
             price_out=self.price_out,
             duplicates=self.duplicates,
-            round_trip=self.round_trip,
+            round_trip=round_trip,
             judge=self.judge,
             judge_prompt=self.judge_prompt,
             seed=self.seed,

@@ -90,6 +90,17 @@ class RunContext:
         )
 
     @property
+    def built_in(self) -> bool:
+        """Whether the documents are Python's own, since none were given."""
+        return self.config.docs is None
+
+    @property
+    def has_test_queries(self) -> bool:
+        """Whether the documents come with test queries; otherwise some of the training queries are
+        held out. Python's documentation does."""
+        return self.built_in or self.judged_corpus is not None
+
+    @property
     def twin(self) -> bool:
         """Whether the frozen encoder is part of the loss and of the product."""
         return self.config.fusion == "embeddings"
@@ -127,5 +138,5 @@ class RunContext:
         if self.config.queries is not None:
             return f"from {self.config.queries.name}"
         if self.config.llm is not None:
-            return f"written by {', '.join(self.config.llm_model)}"
+            return f"written by {', '.join(self.config.llm_model) or self.config.llm}"
         return "made from the documents without an LLM"

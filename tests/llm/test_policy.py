@@ -279,7 +279,7 @@ def test_any_error_of_a_model_in_process_reaches_its_callers(
 
     async def ask() -> None:
         backend = LocalBackend()
-        monkeypatch.setattr(backend, "_generate", fail)
+        monkeypatch.setattr(backend, "_turn", fail)
         requests = [Request("c", "m", "", f"prompt {i}", {}, 16, None) for i in range(2)]
         replies = asyncio.gather(*map(backend.complete, requests), return_exceptions=True)
         assert await asyncio.wait_for(replies, 60) == [error, error]

@@ -3,6 +3,7 @@
 They write nonsense; what is tested is that it comes through.
 """
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -19,45 +20,8 @@ import pytest
 
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.llm import IN_PROCESS, LLMSettings, generate_queries, probe
-from refine_fast.pipeline.queries.llm.request import Request
+from refine_fast.pipeline.queries.llm.request import Reply, Request
 from refine_fast.pipeline.queries.llm.transformers_backend import LocalBackend
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama of 60,000 random weights over a byte-level BPE."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(
-        ["who built the harbour and when was the quay made longer"], trainer
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=4096, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def settings(model: Path, **changes: Any) -> LLMSettings:
@@ -83,17 +47,24 @@ def test_in_process(tiny_model: Path, chunks: list[Chunk], tmp_path: Path) -> No
     assert generate_queries(chunks[:20], settings(tiny_model), store)[1].reused == 20
 
 
-def test_a_batch_writes_what_single_prompts_write(tiny_model: Path) -> None:
-    """Left padding, attention masks and the end of each row: prompts of unlike length, together and
-    alone."""
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_batch_writes_what_single_prompts_write(tiny_model: Path, temperature: float) -> None:
+    """Rows of unlike length share a buffer, each with its own mask and generator; where one ends,
+    another takes its place."""
     requests = [
-        Request(str(n), str(tiny_model), "", "who built the quay? " * n, {}, 12 + n, 0.0)
+        Request(str(n), str(tiny_model), "", "who built the quay? " * n, {}, 12 + n, temperature)
         for n in (1, 7, 3, 20)
     ]
+    together = asyncio.run(written(requests))
+    assert together == [asyncio.run(written([request]))[0] for request in requests]
+
+
+async def written(requests: list[Request]) -> list[Reply]:
     backend = LocalBackend()
-    together = backend._generate(requests)
-    alone = [backend._generate([request])[0] for request in requests]
-    assert together == alone
+    try:
+        return await asyncio.gather(*map(backend.complete, requests))
+    finally:
+        await backend.close()
 
 
 def test_a_model_that_is_not_there(chunks: list[Chunk], tmp_path: Path) -> None:
@@ -208,7 +179,7 @@ def llama_cpp(tiny_model: Path, tmp_path: Path) -> Iterator[str]:
     )
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template((tiny_model / "chat_template.jinja").read_text())
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         writer.add_tensor(names.get_name(name, (".weight",)), tensor.float().numpy())

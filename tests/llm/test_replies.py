@@ -318,7 +318,7 @@ REPLIES = {
         f"| kind | text |\n|---|---|\n| question | {A} |",
         "lines",
         [],
-        {"markup": 2, "empty": 1},
+        {"line of a table": 2, "empty": 1},
     ),
     "closing remark": (
         f"{A}\n{B}\nThese questions cover different facts.",

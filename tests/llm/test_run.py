@@ -141,6 +141,22 @@ def test_ctrl_c_says_what_is_kept(
     assert json.loads((tmp_path / "run" / "llm.json").read_text())["reused"] == 3
 
 
+def test_a_prompt_is_tried_on_a_few_passages(
+    endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prompt"]) == 0
+    mine = tmp_path / "mine.jinja"
+    mine.write_text(capsys.readouterr().out.replace("You write", "Thou writest"))
+    command = ["prompt", "--try", str(mine), "-n", "3", "--docs", str(docs), "--json"]
+    assert main([*command, "--llm", endpoint.url, "--llm-model", "tiny"]) == 0
+    tried = json.loads(capsys.readouterr().out)
+    assert len(tried["passages"]) == 3
+    assert sum(len(passage["kept"]) for passage in tried["passages"]) == tried["kept"] > 0
+    bodies = endpoint.stats()["bodies"]
+    assert len(bodies) == 3
+    assert all("Thou writest" in body["messages"][0]["content"] for body in bodies)
+
+
 def test_prompt_is_printed_and_taken_back(
     endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

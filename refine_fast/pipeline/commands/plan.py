@@ -24,6 +24,7 @@ from ..encoder.load import encoder_folder
 from ..encoder.prepare import prepare_encoder
 from ..evaluation.general_knowledge import general_knowledge
 from ..preflight import try_encoder, try_language_model
+from ..queries.python_questions import python_questions
 from ..queries.splits import require_enough
 from ..stages import systems
 from ..stages.chunk import cut_corpus
@@ -95,7 +96,10 @@ def plan(config: RunConfig) -> Plan:
         )
 
     judged = load_beir(context.judged_corpus) if context.judged_corpus else None
-    test_queries = len(judged.queries) if judged else len(queries["held_out"])
+    if config.docs is None:
+        test_queries = len(python_questions(chunks).queries)
+    else:
+        test_queries = len(judged.queries) if judged else len(queries["held_out"])
     scored = test_queries + (len(judged.docs) if judged else len(chunks))
     for folder in context.ood:
         data = load_beir(folder)

@@ -11,6 +11,7 @@ from ..corpus.beir import RetrievalSet, load_beir
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
 from ..corpus.text import normalize
+from .python_questions import python_questions
 from .query import Query
 
 MIN_SOURCES = 20
@@ -26,15 +27,20 @@ def without(queries: Sequence[Query], texts: Sequence[str]) -> list[Query]:
     return [query for query in queries if normalize(query.text) not in excluded]
 
 
-def in_domain_set(judged: Path | None, chunks: Path, held_out: Path) -> RetrievalSet:
+def in_domain_set(
+    judged: Path | None, chunks: Path, held_out: Path, *, built_in: bool = False
+) -> RetrievalSet:
     """What a run is evaluated on: the judged collection with its own test queries if the documents
-    are one, else the chunks with the held-out queries.
+    are one, else the chunks with the held-out queries, or with those about Python.
 
     Args:
         judged: folder of the collection.
         chunks: file of the chunks.
         held_out: file of the held-out queries.
+        built_in: whether the documents are Python's own, which come with questions.
     """
+    if built_in:
+        return python_questions(read_records(chunks, Chunk))
     if judged is not None:
         return load_beir(judged)
     return held_out_set(read_records(chunks, Chunk), read_records(held_out, Query))

@@ -14,6 +14,7 @@ import regex
 from ..corpus.chunk import Chunk
 from ..corpus.sentences import MORE_BOUNDARIES
 from ..corpus.text import CJK, UNSPACED, word_count
+from .prose import not_prose, paragraphs
 from .query import Query
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ KINDS_IN_TURN = ("cloze", "span", "cloze", "title")
 """Kinds rotate; each chunk starts at a random position."""
 
 MIN_SENTENCE_WORDS, MAX_SENTENCE_WORDS = 6, 60
+
+BOILERPLATE = 3
+"""A sentence in so many documents says nothing about one of them."""
 
 _RUN = regex.compile(
     rf"(?V1)(?P<unspaced>[\w&&{UNSPACED}][[\w&&{UNSPACED}]\p{{M}}]*)"
@@ -55,6 +59,7 @@ def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: int = 2
         per_chunk: most queries of one chunk; fewer are made where a chunk does not offer enough.
     """
     terms = _salient_terms(chunks)
+    boilerplate = _boilerplate(chunks)
     sharing = Counter(chunk.title for chunk in chunks)
     queries = []
     for chunk, best in zip(chunks, terms, strict=True):
@@ -62,7 +67,7 @@ def synthesize_queries(chunks: Sequence[Chunk], *, seed: int, per_chunk: int = 2
         first = rng.randrange(len(KINDS_IN_TURN))
         count = Counter(islice(cycle(KINDS_IN_TURN), first, first + per_chunk))
         made = {
-            "cloze": _cloze(chunk, count["cloze"], rng),
+            "cloze": _cloze(chunk, boilerplate, count["cloze"], rng),
             "title": _title(chunk, best, sharing[chunk.title] > 1, count["title"], rng),
             "span": _span(chunk, best, count["span"], rng),
         }
@@ -80,8 +85,18 @@ def mostly_made(queries: Sequence[Query]) -> bool:
     return 2 * sum(query.kind in KINDS_IN_TURN for query in queries) > len(queries)
 
 
-def _cloze(chunk: Chunk, count: int, rng: random.Random) -> list[str]:
-    sentences = _sentences(chunk.text)
+def _boilerplate(chunks: Sequence[Chunk]) -> frozenset[str]:
+    """Sentences that ``BOILERPLATE`` documents or more share."""
+    sources: dict[str, set[str]] = {}
+    for chunk in chunks:
+        for sentence in _sentences(chunk.text):
+            sources.setdefault(sentence, set()).add(chunk.source)
+    return frozenset(text for text, found in sources.items() if len(found) >= BOILERPLATE)
+
+
+def _cloze(chunk: Chunk, boilerplate: frozenset[str], count: int, rng: random.Random) -> list[str]:
+    found = _sentences(chunk.text)
+    sentences = [text for text in found if text not in boilerplate] or found
     return rng.sample(sentences, min(count, len(sentences)))
 
 
@@ -106,18 +121,20 @@ def _span(chunk: Chunk, best: list[str], count: int, rng: random.Random) -> list
 
 
 def _sentences(text: str) -> list[str]:
-    """The sentences of 6 to 60 words, without line breaks."""
+    """The sentences of 6 to 60 words that are prose, without line breaks."""
     from sentencex import segment
 
     found = (
         " ".join(part.split())
-        for sentence in segment("en", text)
+        for paragraph in paragraphs(text)
+        for sentence in segment("en", paragraph)
         for part in MORE_BOUNDARIES.split(sentence)
     )
     return [
         sentence
         for sentence in found
         if MIN_SENTENCE_WORDS <= word_count(sentence) <= MAX_SENTENCE_WORDS
+        and not not_prose(sentence)
     ]
 
 

@@ -87,7 +87,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
 
     encoder = {"encoder": context.encoder}
     judged = given(docs=context.judged_corpus)
-    documentation = {"docs": f"the documentation of Python {platform.python_version()}"}
+    built_in = {"docs": f"the language reference of Python {platform.python_version()}"}
+    built_in = built_in if config.docs is None else {}
     scores = made(*map(score_file, SYSTEMS))
     curve_files = made(*map(curve_file, context.weights))
     split = (QUERIES, DEV, HELD_OUT)
@@ -98,7 +99,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         (CHUNKS, CHUNK_FACTS, TWINS),
         encoder | given(docs=config.docs, queries=config.queries),
         "chunk_tokens limit seed encoding text_column title_column id_column dedup model",
-        facts=documentation if config.docs is None else None,
+        facts=built_in,
     )
     if config.llm is None:
         yield stage(
@@ -107,6 +108,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             split,
             made(CHUNKS, TWINS) | given(queries=config.queries) | judged,
             "queries_per_chunk held_out seed encoding",
+            facts=built_in,
         )
     else:
         from . import llm_query  # needs the extra llm
@@ -120,6 +122,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             | encoder
             | given(prompt=config.prompt, judge_prompt=config.judge_prompt),
             f"queries_per_chunk held_out seed precision {LLM_SETTINGS}",
+            facts=built_in,
             unfinished=lambda: llm_query.unanswered(context),
         )
     yield stage("embed", embed, (EMBEDDINGS,), made(CHUNKS, *split) | encoder, "precision")
@@ -175,7 +178,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             (score_file(system), SETS) if system == "BM25" else (score_file(system),),
             sets | models,
             settings,
-            facts={"ood": "general knowledge" if config.ood is None else "given"},
+            facts=built_in | {"ood": "general knowledge" if config.ood is None else "given"},
             system=system,
         )
     served = {}

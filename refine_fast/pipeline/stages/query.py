@@ -20,6 +20,9 @@ from ..queries.user import load_queries
 if TYPE_CHECKING:
     from ..context import RunContext
 
+EXAMPLES = 10
+"""Training queries that are shown, from all parts of the collection."""
+
 DEV_QUERIES, DEV_SHARES = 100, (0.1, 0.2)
 """Fusion weights are compared on so many queries, by whole documents, but on no smaller and no
 larger a share of them than that: fewer queries would not show a gain of a few points."""
@@ -61,7 +64,7 @@ def split_queries(
     shares = {}
     if context.judged_corpus:
         queries = without(queries, load_beir(context.judged_corpus).queries)
-    else:
+    if not context.has_test_queries:
         shares["held_out"] = context.config.held_out
     low, high = DEV_SHARES
     shares["dev"] = min(high, max(low, DEV_QUERIES / max(len(queries), 1)))
@@ -71,7 +74,10 @@ def split_queries(
 def write_split(
     context: RunContext, folder: Path, chunks: Sequence[Chunk], queries: list[Query]
 ) -> None:
-    """Splits the queries and writes one file for each part."""
+    """Splits the queries, writes one file for each part, and shows some of them."""
     parts = split_queries(context, chunks, queries)
     for part, name in (("train", QUERIES), ("dev", DEV), ("held_out", HELD_OUT)):
         write_records(folder / name, parts.get(part, []))
+    made = parts["train"]
+    for query in made[:: max(1, len(made) // EXAMPLES)][:EXAMPLES]:
+        context.console.say(f"  {query.kind}: {query.text}")

@@ -78,7 +78,12 @@ def collect(context: RunContext) -> ReportData:
     config = context.config
     sets = _set_scores(context)
     weight, in_domain = fused_weight(context.out), sets.pop("in_domain")
-    data = in_domain_set(context.judged_corpus, context.path(CHUNKS), context.path(HELD_OUT))
+    data = in_domain_set(
+        context.judged_corpus,
+        context.path(CHUNKS),
+        context.path(HELD_OUT),
+        built_in=context.built_in,
+    )
     gained, lost = moved_queries(data, in_domain.at_weight[0], in_domain.at_weight[weight])
     return ReportData(
         documents=_documents(context),
@@ -110,7 +115,7 @@ def _costs(context: RunContext) -> dict[str, tuple[float, int]]:
 
 
 def _documents(context: RunContext) -> Documents:
-    built_in = f"the documentation of Python {platform.python_version()}"
+    built_in = f"the language reference of Python {platform.python_version()}"
     return Documents(str(context.config.docs or built_in), **read_json(context.path(CHUNK_FACTS)))
 
 
@@ -121,7 +126,7 @@ def _queries(context: RunContext) -> Queries:
         source=context.query_source,
         without_llm=config.queries is None and config.llm is None,
         kinds=dict(Counter(query.kind for query in queries)),
-        held_out_by_document=context.judged_corpus is None,
+        held_out_by_document=not context.has_test_queries,
         account=None if config.llm is None else read_json(context.path(ACCOUNT)),
     )
 

@@ -57,7 +57,11 @@ def scored_sets(context: RunContext) -> dict[str, RetrievalSet]:
     under "ood:" and its name."""
     config = context.config
     chunks, queries = context.path(CHUNKS), context.path(HELD_OUT)
-    sets = {"in_domain": in_domain_set(context.judged_corpus, chunks, queries)}
+    sets = {
+        "in_domain": in_domain_set(
+            context.judged_corpus, chunks, queries, built_in=context.built_in
+        )
+    }
     if config.ood is None:
         sets["ood:general knowledge"] = general_knowledge("test")
     for folder in context.ood:

@@ -57,7 +57,12 @@ def run(context: RunContext, folder: Path) -> None:
 def _sets(context: RunContext, asked: Sequence[Query]) -> tuple[RetrievalSet, RetrievalSet]:
     """The queries that choose, and those that are shown."""
     dev = held_out_set(read_records(context.path(CHUNKS), Chunk), asked, "dev")
-    test = in_domain_set(context.judged_corpus, context.path(CHUNKS), context.path(HELD_OUT))
+    test = in_domain_set(
+        context.judged_corpus,
+        context.path(CHUNKS),
+        context.path(HELD_OUT),
+        built_in=context.built_in,
+    )
     seed = context.config.seed
     first, second = (s.sample(queries=QUERIES, docs=PASSAGES, seed=seed) for s in (dev, test))
     return first, second

@@ -22,10 +22,12 @@ from .dispatch import CallProgress
 from .generate import Account, Estimate, estimate, generate_queries
 from .probe import EndpointReport, probe
 from .prompt import default_prompt
-from .settings import IN_PROCESS, LLMSettings
+from .settings import IN_PROCESS, SMOLLM2, SMOLLM2_MODEL, LLMSettings
 
 __all__ = [
     "IN_PROCESS",
+    "SMOLLM2",
+    "SMOLLM2_MODEL",
     "Account",
     "CallProgress",
     "EndpointReport",

@@ -14,6 +14,7 @@ import regex
 from ....ops.band_topk import band_topk
 from ...corpus.dedup import NearDuplicates
 from ...corpus.text import normalized_words, word_count, words
+from ..prose import not_prose
 from .languages import is_question, other_language
 from .passage_reference import refers_to_passage
 from .reply_parser import Candidate, Parsed, no_query
@@ -23,6 +24,14 @@ MIN_WORDS, MAX_WORDS, MAX_CHARACTERS = 2, 48, 300
 
 _UNSPACED_MIN_WORDS = 1
 """The same where blanks do not separate words, and the count is an estimate."""
+
+MIN_LEAD = 0.02
+"""A query is vague if its own chunk leads its neighbours by less. Of 250 questions that people
+asked about 253 passages of SQuAD, 5% do under MiniLM; of questions such as "What is the purpose of
+the text?", 70%."""
+
+NEIGHBOURS = 10
+"""Chunks that resemble a query's own, with which it is compared."""
 
 _LOOP = regex.compile(r"\b(\w+)(?:\W+\1\b){3}", regex.IGNORECASE)
 
@@ -100,8 +109,8 @@ def check(text: str, passage: str, kind: str, prompt: str = "") -> str | None:
         return "too long"
     if reason := no_query(text):
         return reason
-    if re.search(r"</?[a-zA-Z]+>|^\|", text):
-        return "markup"
+    if reason := not_prose(text):
+        return reason
     if _LOOP.search(text):
         return "repeats itself"
     if refers_to_passage(text):
@@ -190,3 +199,33 @@ def found_by_retriever(
         skip=0,
     )
     return (np.asarray(nearest.ids) == source[:, None]).any(axis=1)
+
+
+def lead_over_neighbours(
+    query_embeddings: np.ndarray, chunk_embeddings: np.ndarray, source: np.ndarray
+) -> np.ndarray:
+    """How much more similar a query is to its own chunk than to the chunks that resemble that one.
+
+    A vague query ("What is the purpose of it?") fits them as well.
+
+    Args:
+        query_embeddings: (n, d) float32, unit rows.
+        chunk_embeddings: (m, d) float32, unit rows.
+        source: (n,) integers, the row of each query's chunk.
+
+    Returns:
+        (n,) float32: the similarity to the own chunk, less the mean of those to its
+        ``NEIGHBOURS`` most similar chunks; infinite where there is no other chunk.
+    """
+    chunks, row_of = np.unique(source, return_inverse=True)
+    count = min(NEIGHBOURS + 1, len(chunk_embeddings))
+    nearest = np.asarray(
+        band_topk(chunk_embeddings[chunks], chunk_embeddings, count, band=(-2.0, 2.0), skip=0).ids
+    )
+    leads = np.full(len(source), np.inf, dtype=np.float32)
+    for i, (own, ids) in enumerate(zip(source, nearest[row_of], strict=True)):
+        others = [id for id in ids if id != own][:NEIGHBOURS]
+        if others:
+            similar = chunk_embeddings[[own, *others]] @ query_embeddings[i]
+            leads[i] = similar[0] - similar[1:].mean()
+    return leads

@@ -25,7 +25,8 @@ from .prompt import Template, judge_schema, query_schema, wanted
 from .reply_log import ReplyStore, Spent
 from .reply_parser import parse_numbers, parse_queries
 from .request import Backend, Failure, Request, count_tokens
-from .settings import IN_PROCESS, LLMSettings
+from .settings import LLMSettings
+from .small_models import TOKENS_PER_LINE, example_for
 from .throttle import Throttle
 from .transformers_backend import LocalBackend
 
@@ -91,15 +92,27 @@ def query_requests(
 
     The same chunk, prompt, model and parameters make the same request.
     """
-    template = Template(settings.prompt)
-    schema = query_schema(list(settings.mix))
+    template = settings.template
+    schema = {} if template.asks_for_lines else query_schema(list(settings.mix))
     for i in order:
         chunk = chunks[i]
         digest = hashlib.sha256(chunk.text.encode()).hexdigest()
-        wish = wanted(settings.mix, settings.per_chunk, f"{settings.seed} {digest}")
-        system, user = template.render(
-            passage=chunk.text, title=chunk.title, wanted=wish, total=settings.per_chunk
-        )
+        texts: dict[str, Any] = {"passage": chunk.text, "title": chunk.title}
+        form: dict[str, Any] = {}
+        longest = settings.max_reply_tokens
+        total = settings.per_chunk
+        if template.asks_for_lines:
+            example = example_for(chunk.text)
+            texts |= {"example": example, "total": total}
+            longest = min(longest, TOKENS_PER_LINE * total)
+            form = {"shots": (template.shot(**texts),), "lines": total}
+            form["starts"] = tuple(example["starts"])
+        else:
+            wish = wanted(settings.mix, total, f"{settings.seed} {digest}")
+            texts |= {"wanted": wish, "total": total}
+        if settings.in_process:
+            form["seed"] = settings.seed
+        system, user = template.render(**texts)
         model = settings.models[int(digest[:8], 16) % len(settings.models)]
         yield Request(
             chunk.id,
@@ -107,9 +120,10 @@ def query_requests(
             system,
             user,
             schema,
-            settings.max_reply_tokens,
+            longest,
             settings.temperature,
             settings.extra,
+            **form,
         )
 
 
@@ -235,7 +249,7 @@ def generate_queries(
 
 def backend_for(settings: LLMSettings) -> Backend:
     """The backend that the settings name."""
-    if settings.url == IN_PROCESS:
+    if settings.in_process:
         return LocalBackend()
     return HttpBackend(settings.url, settings.key(), settings.timeout)
 
@@ -269,7 +283,9 @@ async def _ask(
         tokens_in=spent.tokens_in,
         tokens_out=spent.tokens_out,
     )
-    throttle = Throttle(settings.concurrency)
+    # Replies in this process are written together; a server is approached carefully.
+    first = {"first": settings.concurrency} if settings.in_process else {}
+    throttle = Throttle(settings.concurrency, **first)
     try:
         await ask(requests, progress, backend, replies, throttle, budget, is_useful, watch)
     except Failure as failure:
@@ -317,7 +333,7 @@ def _candidates(
 def _prompt_without_passage(chunk: Chunk, settings: LLMSettings) -> str:
     """The instructions and examples of a request."""
     (request,) = query_requests([chunk], [0], settings)
-    text = f"{request.system} {request.user}"
+    text = " ".join(message["content"] for message in request.messages)
     for own in filter(None, (chunk.text, chunk.title)):
         text = text.replace(own, "")
     return text
@@ -353,8 +369,14 @@ def _round_trip(
         else embeddings
     )
     queries = encode([text for _, _, text in found], "query")
-    hits = filters.found_by_retriever(queries, documents, np.array([i for i, _, _ in found]), top_n)
-    return _keep(found, [None if hit else f"not found in the top {top_n}" for hit in hits], account)
+    own = np.array([i for i, _, _ in found])
+    hits = filters.found_by_retriever(queries, documents, own, top_n)
+    leads = filters.lead_over_neighbours(queries, documents, own)
+    verdicts = [
+        f"not found in the top {top_n}" if not hit else "vague" if lead < filters.MIN_LEAD else None
+        for hit, lead in zip(hits, leads, strict=True)
+    ]
+    return _keep(found, verdicts, account)
 
 
 async def _judged(
@@ -386,6 +408,7 @@ async def _judged(
             settings.max_reply_tokens,
             settings.temperature,
             settings.extra,
+            seed=settings.seed if settings.in_process else None,
         )
 
     missing = [i for i in own if request(i).key not in replies]

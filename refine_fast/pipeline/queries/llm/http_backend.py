@@ -81,6 +81,8 @@ class Form:
 
     def response_format(self, schema: dict[str, Any]) -> dict[str, Any]:
         """The request field that asks for JSON. llama.cpp reads the schema of ``json_object``."""
+        if not schema:  # the prompt asks for lines
+            return {}
         if self.mode == "json_schema":
             described = {"name": "reply", "strict": True, "schema": schema}
             return {"response_format": {"type": "json_schema", "json_schema": described}}

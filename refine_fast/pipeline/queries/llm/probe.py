@@ -19,7 +19,7 @@ from .http_backend import MODES, Form, HttpBackend
 from .prompt import query_schema
 from .request import Failure, Request
 from .samples import sample_chunks
-from .settings import IN_PROCESS, LLMSettings
+from .settings import LLMSettings
 
 _CONTEXT_FIELDS = (
     "max_model_len",
@@ -60,8 +60,8 @@ def probe(settings: LLMSettings) -> list[EndpointReport]:
     Raises:
         RefineFastError: if the settings name no endpoint.
     """
-    if settings.url == IN_PROCESS:
-        raise RefineFastError(f"llm: doctor probes URLs (got {IN_PROCESS}).")
+    if settings.in_process:
+        raise RefineFastError(f"llm: doctor probes URLs (got {settings.url}).")
     return run(_probe_all(settings))
 
 

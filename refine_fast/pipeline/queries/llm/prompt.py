@@ -1,6 +1,7 @@
 """From a template to the messages of a request.
 
-A template is a jinja2 file with the blocks ``system`` and ``user``.
+A template is a jinja2 file with the blocks ``system`` and ``user``. One with the blocks ``example``
+and ``reply`` too, which small models need, asks for plain lines; any other, for JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KINDS = {
 
 
 def default_prompt(name: str = "queries") -> str:
-    """The bundled template: "queries", or "judge"."""
+    """The bundled template: "queries", "lines" (queries by small models), or "judge"."""
     return (resources.files(__package__) / "prompts" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
@@ -62,6 +63,15 @@ class Template:
                 f"prompt: {path} has no block 'user'; start from the output of "
                 f"'refine-fast prompt {name}'."
             )
+
+    @property
+    def asks_for_lines(self) -> bool:
+        """Whether replies are plain lines, as the worked example shows."""
+        return {"example", "reply"} <= self._template.blocks.keys()
+
+    def shot(self, **variables: Any) -> tuple[str, str]:
+        """The worked example: what is asked, and the reply."""
+        return self._block("example", variables), self._block("reply", variables)
 
     def render(self, **variables: Any) -> tuple[str, str]:
         """The system message (may be empty) and the user message.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -24,6 +24,15 @@ class Request:
     temperature: float | None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """More request fields that the user set."""
+    shots: tuple[tuple[str, str], ...] = ()
+    """Worked examples, (user, assistant), as earlier turns of the conversation."""
+    lines: int | None = None
+    """The reply is so many questions, one per line; None: what the prompt says."""
+    starts: tuple[str, ...] = ()
+    """Words that a line may begin with; empty: any. Only a model in this process can be held to
+    it."""
+    seed: int | None = None
+    """Of sampling in this process; None: the server's own."""
 
     @cached_property
     def key(self) -> str:
@@ -35,26 +44,36 @@ class Request:
         parts += [self.max_tokens, self.temperature]
         if self.extra:  # replies that were paid for before this field existed keep their key
             parts.append(dict(self.extra))
+        later = (self.shots, self.lines, self.starts, self.seed)
+        if any(value not in ((), None) for value in later):
+            parts.append(later)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """The chat messages; an empty system message is left out."""
-        return [
-            {"role": role, "content": text}
-            for role, text in (("system", self.system), ("user", self.user))
-            if text
-        ]
+        system = [("system", self.system)] if self.system else []
+        return _messages([*system, *self._turns])
 
     @property
     def messages_without_system(self) -> list[dict[str, str]]:
-        """The same as one user message, for models without a system role."""
-        return [{"role": "user", "content": "\n\n".join(filter(None, (self.system, self.user)))}]
+        """The same with the system message in the first of the user's, for models without a system
+        role."""
+        (_, first), *rest = self._turns
+        return _messages([("user", "\n\n".join(filter(None, (self.system, first)))), *rest])
+
+    @property
+    def _turns(self) -> list[tuple[str, str]]:
+        """(role, text) without the system message."""
+        shots = [
+            turn for asked, reply in self.shots for turn in (("user", asked), ("assistant", reply))
+        ]
+        return [*shots, ("user", self.user)]
 
     @property
     def tokens_in(self) -> int:
         """Estimated tokens of the prompt."""
-        return count_tokens(self.system) + count_tokens(self.user)
+        return sum(count_tokens(message["content"]) for message in self.messages)
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,10 @@ class Backend(Protocol):
     async def close(self) -> None:
         """Releases connections, or the model."""
         ...
+
+
+def _messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in turns if text]
 
 
 def count_tokens(text: str) -> int:

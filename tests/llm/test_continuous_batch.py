@@ -1,0 +1,153 @@
+"""Generation with continuous batching, against transformers' own."""
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from refine_fast.pipeline.queries.llm.continuous_batch import (
+    MIN_SHARED,
+    ContinuousBatch,
+    Lines,
+    Row,
+    Sampling,
+)
+
+GREEDY, HOT = Sampling(), Sampling(2.0, 40, 0.95)
+END = 1
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Grouped queries: three heads share one of keys and values."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=120, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
+        bos_token_id=0, eos_token_id=END, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def prompts(count: int, shared: int = 0) -> list[list[int]]:
+    draw = random.Random(0)
+    first = [draw.randrange(2, 120) for _ in range(shared)]
+    return [
+        first + [draw.randrange(2, 120) for _ in range(draw.randrange(3, 160))]
+        for _ in range(count)
+    ]
+
+
+def write(model: Any, rows: list[Row], places: int) -> list[Row]:
+    """At most ``places`` rows at a time."""
+    batch, waiting, done = ContinuousBatch(model, {END}), list(rows), []
+    while waiting or len(batch):
+        while waiting and len(batch) < places:
+            done += batch.admit(waiting.pop(0))
+        if len(batch):
+            done += batch.step()
+    assert sorted(map(id, done)) == sorted(map(id, rows))
+    return rows
+
+
+def test_greedy_replies_are_those_of_transformers(model: Any) -> None:
+    """Also where prompts share a beginning, which is read once."""
+    for shared in (0, MIN_SHARED + 3):
+        given = prompts(9, shared)
+        rows = write(model, [Row(p, GREEDY, 0, 5 + i) for i, p in enumerate(given)], places=3)
+        for i, (prompt, row) in enumerate(zip(given, rows, strict=True)):
+            with torch.inference_mode():
+                output = model.generate(
+                    torch.tensor([prompt]), max_new_tokens=5 + i, do_sample=False
+                )
+            expected = output[0, len(prompt) :].tolist()
+            assert row.finish == ("stop" if expected[-1] == END else "length")
+            assert row.tokens == [token for token in expected if token != END]
+
+
+def test_a_shared_beginning_is_read_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = ContinuousBatch(model, {END})
+    read = []
+    forward = batch._forward
+    monkeypatch.setattr(
+        batch,
+        "_forward",
+        lambda tokens, *rest: read.append(tokens.shape[1]) or forward(tokens, *rest),
+    )
+    given = prompts(4, shared=100)
+    for prompt in given:
+        batch.admit(Row(prompt, GREEDY, 0, 1))
+    own = [len(prompt) - 100 for prompt in given]
+    assert read == [100 + own[0], 100, *own[1:]]
+
+
+def test_a_row_draws_the_same_whatever_its_neighbours(model: Any) -> None:
+    given = prompts(8, shared=40)
+
+    def drawn(places: int, seeds: range) -> list[list[int]]:
+        rows = [Row(p, HOT, seed, 12) for p, seed in zip(given, seeds, strict=True)]
+        return [row.tokens for row in write(model, rows, places)]
+
+    alone = drawn(1, range(8))
+    assert drawn(8, range(8)) == drawn(3, range(8)) == alone
+    assert drawn(8, range(8, 16)) != alone
+
+
+def test_replies_have_the_form_of_lines(model: Any) -> None:
+    """Each line begins with one of the starts, none twice, and ends at its mark; what does not get
+    there is cut at the limit."""
+    form = Lines(count=2, starts=(10, 11, 12), ends=frozenset(range(60, 120)), line_break=5)
+    rows = write(model, [Row(p, HOT, i, 40, form) for i, p in enumerate(prompts(12))], places=4)
+    assert {row.finish for row in rows} == {"stop"}
+    for row in rows:
+        lines = bytes(row.tokens).split(bytes([5]), 1)
+        assert len(lines) == 2
+        assert lines[0][-1] in form.ends
+        assert row.tokens[-1] in form.ends
+        assert {lines[0][0], lines[1][0]} <= set(form.starts)
+        assert lines[0][0] != lines[1][0]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.llm import LLMSettings, generate_queries
+model, store = sys.argv[1:]
+texts = [f"Harbour {i} was built by the city of Port {i}." for i in range(60)]
+chunks = [Chunk(f"c{i}", text, "", f"f{i}", 0, len(text)) for i, text in enumerate(texts)]
+settings = LLMSettings(
+    "transformers", (model,), {"question": 1.0}, 2, temperature=1.0, max_reply_tokens=40
+)
+generate_queries(chunks, settings, Path(store), watch=lambda state: print(state.done, flush=True))
+"""
+
+
+def test_kill_9_repeats_nothing_and_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    import json
+
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    run = [sys.executable, "-c", SCRIPT, str(tiny_model)]
+    with subprocess.Popen([*run, str(killed)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline()  # a reply is on disk, and others are being written
+        process.send_signal(signal.SIGKILL)
+    before = killed.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    assert 0 < before.count(b"\n") < 60
+    for store in (killed, whole):
+        subprocess.run([*run, str(store)], check=True, stdout=subprocess.DEVNULL)
+    assert killed.read_bytes().startswith(before)
+
+    def texts(store: Path) -> dict[str, str]:
+        records = [json.loads(line) for line in store.read_text().splitlines()]
+        assert len({record["key"] for record in records}) == len(records) == 60
+        return {record["chunk"]: record["text"] for record in records}
+
+    assert texts(killed) == texts(whole)

@@ -1,0 +1,84 @@
+"""What is no prose is no query, with a language model and without one."""
+
+import numpy as np
+import pytest
+
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.llm.filters import MIN_LEAD, lead_over_neighbours
+from refine_fast.pipeline.queries.prose import not_prose
+from refine_fast.pipeline.queries.synthetic import BOILERPLATE, synthesize_queries
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("+--------+--------+ a border of a table", "line of a table"),
+        ("| Option | Meaning | Default |", "line of a table"),
+        ("─────── Ergebnis der Messung", "line of a table"),
+        ("12 345 -- 67", "no letters"),
+        ("</table> what follows the table", "markup"),
+        (">>> print(value) shows the value", "code"),
+        ("for (int i = 0; i < n; ++i) {", "code"),
+        ("if a == b then they are the same", "code"),
+        ("a1 2 3 4 5 6 7 8 9 10 11", "mostly signs"),
+        ("How does the museum's east wing (closed since 1908) earn $3 a ticket?", None),
+        ("What do x.__get__(a) and C++ have in common?", None),
+        ("Wie hoch ist der Kran?", None),
+        ("博物館の東館はいつから休館しますか？", None),
+        ("เครนยกของได้กี่ตัน", None),
+        ("संग्रहालय कब बंद होता है?", None),
+        ("متى يغلق المتحف؟", None),
+    ],
+)
+def test_what_is_prose(text: str, reason: str | None) -> None:
+    assert not_prose(text) == reason
+
+
+def made(*texts: str) -> set[str]:
+    chunks = [Chunk(f"c{i}", t, "", f"f{i}", 0, len(t)) for i, t in enumerate(texts)]
+    queries = synthesize_queries(chunks, seed=0, per_chunk=4)
+    return {query.text for query in queries if query.kind == "cloze"}
+
+
+def test_clozes_are_prose() -> None:
+    heading = (
+        'The "assert" statement of the Python language\n*********************************\n\n'
+        "Assert statements are a convenient way to insert checks into a program.\n\n"
+        "+----------+-------------+\n| Operator | Description |\n+----------+-------------+\n"
+        "| lambda of the table that is here | Lambda expression of the table |\n"
+    )
+    assert made(heading, "Nothing else is to be found in this other text.") == {
+        'The "assert" statement of the Python language',
+        "Assert statements are a convenient way to insert checks into a program.",
+        "Nothing else is to be found in this other text.",
+    }
+
+
+def test_boilerplate_makes_no_cloze() -> None:
+    texts = [
+        f"All rights are reserved by the old harbour office. Crane number {name} lifts many tonnes."
+        for name in ("one", "two", "three", "four")
+    ]
+    assert not any("rights" in text for text in made(*texts))
+    assert any("rights" in text for text in made(*texts[: BOILERPLATE - 1]))
+
+
+def test_a_vague_query_leads_its_neighbours_by_little() -> None:
+    """Chunks 0 to 3 resemble one another; the first query fits 0 alone, the second all four."""
+    rng = np.random.default_rng(0)
+    theme, own = rng.standard_normal((2, 64))
+    chunks = np.array([theme + own * (i == 0) + 0.1 * rng.standard_normal(64) for i in range(4)])
+    queries = np.array([theme + own, theme])
+    chunks, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (chunks, queries))
+    leads = lead_over_neighbours(
+        queries.astype(np.float32), chunks.astype(np.float32), np.array([0, 1])
+    )
+    expected = [
+        q @ chunks[i] - np.delete(chunks, i, 0).dot(q).mean() for i, q in enumerate(queries)
+    ]
+    np.testing.assert_allclose(leads, expected, atol=1e-5)
+    assert leads[0] > MIN_LEAD > 0
+    alone = lead_over_neighbours(
+        queries[:1].astype(np.float32), chunks[:1].astype(np.float32), np.array([0])
+    )
+    assert alone == [np.inf]
