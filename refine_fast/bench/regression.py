@@ -99,8 +99,9 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether enough of the lead is left, or there is nothing to compare with."""
-        return self.recorded is None or self.lead.median >= KEPT * self.recorded
+        """Whether enough of the lead may be left, or there is nothing to compare with: a machine
+        too noisy to tell is no reason to fail."""
+        return self.recorded is None or self.lead.high >= KEPT * self.recorded
 
 
 def mode_of(op: Operation) -> str:
