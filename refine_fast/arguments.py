@@ -31,6 +31,15 @@ def add_llm_flags(command: argparse.ArgumentParser, help: str) -> None:
         metavar="NAME",
         help="environment variable that holds the API key (default OPENAI_API_KEY)",
     )
+    command.add_argument(
+        "--llm-extra", metavar="JSON", help="further fields of each request, as for run"
+    )
+
+
+def llm_options(options: argparse.Namespace) -> dict[str, str]:
+    """What was given of ``add_llm_flags``, as fields of RunConfig."""
+    names = ("llm", "llm_model", "llm_key_env", "llm_extra")
+    return {name: getattr(options, name) for name in names if getattr(options, name)}
 
 
 def add_prompt_flags(command: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from .arguments import (
     add_trust_flag,
     count,
     join_negative_values,
+    llm_options,
     weight_of_glob,
 )
 from .bench.flags import add_bench_flags
@@ -394,8 +395,10 @@ def plan(options: argparse.Namespace, console: Console) -> None:
 def doctor(options: argparse.Namespace, console: Console) -> None:
     """Checks what works on this machine."""
     from .pipeline.commands.doctor import show_health
+    from .pipeline.config import RunConfig
 
-    llm = (options.llm, options.llm_model, options.llm_key_env) if options.llm else None
+    # nothing is written to the run folder
+    llm = RunConfig(out="run", **llm_options(options)).llm_settings() if options.llm else None
     show_health(options.model, llm, console, trust_remote_code=options.trust_remote_code)
 
 
@@ -411,9 +414,7 @@ def prompt(options: argparse.Namespace, console: Console) -> None:
             out="run",  # nothing is written there
             docs=options.docs,
             prompt=options.tried,
-            llm=options.llm or "smollm2",
-            llm_model=options.llm_model or (),
-            llm_key_env=options.llm_key_env,
+            **{"llm": "smollm2", **llm_options(options)},
         )
         try_prompt(config, options.count, console)
         return

@@ -210,6 +210,19 @@ def test_doctor_tells_of_the_endpoint(
     )
 
 
+def test_doctor_asks_with_the_fields_of_the_run(
+    endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["doctor", "--llm", endpoint.url, "--llm-model", "tiny", "--llm-extra"]
+    assert main([*command, '{"top_k": 3}']) == 0
+    bodies = [body for body in endpoint.stats()["bodies"] if "messages" in body]
+    assert bodies
+    assert all(body["top_k"] == 3 for body in bodies)
+    capsys.readouterr()
+    assert main([*command, "3"]) == 2
+    assert "llm_extra: 3 must be a JSON object" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from packaging.requirements import Requirement
@@ -23,12 +24,15 @@ from ..encoder.options import EncoderOptions
 from ..encoder.prepare import prepare_encoder
 from ..preflight import try_encoder
 
+if TYPE_CHECKING:
+    from ..queries.llm import LLMSettings
+
 DISTRIBUTION = "refine-fast"
 
 
 def show_health(
     model: str,
-    llm: tuple[str, str | None, str] | None,
+    llm: LLMSettings | None,
     console: Console,
     *,
     trust_remote_code: bool = False,
@@ -37,7 +41,7 @@ def show_health(
 
     Args:
         model: the encoder to try: a folder, a Hugging Face name or minilm.
-        llm: URL of an endpoint, its models, and the environment variable of its key.
+        llm: the endpoint to probe, with the options of its requests; None: none.
         console: where the rows go.
         trust_remote_code: whether to run Python code in the encoder's folder.
 
@@ -46,7 +50,7 @@ def show_health(
     """
     rows = list(check(model, trust_remote_code=trust_remote_code))
     if llm:
-        rows += _endpoint_rows(*llm)
+        rows += _endpoint_rows(llm)
     table = Table("", "", "found")
     for what, works, found in rows:
         table.add_row(what, Text("ok", "green") if works else Text("no", "yellow"), found)
@@ -148,13 +152,10 @@ def _memory() -> str:
     return f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
 
 
-def _endpoint_rows(url: str, models: str | None, key_env: str) -> Iterator[tuple[str, bool, str]]:
+def _endpoint_rows(settings: LLMSettings) -> Iterator[tuple[str, bool, str]]:
     """(what, whether it works, what was found) for each model of an endpoint."""
-    from ..queries.llm import LLMSettings, probe
+    from ..queries.llm import probe
 
-    settings = LLMSettings(
-        url, tuple((models or "").split(",")), mix={"question": 1.0}, per_chunk=1, key_env=key_env
-    )
     for model, report in zip(settings.models, probe(settings), strict=True):
         if report.problem:
             yield f"llm {model}", False, report.problem
