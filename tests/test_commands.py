@@ -91,7 +91,7 @@ def test_plan_writes_nothing(tmp_path: Path, tiny: Path, docs: Path, whole: Path
     assert plan["chunks"] == sum(1 for _ in (whole / "chunks.jsonl").open())
     assert plan["training_queries"] == sum(1 for _ in (whole / "queries.jsonl").open())
     assert plan["steps"] == json.loads((whole / "training.json").read_text())["steps"]
-    assert plan["mini_batch"] == 8 * (1 + 1)  # half of the machine's memory holds a batch
+    assert plan["mini_batch"] == 8  # half of the machine's memory holds a batch
     assert 0.88 < plan["training_gb"] < 1
 
 

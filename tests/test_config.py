@@ -24,7 +24,7 @@ MISSING = "does not exist; give the path of an existing file or folder."
 BAD_FLAGS = [
     ("--skip", "-1", "skip: -1 must be an integer >= 0."),
     ("--skip", "five", "skip: five must be an integer >= 0."),
-    ("--negatives", "1.5", "negatives: 1.5 must be an integer >= 0."),
+    ("--negatives", "1.5", "negatives: 1.5 must be an integer >= 0, or auto."),
     ("--batch-size", "1", "batch_size: 1 must be an integer >= 2."),
     ("--seed", "-3", "seed: -3 must be an integer >= 0 and <= 4294967295."),
     ("--seed", "4294967296", "seed: 4294967296 must be an integer >= 0 and <= 4294967295."),

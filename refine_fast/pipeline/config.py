@@ -235,8 +235,11 @@ class RunConfig(BaseModel):
     skip: int = _option(
         5, "leave out this many most similar documents before applying the band", "N", ge=0
     )
-    negatives: int = _option(
-        1, "hard negatives per query; 0 trains on in-batch negatives alone", "N", ge=0
+    negatives: Rank | Literal["auto"] = _option(
+        "auto",
+        "hard negatives per query; 0 trains on in-batch negatives alone; auto: 1 is mined, and "
+        "trained on unless the loss is distillation alone, to which it adds nothing but time",
+        "N",
     )
     select: Literal["hardest", "random"] = _option(
         "hardest", "which documents in the band to take: hardest or random", "HOW"

@@ -114,6 +114,19 @@ class RunContext:
         return 1.0 if made else 0.0
 
     @property
+    def mined_negatives(self) -> int:
+        """Hard negatives that are mined for each query."""
+        return 1 if self.config.negatives == "auto" else self.config.negatives
+
+    @property
+    def trained_negatives(self) -> int:
+        """Hard negatives of each query that training sees. Distillation alone does as well without:
+        on SQuAD's held-out queries nDCG@10 changes by 0.0 points [-1.1, 1.0], on general knowledge
+        by -0.5 [-1.5, 0.5], with one negative against none."""
+        alone = self.config.negatives == "auto" and self.distill == 1
+        return 0 if alone else self.mined_negatives
+
+    @property
     def chooses_weight(self) -> bool:
         """Whether the fusion weight is chosen on held-out queries."""
         return self.config.weight == "auto"

@@ -18,13 +18,12 @@ works. Its figures mean little."""
 
 DEMO: dict[str, Any] = {
     "chunk_tokens": 128,
-    "negatives": 0,
     "batch_size": 32,
     "max_steps": 24,
     "curve": (0.0, 0.5, 1.0),
 }
 """What is set where no documents are given: Python's language reference in a few minutes on two
-cores. Training sees half as many tokens of each passage, no mined negatives, and half an epoch."""
+cores. Training sees half as many tokens of each passage, and half an epoch."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {},

@@ -123,14 +123,16 @@ def plan(config: RunConfig) -> Plan:
     start = time.perf_counter()
     encode(model, [passages[i] for i in drawn], role="document", bf16=bf16)
     seconds = (time.perf_counter() - start) / len(drawn)
-    trained = steps * batch * (1 + config.negatives)  # queries are short: passages dominate
+    trained = (
+        steps * batch * (1 + context.trained_negatives)
+    )  # queries are short: passages dominate
     fit = fit_training(
         model,
         [query.text for query in queries["train"]],
         passages,
         examples,
         batch_size=config.batch_size,
-        negatives=config.negatives,
+        negatives=context.trained_negatives,
         memory=config.memory,
         bf16=bf16,
     )
@@ -144,7 +146,7 @@ def plan(config: RunConfig) -> Plan:
         steps=steps,
         passages_encoded=encoded,
         precision="bf16" if bf16 else "fp32",
-        mini_batch=fit.mini_batch or batch * (1 + config.negatives),
+        mini_batch=fit.mini_batch or batch * (1 + context.trained_negatives),
         training_gb=round(fit.peak / 2**30, 2),
         training_minutes=round(trained * seconds * TRAINING_OVER_ENCODING / 60, 1),
         encoding_minutes=round(encoded * seconds / 60, 1),

@@ -138,9 +138,10 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         train,
         (TUNED, TRAINING_FACTS, *([ADAPTER] if config.lora is not None else [])),
         made(CHUNKS, *split, NEGATIVES, EMBEDDINGS) | encoder,
-        "negatives epochs max_steps batch_size lr warmup temperature precision memory seed fusion "
+        "epochs max_steps batch_size lr warmup temperature precision memory seed fusion "
         "lora" + (" weight" if context.twin else ""),
         distill=context.distill,
+        negatives=context.trained_negatives,
     )
     for weight in context.weights:
         yield stage(
@@ -197,7 +198,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         fuse,
         (MODEL,),
         encoder | made(TUNED, FUSION_FACTS, EMBEDDINGS) | recipe | scores,
-        f"weight fusion skip negatives select batch_size lr warmup temperature seed {NAMES}",
+        f"weight fusion skip select batch_size lr warmup temperature seed {NAMES}",
     )
     account = made(ACCOUNT) if config.llm is not None else {}
     yield stage(
@@ -211,6 +212,5 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         | served
         | account
         | judged,
-        "weight curve fusion band skip negatives select batch_size lr temperature seed served "
-        f"docs {NAMES}",
+        f"weight curve fusion band skip select batch_size lr temperature seed served docs {NAMES}",
     )

@@ -64,9 +64,11 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
         "loss": f"{loss_in_words(training['distill'], training['teachers'])} over the "
         f"{'cosine' if context.twin else similarity}, temperature {config.temperature:g}, "
         f"batch {config.batch_size}, each document once",
-        "hard negatives": f"{config.negatives} per query: after the {config.skip} most similar, "
-        f"{similarity} {low:.2f} to {high:.2f}, {config.select}; none for {mining['empty']} "
-        "queries",
+        "hard negatives": f"{training['negatives']} per query: after the {config.skip} most "
+        f"similar, {similarity} {low:.2f} to {high:.2f}, {config.select}; none for "
+        f"{mining['empty']} queries"
+        if training["negatives"]
+        else "none, in-batch negatives alone",
         "optimizer": f"AdamW, learning rate {config.lr:g}, {training['steps']} steps, "
         f"warm-up {config.warmup:g}, seed {config.seed}",
         "fusion": f"weight {weight:g} of the fine-tuned {fused}{chosen}",

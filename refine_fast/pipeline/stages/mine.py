@@ -40,7 +40,7 @@ def run(context: RunContext, folder: Path) -> None:
                 q,
                 d,
                 list(relevant.values()),
-                k=max(1, config.negatives),
+                k=max(1, context.mined_negatives),
                 band=config.band,
                 skip=config.skip,
                 select=config.select,
@@ -57,7 +57,7 @@ def run(context: RunContext, folder: Path) -> None:
                 for i, score in zip(ids.tolist(), scores, strict=True)
                 if i >= 0
             ]
-            record = {"query": text, "negatives": found[: config.negatives]}
+            record = {"query": text, "negatives": found[: context.mined_negatives]}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     in_band = np.asarray(mined.in_band)
     empty = int(np.sum(in_band == 0))
@@ -69,7 +69,7 @@ def run(context: RunContext, folder: Path) -> None:
         "queries": len(q),
     }
     write_json(folder / MINING_FACTS, facts)
-    if 2 * empty > len(q) and config.negatives:
+    if 2 * empty > len(q) and context.mined_negatives:
         warnings.warn(
             f"the band [{low:g}, {high:g}] after the {config.skip} most similar is empty for "
             f"{empty} of {len(q)} queries under this encoder, so they train on in-batch "

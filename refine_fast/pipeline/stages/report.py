@@ -141,7 +141,7 @@ def _mining(context: RunContext) -> Mining:
         band=(low, high),
         calibrated=config.band == "auto",
         skip=config.skip,
-        per_query=config.negatives,
+        per_query=read_json(context.path(TRAINING_FACTS))["negatives"],
         select=config.select,
         queries=facts["queries"],
         empty=facts["empty"],
@@ -248,11 +248,13 @@ def _triples(context: RunContext) -> tuple[Triple, ...]:
     relevant = list(relevant_rows(chunks, queries).items())
     passage = {chunk.id: chunk.passage for chunk in chunks}
     negatives = read_negatives(context.out)
+    trained = read_json(context.path(TRAINING_FACTS))["negatives"]
     drawn = np.random.default_rng(context.config.seed).permutation(len(relevant))[:TRIPLES]
     triples = []
     for i in drawn:
         text, rows = relevant[i]
         positive = chunks[rows[0]].passage, float(q[i] @ d[rows[0]])
-        mined = ((passage[found["chunk_id"]], found["score"]) for found in negatives[text])
+        seen = negatives[text][:trained]
+        mined = ((passage[found["chunk_id"]], found["score"]) for found in seen)
         triples.append(Triple(text, positive, tuple(mined)))
     return tuple(triples)

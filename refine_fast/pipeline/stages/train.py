@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from ..context import RunContext
 
 
-def run(context: RunContext, folder: Path, *, distill: float) -> None:
+def run(context: RunContext, folder: Path, *, distill: float, negatives: int) -> None:
     """Writes the fine-tuned encoder, and the steps and losses of its training. With ``--lora`` also
     the adapter, whose product is part of the fine-tuned encoder's weights."""
     config = context.config
     chunks, queries = training_view(context.out)
     relevant = relevant_rows(chunks, queries)
-    examples = _examples(context, chunks, relevant)
+    examples = _examples(context, chunks, relevant, negatives)
     passages = [chunk.passage for chunk in chunks]
     model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     adapters = [] if config.lora is None else add_lora(model, config.lora)
@@ -51,7 +51,7 @@ def run(context: RunContext, folder: Path, *, distill: float) -> None:
         passages,
         len(examples),
         batch_size=config.batch_size,
-        negatives=config.negatives,
+        negatives=negatives,
         memory=config.memory,
         bf16=bf16,
     )
@@ -94,6 +94,7 @@ def run(context: RunContext, folder: Path, *, distill: float) -> None:
         "examples": len(examples),
         "precision": precision,
         "distill": distill,
+        "negatives": negatives,
         "teachers": [] if teachers is None else teachers.names,
     }
     write_json(folder / TRAINING_FACTS, facts)
@@ -117,12 +118,12 @@ def _teachers(
 
 
 def _examples(
-    context: RunContext, chunks: Sequence[Chunk], relevant: dict[str, list[int]]
+    context: RunContext, chunks: Sequence[Chunk], relevant: dict[str, list[int]], most: int
 ) -> list[Example]:
-    """One example for each query and each of its positives."""
+    """One example for each query and each of its positives, with ``most`` negatives at most."""
     row = {chunk.id: i for i, chunk in enumerate(chunks)}
     negatives = {
-        text: tuple(row[negative["chunk_id"]] for negative in found)
+        text: tuple(row[negative["chunk_id"]] for negative in found[:most])
         for text, found in read_negatives(context.out).items()
     }
     return [
