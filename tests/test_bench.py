@@ -276,9 +276,9 @@ SHAPES = {
     ("name", "threads"), [*((name, 1) for name in STAGES), ("info_nce", 2), ("band_topk", 2)]
 )
 def test_stages_add_up_to_the_call(name: str, threads: int) -> None:
-    """What is left is Python, autograd and allocation: 1 to 4% of a long call, and on a busy machine
-    whatever the system does between two stages. So the bound only finds a large stage missing; the
-    names find a small one."""
+    """What is left is Python, autograd and allocation: 1 to 4% of a long call, and on a busy
+    machine whatever the system does between two stages. So the bound only finds a large stage
+    missing; the names find a small one."""
     torch.set_num_threads(threads)
     op = OPERATIONS[name][0]
     found = [profile(op, SHAPES[name], "fp32", "cpu", None) for _ in range(2)]
