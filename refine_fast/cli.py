@@ -366,7 +366,8 @@ def bench(options: argparse.Namespace, console: Console) -> int:
 
 def config_of(options: argparse.Namespace) -> RunConfig:
     """The configuration that the flags and the YAML file describe."""
-    from .pipeline.config import RunConfig, load_config
+    from .pipeline.config import RunConfig
+    from .pipeline.config_file import load_config
     from .pipeline.recipes import QUICK
 
     given = vars(options)

@@ -38,7 +38,7 @@ PIPELINE_LAYERS = [
     {"reporting"},
     {"artifacts", "config_values", "console", "code_version", "recipes"},
     {"config", "engine"},
-    {"context", "preflight"},
+    {"config_file", "context", "preflight"},
     {"stages"},
     {"runner"},
     {"commands"},

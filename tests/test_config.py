@@ -14,7 +14,8 @@ import pytest
 from refine_fast import cli
 from refine_fast.cli import join_negative_values, main, parser
 from refine_fast.errors import RefineFastError
-from refine_fast.pipeline.config import RunConfig, load_config
+from refine_fast.pipeline.config import RunConfig
+from refine_fast.pipeline.config_file import load_config
 from refine_fast.pipeline.recipes import QUICK, RECIPES
 
 BAND = (

@@ -4,9 +4,6 @@ the messages about bad values all follow."""
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
@@ -36,20 +33,14 @@ from .config_values import (
     Rank,
     Share,
     Weights,
-    is_windows_path,
     requirement,
 )
-from .corpus.nanobeir import is_nanobeir
 from .encoder.load import DEFAULT_ENCODER
 from .encoder.options import EncoderOptions
 from .recipes import DEMO, RECIPES
 
 if TYPE_CHECKING:
     from .queries.llm import LLMSettings
-
-_PATHS = ("docs", "queries", "out", "prompt", "judge_prompt")
-"""Fields that a YAML file gives relative to itself; so do ``model``, where it is a folder, and
-``ood``."""
 
 LOCAL_ROUND_TRIP = 10
 """The rank within which a query of a model in this process must find its chunk."""
@@ -415,68 +406,6 @@ class RunConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
-    """The configuration in a YAML file, overridden by flags.
-
-    Args:
-        path: the YAML file. None: the config.yaml of the run folder ``flags["out"]`` if it exists
-            and no documents are given, so that the run is resumed; else the defaults.
-        flags: field -> value, as text or typed.
-
-    Raises:
-        RefineFastError: if the file or a value cannot be used.
-    """
-    out = flags.get("out")
-    if path is None and out is not None and "docs" not in flags:
-        saved = Path(out).expanduser() / "config.yaml"
-        path = saved if saved.is_file() else None
-    values = {} if path is None else _read_yaml(path)
-    if "recipe" in flags and flags["recipe"] != values.get("recipe"):
-        # a saved configuration names every value, also those that came from its recipe
-        values = {name: v for name, v in values.items() if name not in RECIPES["paper"]}
-    return RunConfig(**{**values, **flags})
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
-    except FileNotFoundError:
-        raise RefineFastError(
-            f"config: {path} does not exist; give the path of a YAML file."
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        remedy = "put paths with \\ in single quotes" if "escape" in reason else "correct it"
-        raise RefineFastError(
-            f"config: {path} cannot be read as YAML ({reason}); {remedy}."
-        ) from None
-    if not isinstance(values, dict):
-        raise RefineFastError(f"config: {path} has no keys; write lines such as 'skip: 5'.")
-    values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    for name in values.keys() - RunConfig.model_fields.keys():
-        raise RefineFastError(f"config: {path} has an unknown key {name!r}; {_similar(name)}")
-
-    def beside(value: Any) -> Any:
-        text = str(value).strip()
-        if not isinstance(value, str) or not text or is_windows_path(text):
-            return value
-        return os.path.join(path.parent, os.path.expanduser(text))
-
-    values |= {name: beside(values[name]) for name in _PATHS if name in values}
-    model = values.get("model")
-    if model != DEFAULT_ENCODER and isinstance(model, str) and os.path.isdir(beside(model)):
-        values["model"] = beside(model)
-    if values.get("ood") not in (None, "none"):
-        folders = values["ood"] if isinstance(values["ood"], list) else [values["ood"]]
-        values["ood"] = [
-            folder if is_nanobeir(str(folder), path.parent) else beside(folder)
-            for folder in folders
-        ]
-    return values
-
-
 def _sentence(error: ValidationError) -> str:
     """The first fault: field, value, what the value must be."""
     first = error.errors()[0]
@@ -484,7 +413,7 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{name}: no run folder given; add --{name} FOLDER."
     if first["type"] == "extra_forbidden":
-        return f"{name}: unknown option; {_similar(name)}"
+        return f"{name}: unknown option; {similar(name)}"
     if first["type"] == "value_error":
         reason = str(first["ctx"]["error"])
     else:
@@ -492,7 +421,8 @@ def _sentence(error: ValidationError) -> str:
     return f"{name}: {_shown(first['input'])} {reason}."
 
 
-def _similar(name: str) -> str:
+def similar(name: str) -> str:
+    """What to do about an option that does not exist."""
     near = difflib.get_close_matches(name, RunConfig.model_fields, n=1)
     return f"did you mean {near[0]}?" if near else "see refine-fast run --help."
 

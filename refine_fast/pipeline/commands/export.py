@@ -24,7 +24,7 @@ from ..artifacts import (
     similarity_unit,
     training_view,
 )
-from ..config import load_config
+from ..config_file import load_config
 from ..console import Console
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records

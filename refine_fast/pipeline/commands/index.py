@@ -11,7 +11,8 @@ from ...errors import RefineFastError
 from ...files import name_of, read_json, walk
 from ..artifacts import CHUNKS, DEV, FUSION_FACTS, MODEL
 from ..code_version import code_version
-from ..config import RunConfig, load_config
+from ..config import RunConfig
+from ..config_file import load_config
 from ..console import Console
 from ..context import RunContext
 from ..corpus.chunk import Chunk

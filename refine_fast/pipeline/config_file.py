@@ -1,0 +1,81 @@
+"""A configuration from a YAML file and flags."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import RefineFastError
+from .config import RunConfig, similar
+from .config_values import is_windows_path
+from .corpus.nanobeir import is_nanobeir
+from .encoder.load import DEFAULT_ENCODER
+from .recipes import RECIPES
+
+_PATHS = ("docs", "queries", "out", "prompt", "judge_prompt")
+"""Fields that a YAML file gives relative to itself; so do ``model``, where it is a folder, and
+``ood``."""
+
+
+def load_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
+    """The configuration in a YAML file, overridden by flags.
+
+    Args:
+        path: the YAML file. None: the config.yaml of the run folder ``flags["out"]`` if it exists
+            and no documents are given, so that the run is resumed; else the defaults.
+        flags: field -> value, as text or typed.
+
+    Raises:
+        RefineFastError: if the file or a value cannot be used.
+    """
+    out = flags.get("out")
+    if path is None and out is not None and "docs" not in flags:
+        saved = Path(out).expanduser() / "config.yaml"
+        path = saved if saved.is_file() else None
+    values = {} if path is None else _read_yaml(path)
+    if "recipe" in flags and flags["recipe"] != values.get("recipe"):
+        # a saved configuration names every value, also those that came from its recipe
+        values = {name: v for name, v in values.items() if name not in RECIPES["paper"]}
+    return RunConfig(**{**values, **flags})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+    except FileNotFoundError:
+        raise RefineFastError(
+            f"config: {path} does not exist; give the path of a YAML file."
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        remedy = "put paths with \\ in single quotes" if "escape" in reason else "correct it"
+        raise RefineFastError(
+            f"config: {path} cannot be read as YAML ({reason}); {remedy}."
+        ) from None
+    if not isinstance(values, dict):
+        raise RefineFastError(f"config: {path} has no keys; write lines such as 'skip: 5'.")
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    for name in values.keys() - RunConfig.model_fields.keys():
+        raise RefineFastError(f"config: {path} has an unknown key {name!r}; {similar(name)}")
+
+    def beside(value: Any) -> Any:
+        text = str(value).strip()
+        if not isinstance(value, str) or not text or is_windows_path(text):
+            return value
+        return os.path.join(path.parent, os.path.expanduser(text))
+
+    values |= {name: beside(values[name]) for name in _PATHS if name in values}
+    model = values.get("model")
+    if model != DEFAULT_ENCODER and isinstance(model, str) and os.path.isdir(beside(model)):
+        values["model"] = beside(model)
+    if values.get("ood") not in (None, "none"):
+        folders = values["ood"] if isinstance(values["ood"], list) else [values["ood"]]
+        values["ood"] = [
+            folder if is_nanobeir(str(folder), path.parent) else beside(folder)
+            for folder in folders
+        ]
+    return values
