@@ -13,9 +13,11 @@ _LETTER = regex.compile(r"[\p{L}\p{M}]")
 _BORDER = regex.compile(r"[-=+|*~#^]{4,}|[─-╿]{2}|^\s*\||\|[^|]*\|[^|]*\|")
 _MARKUP = regex.compile(r"</?[a-zA-Z][^<>]*>|\{\{|\}\}|\]\(https?:")
 _CODE = regex.compile(
-    r"^\s*(?:>>>|\$ |#include|import \w+$|from [\w.]+ import |def \w+\(|class \w+[(:])|[;{}]\s*$"
-    r"|\w\(\)\s*[.;{]|[!=]=|&&|->\s*\w|=>|\w\s=\s\w+[(\[]"
+    r"^\s*(?:>>>|\$ |#include|import \w+$|from [\w.]+ import |def \w+\(|class \w+[(:])"
+    r"|[{}]\s*$|(?<!\p{Greek}.*);\s*$"  # a Greek question ends with a semicolon
 )
+_OPERATOR = regex.compile(r"\w\(\)\s*[.;{]|[!=]=|&&|->\s*\w|=>|\w\s=\s\w+[(\[]")
+_QUESTION = regex.compile(r"[?？؟]\W*$")
 _SIGNS_ALONE = regex.compile(r"(?m)^[^\S\n]*[^\w\s](?:[^\w\n]*[^\w\s])?[^\S\n]*$")
 
 
@@ -31,6 +33,8 @@ def not_prose(text: str) -> str | None:
     for reason, pattern in (("line of a table", _BORDER), ("markup", _MARKUP), ("code", _CODE)):
         if pattern.search(text):
             return reason
+    if _OPERATOR.search(text) and not _QUESTION.search(text):  # a question may name an operator
+        return "code"
     return "mostly signs" if letters < MIN_LETTERS * visible else None
 
 
