@@ -21,6 +21,7 @@ DEMO: dict[str, Any] = {
     "batch_size": 32,
     "max_steps": 24,
     "curve": (0.0, 0.5, 1.0),
+    "served": False,
 }
 """What is set where no documents are given: Python's language reference in a few minutes on two
 cores. Training sees half as many tokens of each passage, and half an epoch."""
