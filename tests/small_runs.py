@@ -53,6 +53,13 @@ def outputs(out: Path) -> dict[str, dict[str, str]]:
     }
 
 
+def results(out: Path) -> dict[str, object]:
+    """``outputs``, and of the report everything but what the stages took."""
+    report = json.loads((out / "report.json").read_text())
+    del report["stages"]
+    return {**outputs(out), "report": report}
+
+
 def rerun(out: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, str]:
     """Runs the command again over its folder; stage -> why it was redone."""
     assert main(["run", "--out", str(out), *flags]) == 0
