@@ -12,7 +12,6 @@ a search finds, over 100 queries.
 from __future__ import annotations
 
 import argparse
-import csv
 import resource
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from keyed_table import save
 
 from refine_fast.bench.machine import commit, device_name
 from refine_fast.pipeline.corpus.chunk import Chunk
@@ -116,20 +116,6 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def save(rows: list[dict[str, object]]) -> None:
-    """Adds rows to the table; equal keys are overwritten."""
-    path = RESULTS / "serving_scale.csv"
-    table = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            table = {tuple(row[key] for key in KEY): dict(row) for row in csv.DictReader(file)}
-    table |= {tuple(str(row[key]) for key in KEY): row for row in rows}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(table[key] for key in sorted(table))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -178,7 +164,7 @@ def main() -> None:
         }
         for metric, value in values.items()
     ]
-    save(rows)
+    save(RESULTS / "serving_scale.csv", KEY, COLUMNS, rows)
     for row in rows:
         print(row["passages"], row["type"], row["metric"], row["value"], flush=True)
 

@@ -15,7 +15,6 @@ the same command again. Seconds and memory are right for runs that were not stop
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -23,6 +22,8 @@ import subprocess
 import time
 from pathlib import Path
 from typing import Any
+
+from keyed_table import read, save
 
 from refine_fast.bench.machine import commit, device_name
 from refine_fast.cli import KEPT_BASE
@@ -59,7 +60,6 @@ COLUMNS = (
     "peak_mb",
     "commit",
 )
-Rows = dict[tuple[str, ...], dict[str, Any]]
 
 
 def measure(run: dict[str, str], folder: Path, ood_passages: int) -> list[dict[str, Any]]:
@@ -113,25 +113,6 @@ def rounded(values: dict[str, float], names: tuple[str, ...]) -> dict[str, float
     return {name: round(values[name], 4) for name in names}
 
 
-def read(path: Path) -> Rows:
-    """The table, by key."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {tuple(row[key] for key in KEY): dict(row) for row in csv.DictReader(file)}
-
-
-def save(path: Path, new: list[dict[str, Any]]) -> None:
-    """Adds rows to the table; equal keys are overwritten."""
-    table = read(path) | {tuple(str(row[key]) for key in KEY): row for row in new}
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(table[key] for key in sorted(table))
-    temporary.replace(path)
-
-
 def main() -> None:
     """Does what the module says."""
     parser = argparse.ArgumentParser(
@@ -150,9 +131,14 @@ def main() -> None:
     for combination in itertools.product(*chosen):
         run = dict(zip(("set", "queries", "option", "seed"), combination, strict=True))
         key = (*combination, "in_domain", "fused", device_name())
-        if key in read(table) and not given.again:
+        if key in read(table, KEY) and not given.again:
             continue
-        save(table, measure(run, given.runs / "-".join(combination), given.ood_passages))
+        save(
+            table,
+            KEY,
+            COLUMNS,
+            measure(run, given.runs / "-".join(combination), given.ood_passages),
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ interval.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from keyed_table import read, save
 
 from refine_fast.bench.machine import commit, device_name
 from refine_fast.pipeline.corpus.beir import RetrievalSet, load_beir
@@ -135,24 +135,6 @@ def measure(name: str, set_name: str, dev: str, given: argparse.Namespace) -> li
     return rows
 
 
-def read(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {tuple(row[key] for key in KEY): dict(row) for row in csv.DictReader(file)}
-
-
-def save(path: Path, new: list[dict[str, Any]]) -> None:
-    """Adds rows to the table; equal keys are overwritten."""
-    table = read(path) | {tuple(str(row[key]) for key in KEY): row for row in new}
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(table[key] for key in sorted(table))
-    temporary.replace(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -169,10 +151,10 @@ def main() -> None:
         for name in given.models:
             for dev in given.dev:
                 key = (set_name, given.label or name, dev, "blend", device_name())
-                if key in read(table) and not given.again:
+                if key in read(table, KEY) and not given.again:
                     continue
                 rows = measure(name, set_name, dev, given)
-                save(table, rows)
+                save(table, KEY, COLUMNS, rows)
                 for row in rows:
                     print(*(row[c] for c in ("set", "model", "dev", "system", "recall@3")),
                           row["sentences"], row["lexical"],
