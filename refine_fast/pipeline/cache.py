@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from ..files import fsync_all
 
 CACHE = "REFINE_FAST_CACHE"
 """Environment variable that names the folder."""
@@ -14,3 +19,20 @@ def cache_folder() -> Path:
     yet."""
     given = os.environ.get(CACHE)
     return Path(given).expanduser() if given else Path.home() / ".cache" / "refine_fast"
+
+
+@contextmanager
+def made_once(place: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes ``place`` when the block ends. If another process was
+    faster, its folder stays; after an exception there is none."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+        folder = Path(temporary) / "content"
+        folder.mkdir()
+        yield folder
+        fsync_all(folder)
+        try:
+            folder.rename(place)
+        except OSError:
+            if not place.is_dir():
+                raise

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RefineFastError
-from ...files import atomic_folder
-from ..cache import cache_folder
+from ..cache import cache_folder, made_once
 
 PREFIX = "nanobeir"
 """Name of all sets; "nanobeir/scifact" is one of them."""
@@ -64,8 +63,7 @@ def nanobeir_folder(name: str) -> Path:
     """
     folder = cache_folder() / name.replace("/", "-")
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as temporary:
+        with made_once(folder) as temporary:
             try:
                 _fetch(SPLITS[name.partition("/")[2]], temporary)
             except Exception as error:  # of four libraries, whatever the network does

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import RefineFastError
 from ...fuse.into import check_fuse_into
 from ...integrations.sentence_transformers.twin import TwinEncoder
-from ..cache import cache_folder
+from ..cache import cache_folder, made_once
 from .adapters import adapter_folder, base_of_adapter, merge_adapter
 from .load import encoder_folder, load_encoder
 from .options import EncoderOptions
@@ -63,10 +63,8 @@ def prepare_encoder(
         return folder
     if place.is_dir():
         return place
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
-        source, content = folder, Path(temporary) / "content"
-        reasons = []
+    with made_once(place) as content, tempfile.TemporaryDirectory(dir=cache) as temporary:
+        source, reasons = folder, []
         if (adapter := adapter_folder(folder)) is not None:
             source = Path(temporary) / "merged"
             base = prepare_encoder(encoder_folder(base_of_adapter(adapter)), cache=cache, say=say)
@@ -81,13 +79,7 @@ def prepare_encoder(
             model.save_pretrained(str(content), create_model_card=False)
             _copy_missing(folder, content)
         else:
-            content.mkdir()
             (content / "as_is").touch()
-        try:
-            content.rename(place)
-        except OSError:  # another process was faster
-            if not place.is_dir():
-                raise
     return place if reasons else folder
 
 

