@@ -11,9 +11,8 @@ from refine_fast.pipeline.cache import made_once
 
 def test_made_once(tmp_path: Path) -> None:
     place = tmp_path / "cache" / "thing"
-    with pytest.raises(ValueError), made_once(place) as folder:
-        (folder / "half").touch()
-        raise ValueError
+    with pytest.raises(FileNotFoundError, match="lacking"), made_once(place) as folder:
+        (folder / "lacking").read_text()
     assert list(place.parent.iterdir()) == []
     with made_once(place) as slower:
         (slower / "slower").touch()
