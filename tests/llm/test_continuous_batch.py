@@ -114,6 +114,22 @@ def test_replies_have_the_form_of_lines(model: Any) -> None:
         assert lines[0][0] != lines[1][0]
 
 
+def test_lines_use_each_start_once_while_there_is_one() -> None:
+    """Only the beginning of a line uses a start; a form of more lines than starts is filled too."""
+    form = Lines(count=4, starts=(10, 11), ends=frozenset([60]), line_break=5)
+    row = Row([1], HOT, 0, 40, form)
+    allowed = []
+    for line in ([10, 11, 60], [11, 60], [10, 60], [11, 60]):
+        allowed.append(row.allowed)
+        for token in line:
+            row.add(token, set())
+        if row.finish is None:
+            assert row.allowed == [5]
+            row.add(5, set())
+    assert allowed == [[10, 11], [11], [10, 11], [10, 11]]
+    assert row.finish == "stop"
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

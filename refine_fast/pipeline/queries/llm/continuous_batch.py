@@ -12,7 +12,7 @@ import inspect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Lines:
 
     count: int
     starts: Sequence[int]
-    """Token ids; a reply uses each at most once."""
+    """Token ids; a line begins with one that no earlier line began with, while there is one."""
     ends: frozenset[int]
     """Token ids that end a line, such as a question mark."""
     line_break: int
@@ -79,8 +79,11 @@ class Row:
             return None
         if self.tokens and self.tokens[-1] in self.lines.ends:
             return [self.lines.line_break]
-        if not self.tokens or self.tokens[-1] == self.lines.line_break:
-            return [id for id in self.lines.starts if id not in self.tokens]
+        line_break = self.lines.line_break
+        if not self.tokens or self.tokens[-1] == line_break:
+            after = pairwise([line_break, *self.tokens])
+            used = {start for end, start in after if end == line_break}
+            return [id for id in self.lines.starts if id not in used] or list(self.lines.starts)
         return None
 
     def add(self, token: int, ends: set[int]) -> None:
