@@ -118,7 +118,7 @@ def test_bad_shape_is_one_sentence(text: str, message: str) -> None:
         (["infonce"], "unknown operation 'infonce'"),
         (["--shape", "B=3"], "need exactly one operation"),
         (["fuse", "--mode", "hot"], "fuse has the modes 'warm', 'lerp', 'cold'"),
-        (["encode", "--dtype", "fp16"], "--dtype: encode (MiniLM-L6) takes fp32, bf16"),
+        (["encode", "--dtype", "fp16"], "--dtype: encode (MiniLM) takes fp32, bf16"),
         (["info_nce", "--shape", "B=9,N=8"], "N must be at least B=9"),
         (["info_nce", "--threads", "0"], "--threads must be an integer >= 1 (got 0)"),
         (["info_nce", "--rounds", "0"], "--rounds must be an integer >= 1 (got 0)"),
