@@ -410,5 +410,6 @@ PARTS = {
 }
 
 if __name__ == "__main__":
+    table.place()
     for part in sys.argv[1:] or PARTS:
         PARTS[part]()

@@ -31,6 +31,7 @@ from refine_fast.pipeline.serving.search import Index
 from refine_fast.pipeline.serving.segment import Segment, finish_segment, write_segment
 
 RESULTS = Path(__file__).parent / "results"
+COMMIT = commit()
 KEY = ("passages", "type", "metric", "device")
 COLUMNS = (*KEY, "value", "unit", "sentences", "d", "commit")
 QUERIES = 100
@@ -159,7 +160,7 @@ def main() -> None:
             "metric": metric,
             "value": round(value, 4),
             "unit": metric.rpartition("_")[2] if "_" in metric else "share",
-            "commit": commit(),
+            "commit": COMMIT,
             **about,
         }
         for metric, value in values.items()

@@ -70,7 +70,7 @@ def measure(run: dict[str, str], folder: Path, ood_passages: int) -> list[dict[s
     flags += ["--queries", str(docs)] if run["queries"] == "human" else []
     for other in SETS:
         flags += ["--ood", str(DATA / other)] if other != run["set"] else []
-    start = time.perf_counter()
+    own_commit, start = commit(), time.perf_counter()
     command = ["refine-fast", "run", str(docs), "--out", str(folder), *flags]
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
@@ -85,7 +85,7 @@ def measure(run: dict[str, str], folder: Path, ood_passages: int) -> list[dict[s
         "kept_base": int(code == KEPT_BASE),
         "seconds": round(time.perf_counter() - start),
         "peak_mb": usage.ru_maxrss // 1024,
-        "commit": commit(),
+        "commit": own_commit,
     }
     return [
         {**common, **row}

@@ -40,6 +40,7 @@ from refine_fast.pipeline.serving.systems import (
 )
 
 RESULTS = Path(__file__).parent / "results"
+COMMIT = commit()
 SETS = ("squad", "covidqa", "dstc11_travel", "scifact", "pubmedqa")
 METRICS = ("recall@1", "recall@3", "recall@10", "ndcg@10")
 KEY = ("set", "model", "dev", "system", "device")
@@ -129,7 +130,7 @@ def measure(name: str, set_name: str, dev: str, given: argparse.Namespace) -> li
                 "gain_recall@3": round(change.mean, 4),
                 "gain_low": round(change.low, 4),
                 "gain_high": round(change.high, 4),
-                "commit": commit(),
+                "commit": COMMIT,
             }
         )
     return rows

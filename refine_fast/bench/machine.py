@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .. import _core
 from .._native import available_isas
 
 CHECKOUT = Path(__file__).parents[2]
@@ -34,19 +35,32 @@ def file_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's short hash, with "+" where the sources differ from it; REFINE_FAST_COMMIT
-    where it is set; empty where there is no checkout."""
+    """The short hash of the commit that runs, with "+" where the code differs from it.
+
+    In a checkout that is its HEAD; the code differs if the sources do, or if the extension was
+    built from another csrc. Elsewhere it is what the build noted down. REFINE_FAST_COMMIT overrides
+    both. Empty: neither git nor the build knows. Call it before measuring, since a checkout may
+    change meanwhile.
+    """
     if "REFINE_FAST_COMMIT" in os.environ:
         return os.environ["REFINE_FAST_COMMIT"]
-    if not (CHECKOUT / "CMakeLists.txt").exists():
-        return ""
+    noted = Path(_core.__file__).parent / "bench" / "built_from.txt"
+    built, csrc = noted.read_text().splitlines() if noted.exists() else ("", "")
+    if not (CHECKOUT / ".git").exists():
+        return built
+    head = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--", "csrc", "refine_fast", "CMakeLists.txt")
+    stale = csrc != git("rev-parse", "HEAD:csrc")
+    return head + ("+" if head and (changed or stale) else "")
 
-    def git(*words: str) -> str:
+
+def git(*words: str) -> str:
+    """What git says of the checkout; an empty string if it refuses or is not installed."""
+    try:
         done = subprocess.run(["git", *words], cwd=CHECKOUT, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "csrc", "refine_fast")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def package_version(name: str) -> str:

@@ -19,15 +19,14 @@ from .rows import Row
 from .suite import OURS
 from .tables import LINES, machine_name, machines, matches
 
-STYLE = 4
+STYLE = 5
 """Part of the digests; raise it when the drawing changes."""
 THEMES = {
     "light": {"ink": "#24292f", "grid": "#d0d7de", "ours": "#0969da", "peers": "#8c959f"},
     "dark": {"ink": "#e6edf3", "grid": "#30363d", "ours": "#58a6ff", "peers": "#8b949e"},
 }
-MARKERS = "osD^v<>P"
-LINE_COLORS = (
-    "#2f81f7",
+MARKERS = "osD^v<>P*X"
+PEER_COLORS = (
     "#d29922",
     "#3fb950",
     "#db61a2",
@@ -36,6 +35,24 @@ LINE_COLORS = (
     "#39c5cf",
     "#8b949e",
 )
+SCALED = {
+    ("info_nce", "fwd+bwd"): "cpu_seconds",
+    ("band_topk", "mine"): "cpu_seconds",
+    ("fuse", "warm"): "seconds",
+    ("encode", "MiniLM"): "cpu_seconds",
+    ("train", "cached step"): "cpu_seconds",
+}
+"""What the scaling plots show, and the time that counts: a disk takes no CPU time."""
+SIZES = {
+    "B = N": "B = N",
+    "B": "B",
+    "N": "N",
+    "D": "d",
+    "gb": "GB of a model",
+    "layers": "layers of the model",
+}
+"""The sizes that scaling is shown by, and their names."""
+UNITS = {"cpu_seconds": "CPU seconds", "seconds": "seconds", "peak_mb": "MiB"}
 
 Data = dict[str, Any]
 
@@ -59,36 +76,49 @@ def bars_data(places: list[list[Row]]) -> list[Data]:
 
 
 def scaling_data(places: list[list[Row]]) -> list[Data]:
-    """For each operation and machine, each size of which at least three values were measured while
-    the others stayed: times and memory by it. Where B and N are equal, they count as one."""
+    """For each machine, operation and size of which at least three values were measured while the
+    others stayed: time and memory by it, ours and those of the peers. Where B and N are equal, they
+    count as one. Of several such series the longest is shown."""
     found = []
     for own in places:
-        measured = [
-            row
-            for row in own
-            if row.provider == OURS
-            and row.metric in ("cpu_seconds", "peak_mb")
-            and row.threads == 1
-            and row.op in ("info_nce", "band_topk", "fuse")
-            and row.mode in ("fwd+bwd", "mine", "warm")
-            and row.shape != "{}"
-        ]
-        series: dict[tuple[Any, ...], dict[float, float]] = {}
-        for row in measured:
+        series: dict[tuple[Any, ...], dict[str, dict[str, dict[float, float]]]] = {}
+        for row in own:
+            time = SCALED.get((row.op, row.mode))
+            alone = row.threads == 1 or time == "seconds"
+            if time is None or row.metric not in (time, "peak_mb") or not alone or row.p50 <= 0:
+                continue
             sizes = dict(row.sizes)
             if row.op == "info_nce" and sizes.get("B") == sizes.get("N"):
                 sizes["B = N"] = sizes.pop("B")
                 del sizes["N"]
-            for name in sizes.keys() & {"B", "N", "D", "gb", "B = N"}:
+            for name in sizes.keys() & SIZES.keys():
                 rest = tuple(sorted((k, v) for k, v in sizes.items() if k != name))
-                key = (row.op, row.mode, row.dtype, name, rest, row.metric, machine_name(row))
-                series.setdefault(key, {})[sizes[name]] = row.p50
-        for key in sorted(series, key=str):
-            op, _, dtype, name, rest, metric, place = key
-            if len(series[key]) >= 3:
-                points = sorted(series[key].items())
-                label = f"{op} {dtype}, {', '.join(f'{k}={v:,}' for k, v in rest)}, {place}"
-                found.append({"size": name, "metric": metric, "label": label, "points": points})
+                place = machine_name(row)
+                metrics = series.setdefault((row.op, name, row.dtype, rest, place, time), {})
+                lines = metrics.setdefault(row.metric, {})
+                lines.setdefault(row.provider, {})[sizes[name]] = row.p50
+        longest: dict[tuple[str, str], Data] = {}
+        for op, name, dtype, rest, place, time in sorted(series, key=str):
+            drawn = {
+                metric: {
+                    provider: sorted(points.items())
+                    for provider, points in sorted(lines.items())
+                    if len(points) >= 3
+                }
+                for metric, lines in series[op, name, dtype, rest, place, time].items()
+            }
+            count = len(drawn.get(time, {}).get(OURS, ()))
+            if count > longest.get((op, name), {"count": 0})["count"]:
+                about = f"{dtype}, {', '.join(f'{k}={v:,}' for k, v in rest)}"
+                longest[op, name] = {
+                    "op": op, "size": name, "about": about, "place": place, "time": time,
+                    "count": count, "lines": drawn,
+                }  # fmt: skip
+        order = [op for op, _ in SCALED], list(SIZES)
+        found += sorted(
+            longest.values(),
+            key=lambda one: (order[0].index(one["op"]), order[1].index(one["size"])),
+        )
     return found
 
 
@@ -111,19 +141,18 @@ def roofline_data(places: list[list[Row]]) -> list[Data]:
             for row in one:
                 work = about.get((row.op, row.mode, row.shape), {})
                 if row.metric == "tflops" and row.dtype == dtype and work.get("gb"):
-                    what = f"{row.op}: {row.provider}"
-                    points.append((what, work["gflop"] / work["gb"], row.p50, row.provider == OURS))
-            best: dict[str, tuple[str, float, float, bool]] = {}
+                    points.append((row.op, row.provider, work["gflop"] / work["gb"], row.p50))
+            best: dict[tuple[str, str], tuple[str, str, float, float]] = {}
             for point in points:
-                if point[0] not in best or point[2] > best[point[0]][2]:
-                    best[point[0]] = point
+                if point[:2] not in best or point[3] > best[point[:2]][3]:
+                    best[point[:2]] = point
             if best:
                 found.append(
                     {
                         "title": f"{machine_name(one[0])}, {dtype}, one thread",
                         "matrix": roofs[dtype, "matrix"] * 1e3,
                         "copy": roofs[dtype, "copy"],
-                        "points": sorted(best.values(), key=lambda point: -point[2]),
+                        "points": sorted(best.values()),
                     }
                 )
     return found
@@ -149,30 +178,30 @@ def draw_scaling(data: list[Data], colors: dict[str, str]) -> Any:
     """Times and memory, each by the size that changes, in logarithmic scales."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    pairs = sorted({(one["size"], one["metric"]) for one in data})
-    figure, axes = panels(len(pairs), 3.4, 3.2)
-    for axis, (size, metric) in zip(axes, pairs, strict=False):
-        chosen = [one for one in data if (one["size"], one["metric"]) == (size, metric)]
-        for i, one in enumerate(chosen):
-            x, y = zip(*one["points"], strict=True)
-            shown = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
-            axis.plot(x, y, color=LINE_COLORS[i % len(LINE_COLORS)], label=one["label"], **shown)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        unit = {"cpu_seconds": "CPU seconds", "peak_mb": "MiB"}[metric]
-        axis.set_title(f"{unit} by {size}", color=colors["ink"], fontsize=8, loc="left")
-        ticks = sorted({point[0] for one in chosen for point in one["points"]})
-        axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks], rotation=45)
+    looks = looks_of(
+        {name for one in data for lines in one["lines"].values() for name in lines}, colors
+    )
+    shown = [(one, metric) for one in data for metric in (one["time"], "peak_mb")]
+    figure, axes = panels(len(shown), 2.7, 2.6, columns=4)
+    for axis, (one, metric) in zip(axes, shown, strict=True):
+        lines = one["lines"].get(metric, {})
+        if not lines:
+            axis.set_axis_off()
+            continue
+        for name, points in lines.items():
+            axis.plot(*zip(*points, strict=True), markersize=4, linewidth=1.2, **looks[name])
+        axis.set(xscale="log", yscale="log")
+        title = f"{one['op']}: {UNITS[metric]}\n{one['about']}\n{one['place']}"
+        axis.set_title(title, color=colors["ink"], fontsize=7, loc="left")
+        axis.set_xlabel(SIZES[one["size"]], color=colors["ink"], fontsize=7)
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.minorticks_off()
         style(axis, colors)
         axis.grid(color=colors["grid"], linewidth=0.5)
-        legend = axis.legend(
-            fontsize=5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25)
-        )
-        for text in legend.get_texts():
-            text.set_color(colors["ink"])
+    legend(figure, looks, colors)
     return figure
 
 
@@ -180,10 +209,12 @@ def draw_rooflines(data: list[Data], colors: dict[str, str]) -> Any:
     """FLOP rates by arithmetic intensity, below the roof."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    figure, axes = panels(len(data), 4.2, 4.2)
-    for axis, one in zip(axes, data, strict=False):
+    points = [point for one in data for point in one["points"]]
+    looks = looks_of({name for _, name, _, _ in points}, colors)
+    figure, axes = panels(len(data), 4.2, 3.6)
+    for axis, one in zip(axes, data, strict=True):
         ridge = one["matrix"] / one["copy"]
-        most = max([ridge * 4, *(point[1] * 2 for point in one["points"])])
+        most = max([ridge * 4, *(point[2] * 2 for point in one["points"])])
         x = [ridge / 8, ridge, most]
         axis.plot(
             x, [one["copy"] * x[0], one["matrix"], one["matrix"]], color=colors["ink"], linewidth=1
@@ -196,11 +227,13 @@ def draw_rooflines(data: list[Data], colors: dict[str, str]) -> Any:
             color=colors["ink"],
             va="bottom",
         )
-        for i, (what, intensity, rate, ours) in enumerate(one["points"]):
-            axis.plot(
-                intensity, rate * 1e3, MARKERS[i % len(MARKERS)], markersize=5, linestyle="",
-                color=colors["ours" if ours else "peers"], label=f"{what}: {rate * 1e3:,.0f}",
-            )  # fmt: skip
+        for op, name, intensity, rate in one["points"]:
+            axis.plot(intensity, rate * 1e3, markersize=5, linestyle="", **looks[name])
+            if name == OURS:
+                axis.annotate(
+                    f"{op}: {rate * 1e3:,.0f}", (intensity, rate * 1e3), fontsize=6,
+                    xytext=(-5, 3), textcoords="offset points", ha="right", color=colors["ink"],
+                )  # fmt: skip
         axis.set(xscale="log", yscale="log")
         for side, subs in ((axis.xaxis, (1,)), (axis.yaxis, (1, 2, 5))):
             side.set_major_locator(LogLocator(subs=subs))
@@ -211,19 +244,36 @@ def draw_rooflines(data: list[Data], colors: dict[str, str]) -> Any:
         axis.set_ylabel("GFLOP/s", color=colors["ink"], fontsize=7)
         style(axis, colors)
         axis.grid(color=colors["grid"], linewidth=0.5)
-        legend = axis.legend(
-            fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18)
-        )
-        for text in legend.get_texts():
-            text.set_color(colors["ink"])
+    legend(figure, looks, colors)
     return figure
 
 
-def panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure with so many axes, at most three in a row."""
+def looks_of(providers: set[str], colors: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The marker and the color of each provider in all panels; ours comes first."""
+    looks: dict[str, dict[str, Any]] = {OURS: {"marker": MARKERS[0], "color": colors["ours"]}}
+    for i, name in enumerate(sorted(providers - {OURS})):
+        marker = MARKERS[1 + i % (len(MARKERS) - 1)]
+        looks[name] = {"marker": marker, "color": PEER_COLORS[i % len(PEER_COLORS)]}
+    return looks
+
+
+def legend(figure: Any, looks: dict[str, dict[str, Any]], colors: dict[str, str]) -> None:
+    """One for all panels, below them."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], linewidth=1.2, label=name, **look) for name, look in looks.items()]
+    columns = 4 if figure.get_figwidth() > 6 else 2
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=7,
+        labelcolor=colors["ink"],
+    )  # fmt: skip
+
+
+def panels(count: int, width: float, height: float, columns: int = 3) -> tuple[Any, list[Any]]:
+    """A figure with so many axes, at most ``columns`` in a row."""
     from matplotlib.figure import Figure
 
-    columns = min(count, 3)
+    columns = min(count, columns)
     lines = -(-count // columns)
     figure = Figure(figsize=(columns * width, lines * height), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)

@@ -10,6 +10,7 @@ under torch.profiler for the trace, in which every stage is a slice of its threa
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ def prepare(op: Operation, inputs: Any) -> None:
 
 def write_trace(op: Operation, inputs: Any, call: Any, trace: Path) -> None:
     """torch.profiler's trace of a call with the stages as slices, one row a thread."""
+    # 6 is above every level: else torch prints when a profile starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -130,16 +133,17 @@ def slices(stages: Recording, events: list[dict[str, Any]], begin: int) -> list[
     """
     mark = next(event for event in events if event.get("name") == MARK and event["ph"] == "X")
     process = mark["pid"]
-    threads = sorted({thread for _, thread, _, _ in stages.events})
+    rows = rows_of_threads(stages)
+    first = 1 + max(event["tid"] for event in events if isinstance(event.get("tid"), int))
     named = [
         {
             "ph": "M",
             "name": "thread_name",
             "pid": process,
-            "tid": f"stages {thread}",
-            "args": {"name": f"stages of {'the caller' if thread == 0 else f'thread {thread}'}"},
+            "tid": first + row,
+            "args": {"name": f"stages of {'other threads' if row else 'the caller'}"},
         }
-        for thread in threads
+        for row in sorted(set(rows.values()))
     ]
     return named + [
         {
@@ -147,9 +151,26 @@ def slices(stages: Recording, events: list[dict[str, Any]], begin: int) -> list[
             "cat": "refine_fast",
             "name": name,
             "pid": process,
-            "tid": f"stages {thread}",
+            "tid": first + rows[thread],
             "ts": mark["ts"] + (start - begin) / 1e3,
             "dur": (end - start) / 1e3,
         }
         for name, thread, start, end in stages.events
     ]
+
+
+def rows_of_threads(stages: Recording) -> dict[int, int]:
+    """Thread -> row of the trace: 0 is the caller's; other threads share a row if one begins after
+    the other has ended, so that threads that live for one shard or block take few rows."""
+    spans: dict[int, tuple[int, int]] = {}
+    for _, thread, start, end in stages.events:
+        low, high = spans.get(thread, (start, end))
+        spans[thread] = min(low, start), max(high, end)
+    rows, ends = {0: 0}, [0]
+    for thread, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if thread == 0:
+            continue
+        row = next((i for i, last in enumerate(ends) if i and last <= start), len(ends))
+        ends[row:] = [end, *ends[row + 1 :]]
+        rows[thread] = row
+    return rows

@@ -20,7 +20,7 @@ from typing import Any
 from .measuring import sample
 from .operation import Contender, Operation
 from .operations import OPERATIONS
-from .rows import Row, has_rows, load, rows
+from .rows import Row, has_rows, load, place, rows
 from .suite import OURS
 
 KEPT = 0.84
@@ -139,6 +139,7 @@ def check(
         op: the operation.
         recorded: the lead on record, if any.
     """
+    place()
     shape = {**op.shape, **(op.check or {})}
     ours, peer = op.contender(OURS), op.contender(op.check_peer)
     with op.inputs(shape, "fp32", "cpu") as inputs:

