@@ -30,6 +30,7 @@ from .config_values import (
     Name,
     Names,
     Positive,
+    QueryKinds,
     Rank,
     Share,
     Weights,
@@ -150,6 +151,13 @@ class RunConfig(BaseModel):
         "FILE",
     )
     queries_per_chunk: int = _option(2, "synthetic queries made for each chunk", "N", ge=1)
+    query_kinds: QueryKinds = _option(
+        (),
+        "kinds of query to make from the documents, in turn: cloze, title, span, question, "
+        "definition, keywords, crop; with --llm they are made besides the model's (default: "
+        "cloze,span,cloze,title, and none with --llm)",
+        "KIND,...",
+    )
     llm: Name | None = _option(
         None,
         "have a language model write the queries: an OpenAI-compatible URL, smollm2 (inside a "
@@ -353,6 +361,11 @@ class RunConfig(BaseModel):
         if self.lora is not None and self.train_layers is not None:
             raise RefineFastError(
                 "train_layers: --lora trains adapters in every layer; give one of the two."
+            )
+        if self.query_kinds and self.queries is not None:
+            raise RefineFastError(
+                "query_kinds: --queries already provides the queries; omit --query-kinds or "
+                "--queries."
             )
         if self.llm is not None and self.queries is not None:
             raise RefineFastError(

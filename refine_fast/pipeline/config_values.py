@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 from .corpus.beir import is_beir
 from .corpus.nanobeir import is_nanobeir, sets_of
 from .encoder.load import DEFAULT_ENCODER
+from .queries.query import MADE_KINDS
 
 
 def requirement(schema: dict[str, Any]) -> str:
@@ -132,6 +133,13 @@ def _mix(value: Any) -> tuple[tuple[str, float], ...]:
         raise ValueError("must be kinds and shares, such as question=0.6,claim=0.4") from None
 
 
+def _query_kinds(value: Any) -> tuple[str, ...]:
+    kinds = _names(value)
+    if set(kinds) - set(MADE_KINDS):
+        raise ValueError(f"must be kinds of query, of {', '.join(MADE_KINDS)}")
+    return kinds
+
+
 def _json_object(value: Any) -> dict[str, Any]:
     try:
         fields = json.loads(value) if isinstance(value, str) else value
@@ -173,6 +181,9 @@ Band = Annotated[
 ]
 Weights = Annotated[
     tuple[float, ...], BeforeValidator(_weights, json_schema_input_type=str | list[float])
+]
+QueryKinds = Annotated[
+    tuple[str, ...], BeforeValidator(_query_kinds, json_schema_input_type=str | list[str])
 ]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names, json_schema_input_type=str | list[str])]
 JsonObject = Annotated[
