@@ -23,6 +23,7 @@ from .config_values import (
     BeirSets,
     Encoder,
     Encoding,
+    Engine,
     ExistingPath,
     JsonObject,
     Memory,
@@ -140,6 +141,12 @@ class RunConfig(BaseModel):
     )
     chunk_tokens: int = _option(
         256, "longest chunk, in the encoder's tokens; at most what the encoder reads", "N", ge=32
+    )
+    engine: Engine = _option(
+        "local",
+        "where texts are encoded and negatives mined: local, this process; ray, a Ray cluster on "
+        "this machine, started if there is none; ray://HOST:PORT, that cluster",
+        "ENGINE",
     )
     seed: int = _option(
         0, "the same inputs and seed give the same outputs", "N", ge=0, le=2**32 - 1

@@ -63,6 +63,12 @@ def _encoding(name: str) -> str:
     return name
 
 
+def _engine(name: str) -> str:
+    if name not in ("local", "ray") and not re.fullmatch(r"ray://[^/\s]+:\d+", name):
+        raise ValueError("must be local, ray or ray://HOST:PORT")
+    return name
+
+
 def _encoder(name: str) -> str:
     """A folder's absolute path, so that a run can be resumed from elsewhere; else the name."""
     is_folder = name != DEFAULT_ENCODER and Path(os.path.expanduser(name)).exists()
@@ -171,6 +177,7 @@ AnyPath = Annotated[Path, BeforeValidator(_path, json_schema_input_type=Path)]
 ExistingPath = Annotated[AnyPath, AfterValidator(_existing)]
 Encoding = Annotated[Name, AfterValidator(_encoding)]
 Encoder = Annotated[Name, AfterValidator(_encoder)]
+Engine = Annotated[Name, AfterValidator(_engine)]
 BeirSets = Annotated[
     tuple[Path | str, ...] | None,
     BeforeValidator(_beir_sets, json_schema_input_type=str | list[str] | None),
