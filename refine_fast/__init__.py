@@ -7,13 +7,14 @@ from __future__ import annotations
 from . import nn
 from ._native import available_isas, force_isa, isa
 from .fuse import FuseReport, fuse, fuse_into, fuse_sweep
-from .ops.band_parts import BandPart, band_topk_part, merge_band_parts, merge_band_topk
+from .ops.band_parts import BandPart, BandRule, band_topk_part, merge_band_parts, merge_band_topk
 from .ops.band_topk import BandTopK, band_topk
 from .ops.info_nce import info_nce
 
 __version__ = "0.1.0"
 __all__ = [
     "BandPart",
+    "BandRule",
     "BandTopK",
     "FuseReport",
     "available_isas",
