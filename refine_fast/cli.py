@@ -87,6 +87,7 @@ def perform(options: argparse.Namespace) -> int:
     """Runs the command that was parsed and returns its exit code; prints errors as one line."""
     from .pipeline.console import Console
     from .pipeline.engine import LockedError
+    from .pipeline.ranks import RankLostError
 
     console = Console(quiet=options.quiet, json=options.json)
     try:
@@ -96,6 +97,9 @@ def perform(options: argparse.Namespace) -> int:
     except LockedError as error:
         console.error(str(error))
         return LOCKED
+    except RankLostError as error:
+        console.error(str(error))
+        return FAILED
     except RefineFastError as error:
         console.error(str(error))
         return BAD_INPUT
@@ -378,9 +382,13 @@ def config_of(options: argparse.Namespace) -> RunConfig:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Does the stages of a run up to the command's last one."""
     from .pipeline.commands.summary import show_run
+    from .pipeline.ranks import launched
     from .pipeline.runner import run
 
+    ranks = launched()
     context = run(config_of(options), console=console, until=LAST_STAGE[options.command])
+    if ranks is not None and ranks.rank > 0:
+        return OK
     show_run(context, options.command)
     whole = LAST_STAGE[options.command] == "report"
     return KEPT_BASE if whole and context.kept_base else OK

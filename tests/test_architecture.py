@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import those of a lower layer only.
 LAYERS = [
     {"errors", "files", "_core", "_cuda", "reference", "workspace"},
-    {"_native", "profiling"},
+    {"_native", "profiling", "collectives"},
     {"triton_kernels"},
     {"ops"},
     {"nn", "mine", "fuse"},
@@ -29,7 +29,7 @@ LAYERS = [
 ]
 # The rooms of pipeline/, likewise.
 PIPELINE_LAYERS = [
-    {"progress", "usage", "cache", "workers"},
+    {"progress", "usage", "cache", "workers", "ranks"},
     {"corpus", "sharded_search"},
     {"encoder"},
     {"queries"},

@@ -241,35 +241,44 @@ WORKER = '''
 import sys, torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from refine_fast.integrations.sentence_transformers import FusedMultipleNegativesRankingLoss as Loss
+from refine_fast.integrations.sentence_transformers import (
+    CachedFusedMultipleNegativesRankingLoss, FusedMultipleNegativesRankingLoss)
 
-def run(world, rank, **settings):
-    """Gradient of a linear encoder; world 1: the whole batch in one process."""
+def run(kind, sizes, rank, **settings):
+    """Gradient of a linear encoder; one size: the whole batch in one process."""
     torch.manual_seed(0)
     encoder, batch = nn.Linear(16, 8, bias=False), torch.randn(3, 10, 16)
-    model = DistributedDataParallel(encoder) if world > 1 else encoder
-    part = batch.chunk(world, dim=1)[rank]
-    loss = Loss(nn.Identity(), gather_across_devices=world > 1, **settings)
-    value = loss.compute_loss_from_embeddings(list(model(part)), None)
+    scores, several = torch.randn(10, 2), len(sizes) > 1
+    model = DistributedDataParallel(encoder) if several else encoder
+    part = batch.split(sizes, dim=1)[rank]
+    loss = kind(nn.Sequential(nn.Identity()), gather_across_devices=several, **settings)
+    labels = scores.split(sizes)[rank] if "distill" in settings else None
+    columns = list(model(part))
+    if kind is FusedMultipleNegativesRankingLoss:
+        value = loss.compute_loss_from_embeddings(columns, labels)
+    else:
+        value = loss.calculate_loss([[x] for x in columns], labels)
     value.backward()
     return value.detach(), encoder.weight.grad
 
 dist.init_process_group("gloo")
-for settings in ({}, {"directions": ("query_to_doc", "query_to_query")},
+for settings in ({}, {"directions": ("query_to_doc", "query_to_query")}, {"distill": 0.7},
                  {"directions": ("query_to_doc", "doc_to_query"),
                   "partition_mode": "per_direction"}):
-    value, grad = run(2, dist.get_rank(), **settings)
-    whole, gold = run(1, 0, **settings)
-    dist.all_reduce(value)
-    torch.testing.assert_close(value / 2, whole)
-    torch.testing.assert_close(grad, gold, rtol=1e-4, atol=1e-6)
+    for kind in (FusedMultipleNegativesRankingLoss, CachedFusedMultipleNegativesRankingLoss):
+        whole, gold = run(kind, [10], 0, **settings)
+        for sizes in ([5, 5], [3, 7]):
+            value, grad = run(kind, sizes, dist.get_rank(), **settings)
+            dist.all_reduce(value)
+            torch.testing.assert_close(value / 2, whole)
+            torch.testing.assert_close(grad, gold, rtol=1e-4, atol=1e-6)
 dist.destroy_process_group()
 '''
 
 
 def test_negatives_gathered_from_two_processes(tmp_path: Path) -> None:
-    """torchrun, gloo: each process has half of the batch and sees all of it; DDP's mean gradient is
-    the single process's."""
+    """torchrun, gloo: each process has a part of the batch and sees all of it; DDP's mean gradient
+    is the single process's."""
     (tmp_path / "worker.py").write_text(WORKER)
     command = [
         sys.executable,

@@ -167,9 +167,9 @@ class RunConfig(BaseModel):
     )
     llm: Name | None = _option(
         None,
-        "have a language model write the queries: an OpenAI-compatible URL, smollm2 (inside a "
-        "package), or transformers (in this process)",
-        "URL",
+        "have a language model write the queries: an OpenAI-compatible URL, or several that share "
+        "the calls; smollm2 (inside a package), or transformers (in this process)",
+        "URL,...",
     )
     llm_model: Names = _option(
         (), "name of the language model; several share the chunks", "NAME,..."
@@ -192,7 +192,7 @@ class RunConfig(BaseModel):
         "JSON",
     )
     llm_concurrency: int = _option(
-        64, "calls at a time; fewer where the server asks for it", "N", ge=1
+        64, "calls at a time at each endpoint; fewer where the server asks for it", "N", ge=1
     )
     llm_timeout: Positive = _option(120.0, "longest time that a call may take", "SECONDS")
     prompt: ExistingPath | None = _option(

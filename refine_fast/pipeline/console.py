@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ..errors import RefineFastWarning
+from .ranks import may_report
 
 
 def facts_table(facts: Mapping[str, Any]) -> Table:
@@ -63,7 +64,9 @@ class Console:
         self.err.print(f"warning: {line}", style="yellow", markup=False)
 
     def error(self, line: str) -> None:
-        """Prints an error."""
+        """Prints an error, unless another rank of the run has reported one."""
+        if not may_report():
+            return
         self.err.print(f"error: {line}", style="bold red", markup=False)
 
     @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from ..files import atomic
 from .artifacts import REPLIES
 from .cluster.ray_workers import open_workers
@@ -12,6 +14,7 @@ from .encoder.load import encoder_folder
 from .encoder.prepare import prepare_encoder
 from .engine import RunFolder
 from .preflight import try_encoder, try_language_model
+from .ranks import Ranks, launched
 from .stages import run_stages
 from .training.trained import Trained
 
@@ -20,6 +23,9 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
     """Does every stage up to ``until`` that is not up to date.
 
     A run that was stopped by Ctrl-C, an error or a kill resumes when it is started again.
+
+    Of several processes that torchrun started, rank 0 does so, and the others take part in
+    training.
 
     Args:
         config: what to do; ``config.out`` is the run folder.
@@ -35,6 +41,9 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
         RefineFastError: if the input cannot be used; the message names the remedy.
     """
     console = Console() if console is None else console
+    ranks = launched()
+    if ranks is not None and ranks.rank > 0:
+        return _take_part(config, ranks)
     with (
         RunFolder(config.out) as folder,
         console.warnings(),
@@ -58,6 +67,21 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
                 console.say(f"{stage.name}: up to date")
             if stage.name == until:
                 break
+    if ranks is not None:
+        ranks.dismiss()
+    return context
+
+
+def _take_part(config: RunConfig, ranks: Ranks) -> RunContext:
+    """What a rank other than 0 does: its part of the training, if rank 0 reaches it."""
+    folder = ranks.wait_for_training()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rank 0 shows them
+        options = config.encoder_options()
+        encoder = prepare_encoder(encoder_folder(config.model), options)
+        context = RunContext(config, encoder, Console(quiet=True), options)
+        if folder is not None:
+            next(stage for stage in run_stages(context) if stage.name == "train").work(folder)
     return context
 
 

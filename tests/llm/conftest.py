@@ -8,7 +8,8 @@ import json
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,8 @@ class Endpoint:
             return json.load(answer)
 
 
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+@contextmanager
+def _server() -> Iterator[Endpoint]:
     command = [sys.executable, str(Path(__file__).parent / "server.py")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -56,6 +56,19 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
         yield Endpoint(int(process.stdout.readline()))
         process.stdin.close()
         process.wait(120)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[Endpoint]]:
+    """Starts a server."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    return _server
+
+
+@pytest.fixture
+def endpoint(serve: Callable[[], AbstractContextManager[Endpoint]]) -> Iterator[Endpoint]:
+    with serve() as started:
+        yield started
 
 
 def make_chunks(count: int) -> list[Chunk]:

@@ -21,9 +21,10 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
-from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank
+from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor
 
+from ...collectives import gather_rows, ranks, row_counts
 from ...ops.info_nce import info_nce
 
 COVERED = {
@@ -56,9 +57,11 @@ def _loss(settings: Any, embeddings: list[Tensor], labels: Tensor | None = None)
     queries, *documents = embeddings
     own = torch.arange(len(queries), device=queries.device)
     shares = _teacher_shares(settings, labels, (len(queries), len(documents)))
-    if settings.gather_across_devices:
-        own = own + get_rank() * len(queries)
-        queries, *documents = (all_gather_with_grad(x) for x in embeddings)
+    rank, size = ranks() if settings.gather_across_devices else (0, 1)
+    if size > 1:
+        counts = row_counts(queries)
+        own = own + sum(counts[:rank])
+        queries, *documents = (gather_rows(x, counts) for x in embeddings)
     columns = torch.cat(documents)
     options: dict[str, Any] = {
         "temperature": 1 / settings.scale,
@@ -77,13 +80,13 @@ def _loss(settings: Any, embeddings: list[Tensor], labels: Tensor | None = None)
         columns = torch.cat([columns, queries])
     both = "doc_to_query" in directions
     forward_only = {"soft_columns": None, "soft_targets": None}
-    if len(own) == len(queries):
+    if size == 1:
         return info_nce(queries, columns, symmetric=both, **options)
     # this device's queries against everyone's documents
     loss = info_nce(queries[own], columns, **options)
-    if not both:
-        return loss
-    return (loss + info_nce(documents[0][own], queries, **{**options, **forward_only})) / 2
+    if both:
+        loss = (loss + info_nce(documents[0][own], queries, **{**options, **forward_only})) / 2
+    return loss * (size * len(own) / len(queries))  # 1 if every device has as many rows
 
 
 def _teacher_shares(settings: Any, labels: Tensor | None, shape: tuple[int, int]) -> Tensor | None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,12 +158,14 @@ def _memory() -> str:
 
 
 def _endpoint_rows(settings: LLMSettings) -> Iterator[tuple[str, bool, str]]:
-    """(what, whether it works, what was found) for each model of an endpoint."""
+    """(what, whether it works, what was found) for each model of each endpoint."""
     from ..queries.llm import probe
 
-    for model, report in zip(settings.models, probe(settings), strict=True):
+    asked = product(settings.urls, settings.models)
+    for (url, model), report in zip(asked, probe(settings), strict=True):
+        what = f"llm {model}" if len(settings.urls) == 1 else f"llm {model} at {url}"
         if report.problem:
-            yield f"llm {model}", False, report.problem
+            yield what, False, report.problem
             continue
         served = {
             True: "served",
@@ -174,7 +177,7 @@ def _endpoint_rows(settings: LLMSettings) -> Iterator[tuple[str, bool, str]]:
             f"{report.context:,} tokens of context" if report.context else "context length unknown"
         )
         yield (
-            f"llm {model}",
+            what,
             True,
             f"{served}; accepts {report.form}; {modes}; {context}; "
             f"{report.tokens_per_second:.0f} tokens/s",

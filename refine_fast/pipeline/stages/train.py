@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..artifacts import (
 from ..corpus.chunk import Chunk
 from ..encoder.encode import has_fast_bf16
 from ..encoder.load import load_encoder
+from ..ranks import Ranks, launched
 from ..training.batches import Example, Twin
 from ..training.memory import Fit, fit_training
 from ..training.teachers import Teachers, lexical_teacher
@@ -35,8 +37,13 @@ if TYPE_CHECKING:
 
 def run(context: RunContext, folder: Path, *, distill: float, negatives: int) -> None:
     """Writes the fine-tuned encoder, and the steps and losses of its training. With ``--lora`` also
-    the adapter, whose product is part of the fine-tuned encoder's weights."""
+    the adapter, whose product is part of the fine-tuned encoder's weights.
+
+    Every rank of the run calls it; rank 0 writes."""
     config = context.config
+    ranks = launched()
+    if ranks is not None and ranks.rank == 0:
+        ranks.announce_training(folder)
     chunks, queries = training_view(context.out)
     relevant = relevant_rows(chunks, queries)
     examples = _examples(context, chunks, relevant, negatives)
@@ -45,22 +52,28 @@ def run(context: RunContext, folder: Path, *, distill: float, negatives: int) ->
     adapters = Trained(config.lora, config.train_layers).choose(model)
     bf16 = has_fast_bf16(model.device) if context.bf16 is None else context.bf16
     precision = "bf16" if bf16 else "fp32"
+    on_cpu = model.device.type == "cpu"
     fit = fit_training(
         model,
         relevant,
         passages,
         len(examples),
-        batch_size=config.batch_size,
+        batch_size=config.batch_size if ranks is None else -(-config.batch_size // ranks.size),
         negatives=negatives,
         memory=config.memory,
         bf16=bf16,
+        processes=ranks.local_size if ranks is not None and on_cpu else 1,
     )
-    _say_how(context, fit, precision)
+    _say_how(context, fit, precision, ranks)
     twin = Twin(float(config.weight), *base_embeddings(context.out)) if context.twin else None
     teachers = _teachers(context, relevant, passages) if distill else None
     # A twin's embeddings are unit vectors, whatever the encoder's are.
     unit = 1.0 if context.twin else similarity_unit(context.out)
     epochs = epochs_of(len(examples), batch_size=config.batch_size, epochs=config.epochs)
+    if ranks is not None:
+        facts = _what_decides(context, examples, passages)
+        ranks.require_same({**facts, "precision": precision, "distill": distill})
+        ranks.join("gloo" if on_cpu else "nccl")
     with context.console.progress("training") as progress:
         history = train(
             model,
@@ -81,7 +94,12 @@ def run(context: RunContext, folder: Path, *, distill: float, negatives: int) ->
             teachers=teachers,
             distill=distill,
             progress=progress,
+            ranks=ranks,
         )
+    if ranks is not None:
+        ranks.leave()
+        if ranks.rank > 0:
+            return
     for i, adapter in enumerate(adapters):
         only = len(adapters) == 1
         adapter.save_pretrained(str(folder / ADAPTER if only else folder / ADAPTER / str(i)))
@@ -133,9 +151,30 @@ def _examples(
     ]
 
 
-def _say_how(context: RunContext, fit: Fit, precision: str) -> None:
+def _what_decides(
+    context: RunContext, examples: Sequence[Example], passages: Sequence[str]
+) -> dict[str, object]:
+    """What every rank must have alike, since each reads it for itself."""
+    fields = "epochs max_steps batch_size lr warmup temperature seed lora train_layers fusion"
+    data = hashlib.sha256(repr([(e.query, e.positive, e.negatives) for e in examples]).encode())
+    data.update(repr(passages).encode())
+    return {
+        **{name: getattr(context.config, name) for name in fields.split()},
+        "training data": data.hexdigest(),
+    }
+
+
+def _say_how(context: RunContext, fit: Fit, precision: str, ranks: Ranks | None) -> None:
     how = "a batch at once" if fit.mini_batch is None else f"{fit.mini_batch} sequences at a time"
     how += ", gradients cached" if fit.cached else ""
-    context.console.say(f"  {how}, in {precision}: about {fit.peak / 2**30:.1f} GB of memory")
-    if (gpus := torch.cuda.device_count()) > 1:
-        context.console.say(f"  {gpus} GPUs are visible; training uses the first")
+    each = "" if ranks is None else " for each process"
+    context.console.say(f"  {how}, in {precision}: about {fit.peak / 2**30:.1f} GB of memory{each}")
+    if ranks is not None:
+        context.console.say(
+            f"  {ranks.size} processes share each batch of {context.config.batch_size} queries"
+        )
+    elif (gpus := torch.cuda.device_count()) > 1:
+        context.console.say(
+            f"  {gpus} GPUs are visible; training uses the first (all of them: torchrun "
+            f"--nproc-per-node {gpus} -m refine_fast train --out {context.out})"
+        )

@@ -54,6 +54,9 @@ class Collator:
 
     A document that several queries share is encoded once and is never a false negative. Documents
     relevant to one query of the batch share a group, so that none counts as its negative.
+
+    Of a batch that ``ranks`` processes share, ``rank`` encodes every ``ranks``-th query and
+    document. The columns are those of the whole batch: the documents of rank 0, of rank 1, ...
     """
 
     model: SentenceTransformer
@@ -61,6 +64,8 @@ class Collator:
     documents: Sequence[str]
     twin: Twin | None = None
     teachers: Teachers | None = None
+    rank: int = 0
+    ranks: int = 1
     valid_label_columns: tuple[str, ...] = ("label",)  # the Trainer asks for it
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
@@ -68,33 +73,42 @@ class Collator:
         negatives.
 
         Args:
-            rows: B records {"row": index of an example}.
+            rows: B records {"row": index of an example}, at least one for each rank.
 
         Returns:
-            ``query_*`` and ``document_*``: what the encoder reads; ``document_group`` (N,) int64;
-            ``label`` (B,) int64: the column of each query's positive; with a twin
-            ``query_frozen`` (B, d) and ``document_frozen`` (N, d) float32; with teachers
-            ``query_targets_*`` (B, N) float32, one for each teacher.
+            ``query_*`` and ``document_*``: what the encoder reads of this rank's B' queries and
+            N' documents; ``document_group`` (N,) int64; ``label`` (B',) int64: the column of each
+            query's positive; with a twin ``query_frozen`` (B', d) and ``document_frozen`` (N', d)
+            float32; with teachers ``query_targets_*`` (B', N) float32, one for each teacher; with
+            several ranks the number ``query_share``, B' relative to the mean of the ranks.
+            Alone, B' = B and N' = N. With fewer documents than ranks, a rank without any encodes
+            one that is no column.
         """
         # Longest first on both sides: the texts of a mini-batch have similar lengths.
         examples = sorted(
             (self.examples[row["row"]] for row in rows), key=lambda example: -len(example.query)
         )
-        documents = self._distinct_documents(examples)
+        distinct = self._distinct_documents(examples)
+        parts = [distinct[rank :: self.ranks] for rank in range(self.ranks)]
+        documents = [document for part in parts for document in part]
         column = {document: i for i, document in enumerate(documents)}
+        asked = examples[self.rank :: self.ranks]
+        encoded = parts[self.rank] or distinct[:1]
         batch = {
-            **self._features("query", [example.query for example in examples]),
-            **self._features("document", [self.documents[document] for document in documents]),
+            **self._features("query", [example.query for example in asked]),
+            **self._features("document", [self.documents[document] for document in encoded]),
             "document_group": torch.tensor(_groups(examples, column)),
-            "label": torch.tensor([column[example.positive] for example in examples]),
+            "label": torch.tensor([column[example.positive] for example in asked]),
         }
-        queries = [example.row for example in examples]
+        queries = [example.row for example in asked]
+        if self.ranks > 1:
+            batch["query_share"] = len(asked) * self.ranks / len(examples)
         if self.teachers is not None:
             for name, targets in self.teachers.targets(queries, documents).items():
                 batch[f"query_{TARGETS}{name}"] = targets
         if self.twin is not None:
             batch["query_frozen"] = torch.from_numpy(self.twin.queries[queries])
-            batch["document_frozen"] = torch.from_numpy(self.twin.documents[documents])
+            batch["document_frozen"] = torch.from_numpy(self.twin.documents[encoded])
         return batch
 
     def _distinct_documents(self, examples: Sequence[Example]) -> list[int]:

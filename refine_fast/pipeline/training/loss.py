@@ -8,6 +8,7 @@ import torch
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from torch import Tensor, nn
 
+from ...collectives import gather_rows, ranks
 from ...integrations.sentence_transformers.twin import fuse_embeddings
 from ...nn import InfoNCELoss
 from ..encoder.encode import compares_by_cosine
@@ -32,6 +33,11 @@ class BatchLoss(CachedLossMixin, nn.Module):
     of the embeddings fused with the frozen ones in the batch.
     With teachers, the loss is (1 - distill) InfoNCE + distill times the mean of their
     cross-entropies.
+
+    Where several ranks share a batch, each has the loss of its queries against the documents of
+    all, scaled so that the mean over the ranks is the loss of the batch, and the mean of the ranks'
+    gradients its gradient. One loss serves one way of encoding as well as another: ranks may differ
+    in ``mini_batch`` and ``cached``.
 
     The encoder runs without dropout: drawing its masks took 37% of a step on a CPU, and with it
     attention cannot use the memory-efficient kernel.
@@ -60,14 +66,14 @@ class BatchLoss(CachedLossMixin, nn.Module):
         """The loss of a batch, a scalar.
 
         Args:
-            features: what the encoder reads of the B queries and of the N documents, with
-                "group" (N,), for a twin "frozen" (B, d) and (N, d), and of the queries each
-                teacher's targets (B, N).
-            labels: (B,) column of each query's positive.
+            features: what the encoder reads of the queries and of the documents, with the rest of
+                what the collator returns, by its names without the prefix.
+            labels: the column of each query's positive.
         """
         self.model.eval()  # the Trainer sets train() before every step
         queries, documents = features
         self.groups = documents.pop("group")
+        self.share = queries.pop("share", None)
         self.targets = {
             name.removeprefix(TARGETS): queries.pop(name)
             for name in list(queries)
@@ -100,12 +106,18 @@ class BatchLoss(CachedLossMixin, nn.Module):
                 fuse_embeddings(tuned, frozen, self.twin_weight)
                 for tuned, frozen in zip((q, d), self.frozen, strict=True)
             )
+        rank, size = ranks()
+        if self.share is not None:
+            counts = [len(range(i, len(self.groups), size)) for i in range(size)]
+            d = gather_rows(d[: counts[rank]], counts)
         try:
             loss = self._loss(q, d, positives=labels, doc_ids=self.groups)
         except ValueError:  # of the CPU kernel; elsewhere the loss is NaN
             if q.isfinite().all() and d.isfinite().all():
                 raise
             raise NonFiniteEmbeddingsError from None
+        if self.share is not None:
+            loss = loss * self.share
         if with_backward:
             loss.backward()
             loss = loss.detach()

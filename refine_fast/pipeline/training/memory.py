@@ -115,6 +115,7 @@ def fit_training(
     negatives: int,
     memory: int | None,
     bf16: bool,
+    processes: int = 1,
 ) -> Fit:
     """Chooses to keep the activations of the whole batch if they stay under ``memory`` bytes, else
     gradient caching with as many sequences at a time as do, assuming that each is as long as the
@@ -127,8 +128,10 @@ def fit_training(
         examples: number of training examples.
         batch_size: queries in a batch.
         negatives: hard negatives of each query.
-        memory: bytes that training may take; None: ``SHARE`` of the machine's.
+        memory: bytes that this process may take; None: ``SHARE`` of the device's, divided over the
+            processes.
         bf16: whether the forward pass runs in bf16.
+        processes: how many train on this device.
 
     Raises:
         RefineFastError: if ``memory`` is too little for a single sequence.
@@ -146,7 +149,7 @@ def fit_training(
     each = FRAGMENTATION * max(query, passage)
     least = whole if _reads_bags(model) else fixed + each
     if memory is None:
-        memory = max(int(SHARE * machine_memory(model.device)), math.ceil(least))
+        memory = max(int(SHARE * machine_memory(model.device) / processes), math.ceil(least))
     if memory < least:
         raise RefineFastError(
             f"memory: {memory / 2**30:.1f} GB is too little for this encoder; "

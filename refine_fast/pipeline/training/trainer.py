@@ -15,8 +15,10 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
 
+from ...collectives import copy_from_first_rank, mean_gradients
 from ...errors import RefineFastError
 from ...files import fsync_all
+from ..ranks import Ranks, one_process, peers_may_end
 from .batches import Collator, Example, Twin
 from .loss import BatchLoss, NonFiniteEmbeddingsError
 from .memory import return_free_memory
@@ -84,8 +86,13 @@ def train(
     teachers: Teachers | None = None,
     distill: float = 0.0,
     progress: Callable[..., None] | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Fine-tunes ``model`` in place: AdamW, linear warm-up and decay, on one device.
+    """Fine-tunes ``model`` in place: AdamW, linear warm-up and decay, on one device a process.
+
+    Several ranks share each batch: the steps, the order of the examples and the negatives of a
+    query are those of one process, and so is the result, but for the rounding of sums in another
+    order. Rank 0 writes the checkpoints, and any number of ranks resumes from them.
 
     Args:
         model: the encoder.
@@ -108,6 +115,7 @@ def train(
         teachers: what sets the share ``distill`` of the loss; None: nothing does.
         distill: between 0, InfoNCE alone, and 1, the teachers alone.
         progress: called with (step, steps, note=...).
+        ranks: the processes that train together, joined; None: this one alone.
 
     Returns:
         {"steps": number of steps, "epochs": passes over the examples, "loss": [[step, loss], ...]}.
@@ -123,37 +131,48 @@ def train(
             "give more documents or --queries."
         )
     batch_size = min(batch_size, len(examples))
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    if batch_size < size:
+        raise RefineFastError(
+            f"train: {size} processes cannot share a batch of {batch_size} queries; "
+            "give a larger --batch-size or start fewer processes."
+        )
     steps = steps_of(len(examples), batch_size=batch_size, epochs=epochs, max_steps=max_steps)
     # The order of all epochs is fixed beforehand: to resume is to skip, whatever the epoch.
     random = np.random.default_rng(seed)
     passes = math.ceil(steps * batch_size / len(examples))
     order = np.concatenate([random.permutation(len(examples)) for _ in range(passes)])
 
-    arguments = _OneDeviceArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        batch_sampler=_in_order,  # type: ignore[arg-type]
-        router_mapping={"query": "query", "document": "document"},
-        learning_rate=lr,
-        # The last step of a warm-up has the full rate; a single step must not be its first, with 0.
-        warmup_steps=min(math.ceil(warmup * steps), steps - 1),
-        bf16=bf16,
-        use_cpu=model.device.type == "cpu",
-        seed=seed,
-        save_strategy="no",  # the callback decides when
-        save_total_limit=2,  # the newest may be incomplete after a kill
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would log a NaN loss as 0
-        disable_tqdm=True,
-        report_to=[],
-        dataloader_pin_memory=model.device.type == "cuda",
-    )
+    checkpoint = _last_complete_checkpoint(folder) or ""
+    if ranks is not None:
+        checkpoint = ranks.of_first("checkpoint", checkpoint)
+    with one_process():
+        arguments = _OneDeviceArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            batch_sampler=_in_order,  # type: ignore[arg-type]
+            router_mapping={"query": "query", "document": "document"},
+            learning_rate=lr,
+            # The last step of a warm-up has the full rate; a single step must not be its first,
+            # with 0.
+            warmup_steps=min(math.ceil(warmup * steps), steps - 1),
+            bf16=bf16,
+            use_cpu=model.device.type == "cpu",
+            seed=seed,
+            save_strategy="no",  # the callback decides when
+            save_total_limit=2,  # the newest may be incomplete after a kill
+            logging_steps=1,
+            logging_nan_inf_filter=False,  # it would log a NaN loss as 0
+            disable_tqdm=True,
+            report_to=[],
+            dataloader_pin_memory=model.device.type == "cuda",
+        )
     trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict({"row": order[: steps * batch_size]}),
-        data_collator=Collator(model, examples, documents, twin, teachers),  # type: ignore[arg-type]
+        data_collator=Collator(model, examples, documents, twin, teachers, rank, size),  # type: ignore[arg-type]
         loss=BatchLoss(
             model,
             temperature,
@@ -162,11 +181,13 @@ def train(
             None if twin is None else twin.weight,
             0.0 if teachers is None else distill,
         ),
-        callbacks=[_Callback(steps, progress)],
+        callbacks=[_Callback(steps, progress, saves=rank == 0)],
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        trainer.train(resume_from_checkpoint=_last_complete_checkpoint(folder))
+        with peers_may_end():
+            copy_from_first_rank(list(model.parameters()))
+            trainer.train(resume_from_checkpoint=checkpoint or None)
     except (NonFiniteEmbeddingsError, _NonFiniteLossError):
         raise RefineFastError(
             f"train: the loss became NaN or infinite at step {trainer.state.global_step}; "
@@ -190,7 +211,16 @@ class _OneDeviceArguments(SentenceTransformerTrainingArguments):
 
 
 class _Trainer(SentenceTransformerTrainer):
-    """Checkpoints hold the trained parameters only, whatever modules and adapters they are in."""
+    """Checkpoints hold the trained parameters only, whatever modules and adapters they are in.
+
+    On every rank it trains as if alone, with a part of each batch. The ranks meet in the loss, and
+    here, before the gradients are clipped.
+    """
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step's gradients and loss, of the whole batch."""
+        loss = super().training_step(*args, **kwargs)
+        return mean_gradients(list(self._trained().values()), loss)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Does nothing: the fused model gets a card of its own."""
@@ -225,14 +255,15 @@ def _last_complete_checkpoint(folder: Path) -> str | None:
 class _Callback(TrainerCallback):
     """Watches the loss, reports progress and decides when to save."""
 
-    def __init__(self, steps: int, progress: Callable[..., None] | None) -> None:
+    def __init__(self, steps: int, progress: Callable[..., None] | None, *, saves: bool) -> None:
         self.steps = steps
+        self.saves = saves
         self.progress = progress
         self.saved = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         return_free_memory()
-        due = time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+        due = self.saves and time.monotonic() - self.saved >= CHECKPOINT_SECONDS
         control.should_save = state.global_step < self.steps and due
 
     def on_log(

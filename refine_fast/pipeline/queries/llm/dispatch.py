@@ -1,17 +1,19 @@
-"""Sends requests to a backend until each has a reply on disk.
+"""Sends requests to one or more endpoints until each has a reply on disk.
 
-Ends early when a limit is reached, when the server is declared dead, or when its replies are of no
-use.
+Ends early when a limit is reached. An endpoint that is declared dead, or whose replies are of no
+use, is left out, and the others take its requests; the last one ends the stage.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ....errors import RefineFastWarning
 from .budget import Budget
 from .reply_log import ReplyStore
 from .reply_parser import strip_reasoning
@@ -63,12 +65,59 @@ IsUseful = Callable[[str], bool]
 """Whether the text of a reply holds what was asked for."""
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """Who answers, and how many calls at a time it takes."""
+
+    name: str
+    backend: Backend
+    throttle: Throttle
+
+
+@dataclass
+class _Task:
+    """A request on its way to a reply."""
+
+    request: Request
+    calls: int = 0
+    """Made for it so far, at all endpoints."""
+    tried: set[str] = field(default_factory=set)
+    """Endpoints that did not answer it."""
+    error: str = ""
+    """Of its last call."""
+
+
+class _Tasks:
+    """The requests that nobody works on yet: those given back first, then the stream."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._stream = iter(requests)
+        self.returned: list[_Task] = []
+
+    def take(self, name: str) -> _Task | None:
+        """The next task that the endpoint has not tried; None if there is none now."""
+        for i, task in enumerate(self.returned):
+            if name not in task.tried:
+                return self.returned.pop(i)
+        request = next(self._stream, None)
+        return None if request is None else _Task(request)
+
+    def give_back(self, task: _Task, name: str, error: str) -> None:
+        """Leaves the task to the other endpoints."""
+        task.tried.add(name)
+        task.error = error
+        self.returned.append(task)
+
+    def remain_for(self, names: Iterable[str]) -> bool:
+        """Whether one of the endpoints could still take a task that was given back."""
+        return any(name not in task.tried for name in names for task in self.returned)
+
+
 async def ask(
     requests: Iterable[Request],
     state: CallProgress,
-    backend: Backend,
+    endpoints: Sequence[Endpoint],
     store: ReplyStore,
-    throttle: Throttle,
     budget: Budget,
     is_useful: IsUseful,
     watch: Watch | None = None,
@@ -79,39 +128,60 @@ async def ask(
     it.
 
     Raises:
-        Failure: a fatal one, when no request can succeed or the replies are useless. Every reply
-            so far is in the store.
+        Failure: a fatal one, when no request can succeed or the replies are useless, at the last
+            endpoint that was left. Every reply so far is in the store.
     """
-    dispatcher = _Dispatcher(state, backend, store, throttle, budget, is_useful, watch)
-    stream = iter(requests)
-    # Calls that wait for a Retry-After hold a worker but no slot: three per slot keep all busy.
-    workers = [asyncio.create_task(dispatcher.work(stream)) for _ in range(3 * throttle.ceiling)]
+    tasks = _Tasks(requests)
+    live: dict[str, _Dispatcher] = {}
+    for endpoint in endpoints:
+        live[endpoint.name] = _Dispatcher(
+            endpoint, tasks, live, state, store, budget, is_useful, watch
+        )
     try:
-        await asyncio.gather(*workers)
+        # A dead endpoint's requests may come back when the others have nothing left to do.
+        while not state.stopped:
+            await _together([dispatcher.run() for dispatcher in live.values()])
+            if not tasks.remain_for(live):
+                break
+        for task in tasks.returned:
+            error = f"stopped by {state.stopped}" if state.stopped else task.error
+            await next(iter(live.values())).put(_failure_record(task, error))
     finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
         await store.drain()
 
 
+async def _together(jobs: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Waits for all jobs. If one fails, the others are cancelled."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class _Dispatcher:
-    """What the workers share."""
+    """What the workers of one endpoint share."""
 
     def __init__(
         self,
+        endpoint: Endpoint,
+        tasks: _Tasks,
+        live: dict[str, _Dispatcher],
         state: CallProgress,
-        backend: Backend,
         store: ReplyStore,
-        throttle: Throttle,
         budget: Budget,
         is_useful: IsUseful,
         watch: Watch | None,
     ) -> None:
+        self._name = endpoint.name
+        self._backend = endpoint.backend
+        self.throttle = endpoint.throttle
+        self._tasks = tasks
+        self._live = live
         self._state = state
-        self._backend = backend
         self._store = store
-        self._throttle = throttle
         self._budget = budget
         self._is_useful = is_useful
         self._watch = watch
@@ -119,18 +189,49 @@ class _Dispatcher:
         self._useful = False
         self._useless_failure: Failure | None = None
 
-    async def work(self, stream: Iterator[Request]) -> None:
-        """Takes requests from the stream until there are none or the stage is stopped."""
-        for request in stream:
-            if self._state.stopped:
-                return
-            record = await self._until_replied(request)
+    async def run(self) -> None:
+        """Works until there are no tasks or the stage is stopped. A fatal failure takes this
+        endpoint out.
+
+        Raises:
+            Failure: the fatal one, if no other endpoint is left.
+        """
+        # Calls that wait for a Retry-After hold a worker but no slot: three per slot keep all busy.
+        try:
+            await _together([self._work() for _ in range(3 * self.throttle.ceiling)])
+        except Failure as failure:
+            if len(self._live) == 1:
+                raise
+            del self._live[self._name]
+            warnings.warn(
+                f"llm: {self._name} is left out ({failure}); the other endpoints take its requests",
+                RefineFastWarning,
+                stacklevel=2,
+            )
+
+    async def _work(self) -> None:
+        while not self._state.stopped and (task := self._tasks.take(self._name)) is not None:
+            try:
+                record = await self._until_replied(task)
+            except BaseException as error:  # the endpoint is dead, as this or another call found
+                self._tasks.give_back(task, self._name, str(error) or task.error)
+                raise
             if record is None:
                 return
-            await self._store.append(record)
-            self._count("error" in record)
+            if "error" in record and not self._state.stopped and self._others_may_try(task):
+                self._tasks.give_back(task, self._name, record["error"])
+                continue
+            await asyncio.shield(self.put(record))
             if self._useless_failure is not None:
                 raise self._useless_failure
+
+    def _others_may_try(self, task: _Task) -> bool:
+        return bool(self._live.keys() - task.tried - {self._name})
+
+    async def put(self, record: dict[str, Any]) -> None:
+        """Stores and counts a record."""
+        await self._store.append(record)
+        self._count("error" in record)
 
     def _count(self, failed: bool) -> None:
         state, budget = self._state, self._budget
@@ -138,7 +239,8 @@ class _Dispatcher:
         state.done += not failed
         state.calls = budget.calls
         state.tokens_in, state.tokens_out = budget.tokens_in, budget.tokens_out
-        state.cost, state.concurrency = budget.cost, int(self._throttle.limit)
+        state.cost = budget.cost
+        state.concurrency = sum(int(each.throttle.limit) for each in self._live.values())
         if self._watch:
             self._watch(state)
 
@@ -154,27 +256,21 @@ class _Dispatcher:
                 "fatal", f"{self._useless} replies in a row are useless: {problem}"
             )
 
-    async def _until_replied(self, request: Request) -> dict[str, Any] | None:
+    async def _until_replied(self, task: _Task) -> dict[str, Any] | None:
         """The record of a reply, or of the failure that remained.
 
         None when a limit allows no further call.
         """
-        record: dict[str, Any] = {
-            "key": request.key,
-            "chunk": request.chunk_id,
-            "model": request.model,
-        }
         broken = refused = 0
         while True:
-            outcome, stopped = await self._call(request)
+            outcome, stopped = await self._call(task.request)
             if stopped:
                 self._state.stopped = self._state.stopped or stopped
-                calls = broken + refused
-                error = f"stopped by {stopped}"
-                return {**record, "error": error, "calls": calls} if calls else None
+                return _failure_record(task, f"stopped by {stopped}") if task.calls else None
+            task.calls += 1
             if isinstance(outcome, Reply):
                 self._judge(outcome)
-                return reply_record(request, outcome, broken + refused + 1)
+                return reply_record(task.request, outcome, task.calls)
             assert outcome is not None
             if outcome.kind == "fatal":
                 raise outcome
@@ -186,12 +282,12 @@ class _Dispatcher:
             refused += outcome.kind == "busy"
             broken += outcome.kind != "busy"
             if outcome.kind == "wrong" or broken >= MAX_BROKEN or refused >= MAX_REFUSALS:
-                return {**record, "error": str(outcome), "calls": broken + refused}
+                return _failure_record(task, str(outcome))
             await asyncio.sleep(delay(broken + refused - 1, outcome))
 
     async def _call(self, request: Request) -> tuple[Reply | Failure | None, str | None]:
         """(the outcome of one call, None), or (None, the limit that forbade it)."""
-        async with self._throttle.slot():
+        async with self.throttle.slot():
             if self._useless_failure is not None:
                 raise self._useless_failure
             reserved = request.tokens_in, request.max_tokens
@@ -207,8 +303,19 @@ class _Dispatcher:
                 if isinstance(outcome, Reply):
                     used = outcome.tokens_in, outcome.tokens_out
                 await self._budget.settle(reserved, used)
-            self._throttle.record(None if isinstance(outcome, Reply) else outcome)
+            self.throttle.record(None if isinstance(outcome, Reply) else outcome)
         return outcome, None
+
+
+def _failure_record(task: _Task, error: str) -> dict[str, Any]:
+    request = task.request
+    return {
+        "key": request.key,
+        "chunk": request.chunk_id,
+        "model": request.model,
+        "error": error,
+        "calls": task.calls,
+    }
 
 
 def reply_record(request: Request, reply: Reply, calls: int) -> dict[str, Any]:

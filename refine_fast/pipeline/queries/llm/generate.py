@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 from collections import Counter
@@ -18,16 +19,16 @@ from ..query import Query
 from . import filters
 from .budget import Budget, Limits
 from .coverage import spread
-from .dispatch import CallProgress, IsUseful, Watch, ask
+from .dispatch import CallProgress, Endpoint, IsUseful, Watch, ask
 from .event_loop import run
 from .http_backend import HttpBackend
 from .prompt import Template, judge_schema, query_schema, wanted
 from .reply_log import ReplyStore, Spent
 from .reply_parser import parse_numbers, parse_queries
-from .request import Backend, Failure, Request, count_tokens
+from .request import Failure, Request, count_tokens
 from .settings import LLMSettings
 from .small_models import TOKENS_PER_LINE, example_for
-from .throttle import Throttle
+from .throttle import MAX_OPENINGS_AMONG_SEVERAL, Throttle
 from .transformers_backend import LocalBackend
 
 Encode = Callable[[list[str], Literal["query", "document"]], np.ndarray]
@@ -247,11 +248,21 @@ def generate_queries(
     return [Query(text, chunks[i].id, f"llm:{kind}") for i, kind, text in found], account
 
 
-def backend_for(settings: LLMSettings) -> Backend:
-    """The backend that the settings name."""
+def endpoints_of(settings: LLMSettings) -> list[Endpoint]:
+    """The endpoints that the settings name, each with its own throttle."""
     if settings.in_process:
-        return LocalBackend()
-    return HttpBackend(settings.url, settings.key(), settings.timeout)
+        # Replies in this process are written together; a server is approached carefully.
+        throttle = Throttle(settings.concurrency, first=settings.concurrency)
+        return [Endpoint(settings.url, LocalBackend(), throttle)]
+    patience = {} if len(settings.urls) == 1 else {"openings": MAX_OPENINGS_AMONG_SEVERAL}
+    return [
+        Endpoint(
+            url,
+            HttpBackend(url, settings.key(), settings.timeout),
+            Throttle(settings.concurrency, **patience),
+        )
+        for url in settings.urls
+    ]
 
 
 def holds_queries(text: str) -> bool:
@@ -273,7 +284,7 @@ async def _ask(
     watch: Watch | None,
 ) -> str | None:
     """Sends the requests; the form in which the server accepted them, None in this process."""
-    backend = backend_for(settings)
+    endpoints = endpoints_of(settings)
     spent = replies.spent
     budget = Budget(
         Limits(settings.max_calls, settings.max_tokens, settings.max_cost),
@@ -283,11 +294,8 @@ async def _ask(
         tokens_in=spent.tokens_in,
         tokens_out=spent.tokens_out,
     )
-    # Replies in this process are written together; a server is approached carefully.
-    first = {"first": settings.concurrency} if settings.in_process else {}
-    throttle = Throttle(settings.concurrency, **first)
     try:
-        await ask(requests, progress, backend, replies, throttle, budget, is_useful, watch)
+        await ask(requests, progress, endpoints, replies, budget, is_useful, watch)
     except Failure as failure:
         remedy = (
             f"{len(replies)} replies are kept; run the same command to resume"
@@ -296,10 +304,14 @@ async def _ask(
         )
         raise RefineFastError(f"llm: stopped asking {settings.url}: {failure}; {remedy}.") from None
     finally:
-        await backend.close()
-    if not isinstance(backend, HttpBackend):
-        return None
-    return "; ".join(dict.fromkeys(map(str, backend.forms.values()))) or None
+        await asyncio.gather(*(endpoint.backend.close() for endpoint in endpoints))
+    forms = [
+        str(form)
+        for endpoint in endpoints
+        if isinstance(endpoint.backend, HttpBackend)
+        for form in endpoint.backend.forms.values()
+    ]
+    return "; ".join(dict.fromkeys(forms)) or None
 
 
 Found = list[tuple[int, str, str]]

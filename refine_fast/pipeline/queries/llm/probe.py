@@ -52,10 +52,10 @@ class EndpointReport:
 
 
 def probe(settings: LLMSettings) -> list[EndpointReport]:
-    """Sends a few requests to the endpoint.
+    """Sends a few requests to each endpoint.
 
     Returns:
-        One report for each model of the settings.
+        One report for each model of the settings at the first endpoint, at the second, ...
 
     Raises:
         RefineFastError: if the settings name no endpoint.
@@ -66,11 +66,14 @@ def probe(settings: LLMSettings) -> list[EndpointReport]:
 
 
 async def _probe_all(settings: LLMSettings) -> list[EndpointReport]:
-    backend = HttpBackend(settings.url, settings.key(), settings.timeout)
-    try:
-        return [await _probe(backend, settings, model) for model in settings.models]
-    finally:
-        await backend.close()
+    reports = []
+    for url in settings.urls:
+        backend = HttpBackend(url, settings.key(), settings.timeout)
+        try:
+            reports += [await _probe(backend, settings, model) for model in settings.models]
+        finally:
+            await backend.close()
+    return reports
 
 
 async def _probe(backend: HttpBackend, settings: LLMSettings, model: str) -> EndpointReport:

@@ -48,6 +48,7 @@ class LLMSettings:
     """
 
     url: str
+    """One endpoint, or several, separated by commas: each serves every model."""
     models: tuple[str, ...]
     """With more than one, a hash of each chunk decides which model gets it."""
     mix: Mapping[str, float]
@@ -62,6 +63,7 @@ class LLMSettings:
     extra: Mapping[str, Any] = field(default_factory=dict)
     """More fields of the request, such as {"reasoning_effort": "low"}."""
     concurrency: int = 64
+    """Calls at a time, at each endpoint."""
     timeout: float = 120.0
     """Longest time of one call, in seconds."""
     max_calls: int | None = None
@@ -85,7 +87,7 @@ class LLMSettings:
                 f"omit --llm-model, or use --llm {IN_PROCESS}."
             )
         if not self.in_process:
-            self._check_url()
+            self._check_urls()
         # Most likely the key itself, so the value is not repeated.
         if not re.fullmatch(r"[A-Za-z_]\w*", self.key_env):
             raise RefineFastError(
@@ -116,18 +118,26 @@ class LLMSettings:
                 "tokens."
             )
 
-    def _check_url(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RefineFastError(
-                f"llm must be a URL such as http://localhost:8000/v1, {SMOLLM2} or {IN_PROCESS} "
-                f"(got {self.url!r})."
-            )
-        if parts.username or parts.password or parts.query:
-            raise RefineFastError(
-                f"llm: the URL of {parts.hostname} holds credentials or parameters; put the key in "
-                f"the environment variable {self.key_env}."
-            )
+    def _check_urls(self) -> None:
+        if len(set(self.urls)) < len(self.urls):
+            raise RefineFastError(f"llm names an endpoint twice (got {self.url!r}); name it once.")
+        for url in self.urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise RefineFastError(
+                    f"llm must be a URL such as http://localhost:8000/v1, several of them separated"
+                    f" by commas, {SMOLLM2} or {IN_PROCESS} (got {url!r})."
+                )
+            if parts.username or parts.password or parts.query:
+                raise RefineFastError(
+                    f"llm: the URL of {parts.hostname} holds credentials or parameters; put the key"
+                    f" in the environment variable {self.key_env}."
+                )
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The endpoints."""
+        return tuple(url.strip() for url in self.url.split(","))
 
     @property
     def in_process(self) -> bool:

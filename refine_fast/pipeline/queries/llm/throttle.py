@@ -37,6 +37,9 @@ MAX_OPENINGS, MAX_OPENINGS_UNANSWERED = 12, 3
 """Openings of the circuit in a row before the server is declared dead: about eight minutes for one
 that may be restarting, a few seconds for one that never replied and is most likely misnamed."""
 
+MAX_OPENINGS_AMONG_SEVERAL = 5
+"""The same, about half a minute, where other endpoints can take the requests."""
+
 
 def delay(attempt: int, failure: Failure, first: float = 0.5) -> float:
     """Seconds before the next try of a request.
@@ -65,16 +68,20 @@ class Throttle:
     Args:
         ceiling: most calls at a time.
         first: calls at a time at the start.
+        openings: of the circuit in a row, before a server that has replied is declared dead.
         pause: seconds of the circuit breaker's first pause.
     """
 
-    def __init__(self, ceiling: int, *, first: int = 4, pause: float = 1.0) -> None:
+    def __init__(
+        self, ceiling: int, *, first: int = 4, pause: float = 1.0, openings: int = MAX_OPENINGS
+    ) -> None:
         self.ceiling = ceiling
         self.limit = float(min(first, ceiling))
         self._slow_start = True
         self._pause = pause
         self._resume = 0.0
         self._openings = 0
+        self._max_openings = openings
         self._succeeded = False
         self._busy = 0
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
@@ -140,7 +147,7 @@ class Throttle:
 
     def _open(self, retry_after: float, last: Failure | None) -> None:
         self._openings += 1
-        if self._openings > (MAX_OPENINGS if self._succeeded else MAX_OPENINGS_UNANSWERED):
+        if self._openings > (self._max_openings if self._succeeded else MAX_OPENINGS_UNANSWERED):
             raise Failure(
                 "fatal", f"half of the calls fail, and waiting did not help (last: {last})"
             )

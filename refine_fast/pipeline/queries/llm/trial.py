@@ -17,7 +17,8 @@ from .settings import LLMSettings
 
 
 def try_models(settings: LLMSettings, store: Path) -> None:
-    """Sends each model at most three requests of the stage, until a reply holds a query.
+    """Sends each model at most three requests of the stage, until a reply holds a query; of several
+    endpoints, the first that works is enough.
 
     A model in this process is not tried: it costs nothing, and is loaded soon enough.
 
@@ -34,16 +35,27 @@ def try_models(settings: LLMSettings, store: Path) -> None:
 
 
 async def _try_all(settings: LLMSettings, store: Path) -> None:
-    backend = HttpBackend(settings.url, settings.key(), settings.timeout)
+    with ReplyStore(store) as replies:
+        for model in settings.models:
+            own = replace(settings, models=(model,))
+            problems = {}
+            for url in settings.urls:
+                problem = await _problem_at(url, own, replies)
+                if problem is None:
+                    break  # an endpoint that does not work is left out later
+                problems[url] = problem
+            else:
+                url, problem = next(iter(problems.items()))
+                raise RefineFastError(
+                    f"llm: {model} at {url} writes no queries: {problem}; try "
+                    f"refine-fast doctor --llm {settings.url} --llm-model {model}."
+                )
+
+
+async def _problem_at(url: str, settings: LLMSettings, replies: ReplyStore) -> str | None:
+    backend = HttpBackend(url, settings.key(), settings.timeout)
     try:
-        with ReplyStore(store) as replies:
-            for model in settings.models:
-                own = replace(settings, models=(model,))
-                if problem := await _problem(backend, own, replies):
-                    raise RefineFastError(
-                        f"llm: {model} at {settings.url} writes no queries: {problem}; try "
-                        f"refine-fast doctor --llm {settings.url} --llm-model {model}."
-                    )
+        return await _problem(backend, settings, replies)
     finally:
         await backend.close()
 
