@@ -7,6 +7,7 @@ endpoint; ``default_prompt`` is the template to start from.
 Modules:
     request, http_backend, transformers_backend: one call, and what kind of failure it met.
     throttle, budget: how many calls run at a time, when to stop, what may be spent.
+    batch: requests in files, to servers that answer within a day at half the price.
     reply_log: every paid reply, on disk before it counts.
     dispatch: requests to replies, through the four above.
     prompt, reply_parser, filters, languages, coverage: what is asked for in which order, and which

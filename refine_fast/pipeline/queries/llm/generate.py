@@ -16,6 +16,7 @@ from ....errors import RefineFastError
 from ...corpus.chunk import Chunk
 from ..query import Query
 from . import filters
+from .batch import ask_in_batches
 from .budget import Budget, Limits
 from .coverage import spread
 from .dispatch import CallProgress, IsUseful, Watch, ask
@@ -277,8 +278,7 @@ async def _ask(
     spent = replies.spent
     budget = Budget(
         Limits(settings.max_calls, settings.max_tokens, settings.max_cost),
-        settings.price_in,
-        settings.price_out,
+        *settings.prices,
         calls=spent.calls,
         tokens_in=spent.tokens_in,
         tokens_out=spent.tokens_out,
@@ -287,7 +287,10 @@ async def _ask(
     first = {"first": settings.concurrency} if settings.in_process else {}
     throttle = Throttle(settings.concurrency, **first)
     try:
-        await ask(requests, progress, backend, replies, throttle, budget, is_useful, watch)
+        if settings.batch and isinstance(backend, HttpBackend):
+            await ask_in_batches(requests, progress, backend, replies, budget, watch)
+        else:
+            await ask(requests, progress, backend, replies, throttle, budget, is_useful, watch)
     except Failure as failure:
         remedy = (
             f"{len(replies)} replies are kept; run the same command to resume"
