@@ -14,6 +14,7 @@ Modules:
         part of a reply becomes a query.
     generate, trial, probe: the stage, its first request, and what ``doctor`` reports about an
         endpoint.
+    local_speed: how fast a model in this process writes, for ``plan``.
     event_loop: runs them from synchronous code, in notebooks too.
 """
 
