@@ -191,6 +191,11 @@ class RunConfig(BaseModel):
         'more fields of each request, such as \'{"reasoning_effort": "low"}\'',
         "JSON",
     )
+    llm_batch: bool = _option(
+        False,
+        "send the requests as OpenAI batches, which cost half and may take a day: yes or no",
+        "YES",
+    )
     llm_concurrency: int = _option(
         64, "calls at a time at each endpoint; fewer where the server asks for it", "N", ge=1
     )
@@ -421,6 +426,7 @@ class RunConfig(BaseModel):
             temperature=self.llm_temperature,
             max_reply_tokens=self.llm_reply_tokens,
             extra=self.llm_extra,
+            batch=self.llm_batch,
             concurrency=self.llm_concurrency,
             timeout=self.llm_timeout,
             max_calls=self.max_calls,

@@ -172,7 +172,6 @@ def test_the_form_that_the_model_accepts(
     [
         (["reasoning to the limit"], {}, r"length.*on reasoning; raise --llm-reply-tokens", 12),
         (["inline reasoning to the limit"], {}, r"length.*turn reasoning off with --llm-extra", 12),
-        (["no temperature"], {"temperature": 0.2}, "leave out --llm-temperature", 0),
         (
             ["no extra"],
             {"extra": {"enable_thinking": False}},
@@ -220,3 +219,13 @@ def test_extra_fields_are_sent(endpoint: Endpoint, chunks: list[Chunk], tmp_path
     for body in endpoint.stats()["bodies"]:
         assert {name: body[name] for name in extra} == extra
         assert body["response_format"]["type"] == "json_schema"
+
+
+def test_a_temperature_that_the_model_refuses_is_left_out(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    endpoint.set(rules=["no temperature"])
+    settings = endpoint.settings(temperature=0.2)
+    _, account = generate_queries(chunks[:20], settings, tmp_path / "replies.jsonl")
+    assert (account.structured_output, account.replied) == ("json_schema, no temperature", 20)
+    assert endpoint.stats()["calls"]["rejected"] == 1

@@ -1,6 +1,7 @@
 """``refine-fast`` with ``--llm``: the command line, a run folder, HTTP."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from refine_fast.cli import main
 from refine_fast.pipeline.config import RunConfig
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.llm import LLMSettings, generate_queries
+from refine_fast.pipeline.queries.llm.local_speed import SAMPLE, local_speed
 
 Endpoint = Any  # conftest's
 
@@ -76,6 +79,37 @@ def test_plan_queries_and_what_is_left(
     assert result(capsys)["llm_calls"] == 0
     assert main(["queries", *common, "--max-calls", "50"]) == 0
     assert "query: up to date" in capsys.readouterr().err
+
+
+def test_plan_times_a_model_in_this_process(
+    docs: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = ["plan", str(docs), "--out", str(out), "--llm", "transformers"]
+    command += ["--llm-model", str(tiny_model), "--llm-reply-tokens", "16", "--json"]
+    assert main(command) == 0
+    plan = result(capsys)
+    assert plan["llm_calls"] == 12
+    assert plan["llm_tokens_per_second"] > 0
+    assert plan["llm_minutes"] is not None
+    assert not out.exists()  # the replies are not kept
+
+
+def test_the_minutes_are_those_of_the_remaining_replies(
+    tiny_model: Path, chunks: list[Chunk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that counts its readings, the timed replies take one second."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    monkeypatch.setattr("refine_fast.pipeline.queries.llm.local_speed.time", clock)
+    settings = LLMSettings(
+        "transformers", (str(tiny_model),), {"question": 1.0}, 2, max_reply_tokens=16
+    )
+    speed = local_speed(chunks, settings)
+    assert speed is not None
+    assert speed.seconds_per_reply == 1 / SAMPLE
+    assert 0 < speed.tokens_per_second <= 16 * SAMPLE
+    assert local_speed([], settings) is None
 
 
 def test_chunks_without_a_reply_are_asked_again_by_the_same_command(

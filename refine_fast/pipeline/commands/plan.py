@@ -64,7 +64,8 @@ class Plan:
     encoding_minutes: float
     disk_mb: float
     llm: dict[str, float | None] | None
-    """Calls, tokens and cost that remain at the language model, if there is one."""
+    """Calls, tokens and cost that remain at the language model, if there is one; for one in this
+    process, its tokens per second and the minutes that it takes."""
 
 
 def plan(config: RunConfig) -> Plan:
@@ -168,12 +169,22 @@ def show_plan(config: RunConfig, console: Console) -> None:
 
 
 def _remaining_calls(context: RunContext, chunks: list[Any]) -> dict[str, float | None]:
-    """Calls, tokens and cost that remain at the language model."""
+    """Calls, tokens and cost that remain at the language model, and the time of one in this
+    process."""
     from ..queries.llm import estimate
 
     settings = context.config.llm_settings()
     assert settings is not None
-    return asdict(estimate(chunks, settings, context.path(REPLIES)))
+    remaining = asdict(estimate(chunks, settings, context.path(REPLIES)))
+    speed = None
+    if settings.in_process and remaining["calls"]:
+        from ..queries.llm.local_speed import local_speed
+
+        speed = local_speed(chunks, settings)
+    return remaining | {
+        "tokens_per_second": speed and round(speed.tokens_per_second, 1),
+        "minutes": speed and round(remaining["calls"] * speed.seconds_per_reply / 60, 1),
+    }
 
 
 def _estimate_rows(remaining: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -185,5 +196,8 @@ def _estimate_rows(remaining: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "LLM cost", "unknown without --price-in and --price-out"
     else:
         yield "LLM cost", f"about {remaining['cost']:,.4f}, at most {remaining['cost_most']:,.4f}"
+    if remaining["minutes"] is not None:
+        speed = f"{remaining['tokens_per_second']:,.0f} tokens a second on this machine"
+        yield "LLM minutes", f"about {remaining['minutes']:,.1f}, at {speed}"
     if remaining["stops_after"] is not None:
         yield "stopped by a limit", f"after about {remaining['stops_after']:,} calls"

@@ -45,8 +45,8 @@ NAMES = "model queries llm llm_model"
 """Settings that the model card and the report quote."""
 
 LLM_SETTINGS = (
-    "llm llm_model llm_mix llm_temperature llm_reply_tokens llm_extra max_calls max_tokens "
-    "max_cost price_in price_out duplicates round_trip judge"
+    "llm llm_model llm_batch llm_mix llm_temperature llm_reply_tokens llm_extra max_calls "
+    "max_tokens max_cost price_in price_out duplicates round_trip judge"
 )
 
 

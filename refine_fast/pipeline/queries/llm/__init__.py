@@ -7,12 +7,14 @@ endpoint; ``default_prompt`` is the template to start from.
 Modules:
     request, http_backend, transformers_backend: one call, and what kind of failure it met.
     throttle, budget: how many calls run at a time, when to stop, what may be spent.
+    batch: requests in files, to servers that answer within a day at half the price.
     reply_log: every paid reply, on disk before it counts.
     dispatch: requests to replies, through the four above.
     prompt, reply_parser, filters, languages, coverage: what is asked for in which order, and which
         part of a reply becomes a query.
     generate, trial, probe: the stage, its first request, and what ``doctor`` reports about an
         endpoint.
+    local_speed: how fast a model in this process writes, for ``plan``.
     event_loop: runs them from synchronous code, in notebooks too.
 """
 

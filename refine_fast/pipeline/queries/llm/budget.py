@@ -47,6 +47,17 @@ class Budget:
         """Cost of all settled calls."""
         return self.tokens_in * self._prices[0] + self.tokens_out * self._prices[1]
 
+    def hold(self, tokens_in: int, tokens_out: int) -> str | None:
+        """Reserves like ``reserve``, without waiting for calls in flight."""
+        if reason := self._exceeded(tokens_in, tokens_out):
+            return reason
+        self._hold(tokens_in, tokens_out)
+        return None
+
+    def hold_sent(self) -> None:
+        """Counts a call that was sent by an earlier start, whatever the limits."""
+        self._hold(0, 0)
+
     async def reserve(self, tokens_in: int, tokens_out: int) -> str | None:
         """Reserves a call with these tokens, or returns the name of the limit that forbids it.
 
@@ -57,9 +68,12 @@ class Budget:
                 if self._held[0] == 0:
                     return reason
                 await self._settled.wait()
-            for i, amount in enumerate((1, tokens_in, tokens_out)):
-                self._held[i] += amount
+            self._hold(tokens_in, tokens_out)
         return None
+
+    def _hold(self, tokens_in: int, tokens_out: int) -> None:
+        for i, amount in enumerate((1, tokens_in, tokens_out)):
+            self._held[i] += amount
 
     async def settle(self, reserved: tuple[int, int], used: tuple[int, int]) -> None:
         """Replaces what a call had reserved, (tokens in, tokens out), by what it used."""

@@ -17,7 +17,7 @@ from ....errors import RefineFastWarning
 from .budget import Budget
 from .reply_log import ReplyStore
 from .reply_parser import strip_reasoning
-from .request import Backend, Failure, Reply, Request
+from .request import Backend, Failure, Reply, Request, Sent
 from .throttle import MAX_BROKEN, MAX_REFUSALS, MAX_WAIT, Throttle, delay
 
 MAX_USELESS_FIRST, MAX_USELESS = 8, 30
@@ -318,7 +318,7 @@ def _failure_record(task: _Task, error: str) -> dict[str, Any]:
     }
 
 
-def reply_record(request: Request, reply: Reply, calls: int) -> dict[str, Any]:
+def reply_record(request: Request | Sent, reply: Reply, calls: int) -> dict[str, Any]:
     """What the store keeps of a reply.
 
     An empty reply is an error, so that the next start requests it again.

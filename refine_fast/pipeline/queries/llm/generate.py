@@ -17,6 +17,7 @@ from ....errors import RefineFastError
 from ...corpus.chunk import Chunk
 from ..query import Query
 from . import filters
+from .batch import ask_in_batches
 from .budget import Budget, Limits
 from .coverage import spread
 from .dispatch import CallProgress, Endpoint, IsUseful, Watch, ask
@@ -288,14 +289,17 @@ async def _ask(
     spent = replies.spent
     budget = Budget(
         Limits(settings.max_calls, settings.max_tokens, settings.max_cost),
-        settings.price_in,
-        settings.price_out,
+        *settings.prices,
         calls=spent.calls,
         tokens_in=spent.tokens_in,
         tokens_out=spent.tokens_out,
     )
     try:
-        await ask(requests, progress, endpoints, replies, budget, is_useful, watch)
+        only = endpoints[0].backend
+        if settings.batch and isinstance(only, HttpBackend):
+            await ask_in_batches(requests, progress, only, replies, budget, watch)
+        else:
+            await ask(requests, progress, endpoints, replies, budget, is_useful, watch)
     except Failure as failure:
         remedy = (
             f"{len(replies)} replies are kept; run the same command to resume"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import openai
 
@@ -31,6 +31,7 @@ _ABOUT_LIMIT = re.compile(
     r"not permitted|unexpected|extra)",
     re.IGNORECASE,
 )
+_ABOUT_TEMPERATURE = re.compile(r"\btemperature\b", re.IGNORECASE)
 _ABOUT_SYSTEM_ROLE = re.compile(
     r"system\W{0,3}(?:role|message|prompt|instruction)|role\W{0,3}system|developer instruction|"
     r"roles must alternate|only user and (?:assistant|model) roles",
@@ -49,11 +50,14 @@ class Form:
     """The field for the longest reply; newer OpenAI models take only "max_completion_tokens"."""
     system_role: bool = True
     """False: the system message is put before the user's, for models such as Gemma 2."""
+    temperature: bool = True
+    """False: the temperature is left to the model, which takes no other than its own."""
 
     def __str__(self) -> str:
         role = () if self.system_role else ("no system role",)
         limit = () if self.limit_field == "max_tokens" else (self.limit_field,)
-        return ", ".join((self.mode, *limit, *role))
+        temperature = () if self.temperature else ("no temperature",)
+        return ", ".join((self.mode, *limit, *role, *temperature))
 
     def after(self, rejection: _Rejected, tried: set[Form]) -> Form | None:
         """The form to try next; None when none is left.
@@ -66,6 +70,8 @@ class Form:
             "max_completion_tokens": "max_tokens",
         }[self.limit_field]
         candidates = []
+        if _ABOUT_TEMPERATURE.search(str(rejection)):
+            candidates.append(replace(self, temperature=False))
         if _ABOUT_LIMIT.search(str(rejection)):
             candidates.append(replace(self, limit_field=other_limit))
         if _ABOUT_SYSTEM_ROLE.search(str(rejection)):
@@ -79,6 +85,17 @@ class Form:
             ]
         return next((form for form in candidates if form not in tried), None)
 
+    def fields(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields of a request in this form: those that every server knows, and the rest."""
+        fields: dict[str, Any] = {
+            "model": request.model,
+            "messages": request.messages if self.system_role else request.messages_without_system,
+            self.limit_field: request.max_tokens,
+        }
+        if request.temperature is not None and self.temperature:
+            fields["temperature"] = request.temperature
+        return fields, self.response_format(request.schema) | dict(request.extra)
+
     def response_format(self, schema: dict[str, Any]) -> dict[str, Any]:
         """The request field that asks for JSON. llama.cpp reads the schema of ``json_object``."""
         if not schema:  # the prompt asks for lines
@@ -89,6 +106,28 @@ class Form:
         if self.mode == "json_object":
             return {"response_format": {"type": "json_object", "schema": schema}}
         return {}
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where an endpoint's requests go."""
+
+    base: str
+    """The URL without "/chat/completions" and parameters."""
+    query: dict[str, str]
+    """Parameters of every request, such as Azure's api-version."""
+
+    @classmethod
+    def of(cls, url: str) -> Address:
+        """From what the user gives: the URL of the API, or of its chat completions."""
+        parts = urlsplit(url)
+        path = parts.path.rstrip("/").removesuffix("/chat/completions")
+        return cls(urlunsplit(parts._replace(path=path, query="")), dict(parse_qsl(parts.query)))
+
+    @property
+    def is_azure(self) -> bool:
+        """Whether the key goes into the header "api-key"."""
+        return "/openai/deployments/" in self.base or "api-version" in self.query
 
 
 class HttpBackend:
@@ -103,8 +142,14 @@ class HttpBackend:
         self._url = url
         self._key = key
         self._timeout = timeout
-        self._client = openai.AsyncOpenAI(
-            base_url=url, api_key=key or "none", max_retries=0, timeout=timeout
+        address = Address.of(url)
+        self.client = openai.AsyncOpenAI(
+            base_url=address.base,
+            api_key=key or "none",
+            max_retries=0,
+            timeout=timeout,
+            default_query=address.query,
+            default_headers={"api-key": key} if address.is_azure and key else None,
         )
         own = urlsplit(url).hostname == "api.openai.com"
         self._first_form = Form(MODES[0], "max_completion_tokens" if own else "max_tokens")
@@ -116,7 +161,7 @@ class HttpBackend:
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._client.close()
+        await self.client.close()
 
     async def complete(self, request: Request) -> Reply:
         """The reply to the request, in the form that the model accepts.
@@ -165,29 +210,30 @@ class HttpBackend:
         Raises:
             Failure: if there is none.
         """
-        fields: dict[str, Any] = {
-            "model": request.model,
-            "messages": request.messages if form.system_role else request.messages_without_system,
-            form.limit_field: request.max_tokens,
-        }
-        if request.temperature is not None:
-            fields["temperature"] = request.temperature
+        fields, extra = form.fields(request)
         try:
             async with asyncio.timeout(self._timeout):
                 # As extra_body, since the client would walk through every part of the schema at
                 # every call: a fifth of its time.
-                completion = await self._client.chat.completions.create(
-                    **fields, extra_body=form.response_format(request.schema) | dict(request.extra)
-                )
-            return self._reply(completion, request)
+                completion = await self.client.chat.completions.create(**fields, extra_body=extra)
+            return self.reply(completion, request.tokens_in)
         except _Rejected as failure:
             raise _blame_option(failure, request) from None
         except Failure:
             raise
         except Exception as error:
-            raise _blame_option(self._failure(error), request) from None
+            raise _blame_option(self.failure(error), request) from None
 
-    def _reply(self, completion: Any, request: Request) -> Reply:
+    def reply(self, completion: Any, tokens_in: int) -> Reply:
+        """The reply that a chat completion holds.
+
+        Args:
+            completion: the client's object.
+            tokens_in: estimated tokens of the prompt, if the server does not count them.
+
+        Raises:
+            Failure: if it holds none.
+        """
         choice: Any = next(iter(getattr(completion, "choices", None) or ()), None)
         # Some gateways answer status 200 with an error in the body.
         error = getattr(completion, "error", None) or getattr(choice, "error", None)
@@ -214,7 +260,7 @@ class HttpBackend:
             count = getattr(completion.usage, name, None)  # whatever the server wrote there
             return count if isinstance(count, int) and count > 0 else estimate
 
-        tokens_in = used("prompt_tokens", request.tokens_in)
+        tokens_in = used("prompt_tokens", tokens_in)
         tokens_out = used("completion_tokens", count_tokens(content + reasoning))
         if not content.strip() and finish != "length":
             content = reasoning  # a server that takes the whole reply for reasoning
@@ -228,16 +274,16 @@ class HttpBackend:
         """
         try:
             async with asyncio.timeout(self._timeout):
-                return [model.model_dump() for model in (await self._client.models.list()).data]
+                return [model.model_dump() for model in (await self.client.models.list()).data]
         except Exception as error:
-            raise self._failure(error) from None
+            raise self.failure(error) from None
 
     async def page(self, path: str) -> Any:
         """The JSON at ``path``, relative to where the API's own "/v1" is; None if there is none."""
-        root = self._url.rstrip("/").removesuffix("/v1")
+        root = Address.of(self._url).base.removesuffix("/v1")
         try:
             async with asyncio.timeout(self._timeout):
-                return await self._client.get(root + path, cast_to=object)
+                return await self.client.get(root + path, cast_to=object)
         except (openai.OpenAIError, TimeoutError, ValueError):
             return None
 
@@ -245,7 +291,8 @@ class HttpBackend:
         """The text without the key."""
         return text.replace(self._key, "***") if self._key else text
 
-    def _failure(self, error: Exception) -> Failure:
+    def failure(self, error: Exception) -> Failure:
+        """What an error of the client means; raises it again if it is a fault of this program."""
         if isinstance(error, openai.APITimeoutError | TimeoutError):
             return Failure("busy", f"no reply within {self._timeout:g} s")
         if isinstance(error, openai.APIStatusError):
@@ -310,8 +357,6 @@ def _blame_option(failure: Failure, request: Request) -> Failure:
     if not isinstance(failure, _Rejected):
         return failure
     said = str(failure)
-    if request.temperature is not None and re.search(r"\btemperature\b", said):
-        return Failure("fatal", f"{said}; leave out --llm-temperature")
     for name in request.extra:
         if re.search(rf"\b{re.escape(name)}\b", said):
             return Failure("fatal", f"{said}; correct or remove {name!r} in --llm-extra")

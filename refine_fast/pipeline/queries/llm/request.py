@@ -77,6 +77,15 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """What is known of a request that an earlier start sent."""
+
+    key: str
+    chunk_id: str
+    model: str
+
+
+@dataclass(frozen=True)
 class Reply:
     """One reply of a model; ``finish`` is "stop", "length" or what the server calls it."""
 

