@@ -131,6 +131,21 @@ def test_score_encodes_ranks_and_counts(model, data: RetrievalSet) -> None:
     assert calls == [(40, 60), (60, 60)]
 
 
+def test_what_is_known_is_not_encoded(model, data: RetrievalSet) -> None:
+    calls: list[tuple[int, int]] = []
+    passages = data.docs[:30]
+    known = dict(zip(passages, encode(model, passages, role="document", bf16=False), strict=True))
+    encoded, looked_up = (
+        score(model, [data], bf16=False, known=given, progress=lambda *c: calls.append(c))[0]
+        for given in (None, known)
+    )
+    assert looked_up.metrics == encoded.metrics
+    assert [total for _, total in calls] == [60, 60, 30, 30]
+    others = dict(zip(passages, reversed(known.values()), strict=True))
+    (wrong,) = score(model, [data], bf16=False, known=others)
+    assert wrong.metrics["recall@10"] < encoded.metrics["recall@10"]
+
+
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 140), st.integers(1, 6))
 def test_rank_is_exact_with_ties_by_lower_row(seed: int, n: int, d: int) -> None:

@@ -29,8 +29,9 @@ QUERIES, DEV, HELD_OUT = "queries.jsonl", "dev.jsonl", "held_out.jsonl"
 REPLIES, ACCOUNT = "replies.jsonl", "llm.json"
 """Every paid reply of a language model, kept when options change; calls, tokens, cost, drops."""
 EMBEDDINGS = "embeddings"
-"""Folder: ``queries.npy`` and ``chunks.npy`` under the base encoder; ``similarity.json``: how it
-compares them, and its prompts."""
+"""Folder: the training queries, the chunks of ``training_view`` and the other chunks under the base
+encoder (``queries.npy``, ``chunks.npy``, ``held_out.npy``); ``similarity.json``: how it compares
+them, and its prompts."""
 NEGATIVES, MINING_FACTS = "negatives.jsonl", "mining.json"
 """Mined negatives of each query; the band, and how many queries found nothing in it."""
 TUNED, TRAINING_FACTS = "tuned", "training.json"
@@ -86,6 +87,24 @@ def base_embeddings(out: Path) -> tuple[np.ndarray, np.ndarray]:
     folder = out / EMBEDDINGS
     queries = np.load(folder / "queries.npy", mmap_mode="r")
     return queries, np.load(folder / "chunks.npy", mmap_mode="r")
+
+
+def held_out_chunks(chunks: Sequence[Chunk], seen: Sequence[Chunk]) -> list[Chunk]:
+    """The chunks that are not in the ``training_view``, ``seen``."""
+    known = {chunk.id for chunk in seen}
+    return [chunk for chunk in chunks if chunk.id not in known]
+
+
+def base_passages(out: Path) -> dict[str, np.ndarray]:
+    """Text of every chunk's passage -> its embedding under the base encoder, as in
+    ``base_embeddings``: what has been encoded once need not be encoded again."""
+    seen, _ = training_view(out)
+    others = held_out_chunks(read_records(out / CHUNKS, Chunk), seen)
+    known: dict[str, np.ndarray] = {}
+    for name, chunks in (("chunks.npy", seen), ("held_out.npy", others)):
+        rows = np.load(out / EMBEDDINGS / name, mmap_mode="r")
+        known |= zip((chunk.passage for chunk in chunks), rows, strict=True)
+    return known
 
 
 def similarity_unit(out: Path) -> float:

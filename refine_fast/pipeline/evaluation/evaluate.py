@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +52,7 @@ def score(
     *,
     batch_size: int = 32,
     bf16: bool | None = None,
+    known: Mapping[str, np.ndarray] | None = None,
     progress: Progress | None = None,
 ) -> list[Scores]:
     """Scores a model on retrieval sets. A text that several of them hold is encoded once.
@@ -63,17 +64,19 @@ def score(
         sets: The sets.
         batch_size: Texts per forward pass.
         bf16: Whether to encode under bf16 autocast; None: where the hardware has bf16 products.
-        progress: Called with (done, total), in distinct texts.
+        known: Passages with their embeddings, (d,) float32, which need not be encoded.
+        progress: Called with (done, total), in distinct texts that are encoded.
     """
-    docs = {text: row for row, text in enumerate(dict.fromkeys(t for s in sets for t in s.docs))}
+    known = known or {}
+    passages = dict.fromkeys(text for data in sets for text in data.docs)
+    docs = [text for text in passages if text not in known]
     asked = dict.fromkeys(text for data in sets for text in data.queries)
     queries = {text: row for row, text in enumerate(asked)}
     total = len(docs) + len(queries)
     in_docs = progress and (lambda done, _: progress(done, total))
     in_queries = progress and (lambda done, _: progress(len(docs) + done, total))
-    d = encode(
-        model, list(docs), role="document", batch_size=batch_size, bf16=bf16, progress=in_docs
-    )
+    d = encode(model, docs, role="document", batch_size=batch_size, bf16=bf16, progress=in_docs)
+    vectors = {**known, **dict(zip(docs, d, strict=True))}
     q = encode(
         model, list(queries), role="query", batch_size=batch_size, bf16=bf16, progress=in_queries
     )
@@ -82,7 +85,7 @@ def score(
             data.ids_at(
                 rank(
                     q[[queries[text] for text in data.queries]],
-                    d[[docs[text] for text in data.docs]],
+                    np.stack([vectors[text] for text in data.docs]),
                     data.own_rows if any(data.own_rows) else None,
                 )
             ),

@@ -148,7 +148,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             f"curve {weight!r}",
             curve,
             (curve_file(weight),),
-            made(CHUNKS, DEV, *([TUNED] if weight else [])) | encoder,
+            made(CHUNKS, DEV, *([TUNED] if weight else [*split, EMBEDDINGS])) | encoder,
             "seed precision" + (" fusion" if 0 < weight < 1 else ""),
             weight=weight,
         )
@@ -167,6 +167,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         if system != "BM25":
             models |= encoder
             settings += " precision"
+        if system == "base":
+            models |= made(*split, EMBEDDINGS)
         if system in ("fine-tuned", "fused"):
             models |= made(TUNED)
         if system == "fused":
@@ -189,7 +191,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             "systems",
             systems,
             (SERVED,),
-            made(CHUNKS, DEV, HELD_OUT, TUNED, FUSION_FACTS) | judged | encoder,
+            made(CHUNKS, *split, EMBEDDINGS, TUNED, FUSION_FACTS) | judged | encoder,
             "seed precision fusion",
         )
     recipe = made(MINING_FACTS, TRAINING_FACTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..artifacts import CHUNKS, DEV, TUNED, curve_file, write_scores
+from ..artifacts import CHUNKS, DEV, TUNED, base_passages, curve_file, write_scores
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
 from ..encoder.weighted import encoder_at
@@ -37,6 +37,10 @@ def run(context: RunContext, folder: Path, *, weight: float) -> None:
     )
     with context.console.progress(f"weight {weight:g}") as progress:
         scores = score(
-            model, [dev, general_knowledge("guard")], bf16=context.bf16, progress=progress
+            model,
+            [dev, general_knowledge("guard")],
+            bf16=context.bf16,
+            known=None if weight else base_passages(context.out),
+            progress=progress,
         )
     write_scores(folder / curve_file(weight), dict(zip(("dev", "guard"), scores, strict=True)))

@@ -1,4 +1,4 @@
-"""embed: the training queries and chunks under the base encoder."""
+"""embed: the training queries and every chunk under the base encoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...files import write_json
-from ..artifacts import EMBEDDINGS, relevant_rows, training_view
+from ..artifacts import CHUNKS, EMBEDDINGS, held_out_chunks, relevant_rows, training_view
+from ..corpus.chunk import Chunk
+from ..corpus.jsonl import read_records
 from ..encoder.encode import compares_by_cosine, encode, prompt_of, unit_of_similarity
 from ..encoder.load import load_encoder
 from ..queries.splits import require_enough
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
 
 def run(context: RunContext, folder: Path) -> None:
     """Writes the embeddings of the distinct queries and of the chunks, as ``base_embeddings``,
-    ``similarity_unit`` and ``base_prompts`` describe them."""
+    ``base_passages``, ``similarity_unit`` and ``base_prompts`` describe them."""
     chunks, queries = training_view(context.out)
+    others = held_out_chunks(read_records(context.path(CHUNKS), Chunk), chunks)
     require_enough(queries)
     model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     out = folder / EMBEDDINGS
@@ -28,9 +31,10 @@ def run(context: RunContext, folder: Path) -> None:
     texts = list(relevant_rows(chunks, queries))
     with context.console.progress("embedding queries") as progress:
         q = encode(model, texts, role="query", bf16=context.bf16, progress=progress)
-    passages = [chunk.passage for chunk in chunks]
+    passages = [chunk.passage for chunk in (*chunks, *others)]
     with context.console.progress("embedding chunks") as progress:
-        d = encode(model, passages, role="document", bf16=context.bf16, progress=progress)
+        every = encode(model, passages, role="document", bf16=context.bf16, progress=progress)
+    d, held = np.split(every, [len(chunks)])
     unit = unit_of_similarity(model, q, d)
     q /= unit
     similarity = {
@@ -42,3 +46,4 @@ def run(context: RunContext, folder: Path) -> None:
     write_json(out / "similarity.json", similarity)
     np.save(out / "queries.npy", q)
     np.save(out / "chunks.npy", d)
+    np.save(out / "held_out.npy", held)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 from ...errors import RefineFastWarning
 from ...files import write_json
-from ..artifacts import CHUNKS, HELD_OUT, SETS, TUNED, fused_weight, score_file, write_scores
+from ..artifacts import (
+    CHUNKS,
+    HELD_OUT,
+    SETS,
+    TUNED,
+    base_passages,
+    fused_weight,
+    score_file,
+    write_scores,
+)
 from ..corpus.beir import RetrievalSet, load_beir
 from ..encoder.weighted import encoder_at
 from ..evaluation.bm25 import score_bm25
@@ -48,7 +57,13 @@ def run(context: RunContext, folder: Path, *, system: str) -> None:
             trust_remote_code=context.trust_remote_code,
         )
         with context.console.progress(f"scoring {system}") as progress:
-            scores = score(model, list(sets.values()), bf16=context.bf16, progress=progress)
+            scores = score(
+                model,
+                list(sets.values()),
+                bf16=context.bf16,
+                known=base_passages(context.out) if system == "base" else None,
+                progress=progress,
+            )
     write_scores(target, dict(zip(sets, scores, strict=True)))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...files import write_json
-from ..artifacts import CHUNKS, DEV, HELD_OUT, SERVED, TUNED, fused_weight
+from ..artifacts import CHUNKS, DEV, HELD_OUT, SERVED, TUNED, base_passages, fused_weight
 from ..corpus.beir import RetrievalSet
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
@@ -81,12 +81,13 @@ class _Encoder:
             twin=0 < weight < 1 and context.twin,
             trust_remote_code=context.trust_remote_code,
         )
-        self.documents = self._remembering("document")
-        self.queries = self._remembering("query")
+        known = {} if weight else base_passages(context.out)
+        self.documents = self._remembering("document", known)
+        self.queries = self._remembering("query", {})
 
-    def _remembering(self, role: Role) -> Callable[[Sequence[str]], np.ndarray]:
-        known: dict[str, np.ndarray] = {}
-
+    def _remembering(
+        self, role: Role, known: dict[str, np.ndarray]
+    ) -> Callable[[Sequence[str]], np.ndarray]:
         def vectors(texts: Sequence[str]) -> np.ndarray:
             new = [text for text in dict.fromkeys(texts) if text not in known]
             if new:
