@@ -103,7 +103,9 @@ def peak_mb(build: Callable[[], Callable[[], object]]) -> float:
         build: makes the inputs and returns what is measured. It must be picklable: a function of a
             module, or a functools.partial of one.
     """
-    context = multiprocessing.get_context("spawn")
+    # forked from a process that has done the slow imports once, and has used none of them
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["refine_fast.bench.suite", "sentence_transformers"])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_peak_in_child, args=(build, sender))
     child.start()
