@@ -43,6 +43,7 @@ OPTIONS: dict[str, list[str]] = {
     "4 queries": ["--queries-per-chunk", "4"],
     "no negatives": ["--negatives", "0"],
     "fixed band": ["--band", "0.5,0.7"],
+    "last 2 layers": ["--train-layers", "2"],
     "embeddings": ["--fusion", "embeddings"],
 }
 KEY = ("set", "queries", "option", "seed", "judged_on", "system", "device")

@@ -7,20 +7,25 @@ from __future__ import annotations
 from . import nn
 from ._native import available_isas, force_isa, isa
 from .fuse import FuseReport, fuse, fuse_into, fuse_sweep
+from .ops.band_parts import BandPart, band_topk_part, merge_band_parts, merge_band_topk
 from .ops.band_topk import BandTopK, band_topk
 from .ops.info_nce import info_nce
 
 __version__ = "0.1.0"
 __all__ = [
+    "BandPart",
     "BandTopK",
     "FuseReport",
     "available_isas",
     "band_topk",
+    "band_topk_part",
     "force_isa",
     "fuse",
     "fuse_into",
     "fuse_sweep",
     "info_nce",
     "isa",
+    "merge_band_parts",
+    "merge_band_topk",
     "nn",
 ]

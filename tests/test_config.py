@@ -131,6 +131,11 @@ def test_the_weight_in_the_loss(tmp_path: Path, capsys) -> None:
     )
 
 
+def test_adapters_in_every_layer_or_the_last_layers(tmp_path: Path) -> None:
+    with pytest.raises(RefineFastError, match=r"^train_layers: --lora trains adapters in every"):
+        RunConfig(out=tmp_path / "run", lora=4, train_layers=2)
+
+
 def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RefineFastError, match=r"^out: .*/file is a file; give a folder\.$"):

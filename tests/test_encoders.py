@@ -21,6 +21,7 @@ from refine_fast.pipeline.encoder.adapters import add_lora
 from refine_fast.pipeline.encoder.check import check_encoder
 from refine_fast.pipeline.encoder.encode import compares_by_cosine, encode
 from refine_fast.pipeline.encoder.fused import load_fused
+from refine_fast.pipeline.encoder.layers import transformers_of
 from refine_fast.pipeline.encoder.load import document_tokenizer, encoder_folder, load_encoder
 from refine_fast.pipeline.encoder.options import EncoderOptions
 from refine_fast.pipeline.encoder.prepare import prepare_encoder
@@ -28,6 +29,7 @@ from refine_fast.pipeline.encoder.twin import load_twin
 from refine_fast.pipeline.training.batches import Example, features_of
 from refine_fast.pipeline.training.check import check_training
 from refine_fast.pipeline.training.memory import fit_training
+from refine_fast.pipeline.training.trained import Trained
 from refine_fast.pipeline.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -202,8 +204,12 @@ def test_what_is_refused(tmp_path: Path, minilm: Path, monkeypatch: pytest.Monke
     with pytest.raises(RefineFastError, match=r"euclidean distance.*--similarity cosine"):
         prepare_encoder(made(distance, tmp_path / "far", minilm), cache=tmp_path / "cache")
     static = load_encoder(made(ENCODERS["static"], tmp_path / "static", minilm))
-    with pytest.raises(RefineFastError, match=r"no transformer.*leave out --lora"):
-        add_lora(static, 4)
+    for trained, remedy in (
+        (Trained(lora=4), "--lora"),
+        (Trained(last_layers=1), "--train-layers"),
+    ):
+        with pytest.raises(RefineFastError, match=rf"no transformer.*leave out {remedy}"):
+            trained.choose(static)
 
 
 def test_what_cannot_work_is_found_before_training(tmp_path: Path, minilm: Path) -> None:
@@ -279,7 +285,7 @@ def test_lora(name: str, tmp_path: Path, minilm: Path) -> None:
     the adapter that is kept."""
     base = made(ENCODERS[name], tmp_path / "base", minilm)
     model = load_encoder(base)
-    check_training(model, base, lora=2)
+    check_training(model, base, Trained(lora=2))
     whole = fit(model)
     adapters = add_lora(model, 2)
     assert fit(model) < whole
@@ -301,6 +307,32 @@ def test_lora(name: str, tmp_path: Path, minilm: Path) -> None:
         kept = prepare_encoder(tmp_path / "adapter" / "0", cache=tmp_path / "cache")
         for row, expected in zip(rows(load_encoder(kept)), adapted, strict=True):
             np.testing.assert_allclose(row, expected, rtol=0, atol=2e-5)
+
+
+# Post-norm, pre-norm with a final norm, two transformers, one whose stack is not called "layer".
+@pytest.mark.parametrize("name", ["BERT", "ModernBERT", "Router", "T5"])
+def test_the_last_layers_alone(name: str, tmp_path: Path, minilm: Path) -> None:
+    """The others keep their bits; training takes less memory; the product fuses with the base."""
+    base = made(ENCODERS[name], tmp_path / "base", minilm)
+    model = load_encoder(base)
+    check_training(model, base, Trained(last_layers=1))
+    whole = fit(model)
+    transformers = transformers_of(model)
+    with pytest.raises(RefineFastError, match=r"2 must be less than the encoder's 2 layers"):
+        Trained(last_layers=2).choose(model)
+    Trained(last_layers=1).choose(model)
+    assert fit(model) < whole
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tune(model, tmp_path, max_steps=2)
+    for transformer in transformers:
+        trained = {name for name, p in transformer.named_parameters() if p.requires_grad}
+        assert trained
+        assert all(".1." in name for name in trained)
+    for name, p in model.named_parameters():
+        assert p.requires_grad or torch.equal(p, before[name]), name
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    model.save_pretrained(str(tmp_path / "tuned"), create_model_card=False)
+    fuse(base, tmp_path / "tuned", tmp_path / "product", 0.35)
 
 
 def fit(model: SentenceTransformer) -> int:

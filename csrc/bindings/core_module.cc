@@ -247,9 +247,16 @@ PYBIND11_MODULE(_core, m) {
              }
              raise_unless_ok(status);
            })
-      .def("finish", [](rf::BandSearch& self, uintptr_t ids, uintptr_t scores, uintptr_t in_band) {
+      .def("finish",
+           [](rf::BandSearch& self, uintptr_t ids, uintptr_t scores, uintptr_t in_band) {
+             py::gil_scoped_release release;
+             self.finish(pointer<int64_t>(ids), pointer<float>(scores), pointer<int64_t>(in_band));
+           })
+      .def("finish_part", [](rf::BandSearch& self, uintptr_t ids, uintptr_t scores, uintptr_t drawn_ids,
+                             uintptr_t drawn_scores, uintptr_t above, uintptr_t in_band) {
         py::gil_scoped_release release;
-        self.finish(pointer<int64_t>(ids), pointer<float>(scores), pointer<int64_t>(in_band));
+        self.finish_part({pointer<int64_t>(ids), pointer<double>(scores), pointer<int64_t>(drawn_ids),
+                          pointer<double>(drawn_scores), pointer<int64_t>(above), pointer<int64_t>(in_band)});
       });
   // --- info_nce
   m.def("info_nce", info_nce);

@@ -89,6 +89,16 @@ PYBIND11_MODULE(_cuda, m) {
             raise_unless_ok(refine_fast_cuda_band_finish(&band, pointer<int64_t>(ids), pointer<float>(scores),
                                                          pointer<int64_t>(in_band)));
           },
+          no_gil)
+      .def(
+          "finish_part",
+          [](const rf::CudaBand& band, uintptr_t ids, uintptr_t scores, uintptr_t drawn_ids, uintptr_t drawn_scores,
+             uintptr_t above, uintptr_t in_band) {
+            const rf::CudaBandPart part = {pointer<int64_t>(ids),       pointer<double>(scores),
+                                           pointer<int64_t>(drawn_ids), pointer<double>(drawn_scores),
+                                           pointer<int64_t>(above),     pointer<int64_t>(in_band)};
+            raise_unless_ok(refine_fast_cuda_band_finish_part(&band, &part));
+          },
           no_gil);
 #ifdef REFINE_FAST_EMULATE_CUDA
   // order: the seed of a shuffle, negative for no shuffle

@@ -356,4 +356,26 @@ void BandSearch::finish(int64_t* ids, float* scores, int64_t* in_band) {
   });
 }
 
+void BandSearch::finish_part(const BandPart& part) {
+  const StageScope finish(Stage::finish);
+  const auto write = [](const Hit* hits, int64_t count, int64_t room, int64_t* ids, double* scores) {
+    for (int64_t i = 0; i < room; ++i) {
+      ids[i] = i < count ? hits[i].id : -1;
+      scores[i] = i < count ? hits[i].score : std::numeric_limits<double>::quiet_NaN();
+    }
+  };
+  parallel_for(rows_, spec_.threads, [&](int64_t row, int) {
+    const Query& query = state_[row];
+    Hit* const hits = hits_.data() + row * plan_.kept;
+    Hit* const drawn = drawn_.data() + row * plan_.drawn;
+    std::sort(hits, hits + query.kept, better);
+    std::sort(drawn, drawn + query.drawn,
+              [&](const Hit& a, const Hit& b) { return hash(query, a.id) < hash(query, b.id); });
+    write(hits, query.kept, plan_.kept, part.ids + row * plan_.kept, part.scores + row * plan_.kept);
+    write(drawn, query.drawn, plan_.drawn, part.drawn_ids + row * plan_.drawn, part.drawn_scores + row * plan_.drawn);
+    part.above[row] = spec_.order == Order::band_then_skip ? 0 : std::min(query.above, spec_.skip);
+    part.in_band[row] = query.inside;
+  });
+}
+
 }  // namespace refine_fast

@@ -67,6 +67,16 @@ struct Hit {
   int64_t id;
 };
 
+// Where BandSearch::finish_part writes: for each query what a merge with a search of other documents needs.
+struct BandPart {
+  int64_t* ids;          // (rows, kept) the most similar in the band, most similar first, -1 beyond the last
+  double* scores;        // likewise, NaN beyond the last
+  int64_t* drawn_ids;    // (rows, drawn) with random: those with the smallest hashes, smallest first
+  double* drawn_scores;  // likewise
+  int64_t* above;        // (rows) documents above the band, at most `skip`; 0 for band_then_skip, which ignores them
+  int64_t* in_band;      // (rows) documents in the band, before any is skipped
+};
+
 // One block of queries against a stream of documents. All memory is allocated once, in proportion to the queries.
 class BandSearch {
  public:
@@ -82,6 +92,8 @@ class BandSearch {
   Status push(const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id, Poll poll);
   // Writes ids and scores, (rows, k), most similar first, -1 and NaN beyond the last; in_band (rows).
   void finish(int64_t* ids, float* scores, int64_t* in_band);
+  // Instead of finish: what it would choose from. kept = k + skip and drawn = 0; with random, skip and k + skip.
+  void finish_part(const BandPart& part);
 
  private:
   // Sizes, from the shape and the kernels.

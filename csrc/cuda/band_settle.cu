@@ -146,6 +146,25 @@ __global__ void __launch_bounds__(kSettleThreads) finish_kernel(Finish p) {
   }
 }
 
+__device__ void write(const Hit* hits, int count, int room, int64_t* ids, double* scores) {
+  for (int i = static_cast<int>(threadIdx.x); i < room; i += kSettleThreads) {
+    ids[i] = i < count ? hits[i].id : -1;
+    scores[i] = i < count ? hits[i].score : static_cast<double>(__int_as_float(0x7fc00000));
+  }
+}
+
+__global__ void __launch_bounds__(kSettleThreads) finish_part_kernel(FinishPart p) {
+  const int64_t row = blockIdx.x, kept = p.lists.kept, drawn = p.lists.drawn_room;
+  const Query query = p.states[row];
+  write(p.lists.hits + row * kept, query.kept, p.lists.kept, p.ids + row * kept, p.scores + row * kept);
+  write(p.lists.drawn + row * drawn, query.drawn, p.lists.drawn_room, p.drawn_ids + row * drawn,
+        p.drawn_scores + row * drawn);
+  if (threadIdx.x == 0) {
+    p.above[row] = p.rule.band_first ? 0 : min(query.above, p.rule.skip);
+    p.in_band[row] = query.inside;
+  }
+}
+
 }  // namespace
 
 cudaError_t launch_begin(const Begin& begin, void* stream) {
@@ -158,6 +177,10 @@ cudaError_t launch_settle(const Settle& settle, int64_t active_count, void* stre
 
 cudaError_t launch_finish(const Finish& finish, int64_t rows, void* stream) {
   return launch(finish_kernel, rows, kSettleThreads, 0, stream, finish);
+}
+
+cudaError_t launch_finish_part(const FinishPart& part, int64_t rows, void* stream) {
+  return launch(finish_part_kernel, rows, kSettleThreads, 0, stream, part);
 }
 
 }  // namespace refine_fast

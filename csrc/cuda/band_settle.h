@@ -50,8 +50,21 @@ struct Finish {
   int64_t* in_band;
 };
 
+// The state of each query as it is, for a merge with a search of other documents.
+struct FinishPart {
+  Rule rule;
+  Lists lists;
+  const Query* states;
+  int64_t* ids;
+  double* scores;
+  int64_t* drawn_ids;
+  double* drawn_scores;
+  int64_t *above, *in_band;
+};
+
 cudaError_t launch_begin(const Begin& begin, void* stream);
 cudaError_t launch_settle(const Settle& settle, int64_t active_count, void* stream);
 cudaError_t launch_finish(const Finish& finish, int64_t rows, void* stream);
+cudaError_t launch_finish_part(const FinishPart& part, int64_t rows, void* stream);
 
 }  // namespace refine_fast

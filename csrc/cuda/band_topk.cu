@@ -191,3 +191,10 @@ extern "C" int refine_fast_cuda_band_finish(const CudaBand* band, int64_t* ids, 
   const Finish finish = {rule_of(*band), work.lists, band->k, work.states, ids, scores, in_band};
   return launch_finish(finish, band->rows, band->stream);
 }
+
+extern "C" int refine_fast_cuda_band_finish_part(const CudaBand* band, const CudaBandPart* part) {
+  const Workspace work(*band);
+  const FinishPart finish = {rule_of(*band),  work.lists,         work.states, part->ids,    part->scores,
+                             part->drawn_ids, part->drawn_scores, part->above, part->in_band};
+  return launch_finish_part(finish, band->rows, band->stream);
+}

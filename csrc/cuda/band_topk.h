@@ -29,6 +29,15 @@ struct CudaBand {
   int64_t piece = 0;
 };
 
+// BandPart of csrc/core/band_topk.h, in GPU memory.
+struct CudaBandPart {
+  int64_t* ids;
+  double* scores;
+  int64_t* drawn_ids;
+  double* drawn_scores;
+  int64_t *above, *in_band;
+};
+
 // The first unusable row, as 2 row, + 1 if its norm is above 1e18 and it holds no NaN or Inf.
 constexpr uint64_t kNoBadRow = ~uint64_t{0};
 
@@ -37,7 +46,7 @@ constexpr uint64_t kNoBadRow = ~uint64_t{0};
 // Bytes of workspace for band.rows queries and band.block documents, with d, k, skip and random as given.
 extern "C" int64_t refine_fast_cuda_band_bytes(const refine_fast::CudaBand* band);
 
-// These functions return a cudaError_t and wait for the stream, except finish.
+// These functions return a cudaError_t and wait for the stream, except finish and finish_part.
 // (rows, d), row_stride in elements. They are read again until finish.
 extern "C" int refine_fast_cuda_band_set_queries(refine_fast::CudaBand* band, const void* queries,
                                                  refine_fast::Dtype dtype, int64_t row_stride, uint64_t* bad_row);
@@ -47,3 +56,6 @@ extern "C" int refine_fast_cuda_band_push(refine_fast::CudaBand* band, const voi
 // Writes ids and scores, (rows, k), most similar first, -1 and NaN beyond the last; in_band (rows). All in GPU memory.
 extern "C" int refine_fast_cuda_band_finish(const refine_fast::CudaBand* band, int64_t* ids, float* scores,
                                             int64_t* in_band);
+// Instead of finish: what it would choose from.
+extern "C" int refine_fast_cuda_band_finish_part(const refine_fast::CudaBand* band,
+                                                 const refine_fast::CudaBandPart* part);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,18 +38,104 @@ class Rule(NamedTuple):
     normalize: bool
 
 
+class Excluded(NamedTuple):
+    """Per query the ids that take no part."""
+
+    offsets: np.ndarray
+    """(B + 1,) int64: where each query's ids begin in ``ids``."""
+    ids: np.ndarray
+    """int64, ascending within each query."""
+
+    @classmethod
+    def of(cls, exclude: Sequence[Any], rows: int) -> Excluded:
+        """From a list, set, array or tensor of ids for each of the ``rows`` queries.
+
+        Raises:
+            ValueError: another number of lists. TypeError: an id that is not an integer.
+        """
+        if len(exclude) != rows:
+            raise ValueError(
+                f"exclude must have one list for each of the {rows} queries (got {len(exclude)})"
+            )
+        lists = [_ids(ids, row) for row, ids in enumerate(exclude)]
+        lengths = np.array([len(ids) for ids in lists], dtype=np.int64)
+        flat = np.concatenate(lists) if lists else np.empty(0, np.int64)
+        flat = flat[np.lexsort((flat, np.repeat(np.arange(rows), lengths)))]
+        return cls(np.concatenate(([0], np.cumsum(lengths))), flat)
+
+    def check(self, count: int | None) -> None:
+        """Raises ValueError for an id outside 0 .. count - 1; None: below 0."""
+        wrong = self.ids < 0 if count is None else (self.ids < 0) | (self.ids >= count)
+        if (at := np.flatnonzero(wrong)).size:
+            row = np.searchsorted(self.offsets, at[0], side="right") - 1
+            ids = "start at 0" if count is None else f"are 0 to {count - 1}"
+            raise ValueError(
+                f"exclude of query {row} names document {self.ids[at[0]]}, but the ids {ids}"
+            )
+
+    def within(self, begin: int, end: int) -> Excluded:
+        """Those from ``begin`` to ``end - 1``."""
+        inside = (self.ids >= begin) & (self.ids < end)
+        before = np.concatenate(([0], np.cumsum(inside)))
+        return Excluded(before[self.offsets], self.ids[inside])
+
+
+def _ids(ids: Any, row: int) -> np.ndarray:
+    """A list, tuple, set, array or tensor of ids."""
+    found = np.asarray([*ids] if isinstance(ids, Set) else ids).reshape(-1)
+    if found.size and found.dtype.kind not in "iu":
+        raise TypeError(f"exclude of query {row} must hold integer document ids (got {found[0]!r})")
+    return found.astype(np.int64)
+
+
 def ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
     """(begin, end) of consecutive blocks of ``step`` among ``count``."""
     return ((begin, min(begin + step, count)) for begin in range(0, count, step))
 
 
-def outputs(rows: int, k: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialized ids (rows, k) int64, scores (rows, k) float32 and in_band (rows,) int64."""
+def outputs(
+    rows: int, k: int, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialized ids (rows, k) int64, scores (rows, k) and in_band (rows,) int64."""
     return (
         torch.empty((rows, k), dtype=torch.int64, device=device),
-        torch.empty((rows, k), dtype=torch.float32, device=device),
+        torch.empty((rows, k), dtype=dtype, device=device),
         torch.empty((rows,), dtype=torch.int64, device=device),
     )
+
+
+class Chosen:
+    """The output of ``band_topk``: what the search chose."""
+
+    def __init__(self, rows: int, rule: Rule, device: torch.device | str) -> None:
+        self.tensors: tuple[Tensor, ...] = outputs(rows, rule.k, device)
+
+    def write(self, search: Any, first: int) -> None:
+        """Has a finished search of the queries from ``first`` write its rows."""
+        search.finish(*(x[first:].data_ptr() for x in self.tensors))
+
+
+class Kept:
+    """The output of ``band_topk_part``: what the search would choose from."""
+
+    def __init__(self, rows: int, rule: Rule, device: torch.device | str) -> None:
+        similar, drawn = rule.k + rule.skip, 0
+        if rule.random:
+            similar, drawn = rule.skip, similar
+        self.tensors: tuple[Tensor, ...] = (
+            *outputs(rows, similar, device, torch.float64)[:2],
+            *outputs(rows, drawn, device, torch.float64)[:2],
+            torch.empty((rows,), dtype=torch.int64, device=device),
+            torch.empty((rows,), dtype=torch.int64, device=device),
+        )
+
+    def write(self, search: Any, first: int) -> None:
+        """Has a finished search of the queries from ``first`` write its rows."""
+        search.finish_part(*(x[first:].data_ptr() for x in self.tensors))
+
+
+Output = type[Chosen] | type[Kept]
+"""What a search returns."""
 
 
 def shape(x: Any, name: str) -> tuple[int, int]:

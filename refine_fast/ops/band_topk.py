@@ -5,10 +5,9 @@ Kernels: csrc/core/band_topk.h on CPUs, band_topk_cuda.py on GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,10 @@ from ..errors import warn_once
 from . import band_topk_cuda
 from .band_inputs import (
     Block,
+    Chosen,
     CopiedToCPU,
+    Excluded,
+    Output,
     Progress,
     Rule,
     check,
@@ -119,26 +121,74 @@ def band_topk(
         torch.OutOfMemoryError: a GPU without room for the workspace.
     """
     rows, count = shape(queries, "queries")[0], shape(docs, "docs")[0]
-    offsets, excluded = (None, None) if exclude is None else _ragged(exclude, rows, count)
-    ceiling = None if ceiling is None else torch.as_tensor(ceiling, dtype=torch.float64)
+    excluded = None if exclude is None else Excluded.of(exclude, rows)
+    if excluded is not None:
+        excluded.check(count)
+    rule = rule_of(k, band, skip, excluded, ceiling, select, seed, order, normalize)
+    rule = rule._replace(skip=min(skip, count))  # the search allocates room for as many
+    if isinstance(queries, Tensor) and isinstance(docs, Tensor) and progress is None:
+        together = queries.device == docs.device
+        if together and queries.device.type in ("cuda", "cpu"):
+            return BandTopK(*_band_topk(queries.detach(), docs.detach(), *rule))
+    return BandTopK(*search(queries, docs, rule, progress))
+
+
+def rule_of(
+    k: int,
+    band: tuple[float, float],
+    skip: int,
+    excluded: Excluded | None,
+    ceiling: Any,
+    select: str,
+    seed: int,
+    order: str,
+    normalize: bool,
+) -> Rule:
+    """The arguments of ``band_topk`` in the form of its op.
+
+    Raises:
+        ValueError: another word for ``select`` or ``order``.
+    """
     lo, hi = (float(edge) for edge in band)
     if select not in ("hardest", "random"):
         raise ValueError(f'select must be "hardest" or "random" (got {select!r})')
     if order not in ("skip_then_band", "band_then_skip"):
         raise ValueError(f'order must be "skip_then_band" or "band_then_skip" (got {order!r})')
-    skip = min(skip, count)  # the search allocates room for as many
-    seed = (seed + 2**63) % 2**64 - 2**63  # the op takes 64 bits, signed
-    rule = Rule(
-        k, lo, hi, skip, offsets, excluded, ceiling, select == "random", seed,
+    return Rule(
+        k, lo, hi, skip,
+        None if excluded is None else torch.from_numpy(excluded.offsets),
+        None if excluded is None else torch.from_numpy(excluded.ids),
+        None if ceiling is None else torch.as_tensor(ceiling, dtype=torch.float64),
+        select == "random",
+        (seed + 2**63) % 2**64 - 2**63,  # the op takes 64 bits, signed
         order == "band_then_skip", normalize,
     )  # fmt: skip
+
+
+def search(
+    queries: Any,
+    docs: Any,
+    rule: Rule,
+    progress: Progress | None = None,
+    first_id: int = 0,
+    output: Output = Chosen,
+) -> tuple[Tensor, ...]:
+    """Searches on the GPU that holds the queries, else on the CPU.
+
+    Args:
+        queries: (B, D).
+        docs: (N, D), documents ``first_id`` to ``first_id + N - 1``.
+        rule: which documents to take.
+        progress: called with (done, total), in documents times queries.
+        first_id: the id of the first document.
+        output: what to return.
+
+    Returns:
+        The tensors of ``output`` on the queries' device.
+    """
     on_gpu = isinstance(queries, Tensor) and queries.device.type == "cuda"
-    if isinstance(queries, Tensor) and isinstance(docs, Tensor) and progress is None:
-        together = queries.device == docs.device
-        if together and (on_gpu or queries.device.type == "cpu"):
-            return BandTopK(*_band_topk(queries.detach(), docs.detach(), *rule))
-    search = _search_on_gpu if on_gpu else _search
-    return BandTopK(*search(queries, docs, rule, progress))
+    by = _search_on_gpu if on_gpu else _search
+    return by(queries, docs, rule, progress, first_id, output)
 
 
 @torch.library.custom_op("refine_fast::band_topk", mutates_args=(), device_types="cpu")
@@ -160,12 +210,14 @@ def _band_topk(
     rule = Rule(
         k, lo, hi, skip, offsets, excluded, ceiling, random, seed, band_first, normalize
     )  # fmt: skip
-    return _search(queries, docs, rule)
+    ids, scores, in_band = _search(queries, docs, rule)
+    return ids, scores, in_band
 
 
 @_band_topk.register_kernel("cuda")
 def _(queries: Tensor, docs: Tensor, *rule: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _search_on_gpu(queries, docs, Rule(*rule))
+    ids, scores, in_band = _search_on_gpu(queries, docs, Rule(*rule))
+    return ids, scores, in_band
 
 
 @_band_topk.register_fake
@@ -176,26 +228,35 @@ def _(queries: Tensor, docs: Tensor, *rule: Any) -> tuple[Tensor, Tensor, Tensor
 
 
 def _search_on_gpu(
-    queries: Tensor, docs: Any, rule: Rule, progress: Progress | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Tensor,
+    docs: Any,
+    rule: Rule,
+    progress: Progress | None = None,
+    first_id: int = 0,
+    output: Output = Chosen,
+) -> tuple[Tensor, ...]:
     """On the GPU of ``queries``, or on the CPU where the GPU cannot search."""
     missing = band_topk_cuda.missing_requirement(queries.device)
     if missing is None:
-        return band_topk_cuda.search(queries, docs, rule, progress)
+        return band_topk_cuda.search(queries, docs, rule, progress, first_id, output)
     warn_once(f"band_topk searches {queries.device} tensors on the CPU: {missing}")
     copied = CopiedToCPU(docs) if isinstance(docs, Tensor) else docs
-    found = _search(queries.cpu(), copied, rule, progress)
-    ids, scores, in_band = (x.to(queries.device) for x in found)
-    return ids, scores, in_band
+    found = _search(queries.cpu(), copied, rule, progress, first_id, output)
+    return tuple(x.to(queries.device) for x in found)
 
 
 def _search(
-    queries: Any, docs: Any, rule: Rule, progress: Progress | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Any,
+    docs: Any,
+    rule: Rule,
+    progress: Progress | None = None,
+    first_id: int = 0,
+    output: Output = Chosen,
+) -> tuple[Tensor, ...]:
     """On the CPU."""
     rows, count, width = check(queries, docs, rule)
     edges = upper_edges(rows, rule)
-    ids, scores, in_band = found = outputs(rows, rule.k, "cpu")
+    found = output(rows, rule, "cpu")
     spec = _core.BandSpec(
         width, rule.k, rule.skip, rule.lo, rule.random, rule.seed % 2**64, rule.band_first,
         rule.normalize, torch.get_num_threads(),
@@ -207,42 +268,16 @@ def _search(
         row_offsets = 0 if rule.offsets is None else rule.offsets[first:].data_ptr()
         row_ids = 0 if rule.excluded is None else rule.excluded.data_ptr()
         hi = edges[first:].data_ptr()
-        search = _core.BandSearch(spec, first, last - first, hi, row_offsets, row_ids)
+        band = _core.BandSearch(spec, first, last - first, hi, row_offsets, row_ids)
         with Block(queries, first, last, "queries") as block:
-            search.set_queries(block.pointer, block.dtype, block.row_stride)
+            band.set_queries(block.pointer, block.dtype, block.row_stride)
         for begin, end in ranges(count, max(1, BLOCK // (4 * width))):
             with Block(docs, begin, end, "docs") as block:
-                search.push(block.pointer, block.dtype, block.row_stride, end - begin, begin)
+                band.push(
+                    block.pointer, block.dtype, block.row_stride, end - begin, first_id + begin
+                )
             if progress is not None:
                 progress(first * count + (last - first) * end, rows * count)
-        search.finish(ids[first:].data_ptr(), scores[first:].data_ptr(), in_band[first:].data_ptr())
-        del search  # frees its memory before the next one allocates
-    return found
-
-
-def _ragged(exclude: Sequence[Any], rows: int, count: int) -> tuple[Tensor, Tensor]:
-    """Offsets (rows + 1,) and ids, ascending within each row."""
-    if len(exclude) != rows:
-        raise ValueError(
-            f"exclude must have one list for each of the {rows} queries (got {len(exclude)})"
-        )
-    lists = [_ids(ids, row) for row, ids in enumerate(exclude)]
-    lengths = np.array([len(ids) for ids in lists], dtype=np.int64)
-    flat = np.concatenate(lists) if lists else np.empty(0, np.int64)
-    row = np.repeat(np.arange(rows), lengths)
-    if (wrong := np.flatnonzero((flat < 0) | (flat >= count))).size:
-        raise ValueError(
-            f"exclude of query {row[wrong[0]]} names document {flat[wrong[0]]}, but the ids are"
-            f" 0 to {count - 1}"
-        )
-    flat = flat[np.lexsort((flat, row))]
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    return torch.from_numpy(offsets), torch.from_numpy(flat)
-
-
-def _ids(ids: Any, row: int) -> np.ndarray:
-    """A list, tuple, set, array or tensor of ids."""
-    found = np.asarray([*ids] if isinstance(ids, Set) else ids).reshape(-1)
-    if found.size and found.dtype.kind not in "iu":
-        raise TypeError(f"exclude of query {row} must hold integer document ids (got {found[0]!r})")
-    return found.astype(np.int64)
+        found.write(band, first)
+        del band  # frees its memory before the next one allocates
+    return found.tensors

@@ -22,11 +22,12 @@ from ..profiling import stage
 from .band_inputs import (
     DOC_DTYPES,
     Block,
+    Chosen,
+    Output,
     Progress,
     Rule,
     address,
     check,
-    outputs,
     ranges,
     upper_edges,
 )
@@ -48,8 +49,13 @@ def missing_requirement(device: torch.device) -> str | None:
 
 
 def search(
-    queries: Tensor, docs: Any, rule: Rule, progress: Progress | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Tensor,
+    docs: Any,
+    rule: Rule,
+    progress: Progress | None = None,
+    first_id: int = 0,
+    output: Output = Chosen,
+) -> tuple[Tensor, ...]:
     """The search of ``band_topk`` on the device of ``queries``, where ``missing_requirement`` is
     None.
 
@@ -58,9 +64,11 @@ def search(
         docs: (N, D), on the same device or in any CPU container.
         rule: which documents to take.
         progress: called after each block of documents.
+        first_id: the id of the first document.
+        output: what to return.
 
     Returns:
-        ids (B, k), scores (B, k) and in_band (B,) on the device.
+        The tensors of ``output`` on the device.
 
     Raises:
         ValueError, TypeError: as ``band_topk``.
@@ -82,7 +90,7 @@ def search(
             offsets, excluded = (
                 None if x is None else x.to(device) for x in (rule.offsets, rule.excluded)
             )
-            ids, scores, in_band = found = outputs(rows, rule.k, device)
+            found = output(rows, rule, device)
             block = _block(count, width, budget, resident)
             band = cuda.BandSearch(
                 width, rule.k, rule.skip, rule.lo, rule.random, rule.seed % 2**64,
@@ -108,15 +116,14 @@ def search(
                     pointer, row_stride, kept = address(rows_there)
                     with stage("multiply"):
                         # returns when the GPU has read them
-                        band.push(pointer, DTYPES[kept.dtype], row_stride, end - begin, begin)
+                        band.push(
+                            pointer, DTYPES[kept.dtype], row_stride, end - begin, first_id + begin
+                        )
                     if progress is not None:
                         progress(first * count + (last - first) * end, rows * count)
                 with stage("finish"):
-                    band.finish(
-                        ids[first:].data_ptr(), scores[first:].data_ptr(),
-                        in_band[first:].data_ptr(),
-                    )  # fmt: skip
-            return found
+                    found.write(band, first)
+            return found.tensors
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"band_topk found no room for {budget >> 20} MB of workspace besides queries, documents"

@@ -260,6 +260,12 @@ class RunConfig(BaseModel):
     lora: int | None = _option(
         None, "train a LoRA adapter of this rank instead of every weight", "RANK", ge=1
     )
+    train_layers: int | None = _option(
+        None,
+        "train only the last N layers of the transformer: faster, in less memory (default: all)",
+        "N",
+        ge=1,
+    )
     memory: Memory = _option(
         None,
         "memory that training may use, such as 8GB; more is faster "
@@ -337,6 +343,10 @@ class RunConfig(BaseModel):
             raise RefineFastError(
                 "weight: auto chooses the weight after training, but fusion embeddings uses it in "
                 "the loss; give a number."
+            )
+        if self.lora is not None and self.train_layers is not None:
+            raise RefineFastError(
+                "train_layers: --lora trains adapters in every layer; give one of the two."
             )
         if self.llm is not None and self.queries is not None:
             raise RefineFastError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .encoder.check import check_encoder
 from .training.check import check_training
+from .training.trained import Trained
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def try_encoder(
-    folder: Path, *, trust_remote_code: bool = False, lora: int | None = None
+    folder: Path, *, trust_remote_code: bool = False, trained: Trained | None = None
 ) -> SentenceTransformer:
     """Encodes two texts in each role, fuses the encoder with itself, and takes a training step.
 
     Args:
         folder: the folder of the base encoder, as ``prepare_encoder`` returned it.
         trust_remote_code: whether to run Python code in the folder.
-        lora: rank of the adapter that will be trained; None: every weight will be.
+        trained: the parameters that will be trained; None: all of them.
 
     Returns:
         The encoder, unchanged.
@@ -33,7 +34,7 @@ def try_encoder(
         RefineFastError: if a run with this encoder would fail; the message says where.
     """
     model = check_encoder(folder, trust_remote_code=trust_remote_code)
-    check_training(model, folder, lora=lora)
+    check_training(model, folder, trained)
     return model
 
 

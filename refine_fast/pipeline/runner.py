@@ -12,6 +12,7 @@ from .encoder.prepare import prepare_encoder
 from .engine import RunFolder
 from .preflight import try_encoder, try_language_model
 from .stages import run_stages
+from .training.trained import Trained
 
 
 def run(config: RunConfig, *, console: Console | None = None, until: str = "report") -> RunContext:
@@ -59,7 +60,11 @@ def _try_out(context: RunContext, *, asks: bool) -> None:
     """Raises RefineFastError for what cannot work, before the first stage starts."""
     config = context.config
     _ = context.ood  # fetches the sets that are given by name
-    try_encoder(context.encoder, trust_remote_code=context.trust_remote_code, lora=config.lora)
+    try_encoder(
+        context.encoder,
+        trust_remote_code=context.trust_remote_code,
+        trained=Trained(config.lora, config.train_layers),
+    )
     settings = config.llm_settings()
     if asks and settings is not None:
         try_language_model(settings, context.path(REPLIES))

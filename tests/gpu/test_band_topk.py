@@ -15,8 +15,8 @@ from banded import assert_same, check, interrupts, search, unit_rows
 
 import refine_fast as rf
 from refine_fast import reference, workspace
+from refine_fast.ops import band_inputs, band_topk_cuda
 from refine_fast.ops import band_topk as operator
-from refine_fast.ops import band_topk_cuda
 
 SM_80, SM_86 = 163 << 10, 99 << 10  # bytes of shared memory, on which the tile depends
 
@@ -212,7 +212,7 @@ def test_out_of_memory_says_what_to_lower(
     def none_left(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(band_topk_cuda, "outputs", none_left)
+    monkeypatch.setattr(band_inputs, "outputs", none_left)
     with pytest.raises(
         torch.OutOfMemoryError,
         match=r"no room for 512 MB of workspace .* lower REFINE_FAST_WORKSPACE_MB",

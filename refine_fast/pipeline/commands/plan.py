@@ -18,7 +18,6 @@ from ..config import RunConfig
 from ..console import Console, facts_table
 from ..context import RunContext
 from ..corpus.beir import load_beir
-from ..encoder.adapters import add_lora
 from ..encoder.encode import encode, has_fast_bf16
 from ..encoder.load import encoder_folder
 from ..encoder.prepare import prepare_encoder
@@ -31,6 +30,7 @@ from ..stages.chunk import cut_corpus
 from ..stages.curve import PASSAGES, QUERIES
 from ..stages.query import offline_queries, split_queries
 from ..training.memory import fit_training
+from ..training.trained import Trained
 from ..training.trainer import epochs_of, steps_of
 
 SAMPLE = 64
@@ -76,7 +76,8 @@ def plan(config: RunConfig) -> Plan:
     options = config.encoder_options()
     encoder = prepare_encoder(encoder_folder(config.model), options)
     context = RunContext(config, encoder, Console(quiet=True), options)
-    model = try_encoder(encoder, trust_remote_code=context.trust_remote_code, lora=config.lora)
+    parameters = Trained(config.lora, config.train_layers)
+    model = try_encoder(encoder, trust_remote_code=context.trust_remote_code, trained=parameters)
     if settings := config.llm_settings():
         try_language_model(settings, context.path(REPLIES), keep=False)
     documents, chunks, duplicates = cut_corpus(context)
@@ -114,8 +115,7 @@ def plan(config: RunConfig) -> Plan:
         # a passage and its sentences, under the base and under the product
         encoded += 2 * 2 * sum(min(count, systems.PASSAGES) for count in (len(chunks), tested))
 
-    if config.lora is not None:
-        add_lora(model, config.lora)
+    parameters.choose(model)
     bf16 = has_fast_bf16(model.device) if context.bf16 is None else context.bf16
     passages = [chunk.passage for chunk in chunks]
     drawn = np.random.default_rng(config.seed).permutation(len(chunks))[:SAMPLE]

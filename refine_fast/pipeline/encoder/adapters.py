@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import RefineFastError
 from ...fuse import fuse
+from .layers import transformers_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from sentence_transformers import SentenceTransformer
-    from torch import nn
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that describes an adapter of peft's."""
@@ -37,7 +37,7 @@ def add_lora(model: SentenceTransformer, rank: int) -> list[PeftModel]:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise RefineFastError("lora: needs peft; pip install 'refine-fast[lora]'.") from None
-    transformers = _transformers(model)
+    transformers = transformers_of(model)
     if not transformers:
         raise RefineFastError(
             "lora: the encoder has no transformer whose layers could be adapted; leave out --lora."
@@ -45,19 +45,6 @@ def add_lora(model: SentenceTransformer, rank: int) -> list[PeftModel]:
     model.requires_grad_(False)
     config: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
     return [get_peft_model(transformer, LoraConfig(**config)) for transformer in transformers]
-
-
-def _transformers(model: nn.Module) -> list[Any]:
-    """The transformers of an encoder, without those that are part of another one."""
-    from transformers import PreTrainedModel
-
-    found: list[Any] = []
-    inner: set[nn.Module] = set()
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part not in inner:
-            found.append(part)
-            inner.update(part.modules())
-    return found
 
 
 def adapter_folder(folder: Path) -> Path | None:

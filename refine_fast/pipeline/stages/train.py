@@ -21,12 +21,12 @@ from ..artifacts import (
     training_view,
 )
 from ..corpus.chunk import Chunk
-from ..encoder.adapters import add_lora
 from ..encoder.encode import has_fast_bf16
 from ..encoder.load import load_encoder
 from ..training.batches import Example, Twin
 from ..training.memory import Fit, fit_training
 from ..training.teachers import Teachers, lexical_teacher
+from ..training.trained import Trained
 from ..training.trainer import epochs_of, train
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run(context: RunContext, folder: Path, *, distill: float, negatives: int) ->
     examples = _examples(context, chunks, relevant, negatives)
     passages = [chunk.passage for chunk in chunks]
     model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
-    adapters = [] if config.lora is None else add_lora(model, config.lora)
+    adapters = Trained(config.lora, config.train_layers).choose(model)
     bf16 = has_fast_bf16(model.device) if context.bf16 is None else context.bf16
     precision = "bf16" if bf16 else "fp32"
     fit = fit_training(

@@ -12,10 +12,10 @@ import torch
 from ...errors import RefineFastError
 from ...fuse.compatibility import compare_models
 from ...fuse.plan import make_plan
-from ..encoder.adapters import add_lora
 from ..encoder.encode import encode, unit_of_similarity
 from .batches import Collator, Example
 from .loss import BatchLoss
+from .trained import Trained
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -28,20 +28,22 @@ _DOCUMENTS = (
 )
 
 
-def check_training(model: SentenceTransformer, folder: Path, *, lora: int | None = None) -> None:
+def check_training(
+    model: SentenceTransformer, folder: Path, trained: Trained | None = None
+) -> None:
     """Takes one training step on two examples with a copy of the model, saves the copy to a
     temporary folder, and plans its fusion with the base.
 
     Args:
         model: the base encoder; not changed.
         folder: the folder that it was loaded from.
-        lora: rank of the adapter to train; None: every weight is trained.
+        trained: the parameters that are trained; None: all of them.
 
     Raises:
         RefineFastError: if a step fails; the message says which and why.
     """
     tuned = copy.deepcopy(model)
-    adapters = [] if lora is None else add_lora(tuned, lora)
+    adapters = (trained or Trained()).choose(tuned)
     try:
         gradients = _one_step(tuned)
     except Exception as error:
