@@ -66,6 +66,20 @@ def row(op: str, mode: str, provider: str, metric: str, value: float, **shape: f
     return replace(made, threads=1, device="here, 2 cores", isa="avx2")
 
 
+def test_bars_are_ratios_within_one_run() -> None:
+    """A peer that was measured again beside ours, or alone, does not mix two runs."""
+    line = tables.LINES[0]
+    about = {"metric": line.metric, **line.shape}
+    ours = row(line.op, line.mode, OURS, value=1.0, **about)
+    peers = {"torch chunks of 256": (0.5, 9.0), "naive cross_entropy": (None, 3.0)}
+    rows_ = [replace(ours, peer=name, ratio_to_peer=ratio) for name, (ratio, _) in peers.items()]
+    rows_ += [
+        row(line.op, line.mode, name, value=time, **about) for name, (_, time) in peers.items()
+    ]
+    (bars,) = plots.bars_data([rows_])
+    assert bars["speeds"] == [("torch chunks of 256", 2.0), ("naive cross_entropy", 3.0)]
+
+
 @pytest.fixture
 def scaled() -> list[Row]:
     """Two operations: info_nce by B = N, at one of two widths; train by the model's layers."""
