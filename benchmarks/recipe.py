@@ -42,6 +42,7 @@ OPTIONS: dict[str, list[str]] = {
     "2 epochs": ["--epochs", "2"],
     "4 queries": ["--queries-per-chunk", "4"],
     "no negatives": ["--negatives", "0"],
+    "relative margin": ["--relative-margin", "0.05"],
     "fixed band": ["--band", "0.5,0.7"],
     "last 2 layers": ["--train-layers", "2"],
     "embeddings": ["--fusion", "embeddings"],

@@ -14,6 +14,9 @@ from .errors import RefineFastWarning
 from .ops.band_inputs import Progress
 from .ops.band_topk import band_topk
 
+CEILINGS = 4096
+"""Queries whose positives are compared at a time."""
+
 
 class Mined(NamedTuple):
     """ids (B, k), scores (B, k) and in_band (B,) as in ``BandTopK``; band: the edges used."""
@@ -32,6 +35,7 @@ def mine(
     k: int,
     band: tuple[float, float] | Literal["auto"] = (0.5, 0.7),
     skip: int = 5,
+    relative_margin: float | None = None,
     select: str = "hardest",
     seed: int = 0,
     normalize: bool = True,
@@ -45,6 +49,9 @@ def mine(
         doc_embeddings: (N, D).
         positives: per query its rows of doc_embeddings.
         band: lo and hi, or "auto" for ``calibrate_band``.
+        relative_margin: leaves out what is more similar than ``(1 - relative_margin) * s``, s the
+            similarity of the query's least similar positive; such documents are often answers that
+            nobody marked (NV-Retriever, arXiv 2407.15831, has 0.05).
         normalize: uses the cosine; without it, the inner product.
         k, skip, select, seed, progress: as for ``band_topk``.
     """
@@ -67,6 +74,9 @@ def mine(
         band=edges,
         skip=skip,
         exclude=positives,
+        ceiling=None
+        if relative_margin is None
+        else _ceiling(query_embeddings, doc_embeddings, positives, relative_margin, normalize),
         select=select,
         seed=seed,
         normalize=normalize,
@@ -144,6 +154,23 @@ def calibrate_band(
         )
         lo = lowest
     return lo, hi
+
+
+def _ceiling(
+    queries: Any, docs: Any, positives: Sequence[Sequence[int]], margin: float, normalize: bool
+) -> Tensor:
+    """(B,) float64: what a negative's similarity may be; infinity for a query without positives."""
+    ceiling = torch.full((len(positives),), torch.inf, dtype=torch.float64)
+    for start in range(0, len(positives), CEILINGS):
+        block = range(start, min(start + CEILINGS, len(positives)))
+        pairs = [(i, row) for i in block for row in positives[i]]
+        if not pairs:
+            continue
+        of, rows = np.array(pairs, np.int64).T
+        sides = (_picked(docs, rows, "docs", normalize), _picked(queries, of, "queries", normalize))
+        similar = (sides[0] * sides[1]).sum(1).double().cpu()
+        ceiling.scatter_reduce_(0, torch.as_tensor(of), similar, "amin")
+    return ceiling - ceiling.abs().nan_to_num(posinf=0.0) * margin
 
 
 def _picked(source: Any, rows: np.ndarray, name: str, normalize: bool) -> Tensor:

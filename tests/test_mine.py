@@ -51,6 +51,40 @@ def test_mine_is_the_rule_on_the_cosine(embeddings: tuple[Tensor, Tensor, list[l
     )
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_relative_margin_is_a_ceiling_for_each_query(
+    embeddings: tuple[Tensor, Tensor, list[list[int]]],
+    normalize: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Below the least similar positive, also where that is negative; none without positives."""
+    monkeypatch.setattr("refine_fast.mine.CEILINGS", 7)
+    queries, docs, positives = embeddings
+    queries = queries.clone()
+    queries[5] = -queries[5]  # its positive has a negative similarity
+    positives = [rows if i != 9 else [] for i, rows in enumerate(positives)]
+    how = {"k": 40, "band": (-99.0, 99.0), "skip": 0, "normalize": normalize}
+    unit = torch.nn.functional.normalize if normalize else torch.Tensor.clone
+    similar = unit(queries.double()) @ unit(docs.double()).T
+    found = mine(queries, docs, positives, relative_margin=0.3, **how)
+    least = torch.tensor(
+        [similar[i, rows].min() if rows else 1e9 for i, rows in enumerate(positives)]
+    )
+    limit = least - 0.3 * least.abs()
+    expected = similar.clone()
+    for i, rows in enumerate(positives):
+        expected[i, rows] = -torch.inf
+    expected[expected > limit[:, None]] = -torch.inf
+    ids = expected.sort(dim=1, descending=True, stable=True).indices[:, :40]
+    there = expected.gather(1, ids) > -torch.inf
+    assert torch.equal(found.ids, ids.where(there, -1))
+    without = mine(queries, docs, positives, **how)
+    changed = (without.ids != found.ids).any(1)
+    assert changed[5]
+    assert 20 < changed.sum() < 60
+    assert not changed[9]
+
+
 def test_auto_band_covers_what_it_promises(
     embeddings: tuple[Tensor, Tensor, list[list[int]]],
 ) -> None:

@@ -226,6 +226,12 @@ class RunConfig(BaseModel):
     skip: int = _option(
         5, "leave out this many most similar documents before applying the band", "N", ge=0
     )
+    relative_margin: Share | None = _option(
+        None,
+        "leave out negatives more similar to the query than (1 - SHARE) of its positive's "
+        "similarity; 0.05 in NV-Retriever (default: the band alone)",
+        "SHARE",
+    )
     negatives: Rank | Literal["auto"] = _option(
         "auto",
         "hard negatives per query; 0 trains on in-batch negatives alone; auto: 1 is mined, and "

@@ -131,7 +131,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         mine,
         (NEGATIVES, MINING_FACTS),
         made(CHUNKS, *split, EMBEDDINGS),
-        "band skip negatives select seed",
+        "band skip relative_margin negatives select seed",
     )
     yield stage(
         "train",
@@ -200,7 +200,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         fuse,
         (MODEL,),
         encoder | made(TUNED, FUSION_FACTS, EMBEDDINGS) | recipe | scores,
-        f"weight fusion skip select batch_size lr warmup temperature seed {NAMES}",
+        f"weight fusion skip relative_margin select batch_size lr warmup temperature seed {NAMES}",
     )
     account = made(ACCOUNT) if config.llm is not None else {}
     yield stage(

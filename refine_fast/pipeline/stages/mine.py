@@ -43,6 +43,7 @@ def run(context: RunContext, folder: Path) -> None:
                 k=max(1, context.mined_negatives),
                 band=config.band,
                 skip=config.skip,
+                relative_margin=config.relative_margin,
                 select=config.select,
                 seed=config.seed,
                 normalize=compared_by_cosine(context.out),
