@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import operator
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -243,6 +245,13 @@ def test_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_is_what_one_call_adds() -> None:
     megabytes = 40
     assert 38 <= peak_mb(partial(partial, operator.mul, b"x", megabytes << 20)) <= 60
+
+
+def test_memory_of_a_child_process() -> None:
+    """One that does nothing starts as a copy of the process that measures, which does not count."""
+    assert peak_mb(partial(partial, subprocess.run, ["true"])) < 8
+    allocate = [sys.executable, "-c", "b'x' * (1 << 30)"]
+    assert peak_mb(partial(partial, subprocess.run, allocate)) > 1000
 
 
 def test_the_process_that_measures_memory_calls_the_contender() -> None:
