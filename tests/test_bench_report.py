@@ -119,5 +119,5 @@ def test_a_figure_has_one_legend(scaled: list[Row], theme: str) -> None:
 def test_the_results_show_scaling_in_every_size() -> None:
     """What README says of the plot: B, N, d and the size of a model."""
     found = plots.scaling_data(tables.machines(RESULTS))
-    assert {one["size"] for one in found} >= set(plots.SIZES)
-    assert {one["op"] for one in found} == {op for op, _ in plots.SCALED}
+    assert {one["size"] for one in found} >= {"B = N", "B", "N", "D", "layers"}
+    assert {one["op"] for one in found} >= {"info_nce", "band_topk", "encode", "train"}
