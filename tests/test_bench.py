@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -252,6 +253,25 @@ def test_memory_of_a_child_process() -> None:
     assert peak_mb(partial(partial, subprocess.run, ["true"])) < 8
     allocate = [sys.executable, "-c", "b'x' * (1 << 30)"]
     assert peak_mb(partial(partial, subprocess.run, allocate)) > 1000
+
+
+def test_the_process_that_measures_memory_removes_its_files(tmp_path: Path) -> None:
+    """In a process of its own, whose temporary files lie in a folder of their own."""
+    code = """
+from functools import partial
+import refine_fast as rf
+from refine_fast.bench.measuring import peak_mb
+from refine_fast.bench.suite import ready
+if __name__ == "__main__":
+    what = "fuse", "warm", {"gb": 0.004, "shards": 1}, "fp32", "cpu"
+    assert peak_mb(partial(ready, what, "loop", rf.isa(), 1)) > 0
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    files = tmp_path / "files"
+    files.mkdir()
+    subprocess.run([sys.executable, script], env=os.environ | {"TMPDIR": str(files)}, check=True)
+    assert not list(files.glob("refine-fast-bench-*"))
 
 
 def test_the_process_that_measures_memory_calls_the_contender() -> None:

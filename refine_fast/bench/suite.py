@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -155,9 +156,6 @@ def _names(task: Task) -> tuple[str, str, dict[str, int | float], str, str]:
     return task.op.name, task.op.mode, dict(task.shape), task.dtype, task.device
 
 
-_kept: list[ExitStack] = []  # the inputs of the process that measures memory live as long as it
-
-
 def ready(
     what: tuple[str, str, dict[str, int | float], str, str], contender: str, isa: str, threads: int
 ) -> Callable[[], object]:
@@ -171,7 +169,8 @@ def ready(
         with op.inputs({**op.shape, **op.tiny}, dtype, device) as tiny:
             run(tiny)
     stack = ExitStack()
-    _kept.append(stack)
+    # the inputs live as long as the process; one that was forked runs no other exit functions
+    Finalize(None, stack.close, exitpriority=0)
     inputs = stack.enter_context(op.inputs(shape, dtype, device))
     if op.before is not None:
         op.before(inputs)
