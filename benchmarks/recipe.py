@@ -41,6 +41,8 @@ OPTIONS: dict[str, list[str]] = {
     "1 epoch": ["--epochs", "1"],
     "2 epochs": ["--epochs", "2"],
     "4 queries": ["--queries-per-chunk", "4"],
+    "questions": ["--query-kinds", "question,definition,keywords"],
+    "questions and clozes": ["--query-kinds", "question,cloze,definition,keywords,cloze,title"],
     "no negatives": ["--negatives", "0"],
     "relative margin": ["--relative-margin", "0.05"],
     "fixed band": ["--band", "0.5,0.7"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from .errors import RefineFastWarning
 from .ops.band_inputs import Progress
-from .ops.band_topk import band_topk
+from .ops.band_topk import BandTopK, band_topk
+
+Search = Callable[..., BandTopK]
+"""``band_topk``, or what gives the same for the same arguments."""
 
 CEILINGS = 4096
 """Queries whose positives are compared at a time."""
@@ -40,6 +43,7 @@ def mine(
     seed: int = 0,
     normalize: bool = True,
     progress: Progress | None = None,
+    search: Search = band_topk,
 ) -> Mined:
     """k negatives per query by REFINE's rule (arXiv 2410.12890, section 3.2) on the cosine: leaves
     out the positives, drops the ``skip`` most similar documents, keeps the band.
@@ -54,6 +58,7 @@ def mine(
             nobody marked (NV-Retriever, arXiv 2407.15831, has 0.05).
         normalize: uses the cosine; without it, the inner product.
         k, skip, select, seed, progress: as for ``band_topk``.
+        search: does the search, such as one in shards (``band_topk_part``).
     """
     if band == "auto":
         edges = calibrate_band(
@@ -64,10 +69,11 @@ def mine(
             skip=skip,
             seed=seed,
             normalize=normalize,
+            search=search,
         )
     else:
         edges = band[0], band[1]
-    found = band_topk(
+    found = search(
         query_embeddings,
         doc_embeddings,
         k,
@@ -96,6 +102,7 @@ def calibrate_band(
     sample: int = 1024,
     seed: int = 0,
     normalize: bool = True,
+    search: Search = band_topk,
 ) -> tuple[float, float]:
     """Fits a band to an encoder: the range of cosines differs between encoders, and [0.5, 0.7] is
     empty for three queries in four under MiniLM.
@@ -115,6 +122,7 @@ def calibrate_band(
         sample: how many of the queries that have a positive to use, drawn with ``seed``.
         seed: of the sample.
         normalize: uses the cosine; without it, the inner product.
+        search: as for ``mine``.
 
     Returns:
         lo and hi.
@@ -137,7 +145,7 @@ def calibrate_band(
     answers = _picked(doc_embeddings, np.concatenate(rows), "docs", normalize)
     hi = float((queries[repeated] * answers).sum(1).quantile(0.25))
     lowest = -1.0 if normalize else float(torch.finfo(torch.float32).min)
-    hardest = band_topk(
+    hardest = search(
         queries, doc_embeddings, k, band=(lowest, hi), skip=skip, exclude=rows, normalize=normalize
     )
     found = hardest.scores[:, -1].nan_to_num(lowest)

@@ -29,14 +29,14 @@ LAYERS = [
 ]
 # The rooms of pipeline/, likewise.
 PIPELINE_LAYERS = [
-    {"progress", "usage", "cache"},
-    {"corpus"},
+    {"progress", "usage", "cache", "workers"},
+    {"corpus", "sharded_search"},
     {"encoder"},
     {"queries"},
     {"training", "evaluation"},
     {"serving"},
     {"reporting"},
-    {"artifacts", "config_values", "console", "code_version", "recipes"},
+    {"artifacts", "config_values", "console", "code_version", "recipes", "cluster"},
     {"config", "engine"},
     {"config_file", "context", "preflight"},
     {"stages"},
@@ -45,7 +45,7 @@ PIPELINE_LAYERS = [
 ]
 HEAVY = [
     "triton", "transformers", "faiss", "sentence_transformers", "datasets", "openai", "matplotlib",
-    "rich", "pydantic",
+    "rich", "pydantic", "ray",
 ]  # fmt: skip
 MODULES = sorted((ROOT / "refine_fast").rglob("*.py"))
 

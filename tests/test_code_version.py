@@ -90,6 +90,8 @@ def test_every_stage_of_the_pipeline(stage: str) -> None:
     found = version_of(f"refine_fast.pipeline.stages.{stage}")
     for name in ("config", "console", "context", "engine", "runner", "commands"):
         assert f"refine_fast.pipeline.{name}" not in found.modules
+    assert not any("cluster" in name for name in found.modules)
+    assert "ray" not in found.packages
     assert "refine_fast" not in found.modules  # whose __init__ imports everything
 
 

@@ -96,6 +96,19 @@ def test_verdict(
         assert words not in text
 
 
+@pytest.mark.parametrize("without_llm", [True, False])
+@pytest.mark.parametrize("held_out", [True, False])
+def test_queries_that_judge_what_was_made_like_them(
+    data: ReportData, without_llm: bool, held_out: bool
+) -> None:
+    """The verdict says what they are: on people's questions the same model may have lost."""
+    asked = dataclasses.replace(
+        data.queries, without_llm=without_llm, held_out_by_document=held_out
+    )
+    text = bold(verdict(dataclasses.replace(data, queries=asked)))
+    assert ("people's questions may gain less, or lose" in text) == (without_llm and held_out)
+
+
 def test_the_remedy_for_a_fusion_of_embeddings(data: ReportData) -> None:
     others = [set_scores("scifact", (0.0, -0.1, -0.2), 300)]
     curves = data.curves[0], set_scores("general knowledge", (0.0, -0.1, -0.2))

@@ -46,7 +46,7 @@ def test_forgetting_is_checked_unasked(tiny: Path, docs: Path, tmp_path: Path) -
 
 def test_the_extra_pipeline_is_enough(tiny: Path, docs: Path, tmp_path: Path) -> None:
     """A run without a language model needs no package of another extra."""
-    others = "openai json_repair py3langid pypdf chardet docx pptx openpyxl peft triton pytest"
+    others = "openai json_repair py3langid pypdf chardet docx pptx openpyxl peft triton pytest ray"
     options = f"--model {tiny} --out {tmp_path / 'run'} --max-steps 1 --weight 0.35 --curve 0,1"
     code = f"""
 import sys

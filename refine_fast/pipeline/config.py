@@ -23,6 +23,7 @@ from .config_values import (
     BeirSets,
     Encoder,
     Encoding,
+    Engine,
     ExistingPath,
     JsonObject,
     Memory,
@@ -30,6 +31,7 @@ from .config_values import (
     Name,
     Names,
     Positive,
+    QueryKinds,
     Rank,
     Share,
     Weights,
@@ -140,6 +142,12 @@ class RunConfig(BaseModel):
     chunk_tokens: int = _option(
         256, "longest chunk, in the encoder's tokens; at most what the encoder reads", "N", ge=32
     )
+    engine: Engine = _option(
+        "local",
+        "where texts are encoded and negatives mined: local, this process; ray, a Ray cluster on "
+        "this machine, started if there is none; ray://HOST:PORT, that cluster",
+        "ENGINE",
+    )
     seed: int = _option(
         0, "the same inputs and seed give the same outputs", "N", ge=0, le=2**32 - 1
     )
@@ -150,6 +158,13 @@ class RunConfig(BaseModel):
         "FILE",
     )
     queries_per_chunk: int = _option(2, "synthetic queries made for each chunk", "N", ge=1)
+    query_kinds: QueryKinds = _option(
+        (),
+        "kinds of query to make from the documents, in turn: cloze, title, span, question, "
+        "definition, keywords, crop; with --llm they are made besides the model's (default: "
+        "cloze,span,cloze,title, and none with --llm)",
+        "KIND,...",
+    )
     llm: Name | None = _option(
         None,
         "have a language model write the queries: an OpenAI-compatible URL, smollm2 (inside a "
@@ -353,6 +368,11 @@ class RunConfig(BaseModel):
         if self.lora is not None and self.train_layers is not None:
             raise RefineFastError(
                 "train_layers: --lora trains adapters in every layer; give one of the two."
+            )
+        if self.query_kinds and self.queries is not None:
+            raise RefineFastError(
+                "query_kinds: --queries already provides the queries; omit --query-kinds or "
+                "--queries."
             )
         if self.llm is not None and self.queries is not None:
             raise RefineFastError(

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 from .corpus.beir import is_beir
 from .corpus.nanobeir import is_nanobeir, sets_of
 from .encoder.load import DEFAULT_ENCODER
+from .queries.query import MADE_KINDS
 
 
 def requirement(schema: dict[str, Any]) -> str:
@@ -59,6 +60,12 @@ def _encoding(name: str) -> str:
         codecs.lookup(name)
     except (LookupError, ValueError):
         raise ValueError("must be an encoding that Python knows, such as windows-1251") from None
+    return name
+
+
+def _engine(name: str) -> str:
+    if name not in ("local", "ray") and not re.fullmatch(r"ray://[^/\s]+:\d+", name):
+        raise ValueError("must be local, ray or ray://HOST:PORT")
     return name
 
 
@@ -132,6 +139,13 @@ def _mix(value: Any) -> tuple[tuple[str, float], ...]:
         raise ValueError("must be kinds and shares, such as question=0.6,claim=0.4") from None
 
 
+def _query_kinds(value: Any) -> tuple[str, ...]:
+    kinds = _names(value)
+    if set(kinds) - set(MADE_KINDS):
+        raise ValueError(f"must be kinds of query, of {', '.join(MADE_KINDS)}")
+    return kinds
+
+
 def _json_object(value: Any) -> dict[str, Any]:
     try:
         fields = json.loads(value) if isinstance(value, str) else value
@@ -163,6 +177,7 @@ AnyPath = Annotated[Path, BeforeValidator(_path, json_schema_input_type=Path)]
 ExistingPath = Annotated[AnyPath, AfterValidator(_existing)]
 Encoding = Annotated[Name, AfterValidator(_encoding)]
 Encoder = Annotated[Name, AfterValidator(_encoder)]
+Engine = Annotated[Name, AfterValidator(_engine)]
 BeirSets = Annotated[
     tuple[Path | str, ...] | None,
     BeforeValidator(_beir_sets, json_schema_input_type=str | list[str] | None),
@@ -173,6 +188,9 @@ Band = Annotated[
 ]
 Weights = Annotated[
     tuple[float, ...], BeforeValidator(_weights, json_schema_input_type=str | list[float])
+]
+QueryKinds = Annotated[
+    tuple[str, ...], BeforeValidator(_query_kinds, json_schema_input_type=str | list[str])
 ]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names, json_schema_input_type=str | list[str])]
 JsonObject = Annotated[

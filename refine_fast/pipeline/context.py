@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from .corpus.beir import is_beir
 from .corpus.nanobeir import nanobeir_folder
 from .encoder.load import DEFAULT_ENCODER
 from .encoder.options import EncoderOptions
+from .workers import Spread, Workers
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class RunContext:
     """Local folder of the base encoder."""
     console: Console
     encoder_options: EncoderOptions = field(default_factory=EncoderOptions)
+    workers: Workers | None = None
+    """The processes that share the work of a stage; None: this process does it."""
 
     def __post_init__(self) -> None:
         if (self.encoder / TwinEncoder.config_file_name).is_file():
@@ -48,6 +52,20 @@ class RunContext:
     def path(self, name: str) -> Path:
         """Path of a file in the run folder."""
         return self.out / name
+
+    def spread(
+        self, folder: Path, load: Callable[[], Any] | None = None, name: Any = None
+    ) -> Spread | None:
+        """How a stage spreads its work; None: it does not.
+
+        Args:
+            folder: the stage's folder.
+            load: loads its encoder in another process.
+            name: what ``load`` loads.
+        """
+        if self.workers is None:
+            return None
+        return Spread(self.workers, folder / "shards", load, name)
 
     @property
     def model(self) -> Path:

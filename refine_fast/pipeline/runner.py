@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..files import atomic
 from .artifacts import REPLIES
+from .cluster.ray_workers import open_workers
 from .config import RunConfig
 from .console import Console
 from .context import RunContext
@@ -34,10 +35,14 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
         RefineFastError: if the input cannot be used; the message names the remedy.
     """
     console = Console() if console is None else console
-    with RunFolder(config.out) as folder, console.warnings():
+    with (
+        RunFolder(config.out) as folder,
+        console.warnings(),
+        open_workers(config.engine, console.say) as workers,
+    ):
         options = config.encoder_options()
         encoder = prepare_encoder(encoder_folder(config.model), options, say=console.say)
-        context = RunContext(config, encoder, console, options)
+        context = RunContext(config, encoder, console, options, workers)
         with atomic(config.out / "config.yaml") as temporary:
             temporary.write_text(config.to_yaml(), encoding="utf-8")
         tried = False

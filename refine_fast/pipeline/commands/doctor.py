@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from ..._native import available_isas, cuda_module, isa
 from ...errors import RefineFastError
+from ..cluster.ray_workers import found_cluster
 from ..console import Console
 from ..encoder.encode import has_fast_bf16
 from ..encoder.load import device, encoder_folder
@@ -94,6 +96,8 @@ def check(model: str, *, trust_remote_code: bool = False) -> Iterator[tuple[str,
         if missing:
             found = f"pip install 'refine-fast[{extra}]' for {', '.join(missing)}"
         yield f"extra {extra}", not missing, found
+    if find_spec("ray") is not None:
+        yield "engine ray", *_tried(found_cluster)
     yield "memory", True, _memory()
     free = shutil.disk_usage(Path.cwd()).free
     yield "disk", free > 2**30, f"{free / 2**30:.1f} GiB free in {Path.cwd()}"

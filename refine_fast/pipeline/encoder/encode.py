@@ -4,7 +4,7 @@ precision and where the result goes."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ import torch
 
 from ..._native import available_isas
 from ..progress import Progress
+from ..workers import Spread, Work
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -23,6 +24,8 @@ Role = Literal["query", "document"]
 BATCHES_PER_BLOCK = 16
 """Batches that sentence-transformers gets at a time: progress and Ctrl-C stay responsive, and only
 one block of embeddings is held twice."""
+BLOCKS_PER_SHARD = 8
+"""Blocks that a worker of another process gets at a time: 4,096 texts."""
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -73,6 +76,7 @@ def encode(
     bf16: bool | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
+    spread: Spread | None = None,
 ) -> np.ndarray:
     """Encodes texts so that the inner product of two rows is the model's similarity.
 
@@ -87,12 +91,40 @@ def encode(
         out: a .npy file for the rows. It appears when it is complete, and one block of memory is
             enough for any number of texts.
         progress: called with (encoded texts, n).
+        spread: the workers that encode in shards, with the loader of this model; None: this
+            process. A shard is a run of the blocks that one process would encode, so the rows are
+            the same bits wherever torch computes alike (version, threads, instruction set).
 
     Returns:
         (n, d) float32, in the order of ``texts``; a read-only memmap if ``out`` is given. Rows are
         unit vectors unless the model compares by dot product.
     """
     bf16 = has_fast_bf16(model.device) if bf16 is None else bf16
+    encode_block = _block_encoder(model, role, batch_size)
+    dimension = encode_block(["a"]).shape[1]  # the model may not state it
+    rows = _Rows(len(texts), dimension, out)
+    # Longest first: a batch holds texts of similar length, so little is spent on padding, and
+    # memory that is too small fails at once.
+    order = np.argsort([-len(text) for text in texts], kind="stable")
+    block = batch_size * BATCHES_PER_BLOCK
+    done = 0
+    with rows:
+        if spread is None:
+            parts = _in_blocks(encode_block, texts, order, block, _autocast(model, bf16))
+        else:
+            parts = _in_shards(spread, texts, order, block, (role, batch_size, bf16))
+        for chosen, vectors in parts:
+            rows.values[chosen] = vectors
+            done += len(chosen)
+            if progress is not None:
+                progress(done, len(texts))
+    return rows.values
+
+
+def _block_encoder(
+    model: SentenceTransformer, role: Role, batch_size: int
+) -> Callable[[Sequence[str]], np.ndarray]:
+    """Encodes one block of texts; (n, d) float32."""
     encode_role: Callable[..., Any] = partial(
         model.encode_query if role == "query" else model.encode_document,
         prompt=prompt_of(model, role),
@@ -100,22 +132,74 @@ def encode(
         show_progress_bar=False,
         convert_to_tensor=True,
     )
-    dimension = encode_role(["a"]).shape[1]  # the model may not state it
-    rows = _Rows(len(texts), dimension, out)
-    # Longest first: a batch holds texts of similar length, so little is spent on padding, and
-    # memory that is too small fails at once.
-    order = np.argsort([-len(text) for text in texts], kind="stable")
-    block = batch_size * BATCHES_PER_BLOCK
-    with rows, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for start in range(0, len(texts), block):
-            chosen = order[start : start + block]
-            vectors: torch.Tensor = encode_role([texts[i] for i in chosen]).float()
-            if compares_by_cosine(model):
-                vectors = torch.nn.functional.normalize(vectors, dim=-1)
-            rows.values[chosen] = vectors.cpu().numpy()
-            if progress is not None:
-                progress(min(start + block, len(texts)), len(texts))
-    return rows.values
+
+    def encode_block(texts: Sequence[str]) -> np.ndarray:
+        vectors: torch.Tensor = encode_role(list(texts)).float()
+        if compares_by_cosine(model):
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        return vectors.cpu().numpy()
+
+    return encode_block
+
+
+def _autocast(model: SentenceTransformer, bf16: bool) -> torch.autocast:
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+
+
+def _in_blocks(
+    encode_block: Callable[[Sequence[str]], np.ndarray],
+    texts: Sequence[str],
+    order: np.ndarray,
+    block: int,
+    autocast: torch.autocast,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(which texts, their rows), block by block in this process."""
+    for start in range(0, len(order), block):
+        chosen = order[start : start + block]
+        with autocast:
+            vectors = encode_block([texts[i] for i in chosen])
+        yield chosen, vectors
+
+
+def _in_shards(
+    spread: Spread,
+    texts: Sequence[str],
+    order: np.ndarray,
+    block: int,
+    how: tuple[Role, int, bool],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(which texts, their rows), in shards of whole blocks by the workers."""
+    assert spread.load is not None
+    size = block * BLOCKS_PER_SHARD
+
+    def chosen(i: int) -> np.ndarray:
+        return order[i * size : (i + 1) * size]
+
+    shards = spread.workers.map(
+        spread.folder / how[0],
+        [spread.name, *how],
+        partial(_shard_encoder, spread.load, block, *how),
+        -(-len(order) // size),
+        lambda i: [texts[j] for j in chosen(i)],
+    )
+    for i, path in shards:
+        yield chosen(i), np.load(path, mmap_mode="r")
+
+
+def _shard_encoder(
+    load: Callable[[], SentenceTransformer], block: int, role: Role, batch_size: int, bf16: bool
+) -> Work:
+    model = load()
+    encode_block = _block_encoder(model, role, batch_size)
+
+    def work(texts: list[str], path: Path) -> None:
+        parts = _in_blocks(
+            encode_block, texts, np.arange(len(texts)), block, _autocast(model, bf16)
+        )
+        with path.open("wb") as file:
+            np.save(file, np.concatenate([vectors for _, vectors in parts]))
+
+    return work
 
 
 class _Rows:

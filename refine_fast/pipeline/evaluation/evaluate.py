@@ -17,6 +17,7 @@ from ..encoder.load import device, encoder_folder, load_encoder
 from ..encoder.options import EncoderOptions
 from ..encoder.prepare import prepare_encoder
 from ..progress import Progress
+from ..workers import Spread
 from .bm25 import score_bm25
 from .metrics import DEPTH, METRICS, score_ranking
 from .scores import Scores
@@ -54,6 +55,7 @@ def score(
     bf16: bool | None = None,
     known: Mapping[str, np.ndarray] | None = None,
     progress: Progress | None = None,
+    spread: Spread | None = None,
 ) -> list[Scores]:
     """Scores a model on retrieval sets. A text that several of them hold is encoded once.
 
@@ -66,6 +68,7 @@ def score(
         bf16: Whether to encode under bf16 autocast; None: where the hardware has bf16 products.
         known: Passages with their embeddings, (d,) float32, which need not be encoded.
         progress: Called with (done, total), in distinct texts that are encoded.
+        spread: The workers that encode, as for ``encode``.
     """
     known = known or {}
     passages = dict.fromkeys(text for data in sets for text in data.docs)
@@ -75,11 +78,10 @@ def score(
     total = len(docs) + len(queries)
     in_docs = progress and (lambda done, _: progress(done, total))
     in_queries = progress and (lambda done, _: progress(len(docs) + done, total))
-    d = encode(model, docs, role="document", batch_size=batch_size, bf16=bf16, progress=in_docs)
+    how: dict[str, Any] = {"batch_size": batch_size, "bf16": bf16, "spread": spread}
+    d = encode(model, docs, role="document", progress=in_docs, **how)
     vectors = {**known, **dict(zip(docs, d, strict=True))}
-    q = encode(
-        model, list(queries), role="query", batch_size=batch_size, bf16=bf16, progress=in_queries
-    )
+    q = encode(model, list(queries), role="query", progress=in_queries, **how)
     return [
         score_ranking(
             data.ids_at(

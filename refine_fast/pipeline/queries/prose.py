@@ -1,4 +1,4 @@
-"""What is no prose: borders of tables, markup, code. No query is made of it, in any language."""
+"""What is no prose: borders of tables, markup, code, references. No query is made of it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,33 @@ _CODE = regex.compile(
     r"^\s*(?:>>>|\$ |#include|import \w+$|from [\w.]+ import |def \w+\(|class \w+[(:])"
     r"|[{}]\s*$|(?<!\p{Greek}.*);\s*$"  # a Greek question ends with a semicolon
 )
+_GRAMMAR = regex.compile(r"::=")
+_REFERENCE = regex.compile(
+    r"\b(?:doi|PMID|arXiv)\s?[:/]|\b(?:Accessed|Retrieved) (?:on |from )?(?:\d|http|\p{Lu})"
+    r"|(?:19|20)\d\d\s?;\s?\d+\s?(?:\(\d+\))?\s?:\s?\w*\d"  # J Virol. 2004;78:9499
+    r"|(?:\b\p{Lu}[\p{L}'-]+,? (?:\p{Lu}\.? ?){1,3}(?:[,;]|,? and) ){2}"  # Kash JC, Basler CF,
+)
 _OPERATOR = regex.compile(r"\w\(\)\s*[.;{]|[!=]=|&&|->\s*\w|=>|\w\s=\s\w+[(\[]")
+_NOT_PROSE = (
+    ("line of a table", _BORDER),
+    ("markup", _MARKUP),
+    ("code", _CODE),
+    ("code", _GRAMMAR),
+    ("reference", _REFERENCE),
+)
 _QUESTION = regex.compile(r"[?？؟]\W*$")
+_CUT = regex.compile(r"(?:\bet al|\b[Ff]igs?|\bvs|\be\.g|\bi\.e|\bcf|\bNo)\.,?$|^[\d.,;)\]]+\W*\s")
+"""A sentence that ends at an abbreviation, or begins with a number of the sentence before it."""
+
+LIST_MARK = regex.compile(r"^(?:[*•·‣▪–—-]|\(?\d{1,2}[.)])\s+(?=\p{L})")
+"""What stands before an entry of a list."""
+
 _SIGNS_ALONE = regex.compile(r"(?m)^[^\S\n]*[^\w\s](?:[^\w\n]*[^\w\s])?[^\S\n]*$")
 
 
 def not_prose(text: str) -> str | None:
-    """Why a text is no prose: "no letters", "line of a table", "markup", "code" or "mostly signs".
+    """Why a text is no prose: "no letters", "line of a table", "markup", "code", "reference" (to
+    literature) or "mostly signs".
 
     None where it is prose.
     """
@@ -30,12 +50,24 @@ def not_prose(text: str) -> str | None:
     letters = len(_LETTER.findall(text))
     if not letters:
         return "no letters"
-    for reason, pattern in (("line of a table", _BORDER), ("markup", _MARKUP), ("code", _CODE)):
+    for reason, pattern in _NOT_PROSE:
         if pattern.search(text):
             return reason
     if _OPERATOR.search(text) and not _QUESTION.search(text):  # a question may name an operator
         return "code"
     return "mostly signs" if letters < MIN_LETTERS * visible else None
+
+
+def is_whole(sentence: str) -> bool:
+    """Whether a text may be a whole sentence: it does not begin in small letters or in the middle
+    of brackets, and closes those that it opens.
+
+    A cut in the wrong place, such as after "et al.", leaves less.
+    """
+    opened = sum(sentence.count(mark) for mark in "([（")
+    closed = sum(sentence.count(mark) for mark in ")]）")
+    first = sentence.lstrip("\"'“”«»*¿¡")[:1]
+    return opened == closed and not first.islower() and not _CUT.search(sentence)
 
 
 def paragraphs(text: str) -> Iterator[str]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MADE_KINDS = ("cloze", "title", "span", "question", "definition", "keywords", "crop")
+"""Kinds of query that are made from the passages without a language model; ``synthesize_queries``
+says how."""
+
 
 @dataclass(frozen=True)
 class Query:
@@ -12,4 +16,4 @@ class Query:
     text: str
     chunk_id: str
     kind: str
-    """"cloze", "title" or "span" (``synthesize_queries``), "user", or "llm:<kind>"."""
+    """One of ``MADE_KINDS``, "user", or "llm:<kind>"."""

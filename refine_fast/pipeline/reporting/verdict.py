@@ -33,7 +33,13 @@ def verdict(data: ReportData) -> list[Statement]:
     if data.choice is not None and data.choice.refused is not None:
         return [refusal(data.choice)]
     own = data.in_domain.gain(data.weight, HEADLINE)
-    statements = [_statement("On your documents", data.in_domain, data.weight, own)]
+    how = ""
+    if data.queries.without_llm and data.queries.held_out_by_document:
+        how = (
+            " They were made without an LLM, like those of training: people's questions may gain"
+            " less, or lose."
+        )
+    statements = [_statement("On your documents", data.in_domain, data.weight, own, how)]
     if data.served is not None and "fused" in data.served.systems:
         statements.append(_served(data.served))
     if own.low <= 0:
@@ -88,12 +94,14 @@ def refusal(choice: Choice) -> Statement:
     )
 
 
-def _statement(where: str, scores: SetScores, weight: float, change: Gain) -> Statement:
+def _statement(
+    where: str, scores: SetScores, weight: float, change: Gain, remark: str = ""
+) -> Statement:
     before, after = (scores.at_weight[w].metrics[HEADLINE] for w in (0, weight))
     return Statement(
         f"{where}: {change.verdict}.",
         f"{HEADLINE} {before:.3f} -> {after:.3f}: {points(change)}, 95% interval over"
-        f" {scores.queries:,} queries.",
+        f" {scores.queries:,} queries.{remark}",
     )
 
 

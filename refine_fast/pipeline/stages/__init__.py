@@ -107,7 +107,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             query,
             split,
             made(CHUNKS, TWINS) | given(queries=config.queries) | judged,
-            "queries_per_chunk held_out seed encoding",
+            "queries_per_chunk query_kinds held_out seed encoding",
             facts=built_in,
         )
     else:
@@ -121,7 +121,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             | judged
             | encoder
             | given(prompt=config.prompt, judge_prompt=config.judge_prompt),
-            f"queries_per_chunk held_out seed precision {LLM_SETTINGS}",
+            f"queries_per_chunk query_kinds held_out seed precision {LLM_SETTINGS}",
             facts=built_in,
             unfinished=lambda: llm_query.unanswered(context),
         )

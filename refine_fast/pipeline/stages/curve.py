@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,19 +29,22 @@ def run(context: RunContext, folder: Path, *, weight: float) -> None:
     dev = held_out_set(chunks, read_records(context.path(DEV), Query), "dev").sample(
         queries=QUERIES, docs=PASSAGES, seed=context.config.seed
     )
-    model = encoder_at(
+    load = partial(
+        encoder_at,
         weight,
         context.encoder,
         context.path(TUNED),
         twin=0 < weight < 1 and context.twin,
         trust_remote_code=context.trust_remote_code,
     )
+    spread = context.spread(folder, load, weight)
     with context.console.progress(f"weight {weight:g}") as progress:
         scores = score(
-            model,
+            load(),
             [dev, general_knowledge("guard")],
             bf16=context.bf16,
             known=None if weight else base_passages(context.out),
             progress=progress,
+            spread=spread,
         )
     write_scores(folder / curve_file(weight), dict(zip(("dev", "guard"), scores, strict=True)))

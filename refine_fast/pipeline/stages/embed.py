@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,15 +26,24 @@ def run(context: RunContext, folder: Path) -> None:
     chunks, queries = training_view(context.out)
     others = held_out_chunks(read_records(context.path(CHUNKS), Chunk), chunks)
     require_enough(queries)
-    model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
+    load = partial(load_encoder, context.encoder, trust_remote_code=context.trust_remote_code)
+    model, spread = load(), context.spread(folder, load, "base")
     out = folder / EMBEDDINGS
     out.mkdir(exist_ok=True)
     texts = list(relevant_rows(chunks, queries))
     with context.console.progress("embedding queries") as progress:
-        q = encode(model, texts, role="query", bf16=context.bf16, progress=progress)
+        q = encode(model, texts, role="query", bf16=context.bf16, progress=progress, spread=spread)
     passages = [chunk.passage for chunk in (*chunks, *others)]
     with context.console.progress("embedding chunks") as progress:
-        every = encode(model, passages, role="document", bf16=context.bf16, progress=progress)
+        every = encode(
+            model,
+            passages,
+            role="document",
+            bf16=context.bf16,
+            out=folder / "passages.npy",
+            progress=progress,
+            spread=spread,
+        )
     d, held = np.split(every, [len(chunks)])
     unit = unit_of_similarity(model, q, d)
     q /= unit

@@ -18,7 +18,7 @@ from ..encoder.encode import encode
 from ..encoder.load import load_encoder
 from ..queries.llm import Account, CallProgress, generate_queries
 from ..queries.query import Query
-from .query import write_split
+from .query import made_queries, write_split
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -29,6 +29,8 @@ def run(context: RunContext, folder: Path) -> None:
     chunks = read_records(context.path(CHUNKS), Chunk)
     queries, account = _ask(context, chunks)
     write_json(folder / ACCOUNT, account.to_dict())
+    if kinds := context.config.query_kinds:
+        queries += made_queries(context, chunks, kinds)
     write_split(context, folder, chunks, queries)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import numpy as np
 from ...errors import RefineFastError, RefineFastWarning
 from ...files import write_json
 from ...mine import mine
+from ...ops.band_topk import band_topk
 from ..artifacts import (
     MINING_FACTS,
     NEGATIVES,
@@ -20,6 +22,7 @@ from ..artifacts import (
     relevant_rows,
     training_view,
 )
+from ..sharded_search import search_in_shards
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -34,6 +37,7 @@ def run(context: RunContext, folder: Path) -> None:
     chunks, queries = training_view(context.out)
     relevant = relevant_rows(chunks, queries)
     q, d = base_embeddings(context.out)
+    spread = context.spread(folder)
     try:
         with context.console.progress("mining") as progress:
             mined = mine(
@@ -48,6 +52,7 @@ def run(context: RunContext, folder: Path) -> None:
                 seed=config.seed,
                 normalize=compared_by_cosine(context.out),
                 progress=progress,
+                search=band_topk if spread is None else partial(search_in_shards, spread),
             )
     except ValueError as reason:
         raise RefineFastError(f"mine: {reason}.") from None

@@ -14,7 +14,7 @@ from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records, write_records
 from ..queries.query import Query
 from ..queries.splits import split_by_document, without
-from ..queries.synthetic import synthesize_queries
+from ..queries.synthetic import KINDS_IN_TURN, synthesize_queries
 from ..queries.user import load_queries
 
 if TYPE_CHECKING:
@@ -50,7 +50,15 @@ def offline_queries(
         queries = load_queries(config.queries, [*chunks, *removed], encoding=config.encoding)
         moved = (replace(q, chunk_id=twins.get(q.chunk_id, q.chunk_id)) for q in queries)
         return list(dict.fromkeys(moved))
-    return synthesize_queries(chunks, seed=config.seed, per_chunk=config.queries_per_chunk)
+    return made_queries(context, chunks, config.query_kinds or KINDS_IN_TURN)
+
+
+def made_queries(context: RunContext, chunks: Sequence[Chunk], kinds: Sequence[str]) -> list[Query]:
+    """Queries of these kinds in turn, as many of each chunk as the configuration says."""
+    config = context.config
+    return synthesize_queries(
+        chunks, seed=config.seed, per_chunk=config.queries_per_chunk, kinds=kinds
+    )
 
 
 def split_queries(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,20 +50,23 @@ def run(context: RunContext, folder: Path, *, system: str) -> None:
         write_json(folder / SETS, {name: len(data.docs) for name, data in sets.items()})
         scores = [score_bm25(data) for data in sets.values()]
     else:
-        model = encoder_at(
+        load = partial(
+            encoder_at,
             _WEIGHTS[system] if system in _WEIGHTS else fused_weight(context.out),
             context.encoder,
             context.path(TUNED),
             twin=system == "fused" and context.twin,
             trust_remote_code=context.trust_remote_code,
         )
+        spread = context.spread(folder, load, system)
         with context.console.progress(f"scoring {system}") as progress:
             scores = score(
-                model,
+                load(),
                 list(sets.values()),
                 bf16=context.bf16,
                 known=base_passages(context.out) if system == "base" else None,
                 progress=progress,
+                spread=spread,
             )
     write_scores(target, dict(zip(sets, scores, strict=True)))
 

@@ -1,0 +1,1 @@
+"""The workers of a run that is spread over processes: ``--engine ray``."""

@@ -1,0 +1,204 @@
+"""Queries that are made by rules of grammar, and what keeps them specific."""
+
+import pytest
+
+from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.config import RunConfig
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.definitions import definition_question
+from refine_fast.pipeline.queries.english import english_questions
+from refine_fast.pipeline.queries.prose import is_whole, not_prose
+from refine_fast.pipeline.queries.query import MADE_KINDS
+from refine_fast.pipeline.queries.salient import Rarity
+from refine_fast.pipeline.queries.synthetic import KINDS_IN_TURN, synthesize_queries
+
+
+@pytest.mark.parametrize(
+    ("sentence", "form", "question"),
+    [
+        (
+            "The crane was built by Arrol in 1908.",
+            "who",
+            "Who built the crane in 1908?",
+        ),
+        (
+            "The crane was built by Arrol in 1908.",
+            "when",
+            "When was the crane built by Arrol?",
+        ),
+        (
+            "The ode was written by Tesla in Prague.",
+            "who",
+            "Who wrote the ode in Prague?",
+        ),
+        (
+            "In 1976, BankAmericard was renamed and spun off into a separate company.",
+            "when",
+            "When was BankAmericard renamed and spun off into a separate company?",
+        ),
+        (
+            "On 7 January 1900, Tesla left Colorado Springs (Colorado).",
+            "when",
+            "When did Tesla leave Colorado Springs?",
+        ),
+        (
+            "However, the SNP took 16 seats from Labour, with many of their figures lost.",
+            "how many",
+            "How many seats did the SNP take from Labour?",
+        ),
+        (
+            "Trial division is a deterministic algorithm because it always gives the same answer.",
+            "why",
+            "Why is trial division a deterministic algorithm?",
+        ),
+        (
+            "The polymath Shen Kuo formulated a hypothesis for land formation in Dongting.",
+            "where",
+            "Where did the polymath Shen Kuo formulate a hypothesis for land formation?",
+        ),
+        (
+            "The extent of Hadrian's Wall was 73 miles.",
+            "what is",
+            "What was the extent of Hadrian's Wall?",
+        ),
+        (
+            "Prime numbers are also used for hash tables and pseudorandom number generators.",
+            "subject",
+            "What is also used for hash tables and pseudorandom number generators?",
+        ),
+        (
+            "Nikola Tesla died alone in the New Yorker Hotel.",
+            "subject",
+            "Who died alone in the New Yorker Hotel?",
+        ),
+    ],
+)
+def test_a_sentence_becomes_a_question(sentence: str, form: str, question: str) -> None:
+    assert english_questions(sentence)[form] == question
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "He had been replaced by Abercrombie as commander in chief in 1757.",  # who is he?
+        "This contrasts with the formal style of prayers in the House.",
+        "The people who lived in the valley were moved by the army.",  # which verb is the clause's?
+        "The results show that the vaccine protects mice in the long run.",
+        "What was built by Arrol in 1908?",
+        "Only in the spring of 1908 was the crane built.",
+    ],
+)
+def test_no_question_where_the_clause_is_uncertain(sentence: str) -> None:
+    assert english_questions(sentence) == {}
+
+
+def test_a_negated_sentence_is_not_asked_for_its_date() -> None:
+    assert "when" not in english_questions("The crane was not used by the port in 1908.")
+
+
+@pytest.mark.parametrize(
+    ("language", "sentence", "question"),
+    [
+        ("en", "A dictionary display is a series of items.", "What is a dictionary display?"),
+        ("de", "Ein Stauwerk ist eine Anlage im Fluss.", "Was ist ein Stauwerk?"),
+        ("fr", "La photosynthèse est un processus.", "Qu'est-ce que la photosynthèse ?"),
+        ("es", "La fotosíntesis es un proceso.", "¿Qué es la fotosíntesis?"),
+        ("ru", "Фотосинтез — это процесс в растениях.", "Что такое Фотосинтез?"),
+        ("zh", "光合作用是一种化学过程。", "什么是光合作用？"),
+        ("ja", "光合成は、植物の化学反応である。", "光合成とは何ですか？"),
+        ("ko", "광합성은 식물의 화학 반응이다.", "광합성에 대해 알려 주세요"),
+        ("th", "ปะการังคือสัตว์ทะเล", "ปะการังคืออะไร"),
+        ("vi", "Quang hợp là quá trình hóa học.", "Quang hợp là gì?"),
+        ("en", "It is a series of items.", None),
+        ("en", "The series, of which there are two, is a novelty.", None),
+        ("zh", "这是一种化学过程。", None),
+        ("sw", "Maji ni kitu cha lazima.", None),
+    ],
+)
+def test_definitions(language: str, sentence: str, question: str | None) -> None:
+    assert definition_question(sentence, language) == question
+
+
+SENTENCES = (
+    "The crane of Port{i} was built by Arrol{i} near Ness{i} in 19{i:02}. ",
+    "Quay {i} is a dock for the ferries of island {i}. ",
+    "Pilots of harbour {i} board the tankers near lighthouse {i} every morning.",
+)
+
+
+def port(i: int, sentences: tuple[str, ...] = SENTENCES) -> Chunk:
+    text = "".join(sentences).format(i=i)
+    return Chunk(f"c{i}", text, "Ports of the coast", f"f{i}", 0, len(text))
+
+
+def test_kinds_can_be_chosen_and_the_default_has_none_of_the_new_ones() -> None:
+    chunks = [port(i) for i in range(20)]
+    for kind in ("question", "keywords", "crop"):
+        made = synthesize_queries(chunks, seed=0, per_chunk=1, kinds=(kind,))
+        assert {query.kind for query in made} == {kind}
+        assert 2 * len({query.chunk_id for query in made}) > len(chunks)
+    default = synthesize_queries(chunks, seed=0, per_chunk=4)
+    assert {query.kind for query in default} == set(KINDS_IN_TURN)
+
+
+def test_a_kind_that_a_chunk_does_not_offer_is_replaced() -> None:
+    chunks = [port(i, SENTENCES[2:]) for i in range(20)]  # no definition
+    alone = synthesize_queries(chunks, seed=0, per_chunk=1, kinds=("definition",))
+    mixed = synthesize_queries(chunks, seed=0, per_chunk=2, kinds=("definition", "cloze"))
+    assert alone == []
+    assert {query.kind for query in mixed} == {"cloze"}
+
+
+def test_a_specific_text_shares_rare_words_with_its_passage() -> None:
+    passages = [port(i).text for i in range(40)]
+    rarity = Rarity(passages)
+    assert rarity.is_specific("Who built Arrol7 in 1907?", passages[7])
+    assert not rarity.is_specific("Who built the crane of the port?", passages[7])
+    assert not rarity.is_specific("Who built Arrol8 in 1908?", passages[7])  # another's words
+
+
+def test_a_shared_title_is_joined_by_a_term_that_it_does_not_hold() -> None:
+    chunks = [port(i) for i in range(20)]
+    made = synthesize_queries(chunks, seed=0, per_chunk=1, kinds=("title",))
+    for query in made:
+        _, _, term = query.text.partition("Ports of the coast ")
+        assert term
+        assert not set(term.split()) & {"ports", "coast"}
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("The crane (1908) lifts twelve tonnes.", True),
+        ("2006) , linear dichroism (Pacheco-Gomez et al.,", False),
+        ("exception is raised and the iterator will have ended", False),
+        ("Forms differ (Pacheco-Gomez et al.,", False),
+        ("春天来了，河水上涨。", True),
+    ],
+)
+def test_fragments_are_told_from_sentences(text: str, whole: bool) -> None:
+    assert is_whole(text) is whole
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "32. Kash JC, Basler CF, Garcia-Sastre A, et al. Global host response. J Virol. "
+        "2004;78:9499-511.",
+        "Latest developments in control on Feb 15. Retrieved from http://en.nhc.gov.cn/2020.",
+        "The dynamics of the outbreak, doi: 10.1000/182 and its supplement.",
+    ],
+)
+def test_references_are_no_prose(text: str) -> None:
+    assert not_prose(text) == "reference"
+
+
+def test_rules_of_a_grammar_are_no_prose() -> None:
+    assert not_prose('with_stmt ::= "with" with_item suite and the rest of it') == "code"
+
+
+def test_the_setting() -> None:
+    assert RunConfig(out="run", query_kinds="question, cloze").query_kinds == ("question", "cloze")
+    with pytest.raises(RefineFastError, match=r"query_kinds: riddle must be kinds of query, of cl"):
+        RunConfig(out="run", query_kinds="riddle")
+    assert set(KINDS_IN_TURN) < set(MADE_KINDS)

@@ -1,0 +1,199 @@
+"""A run on a local Ray of two workers leaves the very bytes of a run in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from banded import assert_same, unit_rows
+from small_runs import SMALL, results
+
+import refine_fast as rf
+from refine_fast.errors import RefineFastError
+from refine_fast.mine import mine
+from refine_fast.pipeline import RunConfig, run, sharded_search
+from refine_fast.pipeline.cluster import ray_workers
+from refine_fast.pipeline.cluster.ray_workers import RayWorkers
+from refine_fast.pipeline.console import Console
+from refine_fast.pipeline.encoder import encode
+from refine_fast.pipeline.workers import Spread, Work
+
+ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the workers, of one core each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(
+        address="local", num_cpus=2, object_store_memory=200 << 20, include_dashboard=False,
+        log_to_driver=False, logging_level="ERROR",
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def workers() -> Iterator[RayWorkers]:
+    made = RayWorkers("ray", lambda line: None)
+    yield made
+    made.close()
+
+
+def doubling(log: Path, dies_at: int | None = None) -> Callable[[], Work]:
+    """Work that writes twice its item, and a line into the log; the first process that gets the
+    item ``dies_at`` is killed by it. Functions within this one travel by value."""
+
+    def prepare() -> Work:
+        def work(item: int, path: Path) -> None:
+            with log.open("a") as file:
+                file.write(f"{item}\n")
+            if item == dies_at and log.read_text().split().count(str(item)) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            path.write_text(str(2 * item))
+
+        return work
+
+    return prepare
+
+
+def done_by(
+    workers: RayWorkers,
+    folder: Path,
+    prepare: Callable[[], Work],
+    count: int = 8,
+    key: str = "doubling",
+) -> dict[int, str]:
+    shards = workers.map(folder, key, prepare, count, lambda i: i)
+    return {i: path.read_text() for i, path in shards}
+
+
+def test_a_killed_worker_costs_its_shard_and_a_rerun_only_what_is_missing(
+    workers: RayWorkers, tmp_path: Path
+) -> None:
+    log, folder = tmp_path / "log", tmp_path / "shards"
+    doubled = {i: str(2 * i) for i in range(8)}
+    assert done_by(workers, folder, doubling(log, dies_at=3)) == doubled
+    assert sorted(log.read_text().split()) == list("012334567")  # 3 twice
+    log.unlink()
+    (folder / "000002").unlink()  # missing; cut short; changed
+    (folder / "000004").write_text("")
+    (folder / "000005").write_text("99")
+    assert done_by(workers, folder, doubling(log)) == doubled
+    assert sorted(log.read_text().split()) == ["2", "4", "5"]
+    log.unlink()
+    assert done_by(workers, folder, doubling(log), 2, "other") == {0: "0", 1: "2"}
+    assert sorted(log.read_text().split()) == ["0", "1"]  # another input
+
+
+def test_what_cannot_be_done_is_named(
+    workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_workers, "RETRIES", 1)
+
+    def fails() -> Work:
+        def work(item: int, path: Path) -> None:
+            raise ValueError(f"row {item} of docs holds NaN or Inf")
+
+        return work
+
+    with pytest.raises(ValueError, match=r"^row 0 of docs holds NaN or Inf$"):
+        done_by(workers, tmp_path / "a", fails, 1, "fails")
+
+    def dies() -> Work:
+        def work(item: int, path: Path) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return work
+
+    with pytest.raises(RefineFastError, match=r"shard 1 of 1 \(.*000000\) died 2 times .* again"):
+        done_by(workers, tmp_path / "b", dies, 1, "dies")
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(RefineFastError, match=r"the largest has 2\); set OMP_NUM_THREADS"):
+            done_by(RayWorkers("ray", lambda line: None), tmp_path / "c", dies, 1)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_sharded_search_is_the_search(
+    workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharded_search, "ROWS_PER_SHARD", 300)
+    np.save(tmp_path / "docs.npy", unit_rows(1000, 24, 1).numpy())
+    docs = np.load(tmp_path / "docs.npy", mmap_mode="r")
+    queries, exclude = unit_rows(30, 24, 0), [[i, 999 - i] for i in range(30)]
+    spread, seen = Spread(workers, tmp_path), []
+
+    def search(*arguments: Any, **rule: Any) -> rf.BandTopK:
+        return sharded_search.search_in_shards(spread, *arguments, **rule)
+
+    for select in ("hardest", "random"):
+        rule: dict[str, Any] = {"band": (0.1, 0.4), "select": select, "exclude": exclude}
+        found = search(
+            queries, docs, 5, progress=lambda done, total: seen.append((done, total)), **rule
+        )
+        assert_same(found, rf.band_topk(queries, docs, 5, **rule))
+    margin: dict[str, Any] = {"k": 5, "band": "auto", "relative_margin": 0.5, "skip": 0}
+    for ours, gold in zip(
+        mine(queries, docs, exclude, search=search, **margin),
+        mine(queries, docs, exclude, **margin),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, gold)
+    assert seen[3] == seen[-1] == (30_000, 30_000)
+
+
+def test_the_bytes_of_a_run_whose_worker_is_killed(
+    tiny: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stage in several shards; kill -9 of a worker as soon as the first shard is there."""
+    monkeypatch.setattr(encode, "BATCHES_PER_BLOCK", 1)
+    monkeypatch.setattr(encode, "BLOCKS_PER_SHARD", 1)
+    monkeypatch.setattr(sharded_search, "ROWS_PER_SHARD", 20)
+    settings = {**SMALL, "docs": docs, "model": str(tiny), "band": "auto", "max_steps": 2}
+    quiet = Console(quiet=True)
+    run(RunConfig(out=tmp_path / "plain", **settings), console=quiet)
+    shards, map_of = {}, RayWorkers.map
+
+    def watched(self: RayWorkers, folder: Path, *rest: Any) -> Iterator[tuple[int, Path]]:
+        for i, path in map_of(self, folder, *rest):
+            if not shards:
+                family = psutil.Process().children(recursive=True)
+                actors = [p for p in family if "ShardWorker" in p.name() + " ".join(p.cmdline())]
+                assert actors
+                actors[0].kill()
+            shards.setdefault(folder.relative_to(tmp_path), set()).add(i)
+            yield i, path
+
+    monkeypatch.setattr(RayWorkers, "map", watched)
+    run(RunConfig(out=tmp_path / "spread", engine="ray", **settings), console=quiet)
+    assert results(tmp_path / "spread") == results(tmp_path / "plain")
+    stages = {folder.parts[2] for folder, done in shards.items() if len(done) > 1}
+    assert stages >= {"embed", "mine", "curve 0.35", "score base", "score fused"}
+    assert not list((tmp_path / "spread").rglob("shards"))
+
+
+def test_doctor_finds_the_cluster() -> None:
+    found = ray_workers.found_cluster()
+    assert found == f"Ray {ray.__version__}; a cluster with 1 node, 2 cores and 0 GPUs"
+
+
+def test_the_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        RefineFastError, match="engine: spark must be local, ray or ray://HOST:PORT"
+    ):
+        RunConfig(out=tmp_path / "run", engine="spark")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(RefineFastError, match=r"pip install 'refine-fast\[ray\]'"),
+        ray_workers.open_workers("ray", print),
+    ):
+        pass
