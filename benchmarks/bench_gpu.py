@@ -71,6 +71,9 @@ ENCODERS = {
 }
 MINI_BATCH = {"MiniLM-L6": 256, "BERT-base": 128}  # whose activations fit in it
 EAGER_BYTES = 60 << 30  # what torch's three bf16 B x N matrices, or twice as many, must fit in
+WAVE = 2_048  # rows of the loss whose products are measured by themselves
+FUSED = {"tensors": 64, "rows": 4_096, "columns": 8_192}
+PRODUCT, SIDE = "torch.mm 8192", 8_192
 ROUNDS = 5
 MIN_SAMPLE = 0.05  # seconds
 
@@ -101,10 +104,15 @@ def cross_entropy(q: Tensor, d: Tensor) -> Tensor:
     return F.cross_entropy(q @ d.T / 0.02, torch.arange(len(q), device=q.device))
 
 
-def matrix_product(dtype: torch.dtype) -> Callable[[], object]:
-    """8,192^3 on random data: the rate that a roofline is drawn from."""
-    a, b = (torch.randn(8_192, 8_192, device="cuda", dtype=dtype) for _ in range(2))
-    return lambda: a @ b
+def matrix_product(dtype: torch.dtype) -> Contestants:
+    """SIDE^3 on random data: the rate that a roofline is drawn from."""
+    a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=dtype) for _ in range(2))
+    return {PRODUCT: lambda: a @ b}
+
+
+def matrix_rate(samples: dict[str, list[float]]) -> float:
+    """FLOP/s of ``matrix_product``, whose samples are taken out."""
+    return 2 * SIDE**3 / statistics.median(samples.pop(PRODUCT))
 
 
 def seconds(run: Callable[[], object], calls: int = 1) -> float:
@@ -206,9 +214,9 @@ def bench_rows(B: int, D: int, rounds: int) -> None:
         contestants["torch.compile"] = train_step(compiled, q, d)
     about = {"op": "info_nce", "mode": "train", "dtype": "bf16"}
     about |= {"shape": {"B": B, "N": B, "D": D}}
-    product = {"torch.mm 8192": matrix_product(torch.bfloat16)}
+    product = matrix_product(torch.bfloat16)
     samples = take_turns(contestants | product, rounds)
-    rate = 2 * 8_192**3 / statistics.median(samples.pop("torch.mm 8192"))
+    rate = matrix_rate(samples)
     found = rows(samples, **about, metric="seconds", peer="torch eager")
     save(found + fraction(found, 6 * B * B * D / rate))
     peaks = {name: [peak_mb(contestants[name])] for name in samples}
@@ -239,7 +247,7 @@ def bench_parts() -> None:
     from refine_fast.triton_kernels import info_nce
     from refine_fast.triton_kernels.info_nce_plan import Tiling
 
-    B, N = 2_048, TARGET
+    B, N = WAVE, TARGET
     own, temperature = info_nce.tiling, torch.tensor(0.02, device="cuda")
     for D in WIDTHS:
         q, d = unit_rows(B, D).detach(), unit_rows(N, D).detach()
@@ -256,9 +264,8 @@ def bench_parts() -> None:
         contestants["dq"] = partial(info_nce._add_product, dq, weights, d)
         contestants["dd"] = partial(info_nce._add_product, dd, weights.T, q)
         contestants["torch.mm q d^T"] = partial(torch.mm, q, d.T)
-        contestants["torch.mm 8192"] = matrix_product(torch.bfloat16)
-        samples = take_turns(contestants, ROUNDS)
-        rate = 2 * 8_192**3 / statistics.median(samples.pop("torch.mm 8192"))
+        samples = take_turns(contestants | matrix_product(torch.bfloat16), ROUNDS)
+        rate = matrix_rate(samples)
         about = {"op": "info_nce", "mode": "parts", "dtype": "bf16"}
         about |= {"shape": {"B": B, "N": N, "D": D}}
         found = rows(samples, **about, metric="seconds", peer="torch.mm q d^T")
@@ -307,8 +314,8 @@ def bench_band() -> None:
     queries, docs = clustered(BAND["B"], 1), clustered(BAND["N"], 2)
     about = {"op": "band_topk", "mode": "skip_then_band", "dtype": "f16"}
     ours = {"refine_fast": partial(rf.band_topk, queries, docs, BAND["k"])}
-    samples = take_turns(ours | {"torch.mm 8192": matrix_product(torch.float16)}, 2)
-    rate = 2 * 8_192**3 / statistics.median(samples.pop("torch.mm 8192"))
+    samples = take_turns(ours | matrix_product(torch.float16), 2)
+    rate = matrix_rate(samples)
     found = rows(samples, **about, shape=BAND, metric="seconds", peer="")
     save(found + fraction(found, 2 * BAND["B"] * BAND["N"] * BAND["D"] / rate))
     peak = {"refine_fast": [peak_mb(ours["refine_fast"])]}
@@ -324,7 +331,8 @@ def bench_band() -> None:
 
 def bench_fuse() -> None:
     """A 4 GB bf16 model; the tuned one is in the page cache."""
-    weights = (torch.randn(4_096, 8_192, device="cuda").bfloat16() for _ in range(64))
+    sizes = FUSED["rows"], FUSED["columns"]
+    weights = (torch.randn(sizes, device="cuda").bfloat16() for _ in range(FUSED["tensors"]))
     model = nn.ParameterDict({f"layer{i}": nn.Parameter(x) for i, x in enumerate(weights)})
     nbytes = sum(p.nbytes for p in model.values())
     pinned = torch.empty(nbytes // 8, dtype=torch.uint8, pin_memory=True)
@@ -409,7 +417,17 @@ PARTS = {
     "huge": bench_huge,
 }
 
-if __name__ == "__main__":
+
+def main(parts: list[str]) -> None:
+    """Runs the parts; all of them where none is named."""
+    if unknown := [part for part in parts if part not in PARTS]:
+        sys.exit(f"no part is called {unknown[0]}: {' '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no GPU")
     table.place()
-    for part in sys.argv[1:] or PARTS:
+    for part in parts or PARTS:
         PARTS[part]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

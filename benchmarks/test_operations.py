@@ -68,7 +68,8 @@ def test_operation(
         context = op.inputs(shape_of(op), dtype, DEVICE)
         inputs_of.update(op=op, context=context, inputs=context.__enter__())
     inputs = inputs_of["inputs"]
-    benchmark.group = f"{op.title} {dtype} {dict(shape_of(op))}"
+    sizes = " ".join(f"{name}={size}" for name, size in shape_of(op).items())
+    benchmark.group = f"{op.name} {op.mode} {dtype} {sizes}"  # also the name of a histogram's file
     benchmark.extra_info |= {"threads": torch.get_num_threads(), "device": DEVICE}
     prepare = None if op.before is None else partial(op.before, inputs)
     benchmark.pedantic(

@@ -20,7 +20,7 @@ from . import _core
 P = ParamSpec("P")
 R = TypeVar("R")
 
-EVENTS = 1 << 16
+EVENTS = 1 << 19
 """Events that a recording keeps for a trace; the times by stage count all of them."""
 
 _NOTHING = nullcontext()

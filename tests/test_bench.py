@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import operator
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,19 +20,16 @@ import torch
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 
 from refine_fast import cli
-from refine_fast.bench import plots, regression, rows, suite, tables
+from refine_fast.bench import regression, rows, suite
 from refine_fast.bench.compare import compare
 from refine_fast.bench.flags import NAMES
 from refine_fast.bench.measuring import Sample, peak_mb, percentiles, take_turns
 from refine_fast.bench.operation import Contender, Operation, parse_shape
 from refine_fast.bench.operations import OPERATIONS, operation
-from refine_fast.bench.report import write_report
 from refine_fast.bench.roofline import Rates
 from refine_fast.bench.suite import OURS, Measured, Task, measure, ready, rows_of
 from refine_fast.errors import RefineFastError
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 COMPARABLE = [
     (op, dtype)
     for modes in OPERATIONS.values()
@@ -248,6 +248,32 @@ def test_memory_is_what_one_call_adds() -> None:
     assert 38 <= peak_mb(partial(partial, operator.mul, b"x", megabytes << 20)) <= 60
 
 
+def test_memory_of_a_child_process() -> None:
+    """One that does nothing starts as a copy of the process that measures, which does not count."""
+    assert peak_mb(partial(partial, subprocess.run, ["true"])) < 8
+    allocate = [sys.executable, "-c", "b'x' * (1 << 30)"]
+    assert peak_mb(partial(partial, subprocess.run, allocate)) > 1000
+
+
+def test_the_process_that_measures_memory_removes_its_files(tmp_path: Path) -> None:
+    """In a process of its own, whose temporary files lie in a folder of their own."""
+    code = """
+from functools import partial
+import refine_fast as rf
+from refine_fast.bench.measuring import peak_mb
+from refine_fast.bench.suite import ready
+if __name__ == "__main__":
+    what = "fuse", "warm", {"gb": 0.004, "shards": 1}, "fp32", "cpu"
+    assert peak_mb(partial(ready, what, "loop", rf.isa(), 1)) > 0
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    files = tmp_path / "files"
+    files.mkdir()
+    subprocess.run([sys.executable, script], env=os.environ | {"TMPDIR": str(files)}, check=True)
+    assert not list(files.glob("refine-fast-bench-*"))
+
+
 def test_the_process_that_measures_memory_calls_the_contender() -> None:
     import refine_fast as rf
 
@@ -320,45 +346,3 @@ def test_a_lead_is_that_of_the_same_level_and_device() -> None:
     assert regression.recorded_lead(known, INFO_NCE, "avx2", "there") == 4
     assert regression.recorded_lead(known, INFO_NCE, "avx2", "elsewhere") is None
     assert regression.recorded_lead(known, INFO_NCE, "neon", "here") is None
-
-
-# --- tables and plots
-
-
-def test_readme_has_the_tables_of_the_results() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert tables.with_tables(readme, RESULTS) == readme, "run: refine-fast bench --report"
-
-
-def test_plots_show_the_results() -> None:
-    folder = RESULTS.parent / "plots"
-    expected = {f"{name}-{theme}.svg": number for name, theme, _, number in plots.wanted(RESULTS)}
-    assert {path.name: plots.drawn(path) for path in folder.iterdir()} == expected, (
-        "run: refine-fast bench --report"
-    )
-
-
-def test_report_is_idempotent(tmp_path: Path) -> None:
-    """A second one changes nothing; one from scratch writes the same bytes."""
-    results = tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
-    for path in RESULTS.glob("*.csv"):
-        (results / path.name).write_bytes(path.read_bytes())
-    readme = tmp_path / "README.md"
-    marks = "".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in tables.TABLES)
-    readme.write_text(f"before\n{marks}after\n")
-    written = write_report(tmp_path, results)
-    assert readme in written
-    assert "before" in readme.read_text()
-    first = {path: path.read_bytes() for path in written}
-    assert write_report(tmp_path, results) == []
-    for path in written:
-        path.unlink()
-    readme.write_text(f"before\n{marks}after\n")
-    write_report(tmp_path, results)
-    assert {path: path.read_bytes() for path in written} == first
-
-
-def test_a_missing_marker_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RefineFastError, match="<!-- table: operations -->"):
-        tables.with_tables("no markers", RESULTS)

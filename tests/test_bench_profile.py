@@ -17,7 +17,8 @@ import torch
 
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 
-from refine_fast import profiling
+from refine_fast import cli, profiling
+from refine_fast.bench import command
 from refine_fast.bench.operations import OPERATIONS, operation
 from refine_fast.bench.profile import profile, rows_of_threads
 from refine_fast.bench.suite import OURS
@@ -176,9 +177,9 @@ def test_the_command_writes_a_trace_and_says_so(tmp_path: Path) -> None:
     """One line on the terminal: torch prints nothing of its own. In a new process, since torch's
     profiler reads its level once."""
     path = tmp_path / "trace.json"
-    command = [sys.executable, "-m", "refine_fast", "bench", "band_topk", "--json"]
-    command += ["--shape", "B=200,N=3000,d=64,k=7", "--profile", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    words = [sys.executable, "-m", "refine_fast", "bench", "band_topk", "--json"]
+    words += ["--shape", "B=200,N=3000,d=64,k=7", "--profile", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert (
         done.stderr == f"trace of band_topk (mine): {path} (open it at https://ui.perfetto.dev)\n"
     )
@@ -188,6 +189,21 @@ def test_the_command_writes_a_trace_and_says_so(tmp_path: Path) -> None:
     check_format(trace)
     check_stages(trace, {"pack", "multiply", "select"})
     assert any(e["name"].startswith("refine_fast::") for e in trace["traceEvents"])
+
+
+def test_a_trace_that_lacks_stages_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the first ones."""
+    monkeypatch.setattr(profiling, "EVENTS", 5)
+    monkeypatch.setattr(command, "EVENTS", 5)
+    path = tmp_path / "trace.json"
+    flags = ["bench", "info_nce", "--shape", "B=64,d=16", "--profile", str(path)]
+    assert cli.main(flags) == 0
+    assert "it has the first 5 stages and lacks the last " in capsys.readouterr().err
+    trace = json.loads(path.read_text())
+    check_format(trace)
+    assert len([e for e in trace["traceEvents"] if e.get("cat") == "refine_fast"]) == 5
 
 
 def test_threads_that_do_not_overlap_share_a_row() -> None:

@@ -10,7 +10,8 @@ What a fair comparison is here:
 - A sample is one call, its wall time and its CPU time, that of child processes included. On a busy
   machine the CPU time is the one to trust. GPUs are waited for on both sides.
 - Memory is measured in a process of its own, which makes the inputs, warms up on tiny ones and
-  reports by how much one call raises its peak resident size, the results included.
+  reports by how much one call raises its peak resident size, the results included. It is forked
+  from one that has done the imports.
 - The roofline is measured in the same run: the rates of a matrix product and of a copy, by dtype,
   take their turns with the contenders. ``matrix`` is the faster of torch's product and of the
   product in our kernels. The fraction of the roofline is the time that the operation's FLOPs and
@@ -22,8 +23,11 @@ How to read a row of ``benchmarks/results/<device>.csv``: ``provider`` did ``op`
 inputs of ``dtype`` and ``shape``; ``p20``, ``p50`` and ``p80`` are percentiles of ``metric`` in
 ``unit``; ``ratio_to_peer`` is the median over that of ``peer`` in the same run, so 0.5 is half of
 its time or memory. ``gflop`` and ``gb`` are the work that the operation needs at least, by its
-formula; ``tflops`` and ``gb_per_s`` are that work over the time of the fraction. A row's key is
-everything but its values, commit and time, so a re-run overwrites it.
+formula; ``tflops`` and ``gb_per_s`` are that work over the time of the fraction. ``commit`` is that
+of the checkout, or of the sources that an installed package was built from; "+" says that the code
+differs from it. A row's key is everything but its values, commit and time, so a re-run overwrites
+it. The scaling plots show the rows of one thread: every size of which three values were measured
+while the others stayed.
 
 How to add a contender: write a function of the operation's inputs in ``operations/<op>.py`` that
 imports what it needs inside, and add a ``Contender`` with its name, the function, the package that

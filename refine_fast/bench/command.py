@@ -18,6 +18,7 @@ from rich.table import Table
 import refine_fast as rf
 
 from ..errors import RefineFastError
+from ..profiling import EVENTS
 from . import machine, regression, rows
 from .compare import Change, compare
 from .measuring import percentiles
@@ -295,6 +296,8 @@ def show_profiles(tasks: list[Task], trace: Path, console: Console) -> int:
             "trace": str(path),
         }
         console.say(f"trace of {task.op.title}: {path} (open it at https://ui.perfetto.dev)")
+        if done.dropped:
+            console.say(f"it has the first {EVENTS:,} stages and lacks the last {done.dropped:,}")
     console.result(found, *tables)
     return 0
 

@@ -99,6 +99,7 @@ class Operation:
         by_default: whether it takes part where no mode is named.
         needs: the package that the operation itself needs.
         rounds: samples of each contender by default.
+        own_process: whether contenders start processes: a call on tiny inputs warms nothing up.
         stages_of: what ours returned -> seconds by stage, where another process did the work.
         watched: inputs -> a context in which the profile sees the stages of code that is not ours.
         square: whether N follows B where only B is given.
@@ -124,6 +125,7 @@ class Operation:
     by_default: bool = True
     needs: str = ""
     rounds: int = 5
+    own_process: bool = False
     watched: Callable[[Any], AbstractContextManager[object]] | None = None
     stages_of: Callable[[Any], dict[str, float]] | None = None
     square: bool = False

@@ -58,7 +58,8 @@ Data = dict[str, Any]
 
 
 def bars_data(places: list[list[Row]]) -> list[Data]:
-    """For each line of README's table and machine: the peers' time over ours."""
+    """For each line of README's table and machine: the peers' time over ours, within one run where
+    the rows have that ratio."""
     found = []
     for line in LINES:
         for own in places:
@@ -67,6 +68,11 @@ def bars_data(places: list[list[Row]]) -> list[Data]:
             if OURS not in times:
                 continue
             speeds = {peer: time / times[OURS] for peer, time in times.items() if peer != OURS}
+            speeds |= {
+                row.peer: 1 / row.ratio_to_peer
+                for row in there
+                if row.provider == OURS and row.ratio_to_peer and row.peer in speeds
+            }
             if speeds:
                 shape = ", ".join(f"{name}={size:,}" for name, size in line.shape.items())
                 title = f"{line.op}, {line.mode}, {line.dtype}\n{shape}\n{machine_name(there[0])}"

@@ -37,10 +37,12 @@ class Profile:
     Attributes:
         seconds: the whole.
         stages: the recording of its stages.
+        dropped: how many stages the trace lacks, the last ones of the call; see ``EVENTS``.
     """
 
     seconds: float
     stages: Recording
+    dropped: int = 0
 
     @property
     def covered(self) -> float:
@@ -86,10 +88,11 @@ def profile(op: Operation, shape: Shape, dtype: str, device: str, trace: Path | 
             seconds = time.perf_counter() - start
         if op.stages_of is not None:
             stages.caller = op.stages_of(returned)
+        dropped = 0
         if trace is not None:
             prepare(op, inputs)
-            write_trace(op, inputs, call, trace)
-    return Profile(seconds, stages)
+            dropped = write_trace(op, inputs, call, trace)
+    return Profile(seconds, stages, dropped)
 
 
 def prepare(op: Operation, inputs: Any) -> None:
@@ -98,8 +101,9 @@ def prepare(op: Operation, inputs: Any) -> None:
         op.before(inputs)
 
 
-def write_trace(op: Operation, inputs: Any, call: Any, trace: Path) -> None:
-    """torch.profiler's trace of a call with the stages as slices, one row a thread."""
+def write_trace(op: Operation, inputs: Any, call: Any, trace: Path) -> int:
+    """torch.profiler's trace of a call with the stages as slices; the number of stages that it
+    lacks."""
     # 6 is above every level: else torch prints when a profile starts and stops
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -121,6 +125,7 @@ def write_trace(op: Operation, inputs: Any, call: Any, trace: Path) -> None:
         content["traceEvents"] += slices(stages, content["traceEvents"], begin)
         content["refine_fast"] = {"stages dropped from the trace": stages.dropped}
         temporary.write_text(json.dumps(content))
+    return stages.dropped
 
 
 def slices(stages: Recording, events: list[dict[str, Any]], begin: int) -> list[dict[str, Any]]:

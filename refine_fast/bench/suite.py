@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -139,6 +140,8 @@ def failure(
     inputs: Any,
 ) -> Exception | None:
     """What a contender raises on tiny inputs, which also takes its imports out of the figures."""
+    if op.own_process:
+        return None
     try:
         with op.inputs({**op.shape, **op.tiny}, task.dtype, task.device) as tiny:
             if op.before is not None:
@@ -153,9 +156,6 @@ def _names(task: Task) -> tuple[str, str, dict[str, int | float], str, str]:
     return task.op.name, task.op.mode, dict(task.shape), task.dtype, task.device
 
 
-_kept: list[ExitStack] = []  # the inputs of the process that measures memory live as long as it
-
-
 def ready(
     what: tuple[str, str, dict[str, int | float], str, str], contender: str, isa: str, threads: int
 ) -> Callable[[], object]:
@@ -165,10 +165,12 @@ def ready(
     torch.set_num_threads(threads)
     rf.force_isa(isa)
     run = op.contender(contender).run
-    with op.inputs({**op.shape, **op.tiny}, dtype, device) as tiny:
-        run(tiny)
+    if not op.own_process:
+        with op.inputs({**op.shape, **op.tiny}, dtype, device) as tiny:
+            run(tiny)
     stack = ExitStack()
-    _kept.append(stack)
+    # the inputs live as long as the process; one that was forked runs no other exit functions
+    Finalize(None, stack.close, exitpriority=0)
     inputs = stack.enter_context(op.inputs(shape, dtype, device))
     if op.before is not None:
         op.before(inputs)

@@ -64,6 +64,7 @@ OPERATIONS = (
         quick={"limit": 100},
         tiny={"limit": 60},
         rounds=1,
+        own_process=True,
         contenders=(Contender("refine_fast", ours, "refine-fast run --quick", exact=False),),
         peer="refine_fast",
         inputs=inputs,
