@@ -339,6 +339,7 @@ def test_every_flag_that_a_message_names_exists() -> None:
 OTHERS = {
     *("--local-dir", "--porcelain", "--short"),  # hf download, git
     *("--no-copy-tokenizer", "--no-write-model-card"),  # mergekit
+    "--nproc-per-node",  # torchrun
 }
 """Flags of other programs that our texts name."""
 
