@@ -185,6 +185,7 @@ def test_fragments_are_told_from_sentences(text: str, whole: bool) -> None:
     [
         "32. Kash JC, Basler CF, Garcia-Sastre A, et al. Global host response. J Virol. "
         "2004;78:9499-511.",
+        "Basler CF, O'Neill M. J. and Garcia-Sastre A, Global host response to an infection",
         "Latest developments in control on Feb 15. Retrieved from http://en.nhc.gov.cn/2020.",
         "The dynamics of the outbreak, doi: 10.1000/182 and its supplement.",
     ],

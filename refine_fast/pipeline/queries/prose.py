@@ -20,7 +20,8 @@ _GRAMMAR = regex.compile(r"::=")
 _REFERENCE = regex.compile(
     r"\b(?:doi|PMID|arXiv)\s?[:/]|\b(?:Accessed|Retrieved) (?:on |from )?(?:\d|http|\p{Lu})"
     r"|(?:19|20)\d\d\s?;\s?\d+\s?(?:\(\d+\))?\s?:\s?\w*\d"  # J Virol. 2004;78:9499
-    r"|(?:\b\p{Lu}[\p{L}'-]+,? (?:\p{Lu}\.? ?){1,3}(?:[,;]|,? and) ){2}"  # Kash JC, Basler CF,
+    # Kash JC, Basler CF, but not RP, BPP, PP,
+    r"|(?:\b\p{Lu}[\p{L}'-]*\p{Ll}[\p{L}'-]*,? (?:\p{Lu}\.? ?){1,3}(?:[,;]|,? and) ){2}"
 )
 _OPERATOR = regex.compile(r"\w\(\)\s*[.;{]|[!=]=|&&|->\s*\w|=>|\w\s=\s\w+[(\[]")
 _NOT_PROSE = (
