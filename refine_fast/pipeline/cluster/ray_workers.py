@@ -7,6 +7,7 @@ cluster with GPUs each actor takes one.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -173,7 +174,7 @@ def connect(engine: str) -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if "://" in engine:
         try:
             ray.init(address=engine, **quiet)
@@ -199,7 +200,7 @@ def found_cluster() -> str:
     ours = not ray.is_initialized()
     try:
         if ours:
-            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError:
         return (
             f"Ray {ray.__version__}; no cluster runs here, --engine ray starts one with "
