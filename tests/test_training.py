@@ -1,4 +1,4 @@
-"""Training when it goes wrong: a diverging loss, more than one GPU."""
+"""Training: what meets in a batch, and what may go wrong: a diverging loss, several GPUs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainingArguments
@@ -13,7 +14,7 @@ from transformers import TrainingArguments
 from refine_fast import reference
 from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.encoder.load import load_encoder
-from refine_fast.pipeline.training import loss, trainer
+from refine_fast.pipeline.training import loss, order, trainer
 from refine_fast.pipeline.training.batches import Collator, Example
 from refine_fast.pipeline.training.trainer import epochs_of, steps_of, train
 
@@ -106,3 +107,51 @@ def test_the_shortest_training_trains(tiny: Path, tmp_path: Path, steps: int) ->
     history = train(model, EXAMPLES, PAGES, tmp_path, batch_size=8, epochs=9, max_steps=steps)
     assert any((p != before[name]).any() for name, p in model.named_parameters())
     assert (history["steps"], history["epochs"]) == (steps, steps / 2)
+
+
+def near_pairs(rows: np.ndarray, topics: np.ndarray, batch: int) -> float:
+    """The share of pairs in a batch that are about one topic."""
+    shares = []
+    for start in range(0, len(rows) - batch + 1, batch):
+        same = topics[rows[start : start + batch]]
+        pairs = (same[:, None] == same) & ~np.eye(batch, dtype=bool)
+        shares.append(pairs.sum() / (batch * (batch - 1)))
+    return float(np.mean(shares))
+
+
+@pytest.mark.parametrize("cell", [64, 8192])
+def test_similar_examples_share_batches(monkeypatch: pytest.MonkeyPatch, cell: int) -> None:
+    """In every pass each example once; other groups in each pass, and the same by the seed."""
+    monkeypatch.setattr(order, "CELL", cell)
+    random = np.random.default_rng(0)
+    topics = np.repeat(np.arange(40), 8)
+    vectors = random.standard_normal((40, 16))[topics] + 0.1 * random.standard_normal((320, 16))
+    rows = order.grouped_order(vectors.astype(np.float32), 2 * 320, seed=3)
+    for part in (rows[:320], rows[320:]):
+        assert sorted(part) == list(range(320))
+        alone = near_pairs(order.random_order(320, 320, seed=3), topics, 16)
+        assert near_pairs(part, topics, 16) > 5 * alone
+    assert (rows[:320] != rows[320:]).any()
+    assert (rows == order.grouped_order(vectors.astype(np.float32), 2 * 320, seed=3)).all()
+    assert (rows != order.grouped_order(vectors.astype(np.float32), 2 * 320, seed=4)).any()
+    shorter = order.grouped_order(vectors.astype(np.float32), 100, seed=3)
+    assert (shorter == rows[:100]).all()
+
+
+def test_batches_of_similar_examples_are_trained_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int]] = []
+    collate = Collator.__call__
+
+    def recorded(self: Collator, rows: list[dict[str, int]]) -> dict[str, object]:
+        batches.append([row["row"] for row in rows])
+        return collate(self, rows)
+
+    monkeypatch.setattr(Collator, "__call__", recorded)
+    monkeypatch.setattr(order, "GROUP", 4)
+    vectors = np.eye(4, dtype=np.float32)[np.arange(len(EXAMPLES)) % 4]
+    train(load_encoder(tiny), EXAMPLES, PAGES, tmp_path, batch_size=4, grouped_by=vectors)
+    assert {tuple(sorted(row % 4 for row in batch)) for batch in batches} == {
+        (i,) * 4 for i in range(4)
+    }

@@ -271,6 +271,12 @@ class RunConfig(BaseModel):
     batch_size: int = _option(
         64, "queries per batch; the documents of the others are negatives", "N", ge=2
     )
+    batches: Literal["random", "similar"] = _option(
+        "random",
+        "which queries share a batch: random ones, or groups of 8 with similar documents, which "
+        "are each other's negatives",
+        "HOW",
+    )
     lr: Positive = _option(1e-4, "peak learning rate", "RATE")
     warmup: Share = _option(0.1, "share of the steps over which the learning rate rises", "SHARE")
     temperature: Positive = _option(0.02, "temperature of the contrastive loss", "TAU")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ...files import write_json
@@ -90,6 +91,7 @@ def run(context: RunContext, folder: Path, *, distill: float, negatives: int) ->
             cached=fit.cached,
             bf16=bf16,
             seed=config.seed,
+            grouped_by=_positives(context, examples) if config.batches == "similar" else None,
             twin=twin,
             teachers=teachers,
             distill=distill,
@@ -151,11 +153,19 @@ def _examples(
     ]
 
 
+def _positives(context: RunContext, examples: Sequence[Example]) -> np.ndarray:
+    """The frozen embedding of each example's positive, (examples, d) float32."""
+    _, documents = base_embeddings(context.out)
+    return documents[[example.positive for example in examples]]
+
+
 def _what_decides(
     context: RunContext, examples: Sequence[Example], passages: Sequence[str]
 ) -> dict[str, object]:
     """What every rank must have alike, since each reads it for itself."""
-    fields = "epochs max_steps batch_size lr warmup temperature seed lora train_layers fusion"
+    fields = (
+        "epochs max_steps batch_size batches lr warmup temperature seed lora train_layers fusion"
+    )
     data = hashlib.sha256(repr([(e.query, e.positive, e.negatives) for e in examples]).encode())
     data.update(repr(passages).encode())
     return {

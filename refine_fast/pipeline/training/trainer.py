@@ -22,6 +22,7 @@ from ..ranks import Ranks, one_process, peers_may_end
 from .batches import Collator, Example, Twin
 from .loss import BatchLoss, NonFiniteEmbeddingsError
 from .memory import return_free_memory
+from .order import grouped_order, random_order
 from .teachers import Teachers
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def train(
     cached: bool = False,
     bf16: bool = False,
     seed: int = 0,
+    grouped_by: np.ndarray | None = None,
     twin: Twin | None = None,
     teachers: Teachers | None = None,
     distill: float = 0.0,
@@ -111,6 +113,8 @@ def train(
         cached: gradient caching, so that the activations of one mini-batch live at a time.
         bf16: whether the forward pass runs under bf16 autocast.
         seed: order of the examples.
+        grouped_by: (examples, d) float32, a vector for each: similar ones share batches
+            (``grouped_order``); None: batches are random.
         twin: frozen embeddings that the loss fuses with the tuned ones.
         teachers: what sets the share ``distill`` of the loss; None: nothing does.
         distill: between 0, InfoNCE alone, and 1, the teachers alone.
@@ -139,9 +143,10 @@ def train(
         )
     steps = steps_of(len(examples), batch_size=batch_size, epochs=epochs, max_steps=max_steps)
     # The order of all epochs is fixed beforehand: to resume is to skip, whatever the epoch.
-    random = np.random.default_rng(seed)
-    passes = math.ceil(steps * batch_size / len(examples))
-    order = np.concatenate([random.permutation(len(examples)) for _ in range(passes)])
+    if grouped_by is None:
+        order = random_order(len(examples), steps * batch_size, seed)
+    else:
+        order = grouped_order(grouped_by, steps * batch_size, seed)
 
     checkpoint = _last_complete_checkpoint(folder) or ""
     if ranks is not None:
@@ -171,7 +176,7 @@ def train(
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"row": order[: steps * batch_size]}),
+        train_dataset=Dataset.from_dict({"row": order}),
         data_collator=Collator(model, examples, documents, twin, teachers, rank, size),  # type: ignore[arg-type]
         loss=BatchLoss(
             model,
