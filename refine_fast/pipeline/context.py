@@ -113,6 +113,14 @@ class RunContext:
         return self.config.docs is None
 
     @property
+    def written_beforehand(self) -> bool:
+        """Whether the training queries are those that a language model wrote for Python's
+        documentation before it was packaged: the demo's, unless others are asked for."""
+        config = self.config
+        others = (config.queries, config.llm, config.query_kinds or None)
+        return self.built_in and others == (None, None, None)
+
+    @property
     def has_test_queries(self) -> bool:
         """Whether the documents come with test queries; otherwise some of the training queries are
         held out. Python's documentation does."""
@@ -128,7 +136,8 @@ class RunContext:
         """The teachers' share of the loss."""
         if self.config.distill != "auto":
             return self.config.distill
-        made = self.config.queries is None and self.config.llm is None
+        asked = (self.config.queries, self.config.llm) != (None, None)
+        made = not (asked or self.written_beforehand)
         return 1.0 if made else 0.0
 
     @property
@@ -170,4 +179,6 @@ class RunContext:
             return f"from {self.config.queries.name}"
         if self.config.llm is not None:
             return f"written by {', '.join(self.config.llm_model) or self.config.llm}"
+        if self.written_beforehand:
+            return "written by a large language model for this package"
         return "made from the documents without an LLM"

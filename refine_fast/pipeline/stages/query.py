@@ -12,6 +12,7 @@ from ..artifacts import CHUNKS, DEV, HELD_OUT, QUERIES, TWINS
 from ..corpus.beir import load_beir
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records, write_records
+from ..queries.python_questions import python_questions, python_training_queries
 from ..queries.query import Query
 from ..queries.splits import split_by_document, without
 from ..queries.synthetic import KINDS_IN_TURN, synthesize_queries
@@ -38,7 +39,8 @@ def run(context: RunContext, folder: Path) -> None:
 def offline_queries(
     context: RunContext, chunks: Sequence[Chunk], twins: Mapping[str, str]
 ) -> list[Query]:
-    """The user's queries, or those made from the chunks without a language model.
+    """The user's queries, those that come with the documents, or those made from the chunks
+    without a language model.
 
     ``twins``: id of a chunk that was removed as an exact duplicate -> id of the kept one, which
     answers its queries.
@@ -50,6 +52,8 @@ def offline_queries(
         queries = load_queries(config.queries, [*chunks, *removed], encoding=config.encoding)
         moved = (replace(q, chunk_id=twins.get(q.chunk_id, q.chunk_id)) for q in queries)
         return list(dict.fromkeys(moved))
+    if context.written_beforehand:
+        return python_training_queries(chunks)
     return made_queries(context, chunks, config.query_kinds or KINDS_IN_TURN)
 
 
@@ -72,6 +76,8 @@ def split_queries(
     shares = {}
     if context.judged_corpus:
         queries = without(queries, load_beir(context.judged_corpus).queries)
+    elif context.built_in:
+        queries = without(queries, python_questions(chunks).queries)
     if not context.has_test_queries:
         shares["held_out"] = context.config.held_out
     low, high = DEV_SHARES
