@@ -78,6 +78,15 @@ def test_bars_inside_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     assert "embedding" in shown
 
 
+def test_messages_are_shown_as_they_are(capsys) -> None:
+    """The kinds of query and the extras look like rich's markup."""
+    line = "llm:question: which [b]key[/b] does ':key:' name? [llm]"
+    console = Console()
+    for print_line in (console.say, console.warn, console.error):
+        print_line(line)
+    assert capsys.readouterr().err == f"{line}\nwarning: {line}\nerror: {line}\n"
+
+
 def test_nothing_moves_where_there_is_no_terminal(capsys) -> None:
     with Console().progress("asking the model") as advance:
         advance(1, 2)

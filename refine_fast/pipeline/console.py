@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -49,25 +50,27 @@ class Console:
             quiet: print only warnings and errors.
             json: print the result as one JSON object instead of tables.
         """
-        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-        self.out = RichConsole(highlight=False, markup=False)  # "[llm]" is text
+        # "[llm]" and "llm:question:" are text.
+        plain = partial(RichConsole, highlight=False, markup=False, emoji=False)
+        self.err = plain(stderr=True, soft_wrap=True)
+        self.out = plain()
         self.quiet = quiet
         self.json = json
 
     def say(self, line: str) -> None:
         """Prints a line unless quiet."""
         if not self.quiet:
-            self.err.print(line, markup=False)
+            self.err.print(line)
 
     def warn(self, line: str) -> None:
         """Prints a warning."""
-        self.err.print(f"warning: {line}", style="yellow", markup=False)
+        self.err.print(f"warning: {line}", style="yellow")
 
     def error(self, line: str) -> None:
         """Prints an error, unless another rank of the run has reported one."""
         if not may_report():
             return
-        self.err.print(f"error: {line}", style="bold red", markup=False)
+        self.err.print(f"error: {line}", style="bold red")
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
