@@ -41,6 +41,8 @@ OPTIONS: dict[str, list[str]] = {
     "InfoNCE": ["--distill", "0"],
     "half distilled": ["--distill", "0.5"],
     "distilled": ["--distill", "1"],
+    "random batches": ["--batches", "random"],
+    "similar batches": ["--batches", "similar"],
     "lr 3e-4": ["--lr", "3e-4"],
     "1 epoch": ["--epochs", "1"],
     "2 epochs": ["--epochs", "2"],

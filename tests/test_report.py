@@ -153,7 +153,7 @@ def test_sets_are_pooled_by_query(data: ReportData) -> None:
 
 FACTS = (
     "temperature 0.02",
-    "| learning rate, batch | 0.0001, 64 |",
+    "| learning rate, batch | 0.0001, 64, similar documents together |",
     "cosine 0.50 to 0.70 (fixed) after the 5 most similar",
     "empty for 1,475 of 2,021 queries (73.0%)",
     "--band auto",

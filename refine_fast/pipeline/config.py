@@ -271,10 +271,10 @@ class RunConfig(BaseModel):
     batch_size: int = _option(
         64, "queries per batch; the documents of the others are negatives", "N", ge=2
     )
-    batches: Literal["random", "similar"] = _option(
-        "random",
+    batches: Literal["auto", "random", "similar"] = _option(
+        "auto",
         "which queries share a batch: random ones, or groups of 8 with similar documents, which "
-        "are each other's negatives",
+        "are each other's negatives; auto: random if the loss is distillation alone, else similar",
         "HOW",
     )
     lr: Positive = _option(1e-4, "peak learning rate", "RATE")

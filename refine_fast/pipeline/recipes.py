@@ -33,6 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "skip": 5,
         "negatives": 1,
         "select": "hardest",
+        "batches": "random",
         "distill": 0.0,
         "epochs": 1.0,
         "weight": 0.35,

@@ -84,6 +84,8 @@ class Training:
     temperature: float
     learning_rate: float
     batch_size: int
+    similar_batches: bool
+    """Whether queries with similar documents share batches."""
     epochs: float
     steps: int
     examples: int

@@ -138,10 +138,11 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         train,
         (TUNED, TRAINING_FACTS, *([ADAPTER] if config.lora is not None else [])),
         made(CHUNKS, *split, NEGATIVES, EMBEDDINGS) | encoder,
-        "epochs max_steps batch_size batches lr warmup temperature precision memory seed fusion "
+        "epochs max_steps batch_size lr warmup temperature precision memory seed fusion "
         "lora train_layers" + (" weight" if context.twin else ""),
         distill=context.distill,
         negatives=context.trained_negatives,
+        similar_batches=context.similar_batches,
     )
     for weight in context.weights:
         yield stage(

@@ -59,6 +59,7 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
     similarity = similarity_name(context.out)
     fused = "embeddings, in the loss too" if context.twin else "parameters"
     chosen = ", chosen on held-out queries and general knowledge" if context.chooses_weight else ""
+    grouped = "similar documents together, " if training["similar_batches"] else ""
     margin = ""
     if config.relative_margin is not None:
         margin = f" and at most {1 - config.relative_margin:g} of the positive's"
@@ -66,7 +67,7 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
         "queries": f"{mining['queries']}, {context.query_source}",
         "loss": f"{loss_in_words(training['distill'], training['teachers'])} over the "
         f"{'cosine' if context.twin else similarity}, temperature {config.temperature:g}, "
-        f"batch {config.batch_size}, each document once",
+        f"batch {config.batch_size}, {grouped}each document once",
         "hard negatives": f"{training['negatives']} per query: after the {config.skip} most "
         f"similar, {similarity} {low:.2f} to {high:.2f}{margin}, {config.select}; none for "
         f"{mining['empty']} queries"

@@ -161,6 +161,7 @@ def _training(context: RunContext) -> Training:
         temperature=config.temperature,
         learning_rate=config.lr,
         batch_size=config.batch_size,
+        similar_batches=facts["similar_batches"],
         epochs=facts["epochs"],
         steps=facts["steps"],
         examples=facts["examples"],

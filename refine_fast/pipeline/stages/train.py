@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from ..context import RunContext
 
 
-def run(context: RunContext, folder: Path, *, distill: float, negatives: int) -> None:
+def run(
+    context: RunContext, folder: Path, *, distill: float, negatives: int, similar_batches: bool
+) -> None:
     """Writes the fine-tuned encoder, and the steps and losses of its training. With ``--lora`` also
     the adapter, whose product is part of the fine-tuned encoder's weights.
 
@@ -73,7 +75,8 @@ def run(context: RunContext, folder: Path, *, distill: float, negatives: int) ->
     epochs = epochs_of(len(examples), batch_size=config.batch_size, epochs=config.epochs)
     if ranks is not None:
         facts = _what_decides(context, examples, passages)
-        ranks.require_same({**facts, "precision": precision, "distill": distill})
+        how = {"distill": distill, "similar_batches": similar_batches}
+        ranks.require_same({**facts, "precision": precision, **how})
         ranks.join("gloo" if on_cpu else "nccl")
     with context.console.progress("training") as progress:
         history = train(
@@ -91,7 +94,7 @@ def run(context: RunContext, folder: Path, *, distill: float, negatives: int) ->
             cached=fit.cached,
             bf16=bf16,
             seed=config.seed,
-            grouped_by=_positives(context, examples) if config.batches == "similar" else None,
+            grouped_by=_positives(context, examples) if similar_batches else None,
             twin=twin,
             teachers=teachers,
             distill=distill,
@@ -115,6 +118,7 @@ def run(context: RunContext, folder: Path, *, distill: float, negatives: int) ->
         "precision": precision,
         "distill": distill,
         "negatives": negatives,
+        "similar_batches": similar_batches,
         "teachers": [] if teachers is None else teachers.names,
     }
     write_json(folder / TRAINING_FACTS, facts)
@@ -163,9 +167,7 @@ def _what_decides(
     context: RunContext, examples: Sequence[Example], passages: Sequence[str]
 ) -> dict[str, object]:
     """What every rank must have alike, since each reads it for itself."""
-    fields = (
-        "epochs max_steps batch_size batches lr warmup temperature seed lora train_layers fusion"
-    )
+    fields = "epochs max_steps batch_size lr warmup temperature seed lora train_layers fusion"
     data = hashlib.sha256(repr([(e.query, e.positive, e.negatives) for e in examples]).encode())
     data.update(repr(passages).encode())
     return {
