@@ -8,6 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+TRAINING_FORMATS = ("triplets", "flagembedding", "tevatron", "llama_index", "beir", "parquet")
+INDEX_FORMATS = ("vectors", "faiss", "lancedb", "qdrant")
+MODEL_FORMATS = ("onnx", "int8", "openvino")
+"""Formats of ``export``. The first ones need a run that is mined, the others an index or a product.
+"""
+
 
 def join_negative_values(arguments: Sequence[str]) -> list[str]:
     """``--band -1,1`` as ``--band=-1,1``: argparse takes -1,1 for an option."""
@@ -80,10 +86,77 @@ def add_trust_flag(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_export_flags(command: argparse.ArgumentParser) -> None:
+    """What is exported, in which format, and where it goes."""
+    command.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run")
+    command.add_argument(
+        "--format",
+        required=True,
+        choices=[*TRAINING_FORMATS, *INDEX_FORMATS, *MODEL_FORMATS],
+        help="of the training set: triplets (sentence-transformers), flagembedding, tevatron, "
+        "llama_index, beir (a folder, with the queries held out as its splits dev and test), "
+        "parquet (ids, texts and scores, a row for each query); of the index: vectors (parquet), "
+        "faiss, lancedb, qdrant; of the model: onnx, int8 (onnx with weights of 8 bits), openvino",
+    )
+    command.add_argument(
+        "-o",
+        "--out",
+        metavar="PATH",
+        help="where it goes; -: stdout (default: a file or folder in RUN/export)",
+    )
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export at --out"
+    )
+    command.add_argument(
+        "--vectors",
+        choices=["float32", "int8", "binary"],
+        default="float32",
+        help="how the format vectors stores each number; states what the smaller ones cost on the "
+        "run's held-out queries (default float32)",
+    )
+    command.add_argument(
+        "--dims",
+        type=whole,
+        metavar="N",
+        help="how many of the first numbers of each vector the format vectors keeps; for models "
+        "that were trained for it (Matryoshka)",
+    )
+
+
+def add_eval_flags(command: argparse.ArgumentParser) -> None:
+    """Which models are scored, on what, and how."""
+    command.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="folders or names; the others are compared with the first",
+    )
+    command.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="a retrieval set in BEIR layout"
+    )
+    command.add_argument(
+        "--split", default="test", metavar="NAME", help="which of its qrels to use (default test)"
+    )
+    command.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "auto"],
+        default="fp32",
+        help="of the encoder; auto: bf16 where the hardware has it (default fp32)",
+    )
+    add_trust_flag(command)
+
+
 def count(text: str) -> int:
     """An integer from 1 to 1,000."""
     if not text.isdecimal() or not 1 <= int(text) <= 1000:
         raise argparse.ArgumentTypeError(f"must be an integer from 1 to 1,000 (got {text!r})")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """An integer from 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1 (got {text!r})")
     return int(text)
 
 

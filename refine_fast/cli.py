@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING
 
 from ._native import isa
 from .arguments import (
+    INDEX_FORMATS,
+    MODEL_FORMATS,
+    add_eval_flags,
+    add_export_flags,
     add_llm_flags,
     add_prompt_flags,
     add_run_flags,
@@ -36,9 +40,6 @@ LAST_STAGE = {
     "run": "report",
 }
 """Command -> the last stage that it does."""
-
-INDEX_FORMATS = ("vectors", "faiss", "lancedb", "qdrant")
-"""Formats of ``export`` that need an index; the others need a run that is mined."""
 
 OK, FAILED, BAD_INPUT, LOCKED, KEPT_BASE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -256,30 +257,12 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "export",
         export,
-        "write a run's mined training set for another trainer, or its index for another server",
+        "write a run's mined training set for another trainer, or its index or model for another "
+        "server",
         "export run/ --format flagembedding --out train.jsonl",
     )
     sub.set_defaults(stopped="nothing was left at --out")
-    sub.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run that is mined")
-    sub.add_argument(
-        "--format",
-        required=True,
-        choices=[
-            *("triplets", "flagembedding", "tevatron", "llama_index", "beir", "parquet"),
-            *INDEX_FORMATS,
-        ],
-        help="of the training set: triplets (sentence-transformers), flagembedding, tevatron, "
-        "llama_index, beir (a folder, with the queries held out as its splits dev and test), "
-        "parquet (ids, texts and scores, a row for each query); of the index: vectors (parquet), "
-        "faiss, lancedb, qdrant",
-    )
-    sub.add_argument(
-        "-o",
-        "--out",
-        metavar="PATH",
-        help="where it goes; -: stdout (default: a file in RUN/export)",
-    )
-    sub.add_argument("--overwrite", action="store_true", help="replace an earlier export at --out")
+    add_export_flags(sub)
 
     sub = command(
         "fuse", fuse, "interpolate two checkpoints", "fuse base/ tuned/ --out fused/ --weight 0.35"
@@ -330,25 +313,7 @@ def parser() -> argparse.ArgumentParser:
         "score models on a BEIR folder",
         "eval minilm run/model --data beir/scifact --split test",
     )
-    sub.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="folders or names; the others are compared with the first",
-    )
-    sub.add_argument(
-        "--data", type=Path, required=True, metavar="FOLDER", help="a retrieval set in BEIR layout"
-    )
-    sub.add_argument(
-        "--split", default="test", metavar="NAME", help="which of its qrels to use (default test)"
-    )
-    sub.add_argument(
-        "--precision",
-        choices=["fp32", "bf16", "auto"],
-        default="fp32",
-        help="of the encoder; auto: bf16 where the hardware has it (default fp32)",
-    )
-    add_trust_flag(sub)
+    add_eval_flags(sub)
 
     sub = command(
         "bench",
@@ -456,17 +421,25 @@ def serve(options: argparse.Namespace, console: Console) -> None:
 
 
 def export(options: argparse.Namespace, console: Console) -> None:
-    """Writes the training set of a run, or its index."""
+    """Writes the training set of a run, its index or its product."""
+    where = (options.folder, options.format, options.out, console)
     if options.format in INDEX_FORMATS:
         from .pipeline.commands.export_index import export_index
 
         export_index(
-            options.folder, options.format, options.out, console, overwrite=options.overwrite
+            *where,
+            overwrite=options.overwrite,
+            numbers=options.vectors,
+            dimensions=options.dims,
         )
-        return
-    from .pipeline.commands.export import export
+    elif options.format in MODEL_FORMATS:
+        from .pipeline.commands.export_model import export_model
 
-    export(options.folder, options.format, options.out, console, overwrite=options.overwrite)
+        export_model(*where, overwrite=options.overwrite)
+    else:
+        from .pipeline.commands.export import export
+
+        export(*where, overwrite=options.overwrite)
 
 
 def fuse(options: argparse.Namespace, console: Console) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refine_fast.cli import INDEX_FORMATS, main
+from refine_fast.arguments import INDEX_FORMATS
+from refine_fast.cli import main
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.jsonl import read_records
+from refine_fast.pipeline.serving.compact import CompactVectors
 from refine_fast.pipeline.serving.exports import WRITERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,6 +82,72 @@ def test_qdrant(run: Path, expected: dict[str, np.ndarray]) -> None:
     for point in points:
         np.testing.assert_allclose(point.vector, expected[point.payload["id"]], atol=1e-5)
     client.close()
+
+
+@pytest.mark.parametrize("numbers", ["float32", "int8", "binary"])
+def test_compact_vectors(
+    run: Path, expected: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str], numbers: str
+) -> None:
+    """Their similarities, and what they cost."""
+    from pyarrow import parquet
+
+    command = ["export", str(run), "--format", "vectors", "--vectors", numbers, "--dims", "24"]
+    assert main([*command, "--json", "--quiet"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    table = parquet.read_table(run / "export" / "vectors.parquet")
+    stored = json.loads(table.schema.metadata[b"refine_fast"])
+    assert stored["numbers"] == numbers
+    assert stored["dimensions"] == 24
+    rows = {row["id"]: np.array(row["vector"]) for row in table.to_pylist()}
+    cut = np.stack([expected[id][:24] for id in rows])
+    cut /= np.linalg.norm(cut, axis=1, keepdims=True)
+    found = np.stack(list(rows.values()))
+    if numbers == "binary":
+        assert str(table.schema.field("vector").type) == "fixed_size_list<element: uint8>[3]"
+        np.testing.assert_array_equal(np.unpackbits(found.astype(np.uint8), axis=1), cut > 0)
+    else:
+        scale = stored["scale"] if numbers == "int8" else 1
+        np.testing.assert_allclose(found / scale, cut, atol=0.51 / scale if scale > 1 else 1e-6)
+        assert np.abs(found).max() == (127 if numbers == "int8" else np.abs(cut).max())
+    loss = facts["loss"]
+    assert loss["passages"] == len(expected)
+    assert loss["queries"] == sum(
+        len((run / name).read_text().splitlines()) for name in ("dev.jsonl", "held_out.jsonl")
+    )
+    before, after = (loss["metrics"]["ndcg@10"][when] for when in ("before", "after"))
+    assert 0 < after != before
+
+
+def test_compact_vectors_rank_as_their_distances() -> None:
+    rng = np.random.default_rng(0)
+    passages, queries = (rng.standard_normal((n, 16), np.float32) for n in (50, 3))
+    bits = CompactVectors.of(passages, "binary", None, unit=False)
+    packed = [bits.stored(vectors)[:, None] for vectors in (queries, passages)]
+    distance = np.bitwise_count(packed[0] ^ packed[1].swapaxes(0, 1)).sum(-1)
+    found = bits.compared(queries) @ bits.compared(passages).T
+    np.testing.assert_array_equal(found, 16 - 2.0 * distance)
+    small = CompactVectors.of(passages, "int8", 8, unit=False)
+    similarity = small.compared(queries) @ small.compared(passages).T / small.scale**2
+    np.testing.assert_allclose(similarity, queries[:, :8] @ passages[:, :8].T, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["vectors", "--dims", "33"], "--dims: 33 is more than the vectors' 32; give fewer."),
+        (
+            ["vectors", "--vectors", "binary", "--dims", "20"],
+            "--dims: binary vectors need a multiple of 8 dimensions (got 20); add --dims 16.",
+        ),
+        (["faiss", "--dims", "8"], "--dims and --vectors are for the format vectors (got faiss)"),
+    ],
+)
+def test_compact_vectors_that_cannot_be(
+    run: Path, flags: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run), "--format", *flags]) == 2
+    assert error in " ".join(capsys.readouterr().err.split())
+    assert not (run / "export").exists()
 
 
 def test_what_exists_is_kept(run: Path, tmp_path: Path, capsys) -> None:

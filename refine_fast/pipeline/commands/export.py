@@ -24,7 +24,6 @@ from ..artifacts import (
     similarity_unit,
     training_view,
 )
-from ..config_file import load_config
 from ..console import Console
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
@@ -32,9 +31,7 @@ from ..engine import RunFolder
 from ..queries import export_formats
 from ..queries.export_formats import BEIR_FILES, MinedQuery, TrainingSet, with_random_negatives
 from ..queries.query import Query
-
-EXPORTS = "export"
-"""Folder in the run folder where exports go by default."""
+from .export_target import target_path
 
 STDOUT = "-"
 
@@ -74,7 +71,11 @@ def export(
         RefineFastError: if the run is not mined, or ``target`` cannot be written.
     """
     _check_mined(out)
-    path = None if target == STDOUT else _checked_path(out, format, target, overwrite)
+    path = None
+    if target != STDOUT:
+        path = target_path(
+            out, format, SUFFIXES[format], target, overwrite=overwrite, own=BEIR_FILES
+        )
     if path is None and format not in _TEXT:
         raise RefineFastError(
             f"--out: {format} cannot be written to stdout; give a "
@@ -129,56 +130,6 @@ def _check_mined(out: Path) -> None:
             f"export: {out} holds no mined training set that is up to date (mine: "
             f"{'; '.join(reasons)}); finish it first: refine-fast mine --out {out}."
         )
-
-
-def _checked_path(out: Path, format: str, target: str | None, overwrite: bool) -> Path:
-    """Where the export goes."""
-    suffix = SUFFIXES[format]
-    if target is None:
-        path = out / EXPORTS / f"{format}{suffix}"
-    else:
-        path = Path(os.path.abspath(Path(target).expanduser()))
-        run = out.resolve()
-        real = path.resolve()
-        if real.is_relative_to(run) and not real.is_relative_to(run / EXPORTS):
-            raise RefineFastError(
-                f"--out: {target} is inside the run folder; give a path outside of it, or omit "
-                "--out."
-            )
-        docs = _documents(out)
-        if docs is not None and real.is_relative_to(docs):
-            raise RefineFastError(
-                f"--out: {target} is inside the documents' folder {docs}, so the next run would "
-                "read it as a document; give another path."
-            )
-    is_folder = format == "beir"
-    if path.suffix != suffix and not is_folder:
-        raise RefineFastError(
-            f"--out must end in {suffix} for the format {format} (got {target!r}); rename it."
-        )
-    if not os.path.lexists(path) or (is_folder and path.is_dir() and not any(path.iterdir())):
-        return path
-    if path.is_dir() != is_folder or (is_folder and path.is_symlink()):
-        raise RefineFastError(
-            f"--out: {path} exists and is not a {'folder' if is_folder else 'file'}; give another."
-        )
-    if not overwrite:
-        raise RefineFastError(f"--out: {path} exists; give another, or add --overwrite.")
-    if is_folder and (other := {item.name for item in path.iterdir()} - set(BEIR_FILES)):
-        raise RefineFastError(
-            f"--out: {path} holds other files too, such as {min(other)}, and would be deleted; "
-            "give another."
-        )
-    return path
-
-
-def _documents(out: Path) -> Path | None:
-    """The folder of the run's documents; None if it is gone, or if they are Python's own."""
-    try:
-        docs = load_config(None, {"out": out}).docs
-    except RefineFastError:  # a path in it does not exist any more
-        return None
-    return None if docs is None else docs.resolve()
 
 
 def _training_set(out: Path) -> TrainingSet:

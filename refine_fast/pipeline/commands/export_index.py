@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from ...errors import RefineFastError
 from ...files import atomic, atomic_folder
+from ..artifacts import DEV, HELD_OUT
 from ..console import Console
+from ..corpus.jsonl import read_records
+from ..encoder.encode import compares_by_cosine, encode
+from ..evaluation.evaluate import rank
+from ..evaluation.metrics import score_ranking
+from ..queries.query import Query
+from ..reporting.loss import Loss
 from ..serving import exports
+from ..serving.compact import CompactVectors, Numbers
 from ..serving.search import Index
 from ..serving.storage import IndexFolder
-from .export import EXPORTS
+from .export_target import load_product, naming_extras, target_path
 
 SUFFIX = {"vectors": ".parquet"}
 """Format -> suffix of its file; the others are folders."""
 
+QUERIES = 1000
+"""The most of the held-out queries that the loss of compact vectors is measured on."""
+
 
 def export_index(
-    out: Path, format: str, target: str | None, console: Console, *, overwrite: bool = False
+    out: Path,
+    format: str,
+    target: str | None,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    numbers: Numbers = "float32",
+    dimensions: int | None = None,
 ) -> None:
     """Writes the passages of a run's index and their vectors.
 
@@ -28,27 +48,68 @@ def export_index(
         target: where it goes; None: in the run folder.
         console: told what was written.
         overwrite: whether to replace an earlier export.
+        numbers: how the format vectors stores each number.
+        dimensions: how many of them it keeps; None: all.
 
     Raises:
         RefineFastError: no index, a missing package, or a target that cannot be written.
     """
+    smaller = numbers != "float32" or dimensions is not None
+    if smaller and format != "vectors":
+        raise RefineFastError(
+            f"--dims and --vectors are for the format vectors (got {format}); leave them out."
+        )
     folder = IndexFolder(out)
     manifest = folder.manifest()
     if manifest is None:
         raise RefineFastError(f"export: {out} has no index; make one: refine-fast index {out}.")
     suffix = SUFFIX.get(format, "")
-    default = out / EXPORTS / f"{format}{suffix}"
-    path = default if target is None else Path(os.path.abspath(Path(target).expanduser()))
-    if path.suffix != suffix and suffix:
-        raise RefineFastError(
-            f"--out must end in {suffix} for the format {format} (got {target!r}); rename it."
-        )
-    if os.path.lexists(path) and not (overwrite and path == default):
-        remedy = "give another" + ("" if path != default else ", or add --overwrite")
-        raise RefineFastError(f"--out: {path} exists; {remedy}.")
+    path = target_path(out, format, suffix, target, overwrite=overwrite)
     index = Index.open(folder, manifest)
+    writer, loss, facts = exports.WRITERS[format], None, {}
+    if smaller:
+        compact, loss = _compact(out, index, numbers, dimensions)
+        writer = partial(exports.write_vectors, compact=compact)
+        facts = {**compact.facts(), "loss": None if loss is None else loss.facts()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (atomic if suffix else atomic_folder)(path) as temporary:
-        exports.write(format, temporary, index)
-    console.result({"export": str(path), "format": format, "passages": index.count})
+    writing = (atomic if suffix else atomic_folder)(path)
+    with naming_extras(format, exports.EXTRAS), writing as temporary:
+        writer(temporary, index)
+    console.result({"export": str(path), "format": format, "passages": index.count, **facts})
+    if smaller:
+        unknown = "the loss of recall is not known: the run has no held-out queries"
+        console.say(unknown if loss is None else str(loss))
     console.say(f"{index.count:,} passages with their vectors are in {path}")
+
+
+def _compact(
+    out: Path, index: Index, numbers: Numbers, dimensions: int | None
+) -> tuple[CompactVectors, Loss | None]:
+    """How the vectors are stored, and what it costs on the run's held-out queries. Those are
+    stored as the passages are."""
+    alive = np.split(index.alive, index.starts[1:-1])
+    vectors = np.concatenate(
+        [
+            segment.vectors["product"][live]
+            for segment, live in zip(index.segments, alive, strict=True)
+        ]
+    )
+    ids = (id for id, live in zip(index.ids(), index.alive, strict=True) if live)
+    row = {id: i for i, id in enumerate(ids)}
+    model = load_product(out)
+    compact = CompactVectors.of(vectors, numbers, dimensions, unit=compares_by_cosine(model))
+    held = [query for name in (DEV, HELD_OUT) for query in read_records(out / name, Query)]
+    held = [query for query in held if query.chunk_id in row]
+    if not held:
+        return compact, None
+    drawn = np.random.default_rng(0).permutation(len(held))[:QUERIES]
+    asked = encode(model, [held[i].text for i in drawn], role="query")
+    relevant = [{row[held[i].chunk_id]: 1.0} for i in drawn]
+    before, after = (
+        score_ranking(rank(queries, passages).tolist(), relevant)
+        for queries, passages in (
+            (asked, vectors),
+            (compact.compared(asked), compact.compared(vectors)),
+        )
+    )
+    return compact, Loss(len(vectors), len(drawn), before, after)

@@ -83,18 +83,25 @@ def score(
     vectors = {**known, **dict(zip(docs, d, strict=True))}
     q = encode(model, list(queries), role="query", progress=in_queries, **how)
     return [
-        score_ranking(
-            data.ids_at(
-                rank(
-                    q[[queries[text] for text in data.queries]],
-                    np.stack([vectors[text] for text in data.docs]),
-                    data.own_rows if any(data.own_rows) else None,
-                )
-            ),
-            data.qrels,
+        score_vectors(
+            data,
+            q[[queries[text] for text in data.queries]],
+            np.stack([vectors[text] for text in data.docs]),
         )
         for data in sets
     ]
+
+
+def score_vectors(data: RetrievalSet, queries: np.ndarray, docs: np.ndarray) -> Scores:
+    """Scores the exact ranking by inner product.
+
+    Args:
+        data: The set.
+        queries: (Q, d) float32, of its queries.
+        docs: (N, d) float32, of its passages.
+    """
+    own = data.own_rows if any(data.own_rows) else None
+    return score_ranking(data.ids_at(rank(queries, docs, own)), data.qrels)
 
 
 def evaluate_models(

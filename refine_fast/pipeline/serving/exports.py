@@ -5,11 +5,13 @@
     lancedb   a folder: a LanceDB database with the table "passages"
     qdrant    a folder: a Qdrant collection "passages" in the client's local mode
 
-The vectors are the product's, float32; the inner product is its similarity.
+The vectors are the product's, float32; the inner product is its similarity. The parquet file may
+hold smaller ones (``CompactVectors``).
 """
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -18,16 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import RefineFastError
 from ...files import write_json
 from ...integrations.faiss import write_index
 from ..corpus.chunk import Chunk
+from .compact import CompactVectors
 from .search import Index
 
 BATCH = 1000
 """Passages that are written at a time."""
 
 TABLE = "passages"
+
+METADATA = "refine_fast"
+"""Key of the parquet file's metadata that holds the facts of ``CompactVectors``, as JSON."""
 
 Batches = Iterator[tuple[list[Chunk], np.ndarray]]
 
@@ -41,14 +46,16 @@ def batches(index: Index) -> Batches:
             yield [segment.chunk(int(row)) for row in rows], segment.vectors["product"][rows]
 
 
-def write_vectors(path: Path, index: Index) -> None:
-    """Writes the parquet file."""
+def write_vectors(path: Path, index: Index, compact: CompactVectors | None = None) -> None:
+    """Writes the parquet file. If the vectors are compact, its metadata say how."""
     from pyarrow import parquet
 
     writer = None
     try:
         for chunks, vectors in batches(index):
-            table = _table(chunks, vectors)
+            table = _table(chunks, vectors if compact is None else compact.stored(vectors))
+            if compact is not None:
+                table = table.replace_schema_metadata({METADATA: json.dumps(compact.facts())})
             writer = writer or parquet.ParquetWriter(path, table.schema)
             writer.write_table(table)
     finally:
@@ -60,7 +67,7 @@ def _table(chunks: list[Chunk], vectors: np.ndarray) -> Any:
     import pyarrow as pa
 
     d = vectors.shape[1]
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), pa.float32()), d)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), d)
     return pa.Table.from_pylist([asdict(chunk) for chunk in chunks]).append_column("vector", column)
 
 
@@ -119,20 +126,3 @@ WRITERS: dict[str, Callable[[Path, Index], None]] = {
 
 EXTRAS = {"lancedb": "lancedb", "qdrant_client": "qdrant"}
 """Package -> the extra that installs it."""
-
-
-def write(format: str, path: Path, index: Index) -> None:
-    """Writes an index in one of ``WRITERS``' formats.
-
-    Raises:
-        RefineFastError: if its package is missing.
-    """
-    try:
-        WRITERS[format](path, index)
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        raise RefineFastError(
-            f"export: {format} needs the package {error.name}; pip install 'refine-fast[{extra}]'."
-        ) from None
