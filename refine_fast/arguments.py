@@ -138,6 +138,13 @@ def add_eval_flags(command: argparse.ArgumentParser) -> None:
         "--split", default="test", metavar="NAME", help="which of its qrels to use (default test)"
     )
     command.add_argument(
+        "--systems",
+        action="store_true",
+        help="score each model in the systems that search offers: passage vectors, best sentence, "
+        "BM25 and their blends, whose weights are chosen on the set's split dev or train, else on "
+        "questions of general knowledge",
+    )
+    command.add_argument(
         "--precision",
         choices=["fp32", "bf16", "auto"],
         default="fp32",

@@ -455,10 +455,10 @@ def fuse(options: argparse.Namespace, console: Console) -> None:
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:
-    """Scores models on a retrieval set."""
-    from .pipeline.commands.summary import show_evaluation
+    """Scores models on a retrieval set, alone or in the systems that are served."""
+    from .pipeline.commands.summary import show_evaluation, show_systems
 
-    show_evaluation(
+    (show_systems if options.systems else show_evaluation)(
         options.models,
         options.data,
         options.split,

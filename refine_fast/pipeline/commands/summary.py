@@ -29,6 +29,7 @@ from ..evaluation.evaluate import evaluate_models
 from ..evaluation.significance import Gain, gain
 from ..queries.query import Query
 from ..reporting.format import HEADLINE, points
+from ..serving.evaluate import evaluate_systems
 
 COLUMNS = ("recall@1", "recall@3", "recall@10", "ndcg@10")
 """The metrics in the tables."""
@@ -130,6 +131,50 @@ def show_evaluation(
             points(Gain(**change)) if change else "",
         )
     console.result({"rows": rows}, table)
+
+
+def show_systems(
+    models: list[str],
+    data: Path,
+    split: str,
+    console: Console,
+    *,
+    precision: Literal["fp32", "bf16", "auto"] = "fp32",
+    trust_remote_code: bool = False,
+) -> None:
+    """Scores the models in the systems that are served; a row for each, and the weights."""
+    found = evaluate_systems(
+        models,
+        data,
+        split,
+        precision=precision,
+        trust_remote_code=trust_remote_code,
+        progress=console.progress,
+    )
+    gains = {"gain": "passages"} | ({"gain_over_first": "the first"} if len(models) > 1 else {})
+    table = Table(
+        Column(overflow="fold"),
+        "",
+        *COLUMNS,
+        *(f"{HEADLINE} against {what}" for what in gains.values()),
+        title=f"{found['data']}, {split}: {found['queries']:,} queries, "
+        f"{found['passages']:,} passages, precision {found['precision']}",
+    )
+    for row in found["rows"]:
+        changes = [row.get(name, {}).get(HEADLINE) for name in gains]
+        table.add_row(
+            row["model"] or "",
+            row["system"],
+            *(f"{row[metric]:.3f}" for metric in COLUMNS),
+            *(points(Gain(**change)) if change else "" for change in changes),
+        )
+    console.result(found, table)
+    chosen_on = found["chosen_on"]
+    for name, blend in found["blends"].items():
+        console.say(
+            f"{name}: blend of best sentence {blend['sentences']:g}, BM25 {blend['lexical']:g}, "
+            f"chosen on {chosen_on['queries']:,} queries of {chosen_on['name']}"
+        )
 
 
 def show_fusion(base: Path, tuned: Path, out: Path, console: Console, **how: Any) -> None:

@@ -30,6 +30,27 @@ Encode = Callable[[Sequence[str]], np.ndarray]
 """Texts to float32 vectors."""
 
 
+class Remembered:
+    """An ``Encode`` that gives every text to another one once."""
+
+    def __init__(self, encode: Encode, known: Mapping[str, np.ndarray] | None = None) -> None:
+        """Takes the encoder.
+
+        Args:
+            encode: sees each new text once.
+            known: texts with their vectors, (d,) float32.
+        """
+        self._encode = encode
+        self._known = dict(known or {})
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, d) float32."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known.update(zip(new, self._encode(new), strict=True))
+        return np.stack([self._known[text] for text in texts])
+
+
 def sentences_of(data: RetrievalSet) -> tuple[list[str], np.ndarray]:
     """What is encoded of every sentence of a set, and the offsets of each passage's."""
     titles = data.titles or [""] * len(data.docs)

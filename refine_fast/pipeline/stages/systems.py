@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from ..encoder.weighted import encoder_at
 from ..queries.query import Query
 from ..queries.splits import held_out_set, in_domain_set
 from ..queries.synthetic import mostly_made
-from ..serving.systems import choose, components_of, relevant_of, score_systems
+from ..serving.systems import Remembered, choose, components_of, relevant_of, score_systems
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -82,20 +83,9 @@ class _Encoder:
             trust_remote_code=context.trust_remote_code,
         )
         known = {} if weight else base_passages(context.out)
-        self.documents = self._remembering("document", known)
-        self.queries = self._remembering("query", {})
+        self.documents = Remembered(partial(self._encode, "document"), known)
+        self.queries = Remembered(partial(self._encode, "query"))
 
-    def _remembering(
-        self, role: Role, known: dict[str, np.ndarray]
-    ) -> Callable[[Sequence[str]], np.ndarray]:
-        def vectors(texts: Sequence[str]) -> np.ndarray:
-            new = [text for text in dict.fromkeys(texts) if text not in known]
-            if new:
-                with self._context.console.progress(self._label) as progress:
-                    made = encode(
-                        self._model, new, role=role, bf16=self._context.bf16, progress=progress
-                    )
-                known.update(zip(new, made, strict=True))
-            return np.stack([known[text] for text in texts])
-
-        return vectors
+    def _encode(self, role: Role, texts: Sequence[str]) -> np.ndarray:
+        with self._context.console.progress(self._label) as progress:
+            return encode(self._model, texts, role=role, bf16=self._context.bf16, progress=progress)
