@@ -13,11 +13,12 @@ pool themselves, as sentence-transformers does; the folder has the configuration
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,17 +144,26 @@ def write_onnx(model: SentenceTransformer, path: Path) -> None:
 @contextmanager
 def _exporting(network: Any) -> Iterator[None]:
     """Attention as plain products, since torch cannot trace the views that some networks (T5) take
-    of its fused attention; and no remark on packages that are missing and not needed."""
+    of its fused attention; and no remark on the steps of the export, on stdout or in a log."""
     fused = network.config._attn_implementation
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
     network.set_attn_implementation("eager")
-    logger.setLevel(logging.ERROR)
+    try:
+        with _quiet("torch.onnx"), redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        network.set_attn_implementation(fused)
+
+
+@contextmanager
+def _quiet(logger: str | None) -> Iterator[None]:
+    """Only errors of a logger; None: of the root logger."""
+    chosen = logging.getLogger(logger)
+    level = chosen.level
+    chosen.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
-        network.set_attn_implementation(fused)
+        chosen.setLevel(level)
 
 
 def write_files(model: SentenceTransformer, source: Path, folder: Path) -> None:
@@ -262,7 +272,8 @@ def write_int8(source: Path, path: Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(str(source), str(path), weight_type=QuantType.QUInt8, per_channel=True)
+    with _quiet(None):  # it advises a step that fuses convolutions
+        quantize_dynamic(str(source), str(path), weight_type=QuantType.QUInt8, per_channel=True)
 
 
 def write_openvino(source: Path, path: Path) -> None:
