@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,17 @@ def test_encoders_that_are_no_graph(
     assert main(["export", str(run), "--format", "onnx"]) == 2
     assert reason in capsys.readouterr().err
     assert not (run / "export").exists()
+
+
+def test_a_missing_package_names_its_extra(
+    tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run = run_of(BERT, tmp_path, minilm)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main(["export", str(run), "--format", "int8"]) == 2
+    message = "export: int8 needs the package onnxscript; pip install 'refine-fast[onnx]'."
+    assert message in capsys.readouterr().err
+    assert list((run / "export").iterdir()) == []
 
 
 def test_a_run_without_a_product(copied: Path, tmp_path: Path, capsys) -> None:
