@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoders import BERT, ENCODERS, Make, layered
+from encoders import BERT, ENCODERS, QWEN3, T5, Make, layered
 
 from refine_fast.arguments import MODEL_FORMATS
 from refine_fast.cli import main
@@ -27,13 +27,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = ["a pump", "Where does the BOILER of the harbour stand? " * 20, "the mill rests", ""]
 
-KINDS: dict[str, Make] = {
-    "Dense, relative positions": ENCODERS["T5"],
-    "causal, last token, bf16": ENCODERS["Qwen3-Embedding"],
-    "dot product of fewer dimensions": layered(
-        BERT, "max", similarity_fn_name="dot", truncate_dim=16
-    ),
-}
+PROMPTS = {"query": "find: ", "document": "title: none | text: "}
+
+T5_DENSE = layered(T5, "mean", "dense", "normalize", prompts=PROMPTS)
+"""Relative positions, and a module with weights behind the pooling."""
+
+CAUSAL_DOT = layered(
+    QWEN3,
+    "lasttoken",
+    dtype=torch.bfloat16,
+    similarity_fn_name="dot",
+    truncate_dim=16,
+    prompts=PROMPTS,
+)
+"""Vectors of any length, cut to fewer dimensions."""
 
 
 def run_of(make: Make, folder: Path, minilm: Path, seed: int = 0) -> Path:
@@ -54,8 +61,8 @@ def run_of(make: Make, folder: Path, minilm: Path, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
-    """A run over an encoder with prompts and a Dense module, with its graph."""
-    run = run_of(ENCODERS["EmbeddingGemma"], tmp_path_factory.mktemp("exported"), minilm)
+    """A run with its graph."""
+    run = run_of(T5_DENSE, tmp_path_factory.mktemp("exported"), minilm)
     export(run, "onnx")
     return run
 
@@ -85,16 +92,20 @@ def test_the_command_line_knows_every_format() -> None:
     assert set(MODEL_FORMATS) == set(export_model.FORMATS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_onnx(kind: str, tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_of(KINDS[kind], tmp_path, minilm)
+def test_a_causal_encoder_under_the_dot_product(
+    tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(CAUSAL_DOT, tmp_path, minilm)
     folder = export(run, "onnx")
     for role in ("query", "document"):
         texts, vectors = expected(run, role)
         found = embed(folder, texts, monkeypatch)
         assert found.dtype == np.float32
-        np.testing.assert_allclose(found, vectors, atol=1e-5 * max(1, np.abs(vectors).max()))
+        assert found.shape == (len(TEXTS), 16)
+        assert np.linalg.norm(vectors, axis=1).min() > 1.5
+        np.testing.assert_allclose(found, vectors, atol=1e-5 * np.abs(vectors).max())
         assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+    assert "to vectors." in (folder / "README.md").read_text()
 
 
 def test_what_sentence_transformers_reads(exported: Path) -> None:
@@ -129,7 +140,7 @@ def test_the_readme(exported: Path, role: str, monkeypatch: pytest.MonkeyPatch) 
     texts, vectors = expected(exported, role)
     np.testing.assert_allclose(embed(folder, texts, monkeypatch), vectors, atol=1e-5)
     text = (folder / "README.md").read_text()
-    assert "- Put `task: search result | query: ` before a query and `title: none | text: `" in text
+    assert "- Put `find: ` before a query and `title: none | text: ` before a document." in text
     assert "cuts a text after 96 tokens" in text
 
 
@@ -179,7 +190,7 @@ def test_vectors_that_differ_leave_nothing(
 ) -> None:
     """The graph of other weights."""
     graph = (exported / "export" / "onnx" / "onnx" / "model.onnx").read_bytes()
-    run = run_of(ENCODERS["EmbeddingGemma"], tmp_path, minilm, seed=1)
+    run = run_of(T5_DENSE, tmp_path, minilm, seed=1)
     monkeypatch.setattr(export_model, "write_onnx", lambda model, path: path.write_bytes(graph))
     assert main(["export", str(run), "--format", "onnx"]) == 2
     error = capsys.readouterr().err
