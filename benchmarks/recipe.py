@@ -1,7 +1,8 @@
 """What the recipe gains and forgets: whole runs on real retrieval sets, in results/recipe.csv.
 
     REFINE_FAST_DATA=<folder of BEIR sets> python benchmarks/recipe.py [--sets squad covidqa ...]
-        [--queries none llm human] [--options best paper ...] [--seeds 0 1 2] [--runs FOLDER] [--again]
+        [--queries none llm human] [--options best paper ...] [--seeds 0 1 2] [--runs FOLDER]
+        [--again]
 
 Each set is the domain once, judged on its own test questions; out of domain are the other sets.
 Queries: "none", made from the passages without a language model; "human", the set's train split;
