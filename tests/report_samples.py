@@ -69,7 +69,7 @@ def report_data() -> ReportData:
             1475,
             rng.normal(0.1, 0.1, 2000),
             rng.normal(0.5, 0.1, 500),
-            (triple,),
+            triples=(triple,),
         ),
         Training(
             base="all-MiniLM-L6-v2",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from refine_fast.cli import main
+from refine_fast.pipeline import RunConfig, engine
 
 SMALL = {
     "batch_size": 8,
@@ -42,7 +43,7 @@ STAGES = [
 ]
 
 
-ALL = [*STAGES, "curve 0.5", "systems"]
+ALL = [*STAGES, "teach", "curve 0.5", "systems"]
 
 
 def outputs(out: Path) -> dict[str, dict[str, str]]:
@@ -73,3 +74,28 @@ def rerun(out: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[st
         for stage, reason in lines
         if reason != "up to date" and not reason.startswith("done in")
     }
+
+
+def undeclared_settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Stage -> the settings that it reads and does not declare; filled as stages are done. Folders
+    and files are declared as such."""
+    names = RunConfig.model_fields.keys()
+    as_files = {"out", "docs", "model", "queries", "ood"}
+    read: set[str] = set()
+    undeclared: dict[str, set[str]] = {}
+    plain, do = RunConfig.__getattribute__, engine.RunFolder.do
+
+    def recorded(self: RunConfig, name: str) -> object:
+        # A dump reads every field by way of __dict__.
+        read.update(names if name == "__dict__" else [name])
+        return plain(self, name)
+
+    def watched(self: engine.RunFolder, stage: engine.Stage) -> float:
+        read.clear()
+        seconds = do(self, stage)
+        undeclared[stage.name] = (read & names) - as_files - stage.settings.keys()
+        return seconds
+
+    monkeypatch.setattr(RunConfig, "__getattribute__", recorded)
+    monkeypatch.setattr(engine.RunFolder, "do", watched)
+    return undeclared

@@ -37,6 +37,7 @@ PIPELINE_LAYERS = [
     {"serving"},
     {"reporting"},
     {"artifacts", "config_values", "console", "code_version", "recipes", "cluster"},
+    {"config_messages"},
     {"config", "engine"},
     {"config_file", "context", "preflight"},
     {"stages"},

@@ -37,6 +37,12 @@ BAD_FLAGS = [
     ("--lr", "fast", "lr: fast must be a number > 0."),
     ("--lr", "nan", "lr: nan must be a number > 0."),
     ("--epochs", "inf", "epochs: inf must be a number > 0, or auto."),
+    ("--teacher-temperature", "0", "teacher_temperature: 0 must be a number > 0."),
+    (
+        "--teacher-temperature",
+        "2",
+        "teacher_temperature: needs a teacher; add --teacher or omit it.",
+    ),
     ("--temperature", "-0.1", "temperature: -0.1 must be a number > 0."),
     ("--warmup", "2", "warmup: 2 must be a number >= 0 and <= 1."),
     ("--held-out", "0.6", "held_out: 0.6 must be a number > 0 and <= 0.5."),
@@ -129,6 +135,13 @@ def test_the_weight_in_the_loss(tmp_path: Path, capsys) -> None:
         "error: weight: auto chooses the weight after training, but fusion embeddings uses it in "
         "the loss; give a number.\n"
     )
+
+
+def test_a_teacher_needs_negatives(tmp_path: Path) -> None:
+    with pytest.raises(
+        RefineFastError, match="teacher: scores mined negatives, but negatives is 0"
+    ):
+        RunConfig(out=tmp_path / "run", teacher="some/judge", negatives=0)
 
 
 def test_adapters_in_every_layer_or_the_last_layers(tmp_path: Path) -> None:

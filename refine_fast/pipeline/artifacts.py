@@ -34,6 +34,9 @@ encoder (``queries.npy``, ``chunks.npy``, ``held_out.npy``); ``similarity.json``
 them, and its prompts."""
 NEGATIVES, MINING_FACTS = "negatives.jsonl", "mining.json"
 """Mined negatives of each query; the band, and how many queries found nothing in it."""
+TAUGHT, TEACHING_FACTS = "taught.jsonl", "teaching.json"
+"""With a cross-encoder: its logits of each query's positives and mined negatives, and which of the
+negatives it scores above a positive; how many of each there are."""
 TUNED, TRAINING_FACTS = "tuned", "training.json"
 """Folder of the fine-tuned encoder; steps, losses and precision of its training."""
 ADAPTER = "adapter"
@@ -135,6 +138,14 @@ def read_negatives(out: Path) -> dict[str, list[dict[str, Any]]]:
     """Query text -> its mined negatives, {"chunk_id", "score"} each."""
     with (out / NEGATIVES).open(encoding="utf-8") as file:
         return {record["query"]: record["negatives"] for record in map(json.loads, file)}
+
+
+def read_taught(out: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Query text -> what the cross-encoder says: its "positives" and the "negatives" to train on,
+    {"chunk_id", "logit"} each, and the mined negatives that are "relabelled" since it scores them
+    above a positive. Negatives also have the "score" that mining gave them."""
+    with (out / TAUGHT).open(encoding="utf-8") as file:
+        return {record.pop("query"): record for record in map(json.loads, file)}
 
 
 def score_file(system: str) -> str:

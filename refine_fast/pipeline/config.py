@@ -3,7 +3,6 @@ the messages about bad values all follow."""
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
@@ -17,6 +16,7 @@ from pydantic import (
 )
 
 from ..errors import RefineFastError
+from .config_messages import sentence
 from .config_values import (
     AnyPath,
     Band,
@@ -35,7 +35,6 @@ from .config_values import (
     Rank,
     Share,
     Weights,
-    requirement,
 )
 from .encoder.load import DEFAULT_ENCODER
 from .encoder.options import EncoderOptions
@@ -134,7 +133,7 @@ class RunConfig(BaseModel):
         None, "use only the first N dimensions of a Matryoshka encoder", "N", ge=1
     )
     trust_remote_code: bool = _option(
-        False, "run Python code in the encoder's folder: yes or no", "YES"
+        False, "run Python code in the folders of encoder and teacher: yes or no", "YES"
     )
     limit: int | None = _option(
         None, "use at most this many chunks: whole documents, drawn by the seed", "N", ge=2
@@ -254,8 +253,9 @@ class RunConfig(BaseModel):
     )
     negatives: Rank | Literal["auto"] = _option(
         "auto",
-        "hard negatives per query; 0 trains on in-batch negatives alone; auto: 1 is mined, and "
-        "trained on unless the loss is distillation alone, to which it adds nothing but time",
+        "hard negatives per query; 0 trains on in-batch negatives alone; auto: 4 with --teacher; "
+        "else 1 is mined, and trained on unless the loss is distillation alone, to which it adds "
+        "nothing but time",
         "N",
     )
     select: Literal["hardest", "random"] = _option(
@@ -282,9 +282,21 @@ class RunConfig(BaseModel):
     temperature: Positive = _option(0.02, "temperature of the contrastive loss", "TAU")
     distill: Share | Literal["auto"] = _option(
         "auto",
-        "share of the loss that teachers set; 0 is InfoNCE alone, 1 distillation alone; auto: 1 if "
-        "the queries were made without a language model, else 0",
+        "share of the loss that teachers set; 0 is InfoNCE alone, 1 distillation alone; auto: 0.5 "
+        "with --teacher; else 1 if the queries were made without a language model, else 0",
         "SHARE",
+    )
+    teacher: Encoder | None = _option(
+        None,
+        "a cross-encoder of sentence-transformers, a folder or a Hugging Face name: it scores each "
+        "training query with its positives and mined negatives once, teaches beside the frozen "
+        "encoder, in place of BM25, and drops negatives that it scores above a positive",
+        "NAME",
+    )
+    teacher_temperature: Positive = _option(
+        1.0,
+        "the teacher's target is softmax(logit / T); a larger T separates its scores less",
+        "T",
     )
     precision: Literal["auto", "fp32", "bf16"] = _option(
         "auto", "fp32, bf16, or auto: bf16 where the hardware supports it", "TYPE"
@@ -345,7 +357,7 @@ class RunConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise RefineFastError(_sentence(error)) from None
+            raise RefineFastError(sentence(error, RunConfig)) from None
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # llm_extra is a dictionary, which has no hash
@@ -379,6 +391,12 @@ class RunConfig(BaseModel):
         if self.lora is not None and self.train_layers is not None:
             raise RefineFastError(
                 "train_layers: --lora trains adapters in every layer; give one of the two."
+            )
+        if self.teacher is None and self.teacher_temperature != 1:
+            raise RefineFastError("teacher_temperature: needs a teacher; add --teacher or omit it.")
+        if self.teacher is not None and self.negatives == 0:
+            raise RefineFastError(
+                "teacher: scores mined negatives, but negatives is 0; give --negatives 1 or more."
             )
         if self.query_kinds and self.queries is not None:
             raise RefineFastError(
@@ -452,30 +470,3 @@ class RunConfig(BaseModel):
         import yaml
 
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first fault: field, value, what the value must be."""
-    first = error.errors()[0]
-    name = str(first["loc"][0])
-    if first["type"] == "missing":
-        return f"{name}: no run folder given; add --{name} FOLDER."
-    if first["type"] == "extra_forbidden":
-        return f"{name}: unknown option; {similar(name)}"
-    if first["type"] == "value_error":
-        reason = str(first["ctx"]["error"])
-    else:
-        reason = f"must be {requirement(RunConfig.model_json_schema()['properties'][name])}"
-    return f"{name}: {_shown(first['input'])} {reason}."
-
-
-def similar(name: str) -> str:
-    """What to do about an option that does not exist."""
-    near = difflib.get_close_matches(name, RunConfig.model_fields, n=1)
-    return f"did you mean {near[0]}?" if near else "see refine-fast run --help."
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return "null" if value is None else str(value) or "''"

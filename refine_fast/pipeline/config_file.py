@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RefineFastError
-from .config import RunConfig, similar
+from .config import RunConfig
+from .config_messages import similar
 from .config_values import is_windows_path
 from .corpus.nanobeir import is_nanobeir
 from .encoder.load import DEFAULT_ENCODER
 from .recipes import RECIPES
 
 _PATHS = ("docs", "queries", "out", "prompt", "judge_prompt")
-"""Fields that a YAML file gives relative to itself; so do ``model``, where it is a folder, and
-``ood``."""
+"""Fields that a YAML file gives relative to itself; so do ``model`` and ``teacher``, where they are
+folders, and ``ood``."""
 
 
 def load_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
@@ -60,7 +61,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise RefineFastError(f"config: {path} has no keys; write lines such as 'skip: 5'.")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     for name in values.keys() - RunConfig.model_fields.keys():
-        raise RefineFastError(f"config: {path} has an unknown key {name!r}; {similar(name)}")
+        remedy = similar(name, RunConfig.model_fields)
+        raise RefineFastError(f"config: {path} has an unknown key {name!r}; {remedy}")
 
     def beside(value: Any) -> Any:
         text = str(value).strip()
@@ -69,9 +71,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return os.path.join(path.parent, os.path.expanduser(text))
 
     values |= {name: beside(values[name]) for name in _PATHS if name in values}
-    model = values.get("model")
-    if model != DEFAULT_ENCODER and isinstance(model, str) and os.path.isdir(beside(model)):
-        values["model"] = beside(model)
+    for name in ("model", "teacher"):
+        model = values.get(name)
+        if model != DEFAULT_ENCODER and isinstance(model, str) and os.path.isdir(beside(model)):
+            values[name] = beside(model)
     if values.get("ood") not in (None, "none"):
         folders = values["ood"] if isinstance(values["ood"], list) else [values["ood"]]
         values["ood"] = [

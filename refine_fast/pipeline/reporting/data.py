@@ -54,6 +54,16 @@ class Triple:
 
 
 @dataclass(frozen=True)
+class Relabelled:
+    """Mined negatives that a cross-encoder scores above a positive, and that are left out."""
+
+    by: str
+    """The cross-encoder."""
+    count: int
+    mined: int
+
+
+@dataclass(frozen=True)
 class Mining:
     """The hard negatives, and the similarities that they were chosen by."""
 
@@ -72,6 +82,8 @@ class Mining:
     """(S,) similarities under the base model between queries and random passages."""
     answer_scores: np.ndarray
     """(P,) similarities under the base model between queries and the passages that answer them."""
+    relabelled: Relabelled | None = None
+    """None: no cross-encoder teaches."""
     triples: tuple[Triple, ...] = ()
     """A random sample for the reader."""
 

@@ -1,7 +1,7 @@
 """The stages of a run, in order, and what each depends on.
 
-    chunk -> query -> embed -> mine -> train -> curve (each weight) -> choose
-          -> score (each system) -> systems -> fuse -> report
+    chunk -> query -> embed -> mine -> teach (with --teacher) -> train -> curve (each weight)
+          -> choose -> score (each system) -> systems -> fuse -> report
 
 One module per stage. A stage may read only what is declared here: files, settings and facts. Its
 code needs no declaration (see ``code_version``).
@@ -32,6 +32,8 @@ from ..artifacts import (
     SERVED,
     SETS,
     SYSTEMS,
+    TAUGHT,
+    TEACHING_FACTS,
     TRAINING_FACTS,
     TUNED,
     TWINS,
@@ -41,7 +43,7 @@ from ..artifacts import (
 from ..context import RunContext
 from ..engine import Stage
 
-NAMES = "model queries llm llm_model"
+NAMES = "model queries query_kinds llm llm_model teacher"
 """Settings that the model card and the report quote."""
 
 LLM_SETTINGS = (
@@ -53,7 +55,20 @@ LLM_SETTINGS = (
 def run_stages(context: RunContext) -> Iterator[Stage]:
     """Every stage of the run, in order."""
     # Imported here because the stages import torch, transformers and more.
-    from . import choose, chunk, curve, embed, fuse, mine, query, report, score, systems, train
+    from . import (
+        choose,
+        chunk,
+        curve,
+        embed,
+        fuse,
+        mine,
+        query,
+        report,
+        score,
+        systems,
+        teach,
+        train,
+    )
 
     config = context.config
 
@@ -131,18 +146,32 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         mine,
         (NEGATIVES, MINING_FACTS),
         made(CHUNKS, *split, EMBEDDINGS),
-        "band skip relative_margin negatives select seed",
+        "band skip relative_margin select seed",
+        negatives=context.mined_negatives,
     )
+    taught = {}
+    if context.teacher is not None:
+        taught = made(TAUGHT, TEACHING_FACTS)
+        yield stage(
+            "teach",
+            teach,
+            (TAUGHT, TEACHING_FACTS),
+            made(CHUNKS, *split, NEGATIVES) | {"teacher": context.teacher},
+            "precision",
+        )
     yield stage(
         "train",
         train,
         (TUNED, TRAINING_FACTS, *([ADAPTER] if config.lora is not None else [])),
-        made(CHUNKS, *split, NEGATIVES, EMBEDDINGS) | encoder,
+        made(CHUNKS, *split, NEGATIVES, EMBEDDINGS) | taught | encoder,
         "epochs max_steps batch_size lr warmup temperature precision memory seed fusion "
-        "lora train_layers" + (" weight" if context.twin else ""),
+        "lora train_layers"
+        + (" weight" if context.twin else "")
+        + (" teacher_temperature" if taught else ""),
         distill=context.distill,
         negatives=context.trained_negatives,
         similar_batches=context.similar_batches,
+        taught=bool(taught),
     )
     for weight in context.weights:
         yield stage(
@@ -195,7 +224,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             made(CHUNKS, *split, EMBEDDINGS, TUNED, FUSION_FACTS) | judged | encoder,
             "seed precision fusion",
         )
-    recipe = made(MINING_FACTS, TRAINING_FACTS)
+    recipe = made(MINING_FACTS, TRAINING_FACTS) | taught
     yield stage(
         "fuse",
         fuse,

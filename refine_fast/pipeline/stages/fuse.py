@@ -10,6 +10,7 @@ from ...fuse import fuse
 from ..artifacts import (
     MINING_FACTS,
     MODEL,
+    TEACHING_FACTS,
     TRAINING_FACTS,
     TUNED,
     all_scores,
@@ -63,14 +64,21 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
     margin = ""
     if config.relative_margin is not None:
         margin = f" and at most {1 - config.relative_margin:g} of the positive's"
+    relabelled = ""
+    if (teacher := context.teacher_name) is not None:
+        teaching = read_json(context.path(TEACHING_FACTS))
+        relabelled = (
+            f"; {teaching['relabelled']} of {teaching['negatives']} left out, which {teacher} "
+            "scores above a positive"
+        )
     return {
         "queries": f"{mining['queries']}, {context.query_source}",
-        "loss": f"{loss_in_words(training['distill'], training['teachers'])} over the "
+        "loss": f"{loss_in_words(training['distill'], training['teachers'], teacher)} over the "
         f"{'cosine' if context.twin else similarity}, temperature {config.temperature:g}, "
         f"batch {config.batch_size}, {grouped}each document once",
         "hard negatives": f"{training['negatives']} per query: after the {config.skip} most "
         f"similar, {similarity} {low:.2f} to {high:.2f}{margin}, {config.select}; none for "
-        f"{mining['empty']} queries"
+        f"{mining['empty']} queries{relabelled}"
         if training["negatives"]
         else "none, in-batch negatives alone",
         "optimizer": f"AdamW, learning rate {config.lr:g}, {training['steps']} steps, "

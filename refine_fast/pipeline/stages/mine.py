@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..context import RunContext
 
 
-def run(context: RunContext, folder: Path) -> None:
+def run(context: RunContext, folder: Path, *, negatives: int) -> None:
     """Writes the mined negatives, and the band with the number of queries that found none.
 
     Warns if the band is empty for most queries.
@@ -44,7 +44,7 @@ def run(context: RunContext, folder: Path) -> None:
                 q,
                 d,
                 list(relevant.values()),
-                k=max(1, context.mined_negatives),
+                k=max(1, negatives),
                 band=config.band,
                 skip=config.skip,
                 relative_margin=config.relative_margin,
@@ -63,7 +63,7 @@ def run(context: RunContext, folder: Path) -> None:
                 for i, score in zip(ids.tolist(), scores, strict=True)
                 if i >= 0
             ]
-            record = {"query": text, "negatives": found[: context.mined_negatives]}
+            record = {"query": text, "negatives": found[:negatives]}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     in_band = np.asarray(mined.in_band)
     empty = int(np.sum(in_band == 0))
@@ -75,7 +75,7 @@ def run(context: RunContext, folder: Path) -> None:
         "queries": len(q),
     }
     write_json(folder / MINING_FACTS, facts)
-    if 2 * empty > len(q) and context.mined_negatives:
+    if 2 * empty > len(q) and negatives:
         warnings.warn(
             f"the band [{low:g}, {high:g}] after the {config.skip} most similar is empty for "
             f"{empty} of {len(q)} queries under this encoder, so they train on in-batch "

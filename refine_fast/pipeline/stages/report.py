@@ -22,6 +22,7 @@ from ..artifacts import (
     SERVED,
     SETS,
     SYSTEMS,
+    TEACHING_FACTS,
     TRAINING_FACTS,
     all_scores,
     base_embeddings,
@@ -29,6 +30,7 @@ from ..artifacts import (
     fused_weight,
     read_negatives,
     read_scores,
+    read_taught,
     relevant_rows,
     similarity_name,
     stage_costs,
@@ -45,6 +47,7 @@ from ..reporting.data import (
     Documents,
     Mining,
     Queries,
+    Relabelled,
     ReportData,
     Served,
     SetScores,
@@ -109,7 +112,7 @@ def _costs(context: RunContext) -> dict[str, tuple[float, int]]:
     costs = stage_costs(context.out)
     curve = (f"curve {weight!r}" for weight in context.weights)
     scores = (f"score {system}" for system in SYSTEMS)
-    first = ("chunk", "query", "embed", "mine", "train")
+    first = ("chunk", "query", "embed", "mine", "teach", "train")
     stages = (*first, *curve, "choose", *scores, "systems", "fuse")
     return {name: costs[name] for name in stages if name in costs}
 
@@ -147,8 +150,14 @@ def _mining(context: RunContext) -> Mining:
         empty=facts["empty"],
         random_scores=random_scores,
         answer_scores=answer_scores,
+        relabelled=None if context.teacher is None else _relabelled(context),
         triples=_triples(context),
     )
+
+
+def _relabelled(context: RunContext) -> Relabelled:
+    facts = read_json(context.path(TEACHING_FACTS))
+    return Relabelled(str(context.teacher_name), facts["relabelled"], facts["negatives"])
 
 
 def _training(context: RunContext) -> Training:
@@ -167,7 +176,7 @@ def _training(context: RunContext) -> Training:
         examples=facts["examples"],
         precision=facts["precision"],
         seed=config.seed,
-        loss_function=loss_in_words(facts["distill"], facts["teachers"]),
+        loss_function=loss_in_words(facts["distill"], facts["teachers"], context.teacher_name),
         loss=(float(np.mean(loss[:tenth])), float(np.mean(loss[-tenth:]))),
     )
 
@@ -248,7 +257,11 @@ def _triples(context: RunContext) -> tuple[Triple, ...]:
     chunks, queries = training_view(context.out)
     relevant = list(relevant_rows(chunks, queries).items())
     passage = {chunk.id: chunk.passage for chunk in chunks}
-    negatives = read_negatives(context.out)
+    if context.teacher is None:
+        negatives = read_negatives(context.out)
+    else:
+        taught = read_taught(context.out)
+        negatives = {text: about["negatives"] for text, about in taught.items()}
     trained = read_json(context.path(TRAINING_FACTS))["negatives"]
     drawn = np.random.default_rng(context.config.seed).permutation(len(relevant))[:TRIPLES]
     triples = []

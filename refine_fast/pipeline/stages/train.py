@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..artifacts import (
     TUNED,
     base_embeddings,
     read_negatives,
+    read_taught,
     relevant_rows,
     similarity_unit,
     training_view,
@@ -28,16 +29,25 @@ from ..encoder.load import load_encoder
 from ..ranks import Ranks, launched
 from ..training.batches import Example, Twin
 from ..training.memory import Fit, fit_training
-from ..training.teachers import Teachers, lexical_teacher
+from ..training.teachers import Judged, Teachers, lexical_teacher
 from ..training.trained import Trained
 from ..training.trainer import epochs_of, train
 
 if TYPE_CHECKING:
     from ..context import RunContext
 
+Judgements = dict[str, dict[str, list[dict[str, Any]]]]
+"""What ``read_taught`` returns."""
+
 
 def run(
-    context: RunContext, folder: Path, *, distill: float, negatives: int, similar_batches: bool
+    context: RunContext,
+    folder: Path,
+    *,
+    distill: float,
+    negatives: int,
+    similar_batches: bool,
+    taught: bool,
 ) -> None:
     """Writes the fine-tuned encoder, and the steps and losses of its training. With ``--lora`` also
     the adapter, whose product is part of the fine-tuned encoder's weights.
@@ -49,7 +59,8 @@ def run(
         ranks.announce_training(folder)
     chunks, queries = training_view(context.out)
     relevant = relevant_rows(chunks, queries)
-    examples = _examples(context, chunks, relevant, negatives)
+    judged = read_taught(context.out) if taught else None
+    examples = _examples(context, chunks, relevant, negatives, judged)
     passages = [chunk.passage for chunk in chunks]
     model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     adapters = Trained(config.lora, config.train_layers).choose(model)
@@ -69,12 +80,13 @@ def run(
     )
     _say_how(context, fit, precision, ranks)
     twin = Twin(float(config.weight), *base_embeddings(context.out)) if context.twin else None
-    teachers = _teachers(context, relevant, passages) if distill else None
+    logits = None if judged is None else _logits(chunks, relevant, judged)
+    teachers = _teachers(context, relevant, passages, logits) if distill else None
     # A twin's embeddings are unit vectors, whatever the encoder's are.
     unit = 1.0 if context.twin else similarity_unit(context.out)
     epochs = epochs_of(len(examples), batch_size=config.batch_size, epochs=config.epochs)
     if ranks is not None:
-        facts = _what_decides(context, examples, passages)
+        facts = _what_decides(context, examples, passages, logits)
         how = {"distill": distill, "similar_batches": similar_batches}
         ranks.require_same({**facts, "precision": precision, **how})
         ranks.join("gloo" if on_cpu else "nccl")
@@ -125,35 +137,76 @@ def run(
 
 
 def _teachers(
-    context: RunContext, relevant: dict[str, list[int]], passages: Sequence[str]
+    context: RunContext,
+    relevant: dict[str, list[int]],
+    passages: Sequence[str],
+    logits: list[dict[int, float]] | None,
 ) -> Teachers:
-    """The frozen encoder, and BM25 where it ranks the training queries' positives higher."""
+    """The frozen encoder, with the cross-encoder of the ``logits``; without one, with BM25 where it
+    ranks the training queries' positives higher."""
+    config = context.config
     queries, documents = base_embeddings(context.out)
-    lexical = lexical_teacher(
-        list(relevant),
-        list(relevant.values()),
-        passages,
-        (queries, documents),
-        seed=context.config.seed,
-    )
-    teachers = Teachers(queries, documents, context.config.temperature, lexical)
+    if logits is not None:
+        judged, lexical = Judged(logits, config.teacher_temperature), None
+    else:
+        judged = None
+        lexical = lexical_teacher(
+            list(relevant),
+            list(relevant.values()),
+            passages,
+            (queries, documents),
+            seed=config.seed,
+        )
+    teachers = Teachers(queries, documents, config.temperature, lexical, judged)
     context.console.say(f"  teachers: {', '.join(teachers.names)}")
     return teachers
 
 
 def _examples(
-    context: RunContext, chunks: Sequence[Chunk], relevant: dict[str, list[int]], most: int
+    context: RunContext,
+    chunks: Sequence[Chunk],
+    relevant: dict[str, list[int]],
+    most: int,
+    judged: Judgements | None,
 ) -> list[Example]:
-    """One example for each query and each of its positives, with ``most`` negatives at most."""
+    """One example for each query and each of its positives, with ``most`` negatives at most.
+    Passages that the cross-encoder relabelled are no negatives of the query in any batch."""
     row = {chunk.id: i for i, chunk in enumerate(chunks)}
-    negatives = {
-        text: tuple(row[negative["chunk_id"]] for negative in found[:most])
-        for text, found in read_negatives(context.out).items()
-    }
+
+    def rows(found: list[dict[str, Any]]) -> tuple[int, ...]:
+        return tuple(row[negative["chunk_id"]] for negative in found)
+
+    unmarked: dict[str, tuple[int, ...]] = {}
+    if judged is None:
+        negatives = {text: rows(found) for text, found in read_negatives(context.out).items()}
+    else:
+        negatives = {text: rows(about["negatives"]) for text, about in judged.items()}
+        unmarked = {text: rows(about["relabelled"]) for text, about in judged.items()}
     return [
-        Example(text, positive, negatives[text], frozenset(positives), i)
+        Example(
+            text,
+            positive,
+            negatives[text][:most],
+            frozenset(positives) | frozenset(unmarked.get(text, ())),
+            i,
+        )
         for i, (text, positives) in enumerate(relevant.items())
         for positive in positives
+    ]
+
+
+def _logits(
+    chunks: Sequence[Chunk], relevant: dict[str, list[int]], judged: Judgements
+) -> list[dict[int, float]]:
+    """Of each query: row of a positive or of a negative -> its logit."""
+    row = {chunk.id: i for i, chunk in enumerate(chunks)}
+    return [
+        {
+            row[found["chunk_id"]]: found["logit"]
+            for kind in ("positives", "negatives")
+            for found in judged[text][kind]
+        }
+        for text in relevant
     ]
 
 
@@ -164,12 +217,17 @@ def _positives(context: RunContext, examples: Sequence[Example]) -> np.ndarray:
 
 
 def _what_decides(
-    context: RunContext, examples: Sequence[Example], passages: Sequence[str]
+    context: RunContext,
+    examples: Sequence[Example],
+    passages: Sequence[str],
+    logits: list[dict[int, float]] | None,
 ) -> dict[str, object]:
     """What every rank must have alike, since each reads it for itself."""
-    fields = "epochs max_steps batch_size lr warmup temperature seed lora train_layers fusion"
+    fields = "epochs max_steps batch_size lr warmup temperature seed lora train_layers fusion" + (
+        " teacher_temperature" if logits is not None else ""
+    )
     data = hashlib.sha256(repr([(e.query, e.positive, e.negatives) for e in examples]).encode())
-    data.update(repr(passages).encode())
+    data.update(repr((passages, logits)).encode())
     return {
         **{name: getattr(context.config, name) for name in fields.split()},
         "training data": data.hexdigest(),

@@ -1,7 +1,7 @@
 """Teachers: what retrieves better than the encoder, or must not be forgotten, gives soft targets.
 
-Both teachers cost no forward pass: the embeddings of the frozen encoder were made for mining, and
-BM25 reads the texts.
+The first two cost no forward pass: the embeddings of the frozen encoder were made for mining, and
+BM25 reads the texts. The third has scored its pairs beforehand.
 
     frozen: softmax(s / temperature), the base encoder's own distribution over the columns of the
         batch. Matching it is what keeps the encoder from forgetting (listwise distillation, CADET,
@@ -9,11 +9,15 @@ BM25 reads the texts.
     hybrid: softmax(z(BM25) + z(s)), z over the columns of the row, at twice the temperature.
         Words that the base encoder overlooks become part of what it knows (SPAR, arXiv 2110.06918;
         LED, arXiv 2208.13661).
+    cross-encoder: softmax(logit / its temperature) over the query's positive and its negatives; 0
+        for the other columns, which it has not read. With it, the frozen encoder teaches on, since
+        it knows every column and prevents forgetting, and the hybrid does not, since a
+        cross-encoder reads the same words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,11 +49,14 @@ class Teachers:
     """Of the frozen encoder's scores."""
     lexical: Lexical | None
     """None: BM25 does not teach."""
+    cross_encoder: Judged | None = None
+    """None: there is none."""
 
     @property
     def names(self) -> list[str]:
         """The teachers that ``targets`` has."""
-        return ["frozen"] if self.lexical is None else ["frozen", "hybrid"]
+        others = {"hybrid": self.lexical, "cross-encoder": self.cross_encoder}
+        return ["frozen", *(name for name, teacher in others.items() if teacher is not None)]
 
     def targets(self, queries: Sequence[int], documents: Sequence[int]) -> dict[str, Tensor]:
         """Teacher -> (B, N) float32, the targets of B queries over N documents, given by row."""
@@ -58,7 +65,30 @@ class Teachers:
         if self.lexical is not None:
             hybrid = _standardized(self.lexical.scores(queries, documents)) + _standardized(scores)
             targets["hybrid"] = hybrid.softmax(1)
+        if self.cross_encoder is not None:
+            targets["cross-encoder"] = self.cross_encoder.targets(queries, documents)
         return targets
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A cross-encoder's logits of each query's positives and negatives."""
+
+    logits: Sequence[Mapping[int, float]]
+    """Of each query: row of a document -> its logit."""
+    temperature: float
+    """Divides the logits."""
+
+    def targets(self, queries: Sequence[int], documents: Sequence[int]) -> Tensor:
+        """(B, N) float32: softmax(logit / temperature) over the documents of each query that have a
+        logit, at least one; 0 for the others."""
+        column = {document: i for i, document in enumerate(documents)}
+        logits = np.full((len(queries), len(documents)), -np.inf, np.float32)
+        for row, query in zip(logits, queries, strict=True):
+            for document, logit in self.logits[query].items():
+                if document in column:
+                    row[column[document]] = logit
+        return (torch.from_numpy(logits) / self.temperature).softmax(1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,38 @@
+"""What is said about a configuration that cannot be used."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from .config_values import requirement
+
+
+def sentence(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first fault of values that ``model`` refuses: field, value, what the value must be."""
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    if first["type"] == "missing":
+        return f"{name}: no run folder given; add --{name} FOLDER."
+    if first["type"] == "extra_forbidden":
+        return f"{name}: unknown option; {similar(name, model.model_fields)}"
+    if first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+    else:
+        reason = f"must be {requirement(model.model_json_schema()['properties'][name])}"
+    return f"{name}: {_shown(first['input'])} {reason}."
+
+
+def similar(name: str, known: Iterable[str]) -> str:
+    """What to do about an option that is not among the known ones."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else "see refine-fast run --help."
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return "null" if value is None else str(value) or "''"

@@ -1,0 +1,348 @@
+"""A cross-encoder as a teacher: its logits, its targets, the loss, the run with --teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_runs import outputs, undeclared_settings
+
+from refine_fast.cli import main
+from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.corpus.jsonl import read_records
+from refine_fast.pipeline.encoder.load import load_encoder
+from refine_fast.pipeline.training import cross_encoder
+from refine_fast.pipeline.training.batches import Collator, Example
+from refine_fast.pipeline.training.cross_encoder import load_cross_encoder, logits_of
+from refine_fast.pipeline.training.loss import BatchLoss
+from refine_fast.pipeline.training.teachers import Judged, Teachers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PAGES = [topics[name][:300] for name in sorted(topics)[:8]]
+
+
+def make_cross_encoder(
+    folder: Path, tokenizer: Path, *, seed: int = 0, labels: int = 1, words: int = 30522
+) -> Path:
+    """A random BERT of one layer that scores pairs, with clearly different logits."""
+    from sentence_transformers import CrossEncoder
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    others = {"intermediate_size": 32, "max_position_embeddings": 96, "num_labels": labels}
+    config = BertConfig(vocab_size=words, initializer_range=0.5, **sizes, **others)
+    model = BertForSequenceClassification(config)
+    plain = folder / "plain"
+    model.save_pretrained(plain)
+    AutoTokenizer.from_pretrained(tokenizer, model_max_length=96).save_pretrained(plain)
+    CrossEncoder(str(plain), device="cpu").save_pretrained(str(folder / "judge"))
+    return folder / "judge"
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    return make_cross_encoder(tmp_path_factory.mktemp("judge"), minilm)
+
+
+@pytest.fixture(scope="module")
+def judged(whole: Path, judge: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the teacher, up to the fine-tuned encoder."""
+    out = shutil.copytree(whole, tmp_path_factory.mktemp("judged") / "run")
+    assert main(["train", "--out", str(out), "--teacher", str(judge), "--quiet"]) == 0
+    return out
+
+
+def taught(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "taught.jsonl").open()]
+
+
+def test_the_logits_are_those_of_predict(judge: Path, tmp_path: Path, monkeypatch) -> None:
+    """Whatever the batch, for the rows that the pairs name; with the sigmoid, they are what the
+    model gives by default."""
+    monkeypatch.setattr(cross_encoder, "BLOCK", 5)
+    model = load_cross_encoder(judge)
+    queries, pairs = [page[:40] for page in PAGES], [(i % 8, i * 3 % 7) for i in range(12)]
+    found = logits_of(model, pairs, queries, PAGES, tmp_path / "logits.npy", bf16=False)
+    alone = [model.predict((queries[q], PAGES[d])) for q, d in pairs]
+    torch.testing.assert_close(torch.from_numpy(found).sigmoid(), torch.tensor(alone))
+    assert found.std() > 0.1
+
+
+def test_a_killed_scoring_resumes(judge: Path, tmp_path: Path, monkeypatch) -> None:
+    """It scores the rest only, and the logits are those of one that was not killed."""
+    monkeypatch.setattr(cross_encoder, "BLOCK", 4)
+    model = load_cross_encoder(judge)
+    pairs = [(i % 8, i * 3 % 7) for i in range(14)]
+    whole = logits_of(model, pairs, PAGES, PAGES, tmp_path / "whole.npy", bf16=False)
+    scored: list[int] = []
+    score = cross_encoder.pair_logits
+
+    def counted(model: Any, pairs: Sequence[tuple[str, str]], **how: Any) -> np.ndarray:
+        if len(scored) == 2:
+            scored.append(0)
+            raise KeyboardInterrupt
+        scored.append(len(pairs))
+        return score(model, pairs, **how)
+
+    monkeypatch.setattr(cross_encoder, "pair_logits", counted)
+    with pytest.raises(KeyboardInterrupt):
+        logits_of(model, pairs, PAGES, PAGES, tmp_path / "killed.npy", bf16=False)
+    resumed = logits_of(model, pairs, PAGES, PAGES, tmp_path / "killed.npy", bf16=False)
+    assert scored == [4, 4, 0, 4, 2]
+    np.testing.assert_array_equal(resumed, whole)
+
+
+def test_a_logit_that_is_not_a_number(judge: Path) -> None:
+    model = load_cross_encoder(judge)
+    model.transformers_model.classifier.bias.data.fill_(torch.nan)
+    with pytest.raises(RefineFastError, match="teacher: it scores a pair NaN or infinite; give an"):
+        cross_encoder.pair_logits(model, [("a", "b")], bf16=False)
+
+
+def test_the_targets() -> None:
+    """In float64: softmax over the columns with a logit; in the order of the columns."""
+    found = Judged([{4: 9.0, 1: -2.5, 0: 3.0}, {2: 1.0}], 2.0).targets([1, 0], [1, 2, 3, 4])
+    known = np.exp(np.array([-2.5, 9.0]) / 2)
+    expected = np.zeros((2, 4))
+    expected[0, 1] = 1
+    expected[1, [0, 3]] = known / known.sum()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("distill", [0.3, 1.0])
+def test_the_loss_of_a_batch(tiny: Path, distill: float) -> None:
+    """Against the formula, with the whole matrix, in float64; so are the gradients. Passage 5 is
+    relabelled as an answer of query 0: no negative of it, though others of the batch have it."""
+    examples = [
+        Example(page[:60], i, ((i + 4) % 8,), frozenset({i, 5} if i == 0 else {i}), i)
+        for i, page in enumerate(PAGES[:4])
+    ]
+    logits = [{i: 0.5 * i, (i + 4) % 8: 1.5 - i} for i in range(4)]
+    model = load_encoder(tiny).double().eval()
+    random = np.random.default_rng(0)
+    q0, d0 = (F.normalize(torch.from_numpy(random.normal(size=(8, 6)))).numpy() for _ in range(2))
+    teachers = Teachers(q0, d0, 0.05, None, Judged(logits, 0.7))
+    assert teachers.names == ["frozen", "cross-encoder"]
+    batch = Collator(model, examples, PAGES, teachers=teachers)([{"row": i} for i in range(4)])
+
+    def sides() -> list[dict[str, Any]]:
+        return [
+            {k.removeprefix(f"{side}_"): v for k, v in batch.items() if k.startswith(f"{side}_")}
+            for side in ("query", "document")
+        ]
+
+    for name in teachers.names:
+        batch[f"query_targets_{name}"] = batch[f"query_targets_{name}"].double()
+    found = BatchLoss(model, 0.05, distill=distill)(sides(), batch["label"])
+    found.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    q, d = (
+        F.normalize(
+            model({k: v for k, v in side.items() if k != "group" and "targets" not in k})[
+                "sentence_embedding"
+            ]
+        )
+        for side in sides()
+    )
+    # rows and columns as the collator orders them: the longest text first
+    queries = sorted(range(4), key=lambda i: -len(examples[i].query))
+    columns = sorted((0, 4, 1, 5, 2, 6, 3, 7), key=lambda i: -len(PAGES[i]))
+    assert batch["label"].tolist() == [columns.index(i) for i in queries]
+    judged = torch.zeros(4, 8, dtype=torch.float64)
+    for row, i in enumerate(queries):
+        shares = torch.tensor([0.5 * i, 1.5 - i], dtype=torch.float64) / 0.7
+        judged[row, [columns.index(i), columns.index(i + 4)]] = shares.softmax(0)
+    frozen = (torch.from_numpy(q0[queries] @ d0[columns].T) / 0.05).softmax(1)
+    # what the frozen encoder gives to the relabelled passage is part of the answer's share
+    row, relabelled = queries.index(0), columns.index(5)
+    frozen[row, columns.index(0)] += frozen[row, relabelled]
+    frozen[row, relabelled] = 0
+    s = q @ d.T / 0.05
+    s = s.index_put((torch.tensor(row), torch.tensor(relabelled)), torch.tensor(-1e9).double())
+    expected = (1 - distill) * F.cross_entropy(s, batch["label"])
+    expected += distill / 2 * (F.cross_entropy(s, frozen) + F.cross_entropy(s, judged))
+    expected.backward()
+    torch.testing.assert_close(found.detach(), expected.detach(), rtol=1e-6, atol=0)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            # the targets are float32
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("an encoder", "is not a cross-encoder; give a model that scores pairs of texts"),
+        ("labels", "gives a pair 3 labels; give a cross-encoder with one."),
+        ("nothing", "is not a local folder and cannot be downloaded"),
+        ("an empty folder", "holds neither config.json nor modules.json; give the folder of a cro"),
+        ("no weights", "cannot be loaded as a cross-encoder ("),
+        ("few words", "cannot score a pair (IndexError: "),
+    ],
+)
+def test_what_cannot_teach_ends_the_run_at_once(
+    what: str,
+    message: str,
+    tiny: Path,
+    docs: Path,
+    judge: Path,
+    minilm: Path,
+    tmp_path: Path,
+    capsys,
+) -> None:
+    """In one sentence, before the first stage."""
+    folder = tmp_path / "teacher"
+    if what == "an encoder":
+        folder = tiny
+    elif what == "labels":
+        folder = make_cross_encoder(tmp_path, minilm, labels=3)
+    elif what == "an empty folder":
+        folder.mkdir()
+    elif what == "no weights":
+        shutil.copytree(judge, folder)
+        (folder / "model.safetensors").unlink()
+    elif what == "few words":
+        folder = make_cross_encoder(tmp_path, minilm, words=200)
+    command = ["run", str(docs), "--model", str(tiny), "--out", str(tmp_path / "run")]
+    assert main([*command, "--teacher", str(folder)]) == 2
+    said = capsys.readouterr().err
+    [error] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: teacher: {folder} ")
+    assert message in error
+    assert "chunk: " not in said
+
+
+def test_what_the_teacher_says(judged: Path, judge: Path) -> None:
+    """Of each query, the positives and the mined negatives with the logits of their texts; a
+    negative above a positive is relabelled."""
+    model = load_cross_encoder(judge)
+    text = {chunk.id: chunk.passage for chunk in read_records(judged / "chunks.jsonl", Chunk)}
+    mined = [json.loads(line) for line in (judged / "negatives.jsonl").open()]
+    records = taught(judged)
+    assert max(len(record["negatives"]) for record in mined) == 4
+    assert [record["query"] for record in records] == [record["query"] for record in mined]
+    for record, before in zip(records, mined, strict=True):
+        lowest = min(positive["logit"] for positive in record["positives"])
+        assert all(found["logit"] <= lowest for found in record["negatives"])
+        assert all(found["logit"] > lowest for found in record["relabelled"])
+        left = {
+            found["chunk_id"]: found["score"]
+            for found in (*record["negatives"], *record["relabelled"])
+        }
+        assert left == {found["chunk_id"]: found["score"] for found in before["negatives"]}
+    assert all(any(record[kind] for record in records) for kind in ("negatives", "relabelled"))
+    for kind in ("positives", "negatives", "relabelled"):
+        found = next(record for record in records if record[kind])
+        pair = (found["query"], text[found[kind][0]["chunk_id"]])
+        logit = model.predict(pair, activation_fn=torch.nn.Identity())
+        assert found[kind][0]["logit"] == pytest.approx(float(logit), abs=1e-4)
+    facts = json.loads((judged / "teaching.json").read_text())
+    counts = {
+        kind: sum(len(record[kind]) for record in records)
+        for kind in ("positives", "negatives", "relabelled")
+    }
+    assert facts == {
+        "pairs": sum(counts.values()),
+        "negatives": counts["negatives"] + counts["relabelled"],
+        "relabelled": counts["relabelled"],
+    }
+
+
+def test_training_learns_from_it(judged: Path, whole: Path) -> None:
+    facts = json.loads((judged / "training.json").read_text())
+    assert (facts["teachers"], facts["distill"]) == (["frozen", "cross-encoder"], 0.5)
+    assert facts["negatives"] == 4
+    assert outputs(judged)["train"] != outputs(whole)["train"]
+    assert outputs(judged)["embed"] == outputs(whole)["embed"]
+
+
+def test_what_is_redone(judged: Path, judge: Path, minilm: Path, tmp_path: Path, capsys) -> None:
+    """Of another teacher, what it says and what is learned from it."""
+    out = shutil.copytree(judged, tmp_path / "run")
+
+    def redone(*flags: str) -> dict[str, str]:
+        assert main(["train", "--out", str(out), *flags]) == 0
+        said = [line.split(": ", 1) for line in capsys.readouterr().err.splitlines()]
+        return {
+            stage: reason
+            for stage, reason, *_ in (line for line in said if len(line) == 2)
+            if "changed" in reason or " -> " in reason
+        }
+
+    assert redone() == {}
+    assert redone("--teacher-temperature", "2") == {
+        "train": "config.teacher_temperature 1.0 -> 2.0"
+    }
+    before = taught(out)
+    other = make_cross_encoder(tmp_path, minilm, seed=1)
+    found = redone("--teacher", str(other), "--teacher-temperature", "1")
+    assert found.keys() == {"teach", "train"}
+    assert found["teach"].startswith("teacher changed")
+    assert taught(out) != before
+
+
+def test_a_killed_run_resumes(judged: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """It scores the rest, and writes the same bytes."""
+    out = shutil.copytree(judged, tmp_path / "run")
+    (out / "taught.jsonl").unlink()
+    scored: list[int] = []
+    score = cross_encoder.pair_logits
+
+    def counted(model: Any, pairs: Sequence[tuple[str, str]], **how: Any) -> np.ndarray:
+        if len(scored) == 2:
+            scored.append(0)
+            raise KeyboardInterrupt
+        scored.append(len(pairs))
+        return score(model, pairs, **how)
+
+    monkeypatch.setattr(cross_encoder, "pair_logits", counted)
+    assert main(["train", "--out", str(out)]) == 130
+    assert main(["train", "--out", str(out)]) == 0
+    pairs = json.loads((out / "teaching.json").read_text())["pairs"]
+    block = cross_encoder.BLOCK
+    assert scored[:5] == [2, block, 0, 2, block]  # each start tries the model on two pairs
+    assert sum(scored[4:]) == pairs - block
+    assert outputs(out)["teach"] == outputs(judged)["teach"]
+
+
+def test_the_report_and_the_card_name_it(
+    judged: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no stage reads a setting that it does not declare."""
+    out = shutil.copytree(judged, tmp_path / "run")
+    undeclared = undeclared_settings(monkeypatch)
+    assert (
+        main(["run", "--out", str(out), "--max-steps", "1", "--precision", "auto", "--quiet"]) == 0
+    )
+    assert {"teach", "train", "fuse", "report"} <= undeclared.keys()
+    assert not any(undeclared.values()), undeclared
+    facts = json.loads((out / "teaching.json").read_text())
+    left_out = f"{facts['relabelled']} of {facts['negatives']} left out, which judge scores above a"
+    loss = "0.5 InfoNCE + 0.5 distillation from the frozen encoder and the cross-encoder judge over"
+    for name in ("report.md", "model/README.md"):
+        text = (out / name).read_text()
+        assert left_out in text
+        assert loss in text
+    report = json.loads((out / "report.json").read_text())
+    assert report["mining"]["relabelled"] == {
+        "by": "judge",
+        "count": facts["relabelled"],
+        "mined": facts["negatives"],
+    }
+    assert "teach" in report["stages"]
+    trained = {record["query"]: len(record["negatives"]) for record in map(dict, taught(out))}
+    shown = {triple["query"]: len(triple["negatives"]) for triple in report["mining"]["triples"]}
+    assert shown == {query: trained[query] for query in shown}
