@@ -225,6 +225,14 @@ def test_what_cannot_teach_ends_the_run_at_once(
     assert "chunk: " not in said
 
 
+def test_the_plan_counts_its_pairs(judged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At most four negatives for each query and positive."""
+    assert main(["plan", "--out", str(judged), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["pairs_scored"] == 5 * planned["training_queries"]
+    assert planned["pairs_scored"] >= json.loads((judged / "teaching.json").read_text())["pairs"]
+
+
 def test_what_the_teacher_says(judged: Path, judge: Path) -> None:
     """Of each query, the positives and the mined negatives with the logits of their texts; a
     negative above a positive is relabelled."""

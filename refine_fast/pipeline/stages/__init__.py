@@ -122,7 +122,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             query,
             split,
             made(CHUNKS, TWINS) | given(queries=config.queries) | judged,
-            "queries_per_chunk query_kinds held_out seed encoding",
+            "queries_per_chunk query_kinds llm held_out seed encoding",
             facts=built_in,
         )
     else:
