@@ -17,9 +17,11 @@ from small_runs import outputs, undeclared_settings
 
 from refine_fast.cli import main
 from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.artifacts import read_taught, relevant_rows, training_view
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.jsonl import read_records
 from refine_fast.pipeline.encoder.load import load_encoder
+from refine_fast.pipeline.stages.train import _examples
 from refine_fast.pipeline.training import cross_encoder
 from refine_fast.pipeline.training.batches import Collator, Example
 from refine_fast.pipeline.training.cross_encoder import load_cross_encoder, logits_of
@@ -122,13 +124,13 @@ def test_the_targets() -> None:
 
 @pytest.mark.parametrize("distill", [0.3, 1.0])
 def test_the_loss_of_a_batch(tiny: Path, distill: float) -> None:
-    """Against the formula, with the whole matrix, in float64; so are the gradients. Passage 5 is
-    relabelled as an answer of query 0: no negative of it, though others of the batch have it."""
+    """Against the formula, with the whole matrix, in float64; so are the gradients. Passage 5, a
+    negative of query 1, has a logit for query 0 too; passage 9 is not in the batch."""
     examples = [
-        Example(page[:60], i, ((i + 4) % 8,), frozenset({i, 5} if i == 0 else {i}), i)
-        for i, page in enumerate(PAGES[:4])
+        Example(page[:60], i, ((i + 4) % 8,), frozenset({i}), i) for i, page in enumerate(PAGES[:4])
     ]
     logits = [{i: 0.5 * i, (i + 4) % 8: 1.5 - i} for i in range(4)]
+    logits[0] |= {5: 1.0, 9: 3.0}
     model = load_encoder(tiny).double().eval()
     random = np.random.default_rng(0)
     q0, d0 = (F.normalize(torch.from_numpy(random.normal(size=(8, 6)))).numpy() for _ in range(2))
@@ -163,15 +165,11 @@ def test_the_loss_of_a_batch(tiny: Path, distill: float) -> None:
     assert batch["label"].tolist() == [columns.index(i) for i in queries]
     judged = torch.zeros(4, 8, dtype=torch.float64)
     for row, i in enumerate(queries):
-        shares = torch.tensor([0.5 * i, 1.5 - i], dtype=torch.float64) / 0.7
-        judged[row, [columns.index(i), columns.index(i + 4)]] = shares.softmax(0)
+        known = {document: logit for document, logit in logits[i].items() if document < 8}
+        shares = (torch.tensor(list(known.values()), dtype=torch.float64) / 0.7).softmax(0)
+        judged[row, [columns.index(document) for document in known]] = shares
     frozen = (torch.from_numpy(q0[queries] @ d0[columns].T) / 0.05).softmax(1)
-    # what the frozen encoder gives to the relabelled passage is part of the answer's share
-    row, relabelled = queries.index(0), columns.index(5)
-    frozen[row, columns.index(0)] += frozen[row, relabelled]
-    frozen[row, relabelled] = 0
     s = q @ d.T / 0.05
-    s = s.index_put((torch.tensor(row), torch.tensor(relabelled)), torch.tensor(-1e9).double())
     expected = (1 - distill) * F.cross_entropy(s, batch["label"])
     expected += distill / 2 * (F.cross_entropy(s, frozen) + F.cross_entropy(s, judged))
     expected.backward()
@@ -235,7 +233,7 @@ def test_the_plan_counts_its_pairs(judged: Path, capsys: pytest.CaptureFixture[s
 
 def test_what_the_teacher_says(judged: Path, judge: Path) -> None:
     """Of each query, the positives and the mined negatives with the logits of their texts; a
-    negative above a positive is relabelled."""
+    negative above a positive is left out."""
     model = load_cross_encoder(judge)
     text = {chunk.id: chunk.passage for chunk in read_records(judged / "chunks.jsonl", Chunk)}
     mined = [json.loads(line) for line in (judged / "negatives.jsonl").open()]
@@ -267,6 +265,19 @@ def test_what_the_teacher_says(judged: Path, judge: Path) -> None:
         "negatives": counts["negatives"] + counts["relabelled"],
         "relabelled": counts["relabelled"],
     }
+
+
+def test_a_negative_above_a_positive_is_not_trained_on(judged: Path) -> None:
+    chunks, queries = training_view(judged)
+    relevant, found = relevant_rows(chunks, queries), read_taught(judged)
+    examples = _examples(judged, chunks, relevant, 4, found)
+    assert len(examples) == len(queries)
+    left_out = 0
+    for example in examples:
+        negatives = [chunks[row].id for row in example.negatives]
+        assert negatives == [kept["chunk_id"] for kept in found[example.query]["negatives"]]
+        left_out += len(found[example.query]["relabelled"])
+    assert left_out > 0
 
 
 def test_training_learns_from_it(judged: Path, whole: Path) -> None:

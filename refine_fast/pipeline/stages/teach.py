@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def run(context: RunContext, folder: Path) -> None:
-    """Writes the logits, and relabels: a negative with a logit above that of a positive is likely
-    an answer that nobody marked (RLHN, arXiv 2505.16967)."""
+    """Writes the logits, and which negatives are left out: one with a logit above that of a
+    positive is likely an answer that nobody marked (RLHN, arXiv 2505.16967)."""
     assert context.teacher is not None
     chunks, queries = training_view(context.out)
     relevant = relevant_rows(chunks, queries)
@@ -50,7 +50,7 @@ def run(context: RunContext, folder: Path) -> None:
     write_json(folder / TEACHING_FACTS, facts)
     context.console.say(
         f"  {facts['pairs']:,} pairs scored; {facts['relabelled']:,} of {facts['negatives']:,} "
-        "negatives score above a positive and are no longer negatives"
+        "negatives score above a positive and are left out"
     )
 
 

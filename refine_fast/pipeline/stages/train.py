@@ -60,7 +60,7 @@ def run(
     chunks, queries = training_view(context.out)
     relevant = relevant_rows(chunks, queries)
     judged = read_taught(context.out) if taught else None
-    examples = _examples(context, chunks, relevant, negatives, judged)
+    examples = _examples(context.out, chunks, relevant, negatives, judged)
     passages = [chunk.passage for chunk in chunks]
     model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     adapters = Trained(config.lora, config.train_layers).choose(model)
@@ -163,33 +163,24 @@ def _teachers(
 
 
 def _examples(
-    context: RunContext,
+    out: Path,
     chunks: Sequence[Chunk],
     relevant: dict[str, list[int]],
     most: int,
     judged: Judgements | None,
 ) -> list[Example]:
-    """One example for each query and each of its positives, with ``most`` negatives at most.
-    Passages that the cross-encoder relabelled are no negatives of the query in any batch."""
+    """One example for each query and each of its positives, with ``most`` negatives at most."""
     row = {chunk.id: i for i, chunk in enumerate(chunks)}
-
-    def rows(found: list[dict[str, Any]]) -> tuple[int, ...]:
-        return tuple(row[negative["chunk_id"]] for negative in found)
-
-    unmarked: dict[str, tuple[int, ...]] = {}
     if judged is None:
-        negatives = {text: rows(found) for text, found in read_negatives(context.out).items()}
+        mined = read_negatives(out)
     else:
-        negatives = {text: rows(about["negatives"]) for text, about in judged.items()}
-        unmarked = {text: rows(about["relabelled"]) for text, about in judged.items()}
+        mined = {text: about["negatives"] for text, about in judged.items()}
+    negatives = {
+        text: tuple(row[negative["chunk_id"]] for negative in found[:most])
+        for text, found in mined.items()
+    }
     return [
-        Example(
-            text,
-            positive,
-            negatives[text][:most],
-            frozenset(positives) | frozenset(unmarked.get(text, ())),
-            i,
-        )
+        Example(text, positive, negatives[text], frozenset(positives), i)
         for i, (text, positives) in enumerate(relevant.items())
         for positive in positives
     ]
@@ -198,14 +189,11 @@ def _examples(
 def _logits(
     chunks: Sequence[Chunk], relevant: dict[str, list[int]], judged: Judgements
 ) -> list[dict[int, float]]:
-    """Of each query: row of a positive or of a negative -> its logit."""
+    """Of each query: row of a passage -> its logit. That of a relabelled passage counts where
+    another query brings the passage into the batch."""
     row = {chunk.id: i for i, chunk in enumerate(chunks)}
     return [
-        {
-            row[found["chunk_id"]]: found["logit"]
-            for kind in ("positives", "negatives")
-            for found in judged[text][kind]
-        }
+        {row[found["chunk_id"]]: found["logit"] for kind in judged[text].values() for found in kind}
         for text in relevant
     ]
 

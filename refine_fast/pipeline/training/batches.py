@@ -27,7 +27,7 @@ class Example:
     positive: int
     negatives: tuple[int, ...]
     relevant: frozenset[int]
-    """All positives of the query, with the passages that a teacher takes for some."""
+    """All positives of the query."""
     row: int
     """Index of the query among the distinct queries."""
 

@@ -9,9 +9,9 @@ BM25 reads the texts. The third has scored its pairs beforehand.
     hybrid: softmax(z(BM25) + z(s)), z over the columns of the row, at twice the temperature.
         Words that the base encoder overlooks become part of what it knows (SPAR, arXiv 2110.06918;
         LED, arXiv 2208.13661).
-    cross-encoder: softmax(logit / its temperature) over the query's positive and its negatives; 0
-        for the other columns, which it has not read. With it, the frozen encoder teaches on, since
-        it knows every column and prevents forgetting, and the hybrid does not, since a
+    cross-encoder: softmax(logit / its temperature) over the columns that it has scored for the
+        query, its positive and mined passages; 0 for the others. The frozen encoder teaches beside
+        it, since it covers every column and prevents forgetting. The hybrid does not, since a
         cross-encoder reads the same words.
 """
 
@@ -72,7 +72,7 @@ class Teachers:
 
 @dataclass(frozen=True)
 class Judged:
-    """A cross-encoder's logits of each query's positives and negatives."""
+    """A cross-encoder's logits of each query's positives and mined passages."""
 
     logits: Sequence[Mapping[int, float]]
     """Of each query: row of a document -> its logit."""
