@@ -69,6 +69,22 @@ def taught(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "taught.jsonl").open()]
 
 
+def interrupt_scoring(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ctrl-C at the third call that scores pairs. Returns the pairs of each call, 0 for that."""
+    scored: list[int] = []
+    score = cross_encoder.pair_logits
+
+    def counted(model: Any, pairs: Sequence[tuple[str, str]], **how: Any) -> np.ndarray:
+        if len(scored) == 2:
+            scored.append(0)
+            raise KeyboardInterrupt
+        scored.append(len(pairs))
+        return score(model, pairs, **how)
+
+    monkeypatch.setattr(cross_encoder, "pair_logits", counted)
+    return scored
+
+
 def test_the_logits_are_those_of_predict(judge: Path, tmp_path: Path, monkeypatch) -> None:
     """Whatever the batch, for the rows that the pairs name; with the sigmoid, they are what the
     model gives by default."""
@@ -87,17 +103,7 @@ def test_a_killed_scoring_resumes(judge: Path, tmp_path: Path, monkeypatch) -> N
     model = load_cross_encoder(judge)
     pairs = [(i % 8, i * 3 % 7) for i in range(14)]
     whole = logits_of(model, pairs, PAGES, PAGES, tmp_path / "whole.npy", bf16=False)
-    scored: list[int] = []
-    score = cross_encoder.pair_logits
-
-    def counted(model: Any, pairs: Sequence[tuple[str, str]], **how: Any) -> np.ndarray:
-        if len(scored) == 2:
-            scored.append(0)
-            raise KeyboardInterrupt
-        scored.append(len(pairs))
-        return score(model, pairs, **how)
-
-    monkeypatch.setattr(cross_encoder, "pair_logits", counted)
+    scored = interrupt_scoring(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         logits_of(model, pairs, PAGES, PAGES, tmp_path / "killed.npy", bf16=False)
     resumed = logits_of(model, pairs, PAGES, PAGES, tmp_path / "killed.npy", bf16=False)
@@ -317,17 +323,7 @@ def test_a_killed_run_resumes(judged: Path, tmp_path: Path, monkeypatch, capsys)
     """It scores the rest, and writes the same bytes."""
     out = shutil.copytree(judged, tmp_path / "run")
     (out / "taught.jsonl").unlink()
-    scored: list[int] = []
-    score = cross_encoder.pair_logits
-
-    def counted(model: Any, pairs: Sequence[tuple[str, str]], **how: Any) -> np.ndarray:
-        if len(scored) == 2:
-            scored.append(0)
-            raise KeyboardInterrupt
-        scored.append(len(pairs))
-        return score(model, pairs, **how)
-
-    monkeypatch.setattr(cross_encoder, "pair_logits", counted)
+    scored = interrupt_scoring(monkeypatch)
     assert main(["train", "--out", str(out)]) == 130
     assert main(["train", "--out", str(out)]) == 0
     pairs = json.loads((out / "teaching.json").read_text())["pairs"]

@@ -35,6 +35,20 @@ class Unchecked(torch.nn.Module):
         return reference.info_nce(q, d, temperature=self.temperature, normalize=True, **columns)
 
 
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The rows of each batch that is trained on."""
+    batches: list[list[int]] = []
+    collate = Collator.__call__
+
+    def recorded(self: Collator, rows: list[dict[str, int]]) -> dict[str, object]:
+        batches.append([row["row"] for row in rows])
+        return collate(self, rows)
+
+    monkeypatch.setattr(Collator, "__call__", recorded)
+    return batches
+
+
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_diverging_loss_stops_training(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
@@ -60,17 +74,9 @@ def test_a_diverging_loss_stops_training(
 
 
 def test_several_gpus_change_nothing(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: list[list[int]]
 ) -> None:
     """The batch, the order and the number of times that each example is seen."""
-    batches: list[list[int]] = []
-    collate = Collator.__call__
-
-    def recorded(self: Collator, rows: list[dict[str, int]]) -> dict[str, object]:
-        batches.append([row["row"] for row in rows])
-        return collate(self, rows)
-
-    monkeypatch.setattr(Collator, "__call__", recorded)
     runs = []
     for gpus in (1, 2):
         monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self, n=gpus: n))
@@ -139,16 +145,8 @@ def test_similar_examples_share_batches(monkeypatch: pytest.MonkeyPatch, cell: i
 
 
 def test_batches_of_similar_examples_are_trained_on(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: list[list[int]]
 ) -> None:
-    batches: list[list[int]] = []
-    collate = Collator.__call__
-
-    def recorded(self: Collator, rows: list[dict[str, int]]) -> dict[str, object]:
-        batches.append([row["row"] for row in rows])
-        return collate(self, rows)
-
-    monkeypatch.setattr(Collator, "__call__", recorded)
     monkeypatch.setattr(order, "GROUP", 4)
     vectors = np.eye(4, dtype=np.float32)[np.arange(len(EXAMPLES)) % 4]
     train(load_encoder(tiny), EXAMPLES, PAGES, tmp_path, batch_size=4, grouped_by=vectors)
