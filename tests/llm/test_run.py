@@ -81,6 +81,18 @@ def test_plan_queries_and_what_is_left(
     assert "query: up to date" in capsys.readouterr().err
 
 
+def test_plan_counts_the_queries_that_are_made_besides_the_models(
+    endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url]
+    command += ["--llm-model", "tiny", "--json"]
+    counts = []
+    for kinds in ([], ["--query-kinds", "span"]):
+        assert main([*command, *kinds]) == 0
+        counts.append(result(capsys)["training_queries"])
+    assert counts[1] > 1.5 * counts[0]
+
+
 def test_plan_times_a_model_in_this_process(
     docs: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,10 +25,11 @@ from ..evaluation.general_knowledge import general_knowledge
 from ..preflight import try_encoder, try_language_model, try_teacher
 from ..queries.python_questions import python_questions
 from ..queries.splits import require_enough
+from ..queries.synthetic import KINDS_IN_TURN
 from ..stages import systems
 from ..stages.chunk import cut_corpus
 from ..stages.curve import PASSAGES, QUERIES
-from ..stages.query import offline_queries, split_queries
+from ..stages.query import made_queries, offline_queries, split_queries
 from ..training.cross_encoder import pair_logits
 from ..training.memory import fit_training
 from ..training.trained import Trained
@@ -89,8 +90,11 @@ def plan(config: RunConfig) -> Plan:
     if context.teacher is not None:
         teacher = try_teacher(context.teacher, trust_remote_code=context.trust_remote_code)
     documents, chunks, duplicates = cut_corpus(context)
-    # A language model would be asked for as many.
-    queries = split_queries(context, chunks, offline_queries(context, chunks, duplicates.twins))
+    asked = offline_queries(context, chunks, duplicates.twins)
+    if config.llm is not None and config.query_kinds:
+        # Those are made besides the model's, of which there are as many as of the usual kinds.
+        asked += made_queries(context, chunks, KINDS_IN_TURN)
+    queries = split_queries(context, chunks, asked)
     if config.llm is None:
         require_enough(queries["train"])
     examples = len(queries["train"])
