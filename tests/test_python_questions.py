@@ -13,6 +13,8 @@ from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.jsonl import write_records
 from refine_fast.pipeline.corpus.python_docs import python_docs
 from refine_fast.pipeline.corpus.text import normalize, normalized_words
+from refine_fast.pipeline.encoder.encode import encode
+from refine_fast.pipeline.encoder.load import load_encoder
 from refine_fast.pipeline.queries.python_questions import (
     python_questions,
     python_training_queries,
@@ -70,6 +72,16 @@ def test_training_queries_cover_the_topics_and_hold_no_test_question(tmp_path: P
     test = {normalize(row["question"]) for row in ROWS}
     split = split_queries(demo(tmp_path), chunks, written)
     assert not test & {normalize(query.text) for query in (*split["train"], *split["dev"])}
+
+
+def test_no_test_question_resembles_a_training_question(minilm: Path) -> None:
+    """As README.md says."""
+    model = load_encoder(minilm)
+    test, training = (
+        encode(model, [row["question"] for row in rows], role="query", bf16=False)
+        for rows in (ROWS, TRAINING)
+    )
+    assert (test @ training.T).max() < 0.8
 
 
 def test_the_demo_trains_on_them_unless_other_queries_are_asked_for(tmp_path: Path) -> None:
