@@ -139,9 +139,10 @@ def operations_table(results: Path) -> str:
     return "\n".join(lines)
 
 
-BEST = {"set": "squad", "queries": "none", "option": "best", "seed": "0"}
+BEST = {"set": "squad", "option": "best", "seed": "0"}
 RECIPES = (
-    ("SQuAD", "made from the passages, no LLM", "recipe.csv", BEST),
+    ("SQuAD", "made from the passages, no LLM", "recipe.csv", {**BEST, "queries": "none"}),
+    ("SQuAD", "written by a large language model", "recipe.csv", {**BEST, "queries": "llm"}),
     ("COVID-QA", "asked by people (`--queries`)", "runs.csv", {"run": "covidqa"}),
 )
 """Documents, queries, file and what its rows have: the table of adapted encoders."""
