@@ -145,6 +145,9 @@ def test_turns() -> None:
     assert "".join(calls).replace("-", "") == "abc" + "abc" + "bca" + "cab"
     assert calls.count("-") == 12
     assert {name: len(taken) for name, taken in samples.items()} == dict.fromkeys("abc", 3)
+    calls.clear()
+    take_turns(names, rounds=2, warm=False)
+    assert "".join(calls) == "abc" + "bca"
 
 
 def test_percentiles() -> None:

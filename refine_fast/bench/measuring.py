@@ -55,21 +55,22 @@ def take_turns(
     contenders: Mapping[str, Callable[[], object]],
     *,
     rounds: int,
+    warm: bool = True,
     before: Callable[[], None] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, list[Sample]]:
-    """``rounds`` samples of each contender after one uncounted round, each round starting with
-    another one.
+    """``rounds`` samples of each contender, each round starting with another one.
 
     Args:
         contenders: by name.
         rounds: at least 1.
+        warm: whether an uncounted round comes first.
         before: called before each call, uncounted.
         progress: called with the name of the contender that is next.
     """
     names = list(contenders)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
-    for turn in range(-1, rounds):
+    for turn in range(-1 if warm else 0, rounds):
         for i in range(len(names)):
             name = names[(max(turn, 0) + i) % len(names)]
             if progress is not None:

@@ -99,7 +99,7 @@ class Operation:
         by_default: whether it takes part where no mode is named.
         needs: the package that the operation itself needs.
         rounds: samples of each contender by default.
-        own_process: whether contenders start processes: a call on tiny inputs warms nothing up.
+        own_process: whether contenders start processes, which an earlier call does not warm up.
         stages_of: what ours returned -> seconds by stage, where another process did the work.
         watched: inputs -> a context in which the profile sees the stages of code that is not ours.
         square: whether N follows B where only B is given.

@@ -114,6 +114,7 @@ def measure(task: Task, progress: Callable[[str], None] | None = None) -> Measur
         samples = take_turns(
             calls | contenders(task.device, task.dtype),
             rounds=task.rounds,
+            warm=not op.own_process,
             before=before,
             progress=progress,
         )
