@@ -96,6 +96,14 @@ def _show_scores(context: RunContext) -> None:
     context.console.say(f"the model is {context.model}, the report {context.path('report.html')}")
 
 
+def _title(about: dict[str, Any]) -> str:
+    """Of a table of scores on one set."""
+    return (
+        f"{about['data']}, {about['split']}: {about['queries']:,} queries, "
+        f"{about['passages']:,} passages, precision {about['precision']}"
+    )
+
+
 def show_evaluation(
     models: list[str],
     data: Path,
@@ -120,8 +128,7 @@ def show_evaluation(
         Column(overflow="fold"),  # runs/a/model and runs/b/model differ in the middle
         *COLUMNS,
         f"{HEADLINE} against the first",
-        title=f"{about['data']}, {split}: {about['queries']:,} queries, "
-        f"{about['passages']:,} passages, precision {about['precision']}",
+        title=_title(about),
     )
     for row in rows:
         change = row.get("gain", {}).get(HEADLINE)
@@ -157,8 +164,7 @@ def show_systems(
         "",
         *COLUMNS,
         *(f"{HEADLINE} against {what}" for what in gains.values()),
-        title=f"{found['data']}, {split}: {found['queries']:,} queries, "
-        f"{found['passages']:,} passages, precision {found['precision']}",
+        title=_title(found),
     )
     for row in found["rows"]:
         changes = [row.get(name, {}).get(HEADLINE) for name in gains]

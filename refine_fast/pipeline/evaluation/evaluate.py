@@ -104,6 +104,18 @@ def score_vectors(data: RetrievalSet, queries: np.ndarray, docs: np.ndarray) -> 
     return score_ranking(data.ids_at(rank(queries, docs, own)), data.qrels)
 
 
+def models_and_set(
+    models: Sequence[str], data: Path, split: str, *, trust_remote_code: bool
+) -> tuple[list[Path], RetrievalSet]:
+    """The folders of the models, ready to load, and the set; warns of what is odd about the set."""
+    options = EncoderOptions(trust_remote_code=trust_remote_code)
+    folders = [prepare_encoder(encoder_folder(name), options) for name in models]
+    held = load_beir(data, split)
+    for remark in held.remarks():
+        warnings.warn(remark, RefineFastWarning, stacklevel=2)
+    return folders, held
+
+
 def evaluate_models(
     models: Sequence[str],
     data: Path,
@@ -128,11 +140,7 @@ def evaluate_models(
         key per metric and, for the models after the first, ``gain`` = {metric: {"mean", "low",
         "high"}} against the first.
     """
-    options = EncoderOptions(trust_remote_code=trust_remote_code)
-    folders = [prepare_encoder(encoder_folder(name), options) for name in models]
-    held = load_beir(data, split)
-    for remark in held.remarks():
-        warnings.warn(remark, RefineFastWarning, stacklevel=2)
+    folders, held = models_and_set(models, data, split, trust_remote_code=trust_remote_code)
     about = {
         "data": held.name,
         "split": split,

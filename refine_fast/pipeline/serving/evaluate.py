@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -12,13 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ...errors import RefineFastWarning
 from ..corpus.beir import RetrievalSet, is_beir, load_beir
 from ..corpus.text import normalize
 from ..encoder.encode import Role, encode, has_fast_bf16
-from ..encoder.load import device, encoder_folder, load_encoder
-from ..encoder.options import EncoderOptions
-from ..encoder.prepare import prepare_encoder
+from ..encoder.load import device, load_encoder
+from ..evaluation.evaluate import models_and_set
 from ..evaluation.general_knowledge import general_knowledge
 from ..evaluation.metrics import METRICS
 from ..evaluation.scores import Scores
@@ -65,11 +62,7 @@ def evaluate_systems(
         "high"}} against the passage vectors of the same model, ``gain_over_first`` against the
         same system under the first model.
     """
-    options = EncoderOptions(trust_remote_code=trust_remote_code)
-    folders = [prepare_encoder(encoder_folder(name), options) for name in models]
-    held = load_beir(data, split)
-    for remark in held.remarks():
-        warnings.warn(remark, RefineFastWarning, stacklevel=2)
+    folders, held = models_and_set(models, data, split, trust_remote_code=trust_remote_code)
     name, choosing = choosing_set(data, split, held)
     bf16 = has_fast_bf16(device()) if precision == "auto" else precision == "bf16"
     rows: list[dict[str, Any]] = []
