@@ -9,19 +9,16 @@ import numpy as np
 
 from ...errors import RefineFastError
 from ...files import atomic, atomic_folder
-from ..artifacts import DEV, HELD_OUT
 from ..console import Console
-from ..corpus.jsonl import read_records
 from ..encoder.encode import compares_by_cosine, encode
 from ..evaluation.evaluate import rank
 from ..evaluation.metrics import score_ranking
-from ..queries.query import Query
 from ..reporting.loss import Loss
 from ..serving import exports
 from ..serving.compact import CompactVectors, Numbers
 from ..serving.search import Index
 from ..serving.storage import IndexFolder
-from .export_target import load_product, naming_extras, target_path
+from .export_target import held_out_queries, load_product, loss_sentence, naming_extras, target_path
 
 SUFFIX = {"vectors": ".parquet"}
 """Format -> suffix of its file; the others are folders."""
@@ -77,8 +74,7 @@ def export_index(
         writer(temporary, index)
     console.result({"export": str(path), "format": format, "passages": index.count, **facts})
     if smaller:
-        unknown = "the loss of recall is not known: the run has no held-out queries"
-        console.say(unknown if loss is None else str(loss))
+        console.say(loss_sentence(loss))
     console.say(f"{index.count:,} passages with their vectors are in {path}")
 
 
@@ -98,8 +94,7 @@ def _compact(
     row = {id: i for i, id in enumerate(ids)}
     model = load_product(out)
     compact = CompactVectors.of(vectors, numbers, dimensions, unit=compares_by_cosine(model))
-    held = [query for name in (DEV, HELD_OUT) for query in read_records(out / name, Query)]
-    held = [query for query in held if query.chunk_id in row]
+    held = [query for query in held_out_queries(out) if query.chunk_id in row]
     if not held:
         return compact, None
     drawn = np.random.default_rng(0).permutation(len(held))[:QUERIES]

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...errors import RefineFastError
 from ...files import atomic_folder
-from ..artifacts import CHUNKS, DEV, HELD_OUT, MODEL
+from ..artifacts import CHUNKS, MODEL
 from ..console import Console
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
@@ -29,11 +29,10 @@ from ..encoder.graph import (
     write_openvino,
 )
 from ..evaluation.evaluate import score_vectors
-from ..queries.query import Query
 from ..queries.splits import held_out_set
 from ..reporting.graph_card import graph_card
 from ..reporting.loss import Loss
-from .export_target import load_product, naming_extras, target_path
+from .export_target import held_out_queries, load_product, loss_sentence, naming_extras, target_path
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -175,7 +174,7 @@ def _loss(
     console: Console,
 ) -> Loss | None:
     """On the run's held-out queries; None without any."""
-    queries = [query for name in (DEV, HELD_OUT) for query in read_records(out / name, Query)]
+    queries = held_out_queries(out)
     if not queries:
         return None
     data = held_out_set(chunks, queries).sample(queries=QUERIES, docs=PASSAGES, seed=0)
@@ -206,6 +205,5 @@ def _say(
         console.say(f"the vectors differ from the encoder's by at most {difference:.1g}")
     else:
         console.say(f"mean cosine to the encoder's vectors: {similarity:.4f}")
-        unknown = "the loss of recall is not known: the run has no held-out queries"
-        console.say(unknown if loss is None else str(loss))
+        console.say(loss_sentence(loss))
     console.say(f"the graph is {path / how.graph}; {path / 'README.md'} says how to call it")

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import RefineFastError
-from ..artifacts import MODEL
+from ..artifacts import DEV, HELD_OUT, MODEL
 from ..config_file import load_config
+from ..corpus.jsonl import read_records
 from ..encoder.load import load_encoder
+from ..queries.query import Query
+from ..reporting.loss import Loss
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -92,6 +95,17 @@ def _documents(run: Path) -> Path | None:
     except RefineFastError:  # a path in it does not exist any more
         return None
     return None if docs is None else docs.resolve()
+
+
+def held_out_queries(run: Path) -> list[Query]:
+    """The queries of a run that it did not train on, by which an export states its loss."""
+    return [query for name in (DEV, HELD_OUT) for query in read_records(run / name, Query)]
+
+
+def loss_sentence(loss: Loss | None) -> str:
+    """A loss in words; None: it could not be measured."""
+    unknown = "the loss of recall is not known: the run has no held-out queries"
+    return unknown if loss is None else str(loss)
 
 
 def load_product(run: Path) -> SentenceTransformer:
