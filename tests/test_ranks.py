@@ -33,6 +33,7 @@ from refine_fast.pipeline.training import trainer
 from refine_fast.pipeline.training.batches import Collator, Example, Twin
 from refine_fast.pipeline.training.loss import BatchLoss
 from refine_fast.pipeline.training.teachers import Lexical, Teachers
+from refine_fast.pipeline.training.trained import Trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,6 +51,8 @@ EXAMPLES = [
     for i, query in enumerate(QUERIES)
 ]
 BATCH = [{"row": i} for i in range(10)]  # not a multiple of 4
+
+EVERYTHING = Trained()
 
 EXACT = 1e-12
 """Largest difference of float64 gradients, relative to the largest of the parameter. All that may
@@ -282,7 +285,11 @@ def test_rows_in_the_order_of_the_ranks() -> None:
 
 
 def trained(
-    encoder: Path, folder: Path, options: dict[str, Any], dies: int | None = None
+    encoder: Path,
+    folder: Path,
+    options: dict[str, Any],
+    dies: int | None = None,
+    part: Trained = EVERYTHING,
 ) -> tuple[dict[str, Tensor], list[int], list[Any]] | str:
     """The weights after training, the steps of this start and the losses; or why a rank stopped.
 
@@ -291,9 +298,13 @@ def trained(
         folder: of the checkpoints, one at every step.
         options: of the training.
         dies: rank 1 is killed after this step.
+        part: what is trained. Adapters are drawn at random, on each rank others.
     """
     trainer.CHECKPOINT_SECONDS = 0.0
+    found = launched()
     model = encoder_of(encoder, torch.float64)
+    torch.manual_seed(found.rank if found is not None else 0)
+    part.choose(model)
     steps: list[int] = []
 
     def progress(step: int, steps_in_all: int, note: str) -> None:
@@ -301,7 +312,6 @@ def trained(
         if step == dies and found is not None and found.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    found = launched()
     if found is not None:
         found.join("gloo")
     try:
@@ -341,6 +351,28 @@ def test_a_checkpoint_of_four_ranks_resumed_by_two(tiny: Path, tmp_path: Path) -
         require_same_training(found, gold)
     saved = {path.name for path in shared.glob("*/*")}  # by rank 0
     assert saved == {path.name for path in (tmp_path / "alone").glob("*/*")}
+
+
+@pytest.mark.parametrize(
+    ("part", "trains"),
+    [(Trained(lora=2), "lora_"), (Trained(last_layers=1), "layer.1.")],
+    ids=["adapters", "last layer"],
+)
+def test_a_part_of_the_parameters(tiny: Path, tmp_path: Path, part: Trained, trains: str) -> None:
+    """Trained on two ranks, it is what one process trains, and the rest is as it was."""
+    gold = trained(tiny, tmp_path / "alone", {}, None, part)
+    for found in run_ranks(2, trained, tiny, tmp_path / "shared", {}, None, part):
+        require_same_training(found, gold)
+    before = {
+        name.replace("base_layer.", ""): parameter
+        for name, parameter in encoder_of(tiny, torch.float64).named_parameters()
+    }
+    changed = {
+        name
+        for name, parameter in gold[0].items()
+        if not torch.equal(parameter, before.get(name.replace("base_layer.", ""), torch.empty(0)))
+    }
+    assert changed == {name for name in gold[0] if trains in name}
 
 
 def command(*arguments: str) -> tuple[int, str]:
