@@ -273,6 +273,30 @@ def test_what_the_teacher_says(judged: Path, judge: Path) -> None:
     }
 
 
+def test_an_export_has_the_teachers_scores(judged: Path, tmp_path: Path, capsys) -> None:
+    """And the negatives that training sees; not those of a teacher that scored another set."""
+    command = ["export", "--format", "flagembedding", "--out"]
+    assert main([*command[:1], str(judged), *command[1:], str(tmp_path / "taught.jsonl")]) == 0
+    said = capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "taught.jsonl").open(encoding="utf-8")]
+    records = {record["query"]: record for record in taught(judged)}
+    usable = {text for text, record in records.items() if record["negatives"]}
+    assert {line["query"] for line in lines} == usable
+    if left_out := len(records) - len(usable):
+        assert f"needs one: {left_out} are left out, since no other passage has the" in said
+    assert "; their scores are the logits of the teacher\n" in said
+    for line in lines:
+        for side, kind in (("pos", "positives"), ("neg", "negatives")):
+            logits = {each["chunk_id"]: each["logit"] for each in records[line["query"]][kind]}
+            assert dict(zip(line[f"{side}_ids"], line[f"{side}_scores"], strict=True)) == logits
+
+    remined = shutil.copytree(judged, tmp_path / "run")
+    assert main(["mine", "--out", str(remined), "--negatives", "1", "--skip", "1", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main([*command[:1], str(remined), *command[1:], str(tmp_path / "mined.jsonl")]) == 0
+    assert "logits" not in capsys.readouterr().err
+
+
 def test_a_negative_above_a_positive_is_not_trained_on(judged: Path) -> None:
     chunks, queries = training_view(judged)
     relevant, found = relevant_rows(chunks, queries), read_taught(judged)

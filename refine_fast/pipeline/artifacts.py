@@ -140,7 +140,11 @@ def read_negatives(out: Path) -> dict[str, list[dict[str, Any]]]:
         return {record["query"]: record["negatives"] for record in map(json.loads, file)}
 
 
-def read_taught(out: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+Judgements = dict[str, dict[str, list[dict[str, Any]]]]
+"""What ``read_taught`` returns."""
+
+
+def read_taught(out: Path) -> Judgements:
     """Query text -> what the cross-encoder says: its "positives" and the "negatives" to train on,
     {"chunk_id", "logit"} each, and the mined negatives that are "relabelled" since it scores them
     above a positive. Negatives also have the "score" that mining gave them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,13 @@ from ..artifacts import (
     DEV,
     EMBEDDINGS,
     HELD_OUT,
+    NEGATIVES,
     QUERIES,
+    Judgements,
     base_embeddings,
     base_prompts,
     read_negatives,
+    read_taught,
     relevant_rows,
     similarity_unit,
     training_view,
@@ -81,17 +85,23 @@ def export(
             f"--out: {format} cannot be written to stdout; give a "
             f"{'folder' if format == 'beir' else 'file'}."
         )
-    data = _training_set(out)
+    taught = _taught(out)
+    data = _training_set(out, taught)
     mined = sum(len(query.negatives) for query in data.queries)
     empty = sum(not query.negatives for query in data.queries)
     if empty and format in _NEEDS_NEGATIVES:
-        complete = with_random_negatives(data, _Similarity(out))
+        if taught is None:
+            complete = with_random_negatives(data, _Similarity(out))
+            why = "that every passage answers are left out"
+        else:
+            complete = replace(data, queries=[query for query in data.queries if query.negatives])
+            why = "are left out, since no other passage has the teacher's score"
         left_out = len(data.queries) - len(complete.queries)
+        done = [f"{empty - left_out} get a random passage"] if left_out < empty else []
+        done += [f"{left_out} {why}"] if left_out else []
         console.warn(
             f"{empty} of {len(data.queries)} queries have no mined negative, and a trainer of this "
-            f"format needs one: {empty - left_out} get a random passage"
-            + (f", {left_out} that every passage answers are left out" if left_out else "")
-            + "."
+            f"format needs one: {', '.join(done)}."
         )
         data = complete
     if path is None:
@@ -112,7 +122,7 @@ def export(
     where = "on stdout" if path is None else f"in {path}"
     console.say(
         f"{len(data.queries):,} queries with {positives:,} positives and {mined:,} mined negatives "
-        f"are {where}"
+        f"are {where}" + ("" if taught is None else "; their scores are the logits of the teacher")
     )
     _say_prompts(out, console)
 
@@ -132,22 +142,43 @@ def _check_mined(out: Path) -> None:
         )
 
 
-def _training_set(out: Path) -> TrainingSet:
+def _taught(out: Path) -> Judgements | None:
+    """What the teacher says of the mined training set; None: there was no teacher, or it scored
+    another set."""
+    files = {name: out / name for name in (CHUNKS, QUERIES, DEV, HELD_OUT, NEGATIVES)}
+    return None if RunFolder(out).changes("teach", files) else read_taught(out)
+
+
+def _training_set(out: Path, taught: Judgements | None) -> TrainingSet:
     passages, queries = training_view(out)
     row = {chunk.id: i for i, chunk in enumerate(passages)}
-    similarity, unit = _Similarity(out), similarity_unit(out)
-    negatives = read_negatives(out)
-    mined = [
-        MinedQuery(
-            text,
-            tuple((passages[p], similarity(i, p)) for p in dict.fromkeys(positives)),
-            tuple(
-                (passages[row[found["chunk_id"]]], round(found["score"] * unit, 6))
-                for found in negatives[text]
-            ),
-        )
-        for i, (text, positives) in enumerate(relevant_rows(passages, queries).items())
-    ]
+    relevant = relevant_rows(passages, queries)
+    if taught is None:
+        similarity, unit = _Similarity(out), similarity_unit(out)
+        negatives = read_negatives(out)
+        mined = [
+            MinedQuery(
+                text,
+                tuple((passages[p], similarity(i, p)) for p in dict.fromkeys(positives)),
+                tuple(
+                    (passages[row[found["chunk_id"]]], round(found["score"] * unit, 6))
+                    for found in negatives[text]
+                ),
+            )
+            for i, (text, positives) in enumerate(relevant.items())
+        ]
+    else:
+        mined = [
+            MinedQuery(
+                text,
+                *(
+                    tuple((passages[row[id]], logit) for id, logit in logits.items())
+                    for kind in ("positives", "negatives")
+                    for logits in [{each["chunk_id"]: each["logit"] for each in taught[text][kind]}]
+                ),
+            )
+            for text in relevant
+        ]
     return TrainingSet(passages, mined, base_prompts(out)[0])
 
 

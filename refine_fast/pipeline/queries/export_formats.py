@@ -11,7 +11,7 @@
     parquet         one row for each query, with lists of ids, texts and scores
 
 Texts are without prompts, which every trainer adds itself. A score is the similarity under the base
-encoder. ``user_formats`` reads all of them.
+encoder or, where a cross-encoder taught, its logit. ``user_formats`` reads all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..corpus.chunk import Chunk
 from .query import Query
 
 Scored = tuple[Chunk, float]
-"""A passage, and its similarity to the query."""
+"""A passage, and its score for the query."""
 
 BEIR_FILES = ("corpus.jsonl", "queries.jsonl", "hard-negatives.jsonl", "qrels")
 """What an exported BEIR folder holds."""

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from ..artifacts import (
     ADAPTER,
     TRAINING_FACTS,
     TUNED,
+    Judgements,
     base_embeddings,
     read_negatives,
     read_taught,
@@ -35,9 +36,6 @@ from ..training.trainer import epochs_of, train
 
 if TYPE_CHECKING:
     from ..context import RunContext
-
-Judgements = dict[str, dict[str, list[dict[str, Any]]]]
-"""What ``read_taught`` returns."""
 
 
 def run(
