@@ -13,6 +13,9 @@ questions and 2% of COVID-QA's have a paraphrase among the queries (cosine of at
 MiniLM).
 ``OPTIONS`` changes one thing at a time.
 
+Judged on "served": the blend of passages, sentences and BM25 that a run's index serves, in the
+domain, with its weights chosen on held-out queries.
+
 A run whose rows are in the table is skipped, and one that was stopped resumes in ``--runs``: start
 the same command again. Seconds and memory are right for runs that were not stopped. A row's key is
 (set, queries, option, seed, judged on, system, device).
@@ -100,11 +103,12 @@ def measure(run: dict[str, str], folder: Path, ood_passages: int) -> list[dict[s
         "peak_mb": usage.ru_maxrss // 1024,
         "commit": own_commit,
     }
-    return [
-        {**common, **row}
+    rows = [
+        row
         for judged in (report["in_domain"], *report["out_of_domain"])
         for row in rows_of(judged, report["weight"])
     ]
+    return [{**common, **row} for row in rows + served_rows(report["served"])]
 
 
 def rows_of(judged: dict[str, Any], weight: float) -> list[dict[str, Any]]:
@@ -120,6 +124,28 @@ def rows_of(judged: dict[str, Any], weight: float) -> list[dict[str, Any]]:
         gain = {GAIN[side]: round(point["gain"]["recall@3"][side], 4) for side in GAIN}
         rows.append({**about, "system": system, **rounded(point["metrics"], METRICS), **gain})
     return rows
+
+
+def served_rows(served: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The rows of the blend that is served, with the base and with the fused encoder: a sample of
+    the domain's test queries and passages."""
+    if served is None or served["gain"] is None:
+        return []
+    about = {
+        "judged_on": "served",
+        "passages": served["passages"],
+        "test_queries": served["queries"],
+    }
+    change = {"base": dict.fromkeys(GAIN, 0.0), "fused": served["gain"]}
+    return [
+        {
+            **about,
+            "system": side,
+            **rounded(served["systems"][side]["blend"]["metrics"], METRICS),
+            **{GAIN[bound]: round(change[side][bound], 4) for bound in GAIN},
+        }
+        for side in change
+    ]
 
 
 def rounded(values: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
