@@ -143,6 +143,7 @@ BEST = {"set": "squad", "option": "best", "seed": "0"}
 RECIPES = (
     ("SQuAD", "made from the passages, no LLM", "recipe.csv", {**BEST, "queries": "none"}),
     ("SQuAD", "written by a large language model", "recipe.csv", {**BEST, "queries": "llm"}),
+    ("SQuAD", "asked by people (`--queries`)", "recipe.csv", {**BEST, "queries": "human"}),
     ("COVID-QA", "asked by people (`--queries`)", "runs.csv", {"run": "covidqa"}),
 )
 """Documents, queries, file and what its rows have: the table of adapted encoders."""
