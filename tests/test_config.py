@@ -149,6 +149,26 @@ def test_adapters_in_every_layer_or_the_last_layers(tmp_path: Path) -> None:
         RunConfig(out=tmp_path / "run", lora=4, train_layers=2)
 
 
+def test_null_is_no_name(tmp_path: Path) -> None:
+    """Of ``llm_model:`` without a value in a YAML file: the model is not called None."""
+    given = {"out": tmp_path / "run", "llm": "http://localhost:1/v1"}
+    with pytest.raises(RefineFastError, match=r"^llm_model: no model named; add --llm-model"):
+        RunConfig(**given, llm_model=None)
+    assert RunConfig(out=tmp_path / "run", query_kinds=None).query_kinds == ()
+
+
+def test_bad_values_of_the_python_api(tmp_path: Path) -> None:
+    for name, value, message in (
+        ("out", None, "out: null must be a path."),
+        ("ood", 5, "ood: 5 does not exist; give the path of an existing file or folder."),
+        ("llm_mix", "question=nan", "llm_mix: question=nan must be kinds and shares, such as"),
+        ("llm_mix", 5, "llm_mix: 5 must be kinds and shares, such as"),
+    ):
+        with pytest.raises(RefineFastError) as error:
+            RunConfig(**{"out": tmp_path / "run", "llm": "http://localhost:1", name: value})
+        assert str(error.value).startswith(message)
+
+
 def test_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RefineFastError, match=r"^out: .*/file is a file; give a folder\.$"):

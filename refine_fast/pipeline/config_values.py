@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -39,7 +40,7 @@ def is_windows_path(text: str) -> bool:
 
 
 def _path(value: Any) -> Path:
-    text = str(value)
+    text = "" if value is None else str(value)
     if not text.strip():
         raise ValueError("must be a path")  # "" would be the current folder
     if is_windows_path(text):
@@ -79,7 +80,7 @@ def _beir_sets(value: Any) -> tuple[Path | str, ...] | None:
     """Folders, and names of NanoBEIR's sets."""
     if value is None or value in ("none", ["none"]):
         return None if value is None else ()
-    items = [value] if isinstance(value, str | Path) else value
+    items = value if isinstance(value, list | tuple) else [value]
     named = [str(item) for item in items if is_nanobeir(str(item), Path.cwd())]
     names = dict.fromkeys(name for item in named for name in sets_of(item))
     folders = dict.fromkeys(_path(item) for item in items if str(item) not in named)
@@ -127,6 +128,8 @@ def _weights(value: Any) -> tuple[float, ...]:
 
 
 def _names(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
     parts = value if isinstance(value, list | tuple) else str(value).split(",")
     return tuple(name for part in parts if (name := str(part).strip()))
 
@@ -134,9 +137,12 @@ def _names(value: Any) -> tuple[str, ...]:
 def _mix(value: Any) -> tuple[tuple[str, float], ...]:
     parts = [item.split("=") for item in value.split(",")] if isinstance(value, str) else value
     try:
-        return tuple((str(kind).strip(), float(share)) for kind, share in dict(parts).items())
+        mix = tuple((str(kind).strip(), float(share)) for kind, share in dict(parts).items())
     except (TypeError, ValueError):
-        raise ValueError("must be kinds and shares, such as question=0.6,claim=0.4") from None
+        mix = (("", math.nan),)
+    if not all(math.isfinite(share) for _, share in mix):
+        raise ValueError("must be kinds and shares, such as question=0.6,claim=0.4")
+    return mix
 
 
 def _query_kinds(value: Any) -> tuple[str, ...]:
