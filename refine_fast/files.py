@@ -92,7 +92,8 @@ def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as JSON, all of the file or nothing."""
     with atomic(path) as temporary:
         text = json.dumps(value, indent=1, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # A path that is not UTF-8 has lone surrogates, whose replacement is JSON's own escape.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path) -> Any:

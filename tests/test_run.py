@@ -4,6 +4,7 @@ MiniLM are a step of .ci/run."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -161,6 +162,20 @@ def test_a_rerun_redoes_what_changed_and_says_why(
     first = next(iter(redone))
     before = STAGES.index(first) if first in STAGES else STAGES.index("curve 1.0")
     assert not set(STAGES[:before]) & why.keys()
+
+
+def test_a_path_that_is_not_utf8(copied: Path, docs: Path, tmp_path: Path, capsys) -> None:
+    """Its bytes are named in the report and in the manifest, which are UTF-8."""
+    odd = shutil.copytree(docs, tmp_path / os.fsdecode(b"caf\xe9"))
+    flags = ["--config", str(copied / "config.yaml"), str(odd)]
+    assert set(rerun(copied, capsys, *flags)) == {"report"}
+    report = json.loads((copied / "report.json").read_text())
+    assert report["documents"]["source"].endswith(r"caf\xe9")
+    assert rerun(copied, capsys) == {}
+    queries = tmp_path / os.fsdecode(b"questions \xe9.jsonl")
+    queries.touch()
+    context = RunContext(RunConfig(out=copied, queries=queries), odd, Console())
+    assert context.query_source == r"from questions \xe9.jsonl"
 
 
 def test_a_document_that_changed(

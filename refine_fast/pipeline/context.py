@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RefineFastError
-from ..files import read_json
+from ..files import name_of, read_json
 from ..integrations.sentence_transformers.twin import TwinEncoder
 from .artifacts import FUSION_FACTS, MODEL
 from .config import RunConfig
@@ -206,7 +206,7 @@ class RunContext:
     def query_source(self) -> str:
         """Where the training queries come from, in words."""
         if self.config.queries is not None:
-            return f"from {self.config.queries.name}"
+            return f"from {name_of(self.config.queries.name)}"
         if self.config.llm is not None:
             return f"written by {', '.join(self.config.llm_model) or self.config.llm}"
         if self.written_beforehand:
@@ -217,4 +217,4 @@ class RunContext:
 def _short(model: str) -> str:
     """The name of a model, of which a folder's path is too long for a table."""
     folder = Path(model)
-    return folder.name if folder.is_absolute() else model
+    return name_of(folder.name) if folder.is_absolute() else model

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...files import read_json
+from ...files import name_of, read_json
 from ..artifacts import (
     ACCOUNT,
     CHUNK_FACTS,
@@ -118,8 +118,10 @@ def _costs(context: RunContext) -> dict[str, tuple[float, int]]:
 
 
 def _documents(context: RunContext) -> Documents:
+    docs = context.config.docs
     built_in = f"the language reference of Python {platform.python_version()}"
-    return Documents(str(context.config.docs or built_in), **read_json(context.path(CHUNK_FACTS)))
+    source = built_in if docs is None else name_of(docs)
+    return Documents(source, **read_json(context.path(CHUNK_FACTS)))
 
 
 def _queries(context: RunContext) -> Queries:
