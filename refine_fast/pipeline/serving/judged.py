@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
@@ -14,7 +17,8 @@ JUDGED = "judged.jsonl"
 
 
 class Judged:
-    """The marks of a run. Every change is on the disk before it counts."""
+    """The marks of a run. Every change is on the disk before it counts, and keeps those that
+    another process has made."""
 
     def __init__(self, path: Path) -> None:
         """Reads the marks that are there.
@@ -24,11 +28,22 @@ class Judged:
         """
         self._path = path
         self._lock = Lock()
-        self._marks: dict[tuple[str, str], None] = {}
-        for number, row in read_jsonl(path) if path.exists() else ():
-            place = f"{path}:{number}"
+        self._marks = self._read()
+
+    def _read(self) -> dict[tuple[str, str], None]:
+        marks: dict[tuple[str, str], None] = {}
+        for number, row in read_jsonl(self._path) if self._path.exists() else ():
+            place = f"{self._path}:{number}"
             text, doc_id = (text_field(row, (name,), place) for name in ("text", "doc_id"))
-            self._marks[text, doc_id] = None
+            marks[text, doc_id] = None
+        return marks
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread and no other process changes the file meanwhile."""
+        with self._lock, open(self._path.with_name(f".{self._path.name}.lock"), "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def __len__(self) -> int:
         return len(self._marks)
@@ -43,9 +58,13 @@ class Judged:
         return [doc_id for text, doc_id in self._marks if text == query]
 
     def mark(self, query: str, doc_id: str, *, answers: bool = True) -> int:
-        """Adds a mark, or takes it back; returns how many there are."""
-        with self._lock:
-            marks = dict(self._marks)
+        """Adds a mark, or takes it back; returns how many there are.
+
+        Raises:
+            RefineFastError: for a malformed line.
+        """
+        with self._alone():
+            marks = self._read()
             if answers:
                 marks[query, doc_id] = None
             else:

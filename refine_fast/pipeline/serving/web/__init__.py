@@ -167,7 +167,10 @@ class Api:
         answers = asked.get("answers", True)
         if not isinstance(answers, bool):
             raise BadRequest("answers must be true or false")
-        marks = await run_in_threadpool(self._judged.mark, query, doc_id, answers=answers)
+        try:
+            marks = await run_in_threadpool(self._judged.mark, query, doc_id, answers=answers)
+        except RefineFastError as error:
+            raise BadRequest(str(error)) from None
         return JSONResponse({"marks": marks})
 
     async def about(self, _: Request) -> Response:
