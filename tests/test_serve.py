@@ -190,6 +190,14 @@ def test_marks_with_odd_texts_are_read_back(tmp_path: Path) -> None:
     assert again.of(LONG) == ["d0\n\x00"]
 
 
+def test_two_servers_of_one_run_lose_no_mark(tmp_path: Path) -> None:
+    one, other = Judged(tmp_path / JUDGED), Judged(tmp_path / JUDGED)
+    assert one.mark("first", "a") == 1
+    assert other.mark("second", "b") == 2
+    assert one.mark("first", "a", answers=False) == 1
+    assert Judged(tmp_path / JUDGED).marks == [("second", "b")]
+
+
 def test_marks_choose_the_blend(indexed: Path, tmp_path: Path, capsys) -> None:
     """Enough of them, and they alone do; else they are added to the held-out queries."""
     out = shutil.copytree(indexed, tmp_path / "run")
@@ -197,10 +205,12 @@ def test_marks_choose_the_blend(indexed: Path, tmp_path: Path, capsys) -> None:
     judged = Judged(out / JUDGED)
 
     def chosen_by() -> dict[str, Any]:
-        manifest = json.loads((out / "index" / "index.json").read_text())
-        (out / "index" / "index.json").write_text(json.dumps({**manifest, "key": {}}))
+        before = json.loads((out / "index" / "index.json").read_text())
         assert main(["index", str(out), "--json", "--quiet"]) == 0
-        return json.loads(capsys.readouterr().out)["blend"]
+        blend = json.loads(capsys.readouterr().out)["blend"]
+        after = json.loads((out / "index" / "index.json").read_text())
+        assert after == {**before, "blend": blend}  # no passage is encoded again
+        return blend
 
     before = chosen_by()
     judged.mark("a query about a passage that is gone", "nowhere")
@@ -212,6 +222,14 @@ def test_marks_choose_the_blend(indexed: Path, tmp_path: Path, capsys) -> None:
         judged.mark(f"{number} {chunks[number].text[:40]}", chunks[number].id)
     many = chosen_by()
     assert (many["queries"], many["general_knowledge"]) == (61, 0)
+    assert chosen_by() == many
+
+    # A passage that was removed is not one that could have been found.
+    removed = chunks[0].id.partition("#")[0]
+    gone = sum(chunk.id.partition("#")[0] == removed for chunk in chunks[:60])
+    assert main(["index", str(out), "--remove", removed, "--quiet"]) == 0
+    judged.mark("one more mark", chunks[-1].id)
+    assert chosen_by()["queries"] == 61 - gone
 
 
 def test_the_command_serves_until_it_is_stopped(run: Path) -> None:

@@ -47,6 +47,8 @@ def index(
 ) -> None:
     """Builds the index of the finished run ``out`` unless it is up to date, or changes documents.
 
+    An index that is up to date gets another blend if other queries choose it now.
+
     Args:
         out: the run folder.
         console: told what is done.
@@ -79,7 +81,9 @@ def index(
             of_kind = None if chosen == "auto" else chosen
             manifest = builder.build(chunks, held_out_queries(out), key, of_kind)
         else:
-            console.say("index: up to date")
+            old, manifest = manifest, builder.with_blend_of(manifest, held_out_queries(out))
+            same = manifest is old
+            console.say(f"index: {'up to date' if same else 'marks changed; new blend'}")
     _show(folder, manifest, console)
 
 

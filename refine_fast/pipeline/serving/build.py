@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -65,17 +67,34 @@ class Builder:
         added = [] if old is None or len(old.segments) < 2 else _added(self.folder, old)
         if not first:
             raise RefineFastError("index: no passage of the run is left; add documents to the run.")
-        asked = list(dict.fromkeys(query.text for query in dev))
-        vectors = self.encoders.queries("product", asked) if asked else None
+        asked, vectors = self._asked(dev)
         names = []
         for part in (first, added):
             if part:
                 names.append(self._segment(part, kind, vectors))
         manifest = Manifest(key, tuple(names), None, tuple(sorted(edited)))
-        choice = self._choose(manifest, asked, vectors, dev)
-        manifest = replace(manifest, blend=choice.facts())
+        manifest = self._with_blend(manifest, dev, asked, vectors)
         self.folder.commit(manifest)
         return manifest
+
+    def with_blend_of(self, manifest: Manifest, dev: Sequence[Query]) -> Manifest:
+        """The index with the blend that ``dev`` chooses; ``manifest`` itself if they chose its
+        blend. No passage is encoded.
+
+        Args:
+            manifest: the index.
+            dev: held-out queries.
+        """
+        if manifest.blend.get("chosen_by") == _digest(dev):
+            return manifest
+        changed = self._with_blend(manifest, dev, *self._asked(dev))
+        self.folder.commit(changed)
+        return changed
+
+    def _asked(self, dev: Sequence[Query]) -> tuple[list[str], np.ndarray | None]:
+        """The distinct texts and their vectors; None without any."""
+        asked = list(dict.fromkeys(query.text for query in dev))
+        return asked, self.encoders.queries("product", asked) if asked else None
 
     def _segment(
         self, chunks: Sequence[Chunk], kind: Kind | None, queries: np.ndarray | None = None
@@ -91,12 +110,22 @@ class Builder:
             finish_segment(folder, kind, queries)
         return folder.name
 
+    def _with_blend(
+        self,
+        manifest: Manifest,
+        dev: Sequence[Query],
+        asked: Sequence[str],
+        vectors: np.ndarray | None,
+    ) -> Manifest:
+        choice = self._choose(manifest, dev, asked, vectors)
+        return replace(manifest, blend={**choice.facts(), "chosen_by": _digest(dev)})
+
     def _choose(
         self,
         manifest: Manifest,
+        dev: Sequence[Query],
         asked: Sequence[str],
         vectors: np.ndarray | None,
-        dev: Sequence[Query],
     ) -> BlendChoice:
         if vectors is None:
             return choose_blend([], [])
@@ -106,7 +135,7 @@ class Builder:
                 return self.encoders.documents("product", texts, progress=progress)
 
         index = Index.open(self.folder, manifest)
-        row = {id: i for i, id in enumerate(index.ids())}
+        row = {id: i for i, id in enumerate(index.ids()) if index.alive[i]}
         relevant: dict[str, dict[int, float]] = {text: {} for text in asked}
         for query in dev:
             if query.chunk_id in row:
@@ -185,6 +214,12 @@ class Builder:
 def _owner(chunk_id: str, known: Container[str]) -> str:
     """The document of a chunk: the whole id if that is a document's."""
     return chunk_id if chunk_id in known else document_id(chunk_id)
+
+
+def _digest(dev: Sequence[Query]) -> str:
+    """Of the queries that choose a blend."""
+    text = json.dumps([[query.text, query.chunk_id, query.kind] for query in dev])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _added(folder: IndexFolder, manifest: Manifest) -> list[Chunk]:
