@@ -66,7 +66,7 @@ def add_prompt_flags(command: argparse.ArgumentParser) -> None:
         help="send a few passages through the prompt in FILE, and show what would be kept",
     )
     command.add_argument(
-        "-n", type=int, default=5, metavar="N", dest="count", help="passages to try (default 5)"
+        "-n", type=count, default=5, metavar="N", dest="count", help="passages to try (default 5)"
     )
     command.add_argument(
         "--docs",

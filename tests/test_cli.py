@@ -38,6 +38,27 @@ def test_an_error_of_the_system_names_the_file_and_the_remedy(tmp_path: Path, ca
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("train --out run", "run the same command to resume"),
+        ("eval model --data set", "run the same command again"),
+        ("plan --out run", "run the same command again"),
+        ("index run", "run the same command again"),
+    ],
+)
+def test_only_a_run_is_resumed(line: str, remedy: str) -> None:
+    assert cli.parser().parse_args(line.split()).stopped == remedy
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x"])
+def test_a_prompt_is_tried_on_a_few_passages(number: str, capsys) -> None:
+    """-1 is not all but one of them."""
+    with pytest.raises(SystemExit):
+        cli.parser().parse_args(["prompt", "--try", "p.jinja", "-n", number])
+    assert "must be an integer from 1 to 1,000" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_an_error_of_the_system(capsys) -> None:
     def write() -> None:
         with open("/dev/full", "w") as file:
