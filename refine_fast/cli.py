@@ -114,7 +114,7 @@ def perform(options: argparse.Namespace) -> int:
         return INTERRUPTED
     except OSError as error:
         where, reason = error.filename or "a file", error.strerror or error
-        console.error(f"{where}: {reason}; fix this and run the same command to resume.")
+        console.error(f"{where}: {reason}; fix this and run the same command again.")
         return FAILED
     return code or OK
 
@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
         sub.add_argument("--quiet", action="store_true", help="print only warnings and errors")
-        sub.set_defaults(work=work, command=name, stopped="run the same command to resume")
+        sub.set_defaults(work=work, command=name, stopped="run the same command again")
         return sub
 
     for name, work, help, example in (
@@ -173,7 +173,10 @@ def parser() -> argparse.ArgumentParser:
         ("train", run, "run up to the fine-tuned encoder", "train --out run --epochs 2"),
         ("report", run, "run up to the report; the same as run", "report --out run"),
     ):
-        add_run_flags(command(name, work, help, example))
+        sub = command(name, work, help, example)
+        add_run_flags(sub)
+        if name in LAST_STAGE:
+            sub.set_defaults(stopped="run the same command to resume")
 
     sub = command(
         "doctor",

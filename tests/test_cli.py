@@ -34,7 +34,7 @@ def test_an_error_of_the_system_names_the_file_and_the_remedy(tmp_path: Path, ca
     assert perform(lambda: (tmp_path / "missing").read_text()) == 1
     assert capsys.readouterr().err == (
         f"error: {tmp_path / 'missing'}: No such file or directory; "
-        "fix this and run the same command to resume.\n"
+        "fix this and run the same command again.\n"
     )
 
 
