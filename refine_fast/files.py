@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def name_of(path: str | os.PathLike[str]) -> str:
     """The path as printable text: bytes that are not UTF-8 become ``\\xe9``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def as_argument(path: str | os.PathLike[str]) -> str:
+    """The path as it is written in a command, for messages: quoted where it has blanks."""
+    return shlex.quote(name_of(path))
 
 
 def walk(

@@ -35,6 +35,15 @@ def test_json_on_stdout(copied: Path, capsys) -> None:
     assert captured.err == ""
 
 
+def test_a_command_in_a_message_can_be_pasted(tmp_path: Path, capsys) -> None:
+    (out := tmp_path / "my run").mkdir()
+    for command in (["index", str(out)], ["export", str(out), "--format", "onnx"]):
+        assert main(command) == 2
+        assert f"first: refine-fast run --out '{out}'." in capsys.readouterr().err
+    assert main(["export", str(out), "--format", "faiss"]) == 2
+    assert f"make one: refine-fast index '{out}'." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("spoil", ["empty", "binary"])
 def test_documents_without_text(tmp_path: Path, tiny: Path, spoil: str, capsys) -> None:
     folder = tmp_path / "docs"

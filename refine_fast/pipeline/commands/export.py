@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import RefineFastError
-from ...files import atomic, atomic_folder
+from ...files import as_argument, atomic, atomic_folder
 from ..artifacts import (
     CHUNKS,
     DEV,
@@ -138,7 +138,7 @@ def _check_mined(out: Path) -> None:
     if reasons := RunFolder(out).changes("mine", files):
         raise RefineFastError(
             f"export: {out} holds no mined training set that is up to date (mine: "
-            f"{'; '.join(reasons)}); finish it first: refine-fast mine --out {out}."
+            f"{'; '.join(reasons)}); finish it first: refine-fast mine --out {as_argument(out)}."
         )
 
 

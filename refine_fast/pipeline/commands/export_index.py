@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import RefineFastError
-from ...files import atomic, atomic_folder
+from ...files import as_argument, atomic, atomic_folder
 from ..console import Console
 from ..encoder.encode import compares_by_cosine, encode
 from ..evaluation.evaluate import rank
@@ -59,7 +59,9 @@ def export_index(
     folder = IndexFolder(out)
     manifest = folder.manifest()
     if manifest is None:
-        raise RefineFastError(f"export: {out} has no index; make one: refine-fast index {out}.")
+        raise RefineFastError(
+            f"export: {out} has no index; make one: refine-fast index {as_argument(out)}."
+        )
     suffix = SUFFIX.get(format, "")
     path = target_path(out, format, suffix, target, overwrite=overwrite)
     index = Index.open(folder, manifest)

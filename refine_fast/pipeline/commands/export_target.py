@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import RefineFastError
+from ...files import as_argument
 from ..artifacts import DEV, HELD_OUT, MODEL
 from ..config_file import load_config
 from ..corpus.jsonl import read_records
@@ -116,7 +117,8 @@ def load_product(run: Path) -> SentenceTransformer:
     """
     if not (run / MODEL).is_dir():
         raise RefineFastError(
-            f"export: {run} has no {MODEL}; finish the run first: refine-fast run --out {run}."
+            f"export: {run} has no {MODEL}; finish the run first: "
+            f"refine-fast run --out {as_argument(run)}."
         )
     try:
         trusted = load_config(None, {"out": run}).encoder_options().trust_remote_code

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import RefineFastError
-from ...files import name_of, read_json, walk
+from ...files import as_argument, name_of, read_json, walk
 from ..artifacts import CHUNKS, DEV, FUSION_FACTS, MODEL
 from ..code_version import code_version
 from ..config import RunConfig
@@ -70,7 +70,7 @@ def index(
             if manifest is None or different(manifest, key):
                 raise RefineFastError(
                     f"index: {out} has no index that is up to date; "
-                    f"make it first: refine-fast index {out}."
+                    f"make it first: refine-fast index {as_argument(out)}."
                 )
             added = [] if add is None else _chunks(context, add)
             manifest = builder.change(manifest, added, remove)
@@ -96,7 +96,8 @@ def serving_encoders(out: Path, console: Console) -> tuple[RunContext, Encoders]
     for name in (MODEL, CHUNKS):
         if not (out / name).exists():
             raise RefineFastError(
-                f"index: {out} has no {name}; finish the run first: refine-fast run --out {out}."
+                f"index: {out} has no {name}; finish the run first: "
+                f"refine-fast run --out {as_argument(out)}."
             )
     config: RunConfig = load_config(None, {"out": out})
     options = config.encoder_options()

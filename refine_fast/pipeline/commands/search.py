@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ...errors import RefineFastError
+from ...files import as_argument
 from ..console import Console
 from ..serving.search import Hit, Searcher
 from ..serving.storage import IndexFolder
@@ -32,7 +33,7 @@ def open_searcher(out: Path, console: Console) -> Searcher:
         if stale:
             raise RefineFastError(
                 f"search: the index is older than the model ({'; '.join(stale)}); "
-                f"make it again: refine-fast index {out}."
+                f"make it again: refine-fast index {as_argument(out)}."
             )
     return Searcher(out, encoders)
 

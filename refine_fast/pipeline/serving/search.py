@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import RefineFastError
+from ...files import as_argument
 from ..corpus.chunk import Chunk
 from .blend import Blend, Components, standard
 from .dense import Moments, best_of_groups, rows_of_groups
@@ -237,7 +238,7 @@ class Searcher:
             manifest = self._folder.manifest()
             if manifest is None:
                 raise RefineFastError(
-                    f"{self.run} has no index; make one: refine-fast index {self.run}."
+                    f"{self.run} has no index; make one: refine-fast index {as_argument(self.run)}."
                 )
             try:
                 return manifest, Index.open(self._folder, manifest)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import RefineFastError
-from ...files import atomic, fsync, fsync_all, read_json, write_json
+from ...files import as_argument, atomic, fsync, fsync_all, read_json, write_json
 
 INDEX = "index"
 """Folder in the run folder."""
@@ -61,7 +61,7 @@ class IndexFolder:
         if found.get("format") != FORMAT:
             raise RefineFastError(
                 f"{self.path} has format {found.get('format')}, and this version reads {FORMAT}; "
-                f"delete it and run refine-fast index {self.path.parent}."
+                f"delete it and run refine-fast index {as_argument(self.path.parent)}."
             )
         lists = {name: tuple(found[name]) for name in ("segments", "edited")}
         return Manifest(**{**found, **lists})

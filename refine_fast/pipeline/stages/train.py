@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...files import write_json
+from ...files import as_argument, write_json
 from ..artifacts import (
     ADAPTER,
     TRAINING_FACTS,
@@ -232,5 +232,5 @@ def _say_how(context: RunContext, fit: Fit, precision: str, ranks: Ranks | None)
     elif (gpus := torch.cuda.device_count()) > 1:
         context.console.say(
             f"  {gpus} GPUs are visible; training uses the first (all of them: torchrun "
-            f"--nproc-per-node {gpus} -m refine_fast train --out {context.out})"
+            f"--nproc-per-node {gpus} -m refine_fast train --out {as_argument(context.out)})"
         )
