@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from refine_fast.cli import main
+from refine_fast.pipeline.evaluation.general_knowledge import general_knowledge
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
 
@@ -100,6 +101,10 @@ def test_plan_writes_nothing(tmp_path: Path, tiny: Path, docs: Path, whole: Path
     assert plan["chunks"] == sum(1 for _ in (whole / "chunks.jsonl").open())
     assert plan["training_queries"] == sum(1 for _ in (whole / "queries.jsonl").open())
     assert plan["steps"] == json.loads((whole / "training.json").read_text())["steps"]
+    sets = 2 * len(general_knowledge("test").docs)  # passages with a question each
+    assert main(["plan", str(docs), "--out", str(tmp_path / "run"), "--ood", "none", *flags]) == 0
+    without = json.loads(capsys.readouterr().out)
+    assert plan["passages_encoded"] == without["passages_encoded"] + 3 * sets
     assert plan["mini_batch"] == 8  # half of the machine's memory holds a batch
     assert 0.88 < plan["training_gb"] < 1
 

@@ -114,11 +114,13 @@ def plan(config: RunConfig) -> Plan:
     else:
         test_queries = len(judged.queries) if judged else len(queries["held_out"])
     scored = test_queries + (len(judged.docs) if judged else len(chunks))
+    if config.ood is None:
+        scored += 2 * len(general_knowledge("test").docs)
     for folder in context.ood:
         data = load_beir(folder)
         scored += min(len(data.docs), config.ood_passages) + len(data.queries)
     compared = min(len(chunks), PASSAGES) + min(len(queries["dev"]), QUERIES)
-    compared += 2 * len(general_knowledge("guard").docs)
+    compared += 2 * len(general_knowledge("guard").docs)  # each with a question
     encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in context.weights)
     # the base, the fine-tuned encoder, and both or one where they are fused
     encoded = len(chunks) + examples + encoders * compared + (3 + context.twin) * scored
