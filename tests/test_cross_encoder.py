@@ -296,6 +296,13 @@ def test_an_export_has_the_teachers_scores(judged: Path, tmp_path: Path, capsys)
     assert main([*command[:1], str(remined), *command[1:], str(tmp_path / "mined.jsonl")]) == 0
     assert "logits" not in capsys.readouterr().err
 
+    without = shutil.copytree(judged, tmp_path / "without")
+    config = (without / "config.yaml").read_text()
+    lines = ("teacher: null" if x.startswith("teacher: ") else x for x in config.splitlines())
+    (without / "config.yaml").write_text("\n".join(lines))
+    assert main([*command[:1], str(without), *command[1:], str(tmp_path / "without.jsonl")]) == 0
+    assert "logits" not in capsys.readouterr().err
+
 
 def test_a_negative_above_a_positive_is_not_trained_on(judged: Path) -> None:
     chunks, queries = training_view(judged)

@@ -35,7 +35,7 @@ from ..engine import RunFolder
 from ..queries import export_formats
 from ..queries.export_formats import BEIR_FILES, MinedQuery, TrainingSet, with_random_negatives
 from ..queries.query import Query
-from .export_target import target_path
+from .export_target import saved_config, target_path
 
 STDOUT = "-"
 
@@ -143,8 +143,11 @@ def _check_mined(out: Path) -> None:
 
 
 def _taught(out: Path) -> Judgements | None:
-    """What the teacher says of the mined training set; None: there was no teacher, or it scored
+    """What the teacher says of the mined training set; None: there is no teacher, or it scored
     another set."""
+    config = saved_config(out)
+    if config is not None and config.teacher is None:
+        return None
     files = {name: out / name for name in (CHUNKS, QUERIES, DEV, HELD_OUT, NEGATIVES)}
     return None if RunFolder(out).changes("teach", files) else read_taught(out)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ...errors import RefineFastError
 from ...files import as_argument
 from ..artifacts import DEV, HELD_OUT, MODEL
+from ..config import RunConfig
 from ..config_file import load_config
 from ..corpus.jsonl import read_records
 from ..encoder.load import load_encoder
@@ -91,11 +92,16 @@ def _check_place(run: Path, target: str, real: Path) -> None:
 
 def _documents(run: Path) -> Path | None:
     """The folder of the run's documents; None if it is gone, or if they are Python's own."""
+    config = saved_config(run)
+    return None if config is None or config.docs is None else config.docs.resolve()
+
+
+def saved_config(run: Path) -> RunConfig | None:
+    """The configuration of a run; None if a path in it does not exist any more."""
     try:
-        docs = load_config(None, {"out": run}).docs
-    except RefineFastError:  # a path in it does not exist any more
+        return load_config(None, {"out": run})
+    except RefineFastError:
         return None
-    return None if docs is None else docs.resolve()
 
 
 def held_out_queries(run: Path) -> list[Query]:
@@ -120,10 +126,8 @@ def load_product(run: Path) -> SentenceTransformer:
             f"export: {run} has no {MODEL}; finish the run first: "
             f"refine-fast run --out {as_argument(run)}."
         )
-    try:
-        trusted = load_config(None, {"out": run}).encoder_options().trust_remote_code
-    except RefineFastError:  # a path in it does not exist any more
-        trusted = False
+    config = saved_config(run)
+    trusted = config is not None and config.trust_remote_code
     return load_encoder(run / MODEL, trust_remote_code=trusted)
 
 
