@@ -170,7 +170,10 @@ class Builder:
         live = np.flatnonzero(index.alive)
         owner = {int(row): _owner(ids[row], documents) for row in live}
         if missing := removed - set(owner.values()):
-            raise RefineFastError(f"remove: no document {min(missing)!r} is in the index.")
+            raise RefineFastError(
+                f"remove: no document {min(missing)!r} is in the index; "
+                f"give the id of one that is, such as {next(iter(owner.values()))!r}."
+            )
         dying = [row for row, document in owner.items() if document in documents]
         if len(dying) == len(live) and not added:
             raise RefineFastError("remove: the index would be empty; keep at least one document.")
