@@ -102,7 +102,8 @@ def add_export_flags(command: argparse.ArgumentParser) -> None:
         "-o",
         "--out",
         metavar="PATH",
-        help="where it goes; -: stdout (default: a file or folder in RUN/export)",
+        help="where it goes; -: stdout, for triplets, flagembedding, tevatron and llama_index "
+        "(default: a file or folder in RUN/export)",
     )
     command.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export at --out"

@@ -425,6 +425,12 @@ def serve(options: argparse.Namespace, console: Console) -> None:
 
 def export(options: argparse.Namespace, console: Console) -> None:
     """Writes the training set of a run, its index or its product."""
+    smaller = options.vectors != "float32" or options.dims is not None
+    if smaller and options.format != "vectors":
+        raise RefineFastError(
+            f"--dims and --vectors are for the format vectors (got {options.format}); "
+            "leave them out."
+        )
     where = (options.folder, options.format, options.out, console)
     if options.format in INDEX_FORMATS:
         from .pipeline.commands.export_index import export_index

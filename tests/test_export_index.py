@@ -139,6 +139,14 @@ def test_compact_vectors_rank_as_their_distances() -> None:
             ["vectors", "--vectors", "binary", "--dims", "20"],
             "--dims: binary vectors need a multiple of 8 dimensions (got 20); add --dims 16.",
         ),
+        (
+            ["vectors", "--vectors", "binary", "--dims", "4"],
+            "--dims: binary vectors need a multiple of 8 dimensions (got 4); add --dims 8.",
+        ),
+        (["onnx", "--vectors", "int8"], "are for the format vectors (got onnx); leave them out."),
+        (["triplets", "--dims", "8"], "are for the format vectors (got triplets)"),
+        (["faiss", "--out", "-"], "--out: faiss cannot be written to stdout; give a folder."),
+        (["vectors", "--out", "-"], "--out: vectors cannot be written to stdout; give a file."),
         (["faiss", "--dims", "8"], "--dims and --vectors are for the format vectors (got faiss)"),
     ],
 )
@@ -148,6 +156,7 @@ def test_compact_vectors_that_cannot_be(
     assert main(["export", str(run), "--format", *flags]) == 2
     assert error in " ".join(capsys.readouterr().err.split())
     assert not (run / "export").exists()
+    assert not Path("-").exists()
 
 
 def test_what_exists_is_kept(run: Path, tmp_path: Path, capsys) -> None:

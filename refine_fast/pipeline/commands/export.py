@@ -35,9 +35,7 @@ from ..engine import RunFolder
 from ..queries import export_formats
 from ..queries.export_formats import BEIR_FILES, MinedQuery, TrainingSet, with_random_negatives
 from ..queries.query import Query
-from .export_target import saved_config, target_path
-
-STDOUT = "-"
+from .export_target import STDOUT, saved_config, target_path
 
 SUFFIXES = {
     "triplets": ".jsonl",
@@ -76,14 +74,9 @@ def export(
     """
     _check_mined(out)
     path = None
-    if target != STDOUT:
+    if target != STDOUT or format not in _TEXT:
         path = target_path(
             out, format, SUFFIXES[format], target, overwrite=overwrite, own=BEIR_FILES
-        )
-    if path is None and format not in _TEXT:
-        raise RefineFastError(
-            f"--out: {format} cannot be written to stdout; give a "
-            f"{'folder' if format == 'beir' else 'file'}."
         )
     taught = _taught(out)
     data = _training_set(out, taught)

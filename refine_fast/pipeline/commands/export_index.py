@@ -52,10 +52,6 @@ def export_index(
         RefineFastError: no index, a missing package, or a target that cannot be written.
     """
     smaller = numbers != "float32" or dimensions is not None
-    if smaller and format != "vectors":
-        raise RefineFastError(
-            f"--dims and --vectors are for the format vectors (got {format}); leave them out."
-        )
     folder = IndexFolder(out)
     manifest = folder.manifest()
     if manifest is None:

@@ -21,6 +21,9 @@ from ..reporting.loss import Loss
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+STDOUT = "-"
+"""The target of an export that is printed."""
+
 EXPORTS = "export"
 """Folder in the run folder where exports go by default."""
 
@@ -48,11 +51,16 @@ def target_path(
     Raises:
         RefineFastError: if nothing may be written there.
     """
+    is_folder = not suffix
+    if target == STDOUT:
+        raise RefineFastError(
+            f"--out: {format} cannot be written to stdout; give a "
+            f"{'folder' if is_folder else 'file'}."
+        )
     default = run / EXPORTS / f"{format}{suffix}"
     path = default if target is None else Path(os.path.abspath(Path(target).expanduser()))
     if target is not None:
         _check_place(run, target, path.resolve())
-    is_folder = not suffix
     if path.suffix != suffix and not is_folder:
         raise RefineFastError(
             f"--out must end in {suffix} for the format {format} (got {target!r}); rename it."

@@ -52,7 +52,7 @@ class CompactVectors:
         if numbers == "binary" and kept % 8:
             raise RefineFastError(
                 f"--dims: binary vectors need a multiple of 8 dimensions (got {kept}); "
-                f"add --dims {kept - kept % 8}."
+                f"add --dims {max(8, kept - kept % 8)}."
             )
         whole = cls(numbers, kept, unit)
         if numbers != "int8":
