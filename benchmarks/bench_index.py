@@ -1,12 +1,13 @@
 """The index of many passages: time to build, disk, memory, latency, recall; serving_scale.csv.
 
-    python benchmarks/bench_index.py --passages 100000 [--type auto] [--work FOLDER]
+    python benchmarks/bench_index.py --vectors FILE.npy [--passages 100000] [--sentences 2]
+        [--type auto] [--work FOLDER]
 
-The vectors are synthetic: real ones of --vectors (a .npy file), each repeated with noise that keeps
-a cosine of about 0.8 to its origin, so that they are clustered as real ones are. Texts are 20 words
-drawn by Zipf's law. Every passage has --sentences sentences. The time to encode texts is not
-counted, neither for passages nor for queries. recall: the share of the blend's exact first 10 that
-a search finds, over 100 queries.
+The vectors are synthetic: real ones of --vectors, (n, d) float32 of unit length, each repeated with
+noise that keeps a cosine of about 0.8 to its origin, so that they are clustered as real ones are.
+Texts are 20 words drawn by Zipf's law. Every passage has --sentences sentences. The time to encode
+texts is not counted, neither for passages nor for queries. recall: the share of the blend's exact
+first 10 that a search finds, over 100 queries.
 """
 
 from __future__ import annotations

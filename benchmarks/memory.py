@@ -3,8 +3,9 @@ on SQuAD's passages, each in a process of its own, and the ``training_gb`` of ``
 with the same flags.
 
     REFINE_FAST_DATA=<folder of BEIR sets> python benchmarks/memory.py [minilm] [bert-base]
- peak_mb is the peak resident size of the whole process. bert-base is made on the spot with random
-weights: memory asks for shapes alone.
+
+peak_mb is the peak resident size of the whole process. bert-base is made on the spot with random
+weights: memory depends on shapes alone.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""recall of the retrieval system at the end of a run: serving.csv; one command, resumable.
+"""Recall of the retrieval system at the end of a run, in results/serving.csv; resumable.
 
     REFINE_FAST_DATA=FOLDER python benchmarks/serving.py [--sets squad ...] [--models minilm ...]
+        [--dev train synthetic] [--label NAME] [--cache FOLDER] [--again]
 
 Each model on each set, as passage vectors, with sentence vectors, BM25, and their blends. The
-weights are chosen on held-out queries: the split "train" of the set, never its test queries, or
-queries that are made from the documents, with as many of general knowledge (--dev synthetic).
+weights are chosen on held-out queries: with --dev train, the default, the split "train" of the set
+without its test queries; with --dev synthetic, queries that are made from the documents, and as
+many of general knowledge.
 Embeddings are kept in --cache. A row that is in the table is not measured again without --again.
 gain_recall@3 is the change against the better of passage vectors and BM25, with its paired 95%
 interval.
