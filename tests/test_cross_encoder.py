@@ -114,7 +114,9 @@ def test_a_killed_scoring_resumes(judge: Path, tmp_path: Path, monkeypatch) -> N
 def test_a_logit_that_is_not_a_number(judge: Path) -> None:
     model = load_cross_encoder(judge)
     model.transformers_model.classifier.bias.data.fill_(torch.nan)
-    with pytest.raises(RefineFastError, match="teacher: it scores a pair NaN or infinite; give an"):
+    with pytest.raises(
+        RefineFastError, match="teacher: the logit of a pair is NaN or infinite; give an"
+    ):
         cross_encoder.pair_logits(model, [("a", "b")], bf16=False)
 
 
@@ -190,7 +192,7 @@ def test_the_loss_of_a_batch(tiny: Path, distill: float) -> None:
     ("what", "message"),
     [
         ("an encoder", "is not a cross-encoder; give a model that scores pairs of texts"),
-        ("labels", "gives a pair 3 labels; give a cross-encoder with one."),
+        ("labels", "must have 1 label (got 3); give another cross-encoder."),
         ("nothing", "is not a local folder and cannot be downloaded"),
         ("an empty folder", "holds neither config.json nor modules.json; give the folder of a cro"),
         ("no weights", "cannot be loaded as a cross-encoder ("),

@@ -108,7 +108,7 @@ def test_the_endpoint_answers_as_search_does(address: str, run: Path, capsys) ->
         ({"query": "x" * 10_001}, "query must have at most 10,000 characters (got 10,001)"),
         (b"{" * 100, "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
-        (b" " * 300_000, "a request may have 200,000 bytes"),
+        (b" " * 300_000, "a request may have at most 200,000 bytes"),
         ([1], "must be a JSON object"),
     ],
 )

@@ -421,7 +421,7 @@ class RunConfig(BaseModel):
         return dict(mix)
 
     def encoder_options(self) -> EncoderOptions:
-        """What is set of the encoder."""
+        """The options of the base encoder."""
         return EncoderOptions(
             query_prompt=self.query_prompt,
             document_prompt=self.document_prompt,

@@ -1,4 +1,4 @@
-"""What is said about a configuration that cannot be used."""
+"""Messages about a configuration that cannot be used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config_values import requirement
 
 
 def sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first fault of values that ``model`` refuses: field, value, what the value must be."""
+    """The first error as a sentence: field, value, and what the value must be."""
     first = error.errors()[0]
     name = str(first["loc"][0])
     if first["type"] == "missing":

@@ -23,8 +23,8 @@ class Choice:
     weight: float
     """0: the base encoder is kept."""
     best: float
-    """The best weight among those within the tolerance, or of all where none is; what a refusal
-    is about."""
+    """The best weight within the tolerance, or the best of all if none is. ``gain``, ``guard`` and
+    ``refused`` refer to it."""
     gain: Gain
     """At ``best``, on the documents."""
     guard: Gain

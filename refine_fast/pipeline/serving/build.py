@@ -31,7 +31,7 @@ MAX_ADDED = 8
 """Added segments; more are merged, so that a search does not visit hundreds of them."""
 
 Bar = Callable[[str], AbstractContextManager[Progress]]
-"""Shows the progress of what it is given the name of."""
+"""Opens a progress bar with the given label."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Builder:
             kind: of the faiss indexes; None: by size.
 
         Raises:
-            RefineFastError: if no passage is left.
+            RefineFastError: if no passage of the run is left.
         """
         old = self.folder.manifest()
         edited = frozenset(old.edited if old else ())

@@ -25,8 +25,8 @@ EXAMPLES = 10
 """Training queries that are shown, from all parts of the collection."""
 
 DEV_QUERIES, DEV_SHARES = 100, (0.1, 0.2)
-"""Fusion weights are compared on so many queries, by whole documents, but on no smaller and no
-larger a share of them than that: fewer queries would not show a gain of a few points."""
+"""How many queries compare the fusion weights, and the least and the largest share of all queries
+that they may be. Fewer queries would not show a gain of a few points."""
 
 
 def run(context: RunContext, folder: Path) -> None:

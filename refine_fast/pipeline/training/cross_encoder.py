@@ -68,8 +68,8 @@ def load_cross_encoder(folder: Path, *, trust_remote_code: bool = False) -> Cros
         raise RefineFastError(f"teacher: {_why_not_loaded(folder, error)}") from None
     if model.num_labels != 1:
         raise RefineFastError(
-            f"teacher: {folder} gives a pair {model.num_labels} labels; "
-            "give a cross-encoder with one."
+            f"teacher: {folder} must have 1 label (got {model.num_labels}); "
+            "give another cross-encoder."
         )
     return model
 
@@ -120,8 +120,8 @@ def pair_logits(
             show_progress_bar=False,
         )
     if not np.isfinite(logits).all():
-        remedy = "use --precision fp32" if bf16 else "give another one"
-        raise RefineFastError(f"teacher: it scores a pair NaN or infinite; {remedy}.")
+        remedy = "use --precision fp32" if bf16 else "give another cross-encoder"
+        raise RefineFastError(f"teacher: the logit of a pair is NaN or infinite; {remedy}.")
     return logits
 
 

@@ -38,7 +38,7 @@ CHECKPOINT_COMPLETE = "complete"
 
 
 MIN_STEPS, MAX_EPOCHS = 30, 4.0
-"""Fewer steps than that hardly change an encoder; more passes than that teach it the queries."""
+"""Fewer steps hardly change an encoder; in more passes it memorizes the queries."""
 
 
 def epochs_of(examples: int, *, batch_size: int, epochs: float | Literal["auto"]) -> float:

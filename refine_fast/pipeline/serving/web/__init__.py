@@ -197,7 +197,7 @@ async def _json(request: Request) -> dict[str, Any]:
     async for part in request.stream():
         body += part
         if len(body) > MAX_BODY:
-            raise BadRequest(f"a request may have {MAX_BODY:,} bytes")
+            raise BadRequest(f"a request may have at most {MAX_BODY:,} bytes")
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
