@@ -434,11 +434,15 @@ def export(options: argparse.Namespace, console: Console) -> None:
         )
     elif options.format in MODEL_FORMATS:
         from .pipeline.commands.export_model import export_model
+        from .pipeline.commands.export_target import check_vector_flags
 
+        check_vector_flags(options.format, options.vectors, options.dims)
         export_model(*where, overwrite=options.overwrite)
     else:
         from .pipeline.commands.export import export
+        from .pipeline.commands.export_target import check_vector_flags
 
+        check_vector_flags(options.format, options.vectors, options.dims)
         export(*where, overwrite=options.overwrite)
 
 

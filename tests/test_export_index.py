@@ -139,7 +139,15 @@ def test_compact_vectors_rank_as_their_distances() -> None:
             ["vectors", "--vectors", "binary", "--dims", "20"],
             "--dims: binary vectors need a multiple of 8 dimensions (got 20); add --dims 16.",
         ),
+        (
+            ["vectors", "--vectors", "binary", "--dims", "5"],
+            "need a multiple of 8 dimensions (got 5); give --vectors int8.",
+        ),
         (["faiss", "--dims", "8"], "--dims and --vectors are for the format vectors (got faiss)"),
+        (["onnx", "--vectors", "int8"], "--dims and --vectors are for the format vectors (got o"),
+        (["beir", "--dims", "8"], "--dims and --vectors are for the format vectors (got beir)"),
+        (["vectors", "--out", "-"], "--out: vectors cannot be written to stdout; give a file."),
+        (["onnx", "--out", "-"], "--out: onnx cannot be written to stdout; give a folder."),
     ],
 )
 def test_compact_vectors_that_cannot_be(

@@ -28,6 +28,7 @@ from ..artifacts import (
     similarity_unit,
     training_view,
 )
+from ..config_file import load_config
 from ..console import Console
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
@@ -35,9 +36,7 @@ from ..engine import RunFolder
 from ..queries import export_formats
 from ..queries.export_formats import BEIR_FILES, MinedQuery, TrainingSet, with_random_negatives
 from ..queries.query import Query
-from .export_target import target_path
-
-STDOUT = "-"
+from .export_target import STDOUT, target_path
 
 SUFFIXES = {
     "triplets": ".jsonl",
@@ -76,16 +75,11 @@ def export(
     """
     _check_mined(out)
     path = None
-    if target != STDOUT:
+    if target != STDOUT or format not in _TEXT:
         path = target_path(
             out, format, SUFFIXES[format], target, overwrite=overwrite, own=BEIR_FILES
         )
-    if path is None and format not in _TEXT:
-        raise RefineFastError(
-            f"--out: {format} cannot be written to stdout; give a "
-            f"{'folder' if format == 'beir' else 'file'}."
-        )
-    taught = _taught(out)
+    taught = _taught(out, console)
     data = _training_set(out, taught)
     mined = sum(len(query.negatives) for query in data.queries)
     empty = sum(not query.negatives for query in data.queries)
@@ -142,11 +136,23 @@ def _check_mined(out: Path) -> None:
         )
 
 
-def _taught(out: Path) -> Judgements | None:
-    """What the teacher says of the mined training set; None: there was no teacher, or it scored
-    another set."""
+def _taught(out: Path, console: Console) -> Judgements | None:
+    """What the run's teacher says of the mined training set. None: it has no teacher, or, with a
+    warning, the teacher has not scored this set."""
+    try:
+        if load_config(None, {"out": out}).teacher is None:
+            return None
+    except RefineFastError:  # a path in it does not exist any more
+        pass
     files = {name: out / name for name in (CHUNKS, QUERIES, DEV, HELD_OUT, NEGATIVES)}
-    return None if RunFolder(out).changes("teach", files) else read_taught(out)
+    reasons = RunFolder(out).changes("teach", files)
+    if not reasons:
+        return read_taught(out)
+    console.warn(
+        f"the teacher's scores are not up to date (teach: {'; '.join(reasons)}), so the base "
+        f"encoder's are exported; refine-fast train --out {out} makes the teacher's."
+    )
+    return None
 
 
 def _training_set(out: Path, taught: Judgements | None) -> TrainingSet:

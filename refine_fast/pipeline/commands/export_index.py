@@ -18,7 +18,14 @@ from ..serving import exports
 from ..serving.compact import CompactVectors, Numbers
 from ..serving.search import Index
 from ..serving.storage import IndexFolder
-from .export_target import held_out_queries, load_product, loss_sentence, naming_extras, target_path
+from .export_target import (
+    check_vector_flags,
+    held_out_queries,
+    load_product,
+    loss_sentence,
+    naming_extras,
+    target_path,
+)
 
 SUFFIX = {"vectors": ".parquet"}
 """Format -> suffix of its file; the others are folders."""
@@ -51,11 +58,8 @@ def export_index(
     Raises:
         RefineFastError: no index, a missing package, or a target that cannot be written.
     """
+    check_vector_flags(format, numbers, dimensions)
     smaller = numbers != "float32" or dimensions is not None
-    if smaller and format != "vectors":
-        raise RefineFastError(
-            f"--dims and --vectors are for the format vectors (got {format}); leave them out."
-        )
     folder = IndexFolder(out)
     manifest = folder.manifest()
     if manifest is None:

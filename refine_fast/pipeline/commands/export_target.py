@@ -19,6 +19,8 @@ from ..reporting.loss import Loss
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+STDOUT = "-"
+
 EXPORTS = "export"
 """Folder in the run folder where exports go by default."""
 
@@ -46,11 +48,16 @@ def target_path(
     Raises:
         RefineFastError: if nothing may be written there.
     """
+    is_folder = not suffix
+    if target == STDOUT:
+        raise RefineFastError(
+            f"--out: {format} cannot be written to stdout; give a "
+            f"{'folder' if is_folder else 'file'}."
+        )
     default = run / EXPORTS / f"{format}{suffix}"
     path = default if target is None else Path(os.path.abspath(Path(target).expanduser()))
     if target is not None:
         _check_place(run, target, path.resolve())
-    is_folder = not suffix
     if path.suffix != suffix and not is_folder:
         raise RefineFastError(
             f"--out must end in {suffix} for the format {format} (got {target!r}); rename it."
@@ -95,6 +102,14 @@ def _documents(run: Path) -> Path | None:
     except RefineFastError:  # a path in it does not exist any more
         return None
     return None if docs is None else docs.resolve()
+
+
+def check_vector_flags(format: str, numbers: str, dimensions: int | None) -> None:
+    """Raises RefineFastError if the flags of the format vectors are given with another format."""
+    if format != "vectors" and (numbers, dimensions) != ("float32", None):
+        raise RefineFastError(
+            f"--dims and --vectors are for the format vectors (got {format}); leave them out."
+        )
 
 
 def held_out_queries(run: Path) -> list[Query]:

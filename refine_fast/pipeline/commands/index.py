@@ -30,6 +30,7 @@ from ..serving.ann import Kind
 from ..serving.build import Builder
 from ..serving.encoders import Encoders, Side
 from ..serving.judged import JUDGED, Judged
+from ..serving.search import Index
 from ..serving.storage import IndexFolder, Manifest
 from ..stages.chunk import cut
 
@@ -55,7 +56,7 @@ def index(
         remove: ids of documents to remove.
 
     Raises:
-        RefineFastError: if the run is not finished, or has no index to change.
+        RefineFastError: if the run is not finished, has no index to change, or a damaged one.
     """
     context, encoders = serving_encoders(out, console)
     folder = IndexFolder(out)
@@ -79,6 +80,7 @@ def index(
             of_kind = None if chosen == "auto" else chosen
             manifest = builder.build(chunks, held_out_queries(out), key, of_kind)
         else:
+            Index.open(folder, manifest)  # raises where it is damaged
             console.say("index: up to date")
     _show(folder, manifest, console)
 
