@@ -154,7 +154,7 @@ class Segment:
                 raise ValueError("segment.json is missing or no JSON object")
             self.offsets = np.load(folder / "offsets.npy")
             self.spans = self._array("spans")
-            self.vectors = {
+            self.vectors: dict[str, np.ndarray] = {
                 name: self._array(name)
                 for name in ("product", "base", "sentences")
                 if name in self.facts
