@@ -8,7 +8,7 @@ import operator
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,6 +103,7 @@ def test_shape() -> None:
         ("B=1.5", "--shape: B must be an integer > 0 (got '1.5')."),
         ("gb=nan", "--shape: gb must be a number > 0 (got 'nan')."),
         ("gb=inf", "--shape: gb must be a number > 0 (got 'inf')."),
+        ("B=9223372036854775808", "--shape: B must be below 2**63 (got '9223372036854775808')."),
         ("skip=-1", "--shape: skip must be an integer >= 0 (got '-1')."),
     ],
 )
@@ -125,11 +126,24 @@ def test_bad_shape_is_one_sentence(text: str, message: str) -> None:
         (["info_nce", "--isa", "sse"], "--isa must be one of scalar"),
         (["info_nce", "--only", "nobody", "--shape", "B=8,D=8"], "no contender 'nobody'"),
         (["info_nce", "--shape", "B=8,D=8", "--compare", "no.csv"], "no.csv: No such file"),
+        (["info_nce", "--shape", ""], "--shape must be NAME=VALUE,... such as B=512,D=384"),
+        (["info_nce", "--threads", "99999999999"], "--threads must be at most 1024"),
+        (["--only", "liger"], "band_topk (mine) has no contender 'liger'"),  # info_nce has it
+        (["info_nce", "--profile", "no/trace.json"], "the folder of no/trace.json does not exist"),
+        (["info_nce", "--profile", "."], ". is a folder"),
+        (["info_nce", "--profile", ""], ". is a folder"),
+        (["info_nce", "--shape", "B=10000000000000,D=100000", "--profile"], "give smaller sizes"),
     ],
 )
 def test_bad_flags_are_one_sentence(
-    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suite, "take_turns", None)  # nothing is measured before
     assert cli.main(["bench", *flags, "--out", str(tmp_path)]) == cli.BAD_INPUT
     printed = capsys.readouterr().err
     assert message in printed
@@ -192,11 +206,50 @@ def test_a_rerun_overwrites_its_rows(tmp_path: Path) -> None:
     assert {row.p50 for row in after if (row.metric, row.provider) == ("seconds", OURS)} == {1.0}
 
 
-def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other.csv"
-    path.write_text("op,p20\ninfo_nce,1\n")
-    with pytest.raises(RefineFastError, match="is no table of benchmark rows"):
-        rows.load(path)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: b"op,p20\ninfo_nce,1\n",
+        lambda text: text[: text.rindex(b",")],
+        lambda text: b"\xff\xfe" + text,
+        lambda text: text + b'"' + b"x" * 200_000,
+        lambda text: text.replace(b'""B""', b"B"),
+    ],
+    ids=["other columns", "cut", "UTF-16", "no line", "shape"],
+)
+def test_a_file_that_is_no_table_is_refused(
+    damage: Callable[[bytes], bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As an earlier file, and as that of this machine, before anything is measured."""
+    path = rows.save(rows_of(measured({OURS: 2.0, INFO_NCE.peer: 4.0})), tmp_path)
+    content = damage(path.read_bytes())
+    path.write_bytes(content)
+    monkeypatch.setattr(suite, "take_turns", None)
+    flags = ["bench", "info_nce", "--shape", "B=8,D=8"]
+    for more in (
+        ["--compare", str(path), "--out", str(tmp_path / "new")],
+        ["--out", str(tmp_path)],
+    ):
+        assert cli.main([*flags, *more]) == cli.BAD_INPUT
+        printed = capsys.readouterr().err
+        assert "is no table of benchmark rows" in printed
+        assert len(printed) < 500
+    assert path.read_bytes() == content
+    rows.has_rows(path)  # raises nothing: a folder of results may hold other files
+
+
+@pytest.mark.parametrize("name", ["file", "file/folder"])
+def test_a_folder_that_cannot_be_made_is_refused_before_measuring(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(suite, "take_turns", None)
+    flags = ["bench", "info_nce", "--shape", "B=8,D=8", "--out", str(tmp_path / name)]
+    assert cli.main(flags) == cli.BAD_INPUT
+    assert f"--out: rows cannot be kept in {tmp_path / name}" in capsys.readouterr().err
 
 
 def test_compare_ignores_versions_and_takes_the_latest() -> None:
@@ -244,6 +297,24 @@ def test_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure(Task(broken, {"B": 8, "N": 8, "D": 8}, "fp32", "cpu", rounds=1))
     assert list(found.samples) == [OURS]
     assert found.absent == {"broken": "failed: RuntimeError: no such kernel"}
+
+
+def test_a_peer_that_fails_at_the_full_size_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as for want of memory; the tiny inputs of the trial it takes."""
+
+    def fails(inputs: Any) -> None:
+        if len(inputs[0]) == 9:
+            raise RuntimeError("out of memory\nframe #1: c10::Error")
+
+    broken = replace(
+        INFO_NCE,
+        measures_memory=False,
+        contenders=(INFO_NCE.contender(OURS), Contender("broken", fails, "")),
+    )
+    found = measure(Task(broken, {"B": 9, "N": 9, "D": 8}, "fp32", "cpu", rounds=2))
+    assert list(found.samples) == [OURS]
+    assert len(found.samples[OURS]) == 2
+    assert found.absent == {"broken": "failed: RuntimeError: out of memory"}
 
 
 def test_memory_is_what_one_call_adds() -> None:

@@ -31,7 +31,16 @@ BAD_FLAGS = [
     ("--seed", "4294967296", "seed: 4294967296 must be an integer >= 0 and <= 4294967295."),
     ("--limit", "1", "limit: 1 must be an integer >= 2."),
     ("--chunk-tokens", "8", "chunk_tokens: 8 must be an integer >= 32."),
-    ("--queries-per-chunk", "0", "queries_per_chunk: 0 must be an integer >= 1."),
+    (
+        "--queries-per-chunk",
+        "0",
+        "queries_per_chunk: 0 must be an integer >= 1 and <= 10000.",
+    ),
+    (
+        "--queries-per-chunk",
+        "10001",
+        "queries_per_chunk: 10001 must be an integer >= 1 and <= 10000.",
+    ),
     ("--max-steps", "0", "max_steps: 0 must be an integer >= 1."),
     ("--lr", "0", "lr: 0 must be a number > 0."),
     ("--lr", "fast", "lr: fast must be a number > 0."),

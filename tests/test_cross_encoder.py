@@ -197,6 +197,7 @@ def test_the_loss_of_a_batch(tiny: Path, distill: float) -> None:
         ("an empty folder", "holds neither config.json nor modules.json; give the folder of a cro"),
         ("no weights", "cannot be loaded as a cross-encoder ("),
         ("few words", "cannot score a pair (IndexError: "),
+        ("a short reader", "gives different passages the same score, so it reads none of their"),
     ],
 )
 def test_what_cannot_teach_ends_the_run_at_once(
@@ -222,6 +223,11 @@ def test_what_cannot_teach_ends_the_run_at_once(
         (folder / "model.safetensors").unlink()
     elif what == "few words":
         folder = make_cross_encoder(tmp_path, minilm, words=200)
+    elif what == "a short reader":
+        shutil.copytree(judge, folder)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings["model_max_length"] = 3  # as many as separate the texts
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     command = ["run", str(docs), "--model", str(tiny), "--out", str(tmp_path / "run")]
     assert main([*command, "--teacher", str(folder)]) == 2
     said = capsys.readouterr().err
@@ -304,6 +310,26 @@ def test_an_export_has_the_teachers_scores(judged: Path, tmp_path: Path, capsys)
     (without / "config.yaml").write_text("\n".join(lines))
     assert main([*command[:1], str(without), *command[1:], str(tmp_path / "without.jsonl")]) == 0
     assert "logits" not in capsys.readouterr().err
+
+
+def test_an_export_says_where_the_teacher_is_missing(judged: Path, tmp_path: Path, capsys) -> None:
+    """Scores that are damaged; those of a run that has no teacher any more are not used."""
+    out = shutil.copytree(judged, tmp_path / "run")
+    command = ["export", str(out), "--format", "llama_index", "--overwrite"]
+    whole = (out / "taught.jsonl").read_bytes()
+    (out / "taught.jsonl").write_bytes(whole[: len(whole) // 2])
+    assert main(command) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the teacher's scores are not up to date (teach: taught.jsonl was changed)" in said
+    assert "logits" not in said
+    (out / "taught.jsonl").write_bytes(whole)
+    config = (out / "config.yaml").read_text(encoding="utf-8")
+    without = [line for line in config.splitlines() if not line.startswith("teacher: ")]
+    (out / "config.yaml").write_text("\n".join(without), encoding="utf-8")
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "not up to date" not in said
+    assert "logits" not in said
 
 
 def test_a_negative_above_a_positive_is_not_trained_on(judged: Path) -> None:

@@ -263,3 +263,10 @@ def test_atomic_leaves_nothing_behind(tmp_path: Path) -> None:
         write_half()
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b'{"chunk": {'])
+def test_a_damaged_manifest_counts_as_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with RunFolder(tmp_path) as folder:
+        assert folder.changes("chunk", {}) == ["not done yet"]

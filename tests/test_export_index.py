@@ -143,11 +143,13 @@ def test_compact_vectors_rank_as_their_distances() -> None:
             ["vectors", "--vectors", "binary", "--dims", "4"],
             "--dims: binary vectors need a multiple of 8 dimensions (got 4); add --dims 8.",
         ),
-        (["onnx", "--vectors", "int8"], "are for the format vectors (got onnx); leave them out."),
         (["triplets", "--dims", "8"], "are for the format vectors (got triplets)"),
         (["faiss", "--out", "-"], "--out: faiss cannot be written to stdout; give a folder."),
-        (["vectors", "--out", "-"], "--out: vectors cannot be written to stdout; give a file."),
         (["faiss", "--dims", "8"], "--dims and --vectors are for the format vectors (got faiss)"),
+        (["onnx", "--vectors", "int8"], "--dims and --vectors are for the format vectors (got o"),
+        (["beir", "--dims", "8"], "--dims and --vectors are for the format vectors (got beir)"),
+        (["vectors", "--out", "-"], "--out: vectors cannot be written to stdout; give a file."),
+        (["onnx", "--out", "-"], "--out: onnx cannot be written to stdout; give a folder."),
     ],
 )
 def test_compact_vectors_that_cannot_be(

@@ -232,6 +232,13 @@ def test_a_missing_package_names_its_extra(
     assert list((run / "export").iterdir()) == []
 
 
+def test_a_run_without_passages(copied: Path, capsys) -> None:
+    (copied / "chunks.jsonl").write_bytes(b"")
+    assert main(["export", str(copied), "--format", "onnx"]) == 2
+    assert "chunks.jsonl holds no passages; make it again" in capsys.readouterr().err
+    assert not (copied / "export").exists()
+
+
 def test_a_run_without_a_product(copied: Path, tmp_path: Path, capsys) -> None:
     (copied / MODEL).rename(tmp_path / "gone")
     assert main(["export", str(copied), "--format", "int8"]) == 2

@@ -298,3 +298,11 @@ def test_a_stage_reads_no_setting_that_it_does_not_declare(
     run(config, console=Console(quiet=True))
     assert "report" in undeclared
     assert not any(undeclared.values()), undeclared
+
+
+def test_more_negatives_than_passages(copied: Path) -> None:
+    """Every passage in the band; memory for no more than there are."""
+    assert main(["mine", "--out", str(copied), "--negatives", "2000000000", "--quiet"]) == 0
+    lines = (copied / "negatives.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [len(json.loads(line)["negatives"]) for line in lines]
+    assert 1 < max(found) < len((copied / "chunks.jsonl").read_text().splitlines())

@@ -357,5 +357,32 @@ def test_a_killed_writer_leaves_the_old_index_or_the_new(
     assert set(os.listdir(run / "index")) == kept
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"[]", None])
+def test_a_damaged_index_is_named(run: Path, capsys, content: bytes | None) -> None:
+    """Whichever of its files is cut, overwritten or missing, in one sentence."""
+    folder = run / "index" / "s1"
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        path.unlink() if content is None else path.write_bytes(content or whole[: len(whole) // 2])
+        assert main(["search", str(run), "how are operators called"]) == 2, path
+        said = capsys.readouterr().err
+        assert f"index: {folder} is damaged (" in said
+        assert f"; delete {folder.parent}, run refine-fast index {run}," in said
+        path.write_bytes(whole)
+    whole = (folder / "product.npy").read_bytes()
+    (folder / "product.npy").write_bytes(whole[: len(whole) // 2])
+    for command in (["index", str(run)], ["export", str(run), "--format", "vectors"]):
+        assert main(command) == 2
+        assert f"index: {folder} is damaged (" in capsys.readouterr().err
+    assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"[]", b'{"format": 1'])
+def test_an_index_without_its_first_file_is_no_index(run: Path, capsys, content: bytes) -> None:
+    (run / "index" / "index.json").write_bytes(content)
+    assert main(["search", str(run), "how are operators called"]) == 2
+    assert f"refine-fast index {run}" in capsys.readouterr().err
+
+
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert printable("a\x1b[31m\u202eb\x07") == "a [31m b "

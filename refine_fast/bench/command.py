@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path("benchmarks/results")
 FAILED = 1
+MAX_THREADS = 1024
 QUICK_ROUNDS = 3
 """Also the most rounds of an operation that --quick gives."""
 
@@ -52,7 +53,7 @@ def bench(options: argparse.Namespace, console: Console) -> int:
         if options.check:
             return check(folder, console, record=options.record)
         tasks = tasks_of(options)
-        if options.profile:
+        if options.profile is not None:
             return show_profiles(tasks, options.profile, console)
         return run(tasks, folder, options.compare, console)
 
@@ -64,6 +65,8 @@ def settings(options: argparse.Namespace) -> Iterator[None]:
     asked = 1 if options.check else options.threads
     if asked is not None and asked < 1:
         raise RefineFastError(f"--threads must be an integer >= 1 (got {asked}).")
+    if asked is not None and asked > MAX_THREADS:
+        raise RefineFastError(f"--threads must be at most {MAX_THREADS} (got {asked}).")
     if options.rounds is not None and options.rounds < 1:
         raise RefineFastError(f"--rounds must be an integer >= 1 (got {options.rounds}).")
     if options.isa is not None and options.isa not in rf.available_isas():
@@ -92,7 +95,7 @@ def tasks_of(options: argparse.Namespace) -> list[Task]:
             raise RefineFastError(
                 f"bench: unknown operation {name!r}; the operations are {', '.join(OPERATIONS)}."
             )
-    if (options.shape or options.mode) and len(names) != 1:
+    if (options.shape, options.mode) != (None, None) and len(names) != 1:
         raise RefineFastError("--shape and --mode need exactly one operation, such as info_nce.")
     names = names or [name for name in OPERATIONS if name != "run" or options.full]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,7 +132,7 @@ def modes(all_modes: Sequence[Operation], mode: str | None, *, full: bool) -> li
 def shapes(op: Operation, options: argparse.Namespace) -> list[Shape]:
     """The shapes to measure."""
     whole: Shape = {**op.shape, **op.quick} if options.quick else op.shape
-    if options.shape:
+    if options.shape is not None:
         given = parse_shape(options.shape, op.shape)
         if op.square and "B" in given and "N" not in given:
             given["N"] = given["B"]
@@ -146,6 +149,7 @@ def shapes(op: Operation, options: argparse.Namespace) -> list[Shape]:
 def run(tasks: list[Task], folder: Path, earlier: Path | None, console: Console) -> int:
     """Measures the tasks, shows each one and keeps its rows."""
     then = rows.load(earlier) if earlier is not None else []
+    rows.check_folder(folder)
     tables: list[Table] = []
     made: list[rows.Row] = []
     for i, task in enumerate(tasks):
@@ -280,6 +284,10 @@ def changes_table(changes: Sequence[Change], earlier: Path) -> Table:
 
 def show_profiles(tasks: list[Task], trace: Path, console: Console) -> int:
     """Profiles each task; with several, the trace's name gets the operation's."""
+    if trace.is_dir():
+        raise RefineFastError(f"--profile: {trace} is a folder; give a file.")
+    if not trace.parent.is_dir():
+        raise RefineFastError(f"--profile: the folder of {trace} does not exist; create it.")
     found: dict[str, Any] = {}
     tables: list[Table] = []
     for task in tasks:

@@ -58,6 +58,7 @@ def take_turns(
     warm: bool = True,
     before: Callable[[], None] | None = None,
     progress: Callable[[str], None] | None = None,
+    failures: dict[str, Exception] | None = None,
 ) -> dict[str, list[Sample]]:
     """``rounds`` samples of each contender, each round starting with another one.
 
@@ -67,20 +68,31 @@ def take_turns(
         warm: whether an uncounted round comes first.
         before: called before each call, uncounted.
         progress: called with the name of the contender that is next.
+        failures: gets the exception of each contender that raises one, which then takes no further
+            turn and has no samples; None: the exception is raised.
     """
     names = list(contenders)
+    failed: dict[str, Exception] = {} if failures is None else failures
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     for turn in range(-1 if warm else 0, rounds):
         for i in range(len(names)):
             name = names[(max(turn, 0) + i) % len(names)]
+            if name in failed:
+                continue
             if progress is not None:
                 progress(name)
             if before is not None:
                 before()
-            cost = sample(contenders[name])
+            try:
+                cost = sample(contenders[name])
+            except Exception as error:
+                if failures is None:
+                    raise
+                failures[name] = error
+                continue
             if turn >= 0:
                 samples[name].append(cost)
-    return samples
+    return {name: taken for name, taken in samples.items() if name not in failed}
 
 
 def measure(

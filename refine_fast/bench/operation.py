@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -155,6 +155,32 @@ class Operation:
         return there, absent
 
 
+@contextmanager
+def made_inputs(op: Operation, shape: Shape, dtype: str, device: str) -> Iterator[Any]:
+    """``op.inputs`` of sizes that a user gave.
+
+    Raises:
+        RefineFastError: if they cannot be made, since memory or disk is too small.
+    """
+    with ExitStack() as stack:
+        try:
+            inputs = stack.enter_context(op.inputs(shape, dtype, device))
+        except (MemoryError, OverflowError, RuntimeError, ValueError, OSError) as error:
+            sizes = ",".join(f"{name}={value}" for name, value in shape.items())
+            raise RefineFastError(
+                f"--shape: the inputs of {op.title} with {sizes} cannot be made "
+                f"({first_line(error)}); give smaller sizes."
+            ) from None
+        yield inputs
+
+
+def first_line(error: Exception) -> str:
+    """The name of an exception and the first line of its message, which in torch's is followed by
+    a stack of C++ calls."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
 def parse_shape(text: str, allowed: Shape) -> dict[str, int | float]:
     """``B=8192,D=768`` as sizes; capitals do not matter.
 
@@ -163,7 +189,7 @@ def parse_shape(text: str, allowed: Shape) -> dict[str, int | float]:
         allowed: the sizes that the operation has, with their defaults, whose types decide.
 
     Raises:
-        RefineFastError: the text is malformed, names an unknown size, or a size is not positive.
+        RefineFastError: the text is malformed, names an unknown size, or a size is out of range.
     """
     found: dict[str, int | float] = {}
     for pair in text.split(","):
@@ -187,5 +213,7 @@ def parse_shape(text: str, allowed: Shape) -> dict[str, int | float]:
             kind = "an integer" if whole else "a number"
             least = ">= 0" if smallest_is_zero else "> 0"
             raise RefineFastError(f"--shape: {name} must be {kind} {least} (got {value!r}).")
+        if number >= 2**63:
+            raise RefineFastError(f"--shape: {name} must be below 2**63 (got {value!r}).")
         found[name] = number
     return found

@@ -23,7 +23,7 @@ import torch
 from ..files import atomic
 from ..profiling import Recording, recorded
 from .measuring import synchronize
-from .operation import Operation, Shape
+from .operation import Operation, Shape, made_inputs
 from .suite import OURS
 
 MARK = "refine_fast call"
@@ -74,7 +74,7 @@ def profile(op: Operation, shape: Shape, dtype: str, device: str, trace: Path | 
         trace: a file for the trace, or None.
     """
     run = op.contender(OURS).run
-    with op.inputs(shape, dtype, device) as inputs:
+    with made_inputs(op, shape, dtype, device) as inputs:
         call = partial(run, inputs)
         watched = nullcontext() if op.watched is None else op.watched(inputs)
         prepare(op, inputs)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
@@ -133,13 +134,31 @@ def key(row: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in COLUMNS if name not in VALUES)
 
 
+def check_folder(folder: Path) -> None:
+    """Makes the folder of the results, before anything is measured.
+
+    Raises:
+        RefineFastError: if ``save`` would fail there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RefineFastError(
+            f"--out: rows cannot be kept in {folder} ({error.strerror}); give another folder."
+        ) from None
+    if (path := folder / file_name()).exists():
+        load(path)
+
+
 def save(new: Iterable[Row], folder: Path) -> Path:
     """Merges rows into this machine's file in ``folder``, key by key."""
     path = folder / file_name()
     texts = [as_text(row) for row in load(path)] if path.exists() else []
     table = {key(text): text for text in (*texts, *map(as_text, new))}
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as temporary, temporary.open("w", newline="") as file:
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table[k] for k in sorted(table))
@@ -148,8 +167,11 @@ def save(new: Iterable[Row], folder: Path) -> Path:
 
 def has_rows(path: Path) -> bool:
     """Whether a file has the columns of rows."""
-    with path.open(newline="") as file:
-        return next(csv.reader(file), []) == COLUMNS
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return next(csv.reader(file), []) == COLUMNS
+    except (UnicodeDecodeError, csv.Error):
+        return False
 
 
 def load(path: Path) -> list[Row]:
@@ -159,23 +181,26 @@ def load(path: Path) -> list[Row]:
         RefineFastError: the file is missing or is no such table.
     """
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             return [_row(text) for text in csv.DictReader(file)]
     except OSError as error:
         raise RefineFastError(
             f"{path}: {error.strerror}; give a csv file that refine-fast bench wrote."
         ) from None
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, AttributeError, csv.Error) as error:
         raise RefineFastError(
-            f"{path} is no table of benchmark rows ({error!r}); give a csv file that "
-            "refine-fast bench wrote."
+            f"{path} is no table of benchmark rows ({type(error).__name__}: {str(error)[:100]}); "
+            "give a csv file that refine-fast bench wrote."
         ) from None
 
 
 def _row(text: Mapping[str, str]) -> Row:
+    if None in text or None in text.values():
+        raise ValueError("a line has too few or too many columns")
     numbers = {name: float(text[name]) for name in ("p20", "p50", "p80")}
     ratio = float(text["ratio_to_peer"]) if text["ratio_to_peer"] else None
     words = {name: text[name] for name in COLUMNS if name not in numbers}
+    json.loads(text["shape"]).items()  # raises for what is no shape
     return Row(
         **words | {"threads": int(text["threads"]), "ratio_to_peer": ratio} | numbers  # type: ignore[arg-type]
     )

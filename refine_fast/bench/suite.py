@@ -16,7 +16,7 @@ import refine_fast as rf
 
 from ..errors import RefineFastError
 from .measuring import Sample, peak_mb, take_turns
-from .operation import Operation, Shape
+from .operation import Operation, Shape, first_line, made_inputs
 from .operations import operation
 from .roofline import Rates, busy, contenders, rates, roofline_rows
 from .rows import Row, place, rows
@@ -36,6 +36,9 @@ class Task:
         rounds: samples of each contender.
         quick: whether the slow contenders are left out, and memory is that of ours and of the peer.
         only: the contenders that take part besides ours; empty: all.
+
+    Raises:
+        RefineFastError: if the operation has no contender of a name in ``only``.
     """
 
     op: Operation
@@ -45,6 +48,14 @@ class Task:
     rounds: int
     quick: bool = False
     only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [one.name for one in self.op.contenders]
+        if unknown := set(self.only) - set(names):
+            raise RefineFastError(
+                f"--only: {self.op.title} has no contender {sorted(unknown)[0]!r}; "
+                f"it has {', '.join(names)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -86,22 +97,18 @@ class Measured:
 def measure(task: Task, progress: Callable[[str], None] | None = None) -> Measured:
     """Runs the task.
 
+    A peer that fails, such as for want of memory, is named in ``absent``.
+
     Raises:
-        RefineFastError: a contender of that name does not exist, or a peer fails.
+        RefineFastError: the inputs cannot be made.
     """
     place()
     op = task.op
-    names = [one.name for one in op.contenders]
-    if unknown := set(task.only) - set(names):
-        raise RefineFastError(
-            f"--only: {op.title} has no contender {sorted(unknown)[0]!r}; "
-            f"it has {', '.join(names)}."
-        )
     there, absent = op.present(task.device, task.dtype, quick=task.quick)
     if task.only:
         there = [one for one in there if one.name in (OURS, *task.only)]
     with ExitStack() as stack:
-        inputs = stack.enter_context(op.inputs(task.shape, task.dtype, task.device))
+        inputs = stack.enter_context(made_inputs(op, task.shape, task.dtype, task.device))
         before = None if op.before is None else partial(op.before, inputs)
         calls: dict[str, Callable[[], object]] = {}
         for one in there:
@@ -110,14 +117,21 @@ def measure(task: Task, progress: Callable[[str], None] | None = None) -> Measur
             elif one.name == OURS:
                 raise why
             else:
-                absent[one.name] = f"failed: {type(why).__name__}: {str(why)[:200]}"
+                absent[one.name] = f"failed: {first_line(why)}"
+        failures: dict[str, Exception] = {}
         samples = take_turns(
             calls | contenders(task.device, task.dtype),
             rounds=task.rounds,
             warm=not op.own_process,
             before=before,
             progress=progress,
+            failures=failures,
         )
+        for name, why in failures.items():
+            if name == OURS or name not in calls:
+                raise why
+            del calls[name]
+            absent[name] = f"failed: {first_line(why)}"
         peaks = {}
         for name in [name for name in calls if op.measures_memory]:
             if task.quick and name not in (OURS, op.peer):

@@ -156,7 +156,9 @@ class RunConfig(BaseModel):
         "your own queries: JSONL {text, doc_id}, a BEIR folder (train), or a file of another tool",
         "FILE",
     )
-    queries_per_chunk: int = _option(2, "synthetic queries made for each chunk", "N", ge=1)
+    queries_per_chunk: int = _option(
+        2, "synthetic queries made for each chunk", "N", ge=1, le=10_000
+    )
     query_kinds: QueryKinds = _option(
         (),
         "kinds of query to make from the documents, in turn: cloze, title, span, question, "

@@ -139,8 +139,8 @@ def _mix(value: Any) -> tuple[tuple[str, float], ...]:
     try:
         mix = tuple((str(kind).strip(), float(share)) for kind, share in dict(parts).items())
     except (TypeError, ValueError):
-        mix = (("", math.nan),)
-    if not all(math.isfinite(share) for _, share in mix):
+        mix = None
+    if mix is None or not all(math.isfinite(share) for _, share in mix):
         raise ValueError("must be kinds and shares, such as question=0.6,claim=0.4")
     return mix
 

@@ -78,7 +78,7 @@ def export(
         path = target_path(
             out, format, SUFFIXES[format], target, overwrite=overwrite, own=BEIR_FILES
         )
-    taught = _taught(out)
+    taught = _taught(out, console)
     data = _training_set(out, taught)
     mined = sum(len(query.negatives) for query in data.queries)
     empty = sum(not query.negatives for query in data.queries)
@@ -135,14 +135,21 @@ def _check_mined(out: Path) -> None:
         )
 
 
-def _taught(out: Path) -> Judgements | None:
-    """What the teacher says of the mined training set; None: there is no teacher, or it scored
-    another set."""
+def _taught(out: Path, console: Console) -> Judgements | None:
+    """What the run's teacher says of the mined training set. None: it has no teacher, or, with a
+    warning, the teacher has not scored this set."""
     config = saved_config(out)
     if config is not None and config.teacher is None:
         return None
     files = {name: out / name for name in (CHUNKS, QUERIES, DEV, HELD_OUT, NEGATIVES)}
-    return None if RunFolder(out).changes("teach", files) else read_taught(out)
+    reasons = RunFolder(out).changes("teach", files)
+    if not reasons:
+        return read_taught(out)
+    console.warn(
+        f"the teacher's scores are not up to date (teach: {'; '.join(reasons)}), so the base "
+        f"encoder's are exported; refine-fast train --out {out} makes the teacher's."
+    )
+    return None
 
 
 def _training_set(out: Path, taught: Judgements | None) -> TrainingSet:

@@ -18,7 +18,13 @@ from ..serving import exports
 from ..serving.compact import CompactVectors, Numbers
 from ..serving.search import Index
 from ..serving.storage import IndexFolder
-from .export_target import held_out_queries, load_product, loss_sentence, naming_extras, target_path
+from .export_target import (
+    held_out_queries,
+    load_product,
+    loss_sentence,
+    naming_extras,
+    target_path,
+)
 
 SUFFIX = {"vectors": ".parquet"}
 """Format -> suffix of its file; the others are folders."""

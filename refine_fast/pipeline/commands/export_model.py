@@ -92,6 +92,10 @@ def export_model(
     model = load_product(out).to("cpu")
     check_graphable(model)
     chunks = read_records(out / CHUNKS, Chunk)
+    if not chunks:
+        raise RefineFastError(
+            f"export: {out / CHUNKS} holds no passages; make it again: refine-fast run --out {out}."
+        )
     prompts = {role: prompt_of(model, role) or "" for role in ROLES}
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_extras(format, _EXTRAS), atomic_folder(path) as folder:

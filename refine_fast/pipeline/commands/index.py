@@ -30,6 +30,7 @@ from ..serving.ann import Kind
 from ..serving.build import Builder
 from ..serving.encoders import Encoders, Side
 from ..serving.judged import JUDGED, Judged
+from ..serving.search import Index
 from ..serving.storage import IndexFolder, Manifest
 from ..stages.chunk import cut
 
@@ -57,7 +58,7 @@ def index(
         remove: ids of documents to remove.
 
     Raises:
-        RefineFastError: if the run is not finished, or has no index to change.
+        RefineFastError: if the run is not finished, has no index to change, or a damaged one.
     """
     context, encoders = serving_encoders(out, console)
     folder = IndexFolder(out)
@@ -81,6 +82,7 @@ def index(
             of_kind = None if chosen == "auto" else chosen
             manifest = builder.build(chunks, held_out_queries(out), key, of_kind)
         else:
+            Index.open(folder, manifest)  # raises where it is damaged
             old, manifest = manifest, builder.with_blend_of(manifest, held_out_queries(out))
             same = manifest is old
             console.say(f"index: {'up to date' if same else 'marks changed; new blend'}")

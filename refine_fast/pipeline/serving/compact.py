@@ -50,9 +50,10 @@ class CompactVectors:
         if kept > d:
             raise RefineFastError(f"--dims: {kept} is more than the vectors' {d}; give fewer.")
         if numbers == "binary" and kept % 8:
+            whole_bytes = max(8, kept - kept % 8)
+            remedy = f"add --dims {whole_bytes}" if whole_bytes <= d else "give --vectors int8"
             raise RefineFastError(
-                f"--dims: binary vectors need a multiple of 8 dimensions (got {kept}); "
-                f"add --dims {max(8, kept - kept % 8)}."
+                f"--dims: binary vectors need a multiple of 8 dimensions (got {kept}); {remedy}."
             )
         whole = cls(numbers, kept, unit)
         if numbers != "int8":

@@ -18,7 +18,7 @@ from .dense import Moments, best_of_groups, rows_of_groups
 from .encoders import Encoders
 from .lexical import Lexical
 from .segment import Segment
-from .storage import IndexFolder, Manifest
+from .storage import IndexFolder, Manifest, readable
 
 CANDIDATES = 400
 """Vectors that an approximate index contributes for each query; they are then scored exactly."""
@@ -74,8 +74,15 @@ class Index:
 
     @classmethod
     def open(cls, folder: IndexFolder, manifest: Manifest) -> Index:
-        """The index that a manifest names."""
-        dead = None if manifest.dead is None else np.load(folder.path / manifest.dead)
+        """The index that a manifest names.
+
+        Raises:
+            RefineFastError: if it is damaged.
+        """
+        dead = None
+        if manifest.dead is not None:
+            with readable(folder.path / manifest.dead):
+                dead = np.load(folder.path / manifest.dead)
         return cls([Segment(folder.path / name) for name in manifest.segments], dead)
 
     @property

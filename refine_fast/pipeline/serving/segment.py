@@ -28,6 +28,7 @@ from ..corpus.text import passage_text
 from . import ann
 from .dense import Moments
 from .lexical import Postings
+from .storage import readable
 
 ROW_GROUP = 128
 """Rows of the parquet file that are read at a time."""
@@ -141,21 +142,29 @@ class Segment:
     """A segment, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
+        """Maps the files of a segment.
+
+        Raises:
+            RefineFastError: if one of them is damaged or missing.
+        """
         self.folder = folder
-        self.facts: dict[str, Any] = read_json(folder / "segment.json")
-        self.offsets = np.load(folder / "offsets.npy")
-        self.spans = self._array("spans")
-        self.vectors = {
-            name: self._array(name)
-            for name in ("product", "base", "sentences")
-            if name in self.facts
-        }
-        self.postings = Postings.load(folder / "postings")
-        self.indexes = {
-            name: ann.load(folder / f"{name}.faiss")
-            for name, about in self.facts["indexes"].items()
-            if about["kind"] != "flat"
-        }
+        with readable(folder):
+            self.facts: dict[str, Any] = read_json(folder / "segment.json")
+            if not isinstance(self.facts, dict):
+                raise ValueError("segment.json is missing or no JSON object")
+            self.offsets = np.load(folder / "offsets.npy")
+            self.spans = self._array("spans")
+            self.vectors: dict[str, np.ndarray] = {
+                name: self._array(name)
+                for name in ("product", "base", "sentences")
+                if name in self.facts
+            }
+            self.postings = Postings.load(folder / "postings")
+            self.indexes = {
+                name: ann.load(folder / f"{name}.faiss")
+                for name, about in self.facts["indexes"].items()
+                if about["kind"] != "flat"
+            }
         self._parquet: Any = None
         self._groups: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
 
@@ -167,7 +176,8 @@ class Segment:
 
     def moments(self, side: str) -> Moments:
         """Those of the passages under "product" or "base"."""
-        total, *second = np.load(self.folder / f"moments-{side}.npy")
+        with readable(self.folder):
+            total, *second = np.load(self.folder / f"moments-{side}.npy")
         return Moments(len(self), total, np.array(second))
 
     def _table(self) -> Any:
@@ -179,7 +189,8 @@ class Segment:
 
     def ids(self) -> list[str]:
         """The chunk id of every passage."""
-        return self._table().read(columns=["id"]).column("id").to_pylist()
+        with readable(self.folder):
+            return self._table().read(columns=["id"]).column("id").to_pylist()
 
     def sentences(self, row: int) -> Spans:
         """Where the sentences of a passage are in its text."""
@@ -191,7 +202,8 @@ class Segment:
         number, place = divmod(row, ROW_GROUP)
         group = self._groups.get(number)
         if group is None:
-            group = self._table().read_row_group(number).to_pylist()
+            with readable(self.folder):
+                group = self._table().read_row_group(number).to_pylist()
             self._groups[number] = group
             if len(self._groups) > CACHED_GROUPS:
                 self._groups.popitem(last=False)

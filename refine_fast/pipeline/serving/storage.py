@@ -43,6 +43,26 @@ class Manifest:
     format: int = FORMAT
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Names a damaged index in place of what numpy, Arrow or faiss raise while they read it.
+
+    Args:
+        path: a file or a segment in the folder of the index.
+
+    Raises:
+        RefineFastError: in place of the exception.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RefineFastError(
+            f"index: {path} is damaged ({type(error).__name__}: {reason}); delete {path.parent}, "
+            f"run refine-fast index {path.parent.parent}, and add again what you had added."
+        ) from None
+
+
 class IndexFolder:
     """Reads and replaces an index. Writers must hold the lock of the run folder."""
 
@@ -50,21 +70,22 @@ class IndexFolder:
         self.path = run / INDEX
 
     def manifest(self) -> Manifest | None:
-        """What index.json says; None without an index.
+        """What index.json says; None without an index, or if index.json is no JSON object.
 
         Raises:
-            RefineFastError: if another version of refine_fast wrote it.
+            RefineFastError: if another version of refine_fast wrote it, or it is damaged.
         """
         found = read_json(self.path / "index.json")
-        if found is None:
+        if not isinstance(found, dict):
             return None
         if found.get("format") != FORMAT:
             raise RefineFastError(
                 f"{self.path} has format {found.get('format')}, and this version reads {FORMAT}; "
                 f"delete it and run refine-fast index {as_argument(self.path.parent)}."
             )
-        lists = {name: tuple(found[name]) for name in ("segments", "edited")}
-        return Manifest(**{**found, **lists})
+        with readable(self.path / "index.json"):
+            lists = {name: tuple(found[name]) for name in ("segments", "edited")}
+            return Manifest(**{**found, **lists})
 
     @contextmanager
     def new_segment(self) -> Iterator[Path]:

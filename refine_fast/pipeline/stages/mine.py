@@ -44,7 +44,7 @@ def run(context: RunContext, folder: Path, *, negatives: int) -> None:
                 q,
                 d,
                 list(relevant.values()),
-                k=max(1, negatives),
+                k=min(max(1, negatives), len(chunks)),
                 band=config.band,
                 skip=config.skip,
                 relative_margin=config.relative_margin,

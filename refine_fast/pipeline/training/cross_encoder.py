@@ -86,7 +86,7 @@ def check_cross_encoder(folder: Path, *, trust_remote_code: bool = False) -> Cro
     """
     model = load_cross_encoder(folder, trust_remote_code=trust_remote_code)
     try:
-        pair_logits(model, [(_QUERY, passage) for passage in _PASSAGES], bf16=False)
+        one, other = pair_logits(model, [(_QUERY, text) for text in _PASSAGES], bf16=False)
     except RefineFastError:
         raise
     except Exception as error:
@@ -94,6 +94,11 @@ def check_cross_encoder(folder: Path, *, trust_remote_code: bool = False) -> Cro
             f"teacher: {folder} cannot score a pair ({type(error).__name__}: {_short(error)}); "
             "check that CrossEncoder.predict works in sentence-transformers."
         ) from None
+    if one == other:
+        raise RefineFastError(
+            f"teacher: {folder} gives different passages the same score, so it reads none of their "
+            "words; raise its max_length, or give another one."
+        )
     return model
 
 
