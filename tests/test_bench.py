@@ -212,10 +212,11 @@ def test_a_rerun_overwrites_its_rows(tmp_path: Path) -> None:
         lambda text: b"op,p20\ninfo_nce,1\n",
         lambda text: text[: text.rindex(b",")],
         lambda text: b"\xff\xfe" + text,
+        lambda text: text + b"\xe9" * 50_000,
         lambda text: text + b'"' + b"x" * 200_000,
         lambda text: text.replace(b'""B""', b"B"),
     ],
-    ids=["other columns", "cut", "UTF-16", "no line", "shape"],
+    ids=["other columns", "cut", "UTF-16", "Latin-1", "no line", "shape"],
 )
 def test_a_file_that_is_no_table_is_refused(
     damage: Callable[[bytes], bytes],
