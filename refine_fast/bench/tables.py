@@ -141,12 +141,12 @@ def operations_table(results: Path) -> str:
 
 BEST = {"set": "squad", "option": "best", "seed": "0"}
 RECIPES = (
-    ("SQuAD", "made from the passages, no LLM", "recipe.csv", {**BEST, "queries": "none"}),
-    ("SQuAD", "written by a large language model", "recipe.csv", {**BEST, "queries": "llm"}),
-    ("SQuAD", "asked by people (`--queries`)", "recipe.csv", {**BEST, "queries": "human"}),
-    ("COVID-QA", "asked by people (`--queries`)", "runs.csv", {"run": "covidqa"}),
+    ("SQuAD", "made from the passages, no LLM", {**BEST, "queries": "none"}),
+    ("SQuAD", "written by a large language model", {**BEST, "queries": "llm"}),
+    ("SQuAD", "asked by people (`--queries`)", {**BEST, "queries": "human"}),
+    ("COVID-QA", "asked by people (`--queries`)", {**BEST, "set": "covidqa", "queries": "human"}),
 )
-"""Documents, queries, file and what its rows have: the table of adapted encoders."""
+"""Documents, queries and what the rows have: the table of adapted encoders."""
 SETS = {
     "scifact": "SciFact",
     "covidqa": "COVID-QA",
@@ -160,29 +160,22 @@ SETS = {
 def recipe_table(results: Path) -> str:
     """Adapted encoders: recall@3 before and after, and elsewhere."""
     lines = [
-        "| documents | queries | BM25 | base | **adapted** | elsewhere |",
-        "|---|---|---|---|---|---|",
+        "| documents | queries | BM25 | base | **adapted** | served | elsewhere |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, queries, file, wanted in RECIPES:
-        with (results / file).open(newline="") as opened:
-            rows = [
-                row
-                for row in csv.DictReader(opened)
-                if all(row[column] == value for column, value in wanted.items())
-            ]
+    with (results / "recipe.csv").open(newline="") as opened:
+        table = list(csv.DictReader(opened))
+    for name, queries, wanted in RECIPES:
+        rows = [row for row in table if all(row[column] == wanted[column] for column in wanted)]
         own = {row["system"]: row for row in rows if row["judged_on"] == "in_domain"}
-        adapted = own.get("fused") or own["weight 0.35"]
-        base = own.get("base") or own["weight 0"]
-        elsewhere = [
-            f"{label} {_gain(row)}"
-            for judged, label in SETS.items()
-            for row in rows
-            if row["judged_on"] == judged and row["system"] == adapted["system"]
-        ]
+        fused = {row["judged_on"]: row for row in rows if row["system"] == "fused"}
+        adapted = fused["in_domain"]
+        elsewhere = [f"{SETS[other]} {_gain(fused[other])}" for other in SETS if other in fused]
         lines.append(
             f"| {name}, {int(adapted['passages']):,} passages | {queries} | "
-            f"{_recall(own['BM25'])} | {_recall(base)} | **{_recall(adapted)}** "
-            f"({_gain(adapted)}) | {', '.join(elsewhere)} |"
+            f"{_recall(own['BM25'])} | {_recall(own['base'])} | **{_recall(adapted)}** "
+            f"({_gain(adapted)}) | {_gain(fused['served']) if 'served' in fused else '–'} | "
+            f"{', '.join(elsewhere)} |"
         )
     return "\n".join(lines)
 
