@@ -147,7 +147,7 @@ def _taught(out: Path, console: Console) -> Judgements | None:
         return read_taught(out)
     console.warn(
         f"the teacher's scores are not up to date (teach: {'; '.join(reasons)}), so the base "
-        f"encoder's are exported; refine-fast train --out {out} makes the teacher's."
+        f"encoder's are exported; refine-fast train --out {as_argument(out)} makes the teacher's."
     )
     return None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import RefineFastError
-from ...files import atomic_folder
+from ...files import as_argument, atomic_folder
 from ..artifacts import CHUNKS, MODEL
 from ..console import Console
 from ..corpus.chunk import Chunk
@@ -94,7 +94,8 @@ def export_model(
     chunks = read_records(out / CHUNKS, Chunk)
     if not chunks:
         raise RefineFastError(
-            f"export: {out / CHUNKS} holds no passages; make it again: refine-fast run --out {out}."
+            f"export: {out / CHUNKS} holds no passages; make it again: "
+            f"refine-fast run --out {as_argument(out)}."
         )
     prompts = {role: prompt_of(model, role) or "" for role in ROLES}
     path.parent.mkdir(parents=True, exist_ok=True)

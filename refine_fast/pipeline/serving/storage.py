@@ -59,7 +59,8 @@ def readable(path: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise RefineFastError(
             f"index: {path} is damaged ({type(error).__name__}: {reason}); delete {path.parent}, "
-            f"run refine-fast index {path.parent.parent}, and add again what you had added."
+            f"run refine-fast index {as_argument(path.parent.parent)}, and add again what you had "
+            "added."
         ) from None
 
 
