@@ -242,6 +242,9 @@ def test_a_run_folder_is_resumed_as_it_was_begun(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(begun.to_yaml())
     assert load_config(None, {"out": run}) == begun
     assert load_config(None, {"out": run, "docs": docs}).skip == 5
+    (run / "config.yaml").write_text("")  # not the defaults, whose documents are others
+    with pytest.raises(RefineFastError, match=r"config.yaml is empty; give DOCS and the options"):
+        load_config(None, {"out": run})
 
 
 @pytest.mark.parametrize(
