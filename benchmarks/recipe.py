@@ -14,7 +14,8 @@ MiniLM).
 ``OPTIONS`` changes one thing at a time.
 
 Judged on "served": the blend of passages, sentences and BM25 that a run's index serves, in the
-domain, with its weights chosen on held-out queries.
+domain, with its weights chosen on held-out queries; of a sample of the test set, or of all of it,
+where ``refine-fast eval --systems`` scored the run's model with its held-out queries as split dev.
 
 A run whose rows are in the table is skipped, and one that was stopped resumes in ``--runs``: start
 the same command again. Seconds and memory are right for runs that were not stopped. A row's key is
