@@ -286,33 +286,33 @@ def test_the_command_measures_and_compares(
     assert {row["op"] for row in found["rows"]} == {op, "roofline"}
 
 
-def test_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def measured_beside(peer: Callable[[Any], None]) -> Measured:
+    """Two rounds of ours and of one peer, on 9 queries."""
+    op = replace(
+        INFO_NCE,
+        measures_memory=False,
+        contenders=(INFO_NCE.contender(OURS), Contender("broken", peer, "")),
+    )
+    return measure(Task(op, {"B": 9, "N": 9, "D": 8}, "fp32", "cpu", rounds=2))
+
+
+def test_a_peer_that_fails_is_named() -> None:
     def fails(_: object) -> None:
         raise RuntimeError("no such kernel")
 
-    broken = replace(
-        INFO_NCE,
-        measures_memory=False,
-        contenders=(INFO_NCE.contender(OURS), Contender("broken", fails, "")),
-    )
-    found = measure(Task(broken, {"B": 8, "N": 8, "D": 8}, "fp32", "cpu", rounds=1))
+    found = measured_beside(fails)
     assert list(found.samples) == [OURS]
     assert found.absent == {"broken": "failed: RuntimeError: no such kernel"}
 
 
-def test_a_peer_that_fails_at_the_full_size_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_fails_at_the_full_size_is_named() -> None:
     """Such as for want of memory; the tiny inputs of the trial it takes."""
 
     def fails(inputs: Any) -> None:
         if len(inputs[0]) == 9:
             raise RuntimeError("out of memory\nframe #1: c10::Error")
 
-    broken = replace(
-        INFO_NCE,
-        measures_memory=False,
-        contenders=(INFO_NCE.contender(OURS), Contender("broken", fails, "")),
-    )
-    found = measure(Task(broken, {"B": 9, "N": 9, "D": 8}, "fp32", "cpu", rounds=2))
+    found = measured_beside(fails)
     assert list(found.samples) == [OURS]
     assert len(found.samples[OURS]) == 2
     assert found.absent == {"broken": "failed: RuntimeError: out of memory"}

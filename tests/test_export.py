@@ -400,6 +400,16 @@ def test_an_upgrade_does_not_make_a_run_stale(copied: Path, tmp_path: Path) -> N
     exported(copied, tmp_path, "triplets")
 
 
+def test_documents_that_are_gone(copied: Path, tmp_path: Path, capsys) -> None:
+    """The configuration cannot be read then; a teacher that the run never had is not missed."""
+    config = (copied / "config.yaml").read_text()
+    lines = ("docs: gone" if x.startswith("docs: ") else x for x in config.splitlines())
+    (copied / "config.yaml").write_text("\n".join(lines))
+    capsys.readouterr()
+    exported(copied, tmp_path, "triplets")
+    assert "teacher" not in capsys.readouterr().err
+
+
 def test_places_that_cannot_be_written(copied: Path, docs: Path, tmp_path: Path, capsys) -> None:
     def out(format: str, path: Path | str, *flags: str) -> str:
         return refusal(capsys, copied, "--format", format, "--out", str(path), *flags)

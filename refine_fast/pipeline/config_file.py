@@ -32,12 +32,13 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
         RefineFastError: if the file or a value cannot be used.
     """
     out = flags.get("out")
+    saved = None
     if path is None and out is not None and "docs" not in flags:
         saved = Path(out).expanduser() / "config.yaml"
         path = saved if saved.is_file() else None
-        if path is not None and not _read_yaml(path):
-            raise RefineFastError(f"config: {path} is empty; give DOCS and the options again.")
     values = {} if path is None else _read_yaml(path)
+    if path is not None and path == saved and not values:
+        raise RefineFastError(f"config: {path} is empty; give DOCS and the options again.")
     if "recipe" in flags and flags["recipe"] != values.get("recipe"):
         # a saved configuration names every value, also those that came from its recipe
         values = {name: v for name, v in values.items() if name not in RECIPES["paper"]}

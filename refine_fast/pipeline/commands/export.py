@@ -145,10 +145,12 @@ def _taught(out: Path, console: Console) -> Judgements | None:
     reasons = RunFolder(out).changes("teach", files)
     if not reasons:
         return read_taught(out)
-    console.warn(
-        f"the teacher's scores are not up to date (teach: {'; '.join(reasons)}), so the base "
-        f"encoder's are exported; refine-fast train --out {as_argument(out)} makes the teacher's."
-    )
+    if config is not None:  # else it is not known whether the run has a teacher
+        console.warn(
+            f"the teacher's scores are not up to date (teach: {'; '.join(reasons)}), so the base "
+            f"encoder's are exported; refine-fast train --out {as_argument(out)} makes the "
+            "teacher's."
+        )
     return None
 
 
