@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from small_runs import SMALL, STAGES, outputs, rerun, undeclared_settings
 
 from refine_fast.cli import KEPT_BASE, main
+from refine_fast.errors import RefineFastError
 from refine_fast.pipeline import RunConfig, run
 from refine_fast.pipeline.artifacts import score_file
 from refine_fast.pipeline.console import Console
@@ -193,6 +194,15 @@ def test_a_document_that_changed(
     lines = capsys.readouterr().err
     assert f"chunk: docs changed ({page.name})" in lines
     assert "query: chunks.jsonl changed" in lines
+
+
+def test_a_run_to_a_stage(tmp_path: Path, tiny: Path, docs: Path) -> None:
+    config = RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **SMALL)
+    with pytest.raises(ValueError, match=r"until must be one of chunk, .*report \(got 'mined'\)"):
+        run(config, console=Console(quiet=True), until="mined")
+    context = run(config, console=Console(quiet=True), until="chunk")
+    with pytest.raises(RefineFastError, match="has no report yet"):
+        _ = context.report
 
 
 def test_the_seed_decides(tmp_path: Path, tiny: Path, docs: Path, whole: Path) -> None:

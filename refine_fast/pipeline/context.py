@@ -74,8 +74,15 @@ class RunContext:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The content of report.json."""
-        return dict(read_json(self.path("report.json")))
+        """The content of report.json.
+
+        Raises:
+            RefineFastError: if the run has not come to its report.
+        """
+        content = read_json(self.path("report.json"))
+        if content is None:
+            raise RefineFastError(f"{self.out} has no report yet; run the rest of its stages.")
+        return dict(content)
 
     @property
     def kept_base(self) -> bool:

@@ -39,6 +39,7 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
     Raises:
         LockedError: if another process is using the run folder.
         RefineFastError: if the input cannot be used; the message names the remedy.
+        ValueError: if the run has no stage ``until``.
     """
     console = Console() if console is None else console
     ranks = launched()
@@ -52,10 +53,13 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
         options = config.encoder_options()
         encoder = prepare_encoder(encoder_folder(config.model), options, say=console.say)
         context = RunContext(config, encoder, console, options, workers)
+        stages = list(run_stages(context))
+        if until not in (names := [stage.name for stage in stages]):
+            raise ValueError(f"until must be one of {', '.join(names)} (got {until!r})")
         with atomic(config.out / "config.yaml") as temporary:
             temporary.write_text(config.to_yaml(), encoding="utf-8")
         tried = False
-        for stage in run_stages(context):
+        for stage in stages:
             reasons = folder.reasons(stage)
             if reasons and not tried:
                 asks, teaches = stage.name in ("chunk", "query"), stage.name != "train"
