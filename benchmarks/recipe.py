@@ -1,12 +1,12 @@
 """What the recipe gains and forgets: whole runs on real retrieval sets, in results/recipe.csv.
 
     REFINE_FAST_DATA=<folder of BEIR sets> python benchmarks/recipe.py [--sets squad covidqa ...]
-        [--queries none llm human] [--options best paper ...] [--seeds 0 1 2] [--runs FOLDER]
-        [--again]
+        [--queries none smollm2 llm human ...] [--options best paper ...] [--seeds 0 1 2]
+        [--runs FOLDER] [--again]
 
 Each set is the domain once, judged on its own test questions; out of domain are the other sets.
-Queries: "none", made from the passages without a language model; "human", the set's train split;
-"llm", those of queries/, which a large language model wrote from the passages alone (two each for
+Queries: "none", made from the passages without a language model; "smollm2", written by the embedded
+language model; "smollm2 and made", both; "human", the set's train split; "llm", those of queries/, which a large language model wrote from the passages alone (two each for
 SQuAD, CC BY-SA 4.0 like its text; one each for COVID-QA). The model may have met the public test
 questions in its own training. A query that equals one is never trained on; 5% of SQuAD's test
 questions and 2% of COVID-QA's have a paraphrase among the queries (cosine of at least 0.9 under
@@ -42,6 +42,13 @@ RESULTS = Path(__file__).parent / "results"
 WRITTEN = Path(__file__).parent / "queries"
 DATA = Path(os.environ.get("REFINE_FAST_DATA", ""))
 SETS = ("squad", "covidqa", "dstc11_travel", "pubmedqa", "scifact")
+QUERIES: dict[str, list[str]] = {
+    "none": [],
+    "smollm2": ["--llm", "smollm2"],
+    "smollm2 and made": ["--llm", "smollm2", "--query-kinds", "cloze,span,cloze,title"],
+    "llm": ["--queries", str(WRITTEN / "{set}.jsonl")],
+    "human": ["--queries", str(DATA / "{set}")],
+}
 OPTIONS: dict[str, list[str]] = {
     "best": [],
     "paper": ["--recipe", "paper"],
@@ -83,8 +90,7 @@ def measure(run: dict[str, str], folder: Path, ood_passages: int) -> list[dict[s
     """One run; the rows of all sets and systems that it was judged on."""
     docs = DATA / run["set"]
     flags = ["--seed", run["seed"], "--ood-passages", str(ood_passages), *OPTIONS[run["option"]]]
-    queries = {"human": docs, "llm": WRITTEN / f"{run['set']}.jsonl"}.get(run["queries"])
-    flags += [] if queries is None else ["--queries", str(queries)]
+    flags += [flag.replace("{set}", run["set"]) for flag in QUERIES[run["queries"]]]
     for other in SETS:
         flags += ["--ood", str(DATA / other)] if other != run["set"] else []
     own_commit, start = commit(), time.perf_counter()
@@ -160,7 +166,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--queries", nargs="+", choices=("none", "llm", "human"), default=["none"])
+    parser.add_argument("--queries", nargs="+", choices=QUERIES, default=["none"])
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=["best"])
     parser.add_argument("--seeds", nargs="+", default=["0"])
     parser.add_argument("--ood-passages", type=int, default=1000)
