@@ -6,11 +6,11 @@
 
 Each set is the domain once, judged on its own test questions; out of domain are the other sets.
 Queries: "none", made from the passages without a language model; "smollm2", written by the embedded
-language model; "smollm2 and made", both; "human", the set's train split; "llm", those of queries/, which a large language model wrote from the passages alone (two each for
-SQuAD, CC BY-SA 4.0 like its text; one each for COVID-QA). The model may have met the public test
-questions in its own training. A query that equals one is never trained on; 5% of SQuAD's test
-questions and 2% of COVID-QA's have a paraphrase among the queries (cosine of at least 0.9 under
-MiniLM).
+language model; "smollm2 and made", both; "human", the set's train split; "llm", those of queries/,
+which a large language model wrote from the passages alone (two each for SQuAD, CC BY-SA 4.0 like
+its text; one each for COVID-QA). That model may have met the public test questions in its own
+training. A query that equals one is never trained on; 5% of SQuAD's test questions and 2% of
+COVID-QA's have a paraphrase among its queries (cosine of at least 0.9 under MiniLM).
 ``OPTIONS`` changes one thing at a time.
 
 Judged on "served": the blend of passages, sentences and BM25 that a run's index serves, in the
