@@ -188,6 +188,14 @@ def test_the_loss_of_a_batch(tiny: Path, distill: float) -> None:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("saved", ["judge", "plain"])
+def test_a_cross_encoder_is_no_encoder(saved: str, judge: Path) -> None:
+    folder = judge.parent / saved
+    said = "is a cross-encoder, which scores pairs of texts and has no embeddings"
+    with pytest.raises(RefineFastError, match=said):
+        load_encoder(folder)
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [

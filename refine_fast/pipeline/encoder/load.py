@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import RefineFastError
+from ...files import read_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -72,6 +73,17 @@ def encoder_folder(name: str, option: str = "model") -> Path:
     return folder
 
 
+def is_cross_encoder(folder: Path) -> bool:
+    """Whether a folder holds a model that scores pairs of texts, by what is saved: any transformer
+    loads as an encoder and as a cross-encoder, with a last layer that means nothing."""
+    about = read_json(folder / "config_sentence_transformers.json") or {}
+    architectures = (read_json(folder / "config.json") or {}).get("architectures") or [""]
+    scores_pairs = str(architectures[0]).endswith("ForSequenceClassification")
+    has_modules = (folder / "modules.json").is_file()
+    kind = "CrossEncoder" if scores_pairs and not has_modules else None
+    return about.get("model_type", kind) == "CrossEncoder"
+
+
 def load_encoder(
     folder: Path, *, trust_remote_code: bool = False, dtype: torch.dtype | str = torch.float32
 ) -> SentenceTransformer:
@@ -90,6 +102,11 @@ def load_encoder(
 
     from ...integrations.sentence_transformers.twin import TwinEncoder
 
+    if is_cross_encoder(folder):
+        raise RefineFastError(
+            f"model: {folder} is a cross-encoder, which scores pairs of texts and has no "
+            "embeddings; give the folder of an encoder."
+        )
     logging.disable_progress_bar()  # it would show for a tenth of a second
     options: dict[str, Any] = {
         "local_files_only": True,

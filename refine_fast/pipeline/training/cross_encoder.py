@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from ...errors import RefineFastError
-from ...files import atomic, read_json
+from ...files import atomic
 from ..encoder.encode import has_fast_bf16
-from ..encoder.load import device
+from ..encoder.load import device, is_cross_encoder
 from ..progress import Progress
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def load_cross_encoder(folder: Path, *, trust_remote_code: bool = False) -> Cros
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would show for a tenth of a second
-    if not _is_cross_encoder(folder):
+    if not is_cross_encoder(folder):
         raise RefineFastError(
             f"teacher: {folder} is not a cross-encoder; give a model that scores pairs of texts, "
             "such as cross-encoder/ms-marco-MiniLM-L6-v2."
@@ -166,14 +166,6 @@ def logits_of(
         if progress is not None:
             progress(start + len(block), len(pairs))
     return np.asarray(logits)
-
-
-def _is_cross_encoder(folder: Path) -> bool:
-    """By what is saved: any transformer loads as a cross-encoder, with a random last layer."""
-    about = read_json(folder / "config_sentence_transformers.json") or {}
-    architectures = (read_json(folder / "config.json") or {}).get("architectures") or [""]
-    is_classifier = str(architectures[0]).endswith("ForSequenceClassification")
-    return about.get("model_type", "CrossEncoder" if is_classifier else None) == "CrossEncoder"
 
 
 def _why_not_loaded(folder: Path, error: Exception) -> str:
