@@ -326,7 +326,7 @@ class RunConfig(BaseModel):
         "W",
     )
     curve: Weights = _option(
-        (0.0, 0.35, 0.5, 0.75, 1.0), "fusion weights to compare and to choose from", "W,W,..."
+        (0.0, 0.2, 0.35, 0.5, 0.75, 1.0), "fusion weights to compare and to choose from", "W,W,..."
     )
     tolerance: Share = _option(
         0.005,
