@@ -145,6 +145,11 @@ RECIPES = (
     ("SQuAD", "written by a large language model", {**BEST, "queries": "llm"}),
     ("SQuAD", "asked by people (`--queries`)", {**BEST, "queries": "human"}),
     ("COVID-QA", "asked by people (`--queries`)", {**BEST, "set": "covidqa", "queries": "human"}),
+    (
+        "Travel (DSTC11)",
+        "asked by people (`--queries`)",
+        {**BEST, "set": "dstc11_travel", "queries": "human"},
+    ),
 )
 """Documents, queries and what the rows have: the table of adapted encoders."""
 SETS = {
