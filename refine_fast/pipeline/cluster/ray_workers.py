@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from .shards import ShardWorker, digest_of, is_complete
 LOCAL = "local"
 """The engine that is none: one process does everything."""
 RETRIES = 3
-"""How often a shard is given out again after its actor died."""
+"""How often a shard is given to another actor after its actor died, and how many actors in a row
+may die while they start."""
 AHEAD = 2
 """Shards that are sent to an actor at a time: one waits while one is done."""
 OBJECT_STORE = 512 << 20
@@ -54,13 +56,37 @@ def open_workers(engine: str, say: Callable[[str], None]) -> Iterator[RayWorkers
         workers.close()
 
 
+@dataclass(eq=False)
+class _Shard:
+    """A shard that is to be done."""
+
+    i: int
+    item: Any
+    path: Path
+    digest: str
+    deaths: int = 0
+    """How many workers died while they had it."""
+
+
+class RayShardWorker(ShardWorker):
+    """A worker in an actor."""
+
+    def start(self) -> str:
+        """The id of its node, once it can do shards."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+
 class RayWorkers:
     """A pool of actors, which connects and starts when the first shard needs it."""
 
     def __init__(self, engine: str, say: Callable[[str], None]) -> None:
         self._engine, self._say = engine, say
-        self._actors: list[Any] = []
-        self._ours = False
+        self._actors: dict[Any, str] = {}  # actor -> its node
+        self._starting: dict[Any, Any] = {}  # reference to the node -> actor
+        self._failures = 0  # actors in a row that died before they had started
+        self._ours: bool | None = None  # whether this connected the process; None: not yet
 
     def map(
         self,
@@ -70,79 +96,108 @@ class RayWorkers:
         count: int,
         item: Callable[[int], Any],
     ) -> Iterator[tuple[int, Path]]:
-        """See ``Workers.map``. A shard whose actor dies is done again by the restarted actor; nodes
-        that join are used from the next shard on."""
+        """See ``Workers.map``. The shards of an actor that dies are given to others; nodes that
+        join are used from the next shard on."""
         folder.mkdir(parents=True, exist_ok=True)
         shared: Any = None
-        running: dict[Any, tuple[int, Path, Any]] = {}
-        load: Counter[Any] = Counter()
-        for i in range(count):
-            asked, path = item(i), folder / f"{i:06d}"
-            digest = digest_of(key, asked)
-            if is_complete(path, digest):
-                yield i, path
+        unsent = _shards(folder, key, count, item)
+        again: list[_Shard] = []
+        running: dict[Any, tuple[_Shard, Any]] = {}
+        while (shard := again.pop() if again else next(unsent, None)) or running:
+            if shard is None:
+                yield from self._next(running, again, count)
                 continue
-            import ray
-
+            if is_complete(shard.path, shard.digest):
+                yield shard.i, shard.path
+                continue
             if shared is None:
+                import ray
+
                 self._connect()
                 shared = ray.put(prepare)
-            self._grow(count - i + len(running))
-            while len(running) >= AHEAD * len(self._actors):
-                yield self._next(running, load, count)
-            actor = min(self._actors, key=lambda actor: load[actor])
-            load[actor] += 1
-            ref = actor.do.remote(digest_of(key, None), shared, asked, path, digest)
-            running[ref] = i, path, actor
-        while running:
-            yield self._next(running, load, count)
+            while (actor := self._free(running, count - shard.i + len(running))) is None:
+                yield from self._next(running, again, count)
+            ref = actor.do.remote(
+                digest_of(key, None), shared, shard.item, shard.path, shard.digest
+            )
+            running[ref] = shard, actor
 
     def close(self) -> None:
         """Ends the actors, and the cluster if it was started here."""
-        if not self._actors and not self._ours:
+        if self._ours is None:
             return
         import ray
 
-        for actor in self._actors:
+        for actor in [*self._actors, *self._starting.values()]:
             ray.kill(actor)
-        self._actors = []
         if self._ours:
             ray.shutdown()
+        self._actors, self._starting, self._ours = {}, {}, None
+
+    def _free(self, running: dict[Any, tuple[_Shard, Any]], shards: int) -> Any:
+        """The actor with the fewest shards; None if that has enough."""
+        self._grow(shards)
+        load = Counter(actor for _, actor in running.values())
+        actor = min(self._actors, key=load.__getitem__, default=None)
+        most = 1 if self._starting else AHEAD  # leaves some to those that start
+        return actor if actor is not None and load[actor] < most else None
 
     def _next(
-        self, running: dict[Any, tuple[int, Path, Any]], load: Counter[Any], count: int
-    ) -> tuple[int, Path]:
+        self, running: dict[Any, tuple[_Shard, Any]], again: list[_Shard], count: int
+    ) -> Iterator[tuple[int, Path]]:
+        """Waits until a shard is done, or an actor has started or died."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
-        [done], _ = ray.wait(list(running), num_returns=1)
-        i, path, actor = running.pop(done)
-        load[actor] -= 1
+        [ref], _ = ray.wait([*running, *self._starting], num_returns=1)
+        if actor := self._starting.pop(ref, None):
+            try:
+                self._actors[actor] = ray.get(ref)
+                self._failures = 0
+            except RayError as error:
+                self._failures += 1
+                if self._failures > RETRIES:
+                    raise RefineFastError(
+                        f"engine: {self._failures} workers in a row died while they started "
+                        f"({_line(error)}); install what this process has on every node, and "
+                        "give the workers enough memory."
+                    ) from None
+            return
+        shard, actor = running.pop(ref)
         try:
-            ray.get(done)
+            ray.get(ref)
         except RayTaskError as error:
             raise error.cause from None
-        except RayActorError as error:
-            raise RefineFastError(
-                f"engine: the worker of shard {i + 1} of {count} ({path}) died {RETRIES + 1} times "
-                f"({' '.join(str(error).split())[:200]}); give the workers more memory, then run "
-                "the same command again: finished shards are kept."
-            ) from None
-        return i, path
+        except RayError as error:
+            self._drop(actor)
+            shard.deaths += 1
+            if shard.deaths > RETRIES:
+                raise RefineFastError(
+                    f"engine: the worker of shard {shard.i + 1} of {count} ({shard.path}) died "
+                    f"{shard.deaths} times ({_line(error)}); give the workers more memory, then "
+                    "run the same command again: finished shards are kept."
+                ) from None
+            again.append(shard)
+        else:
+            yield shard.i, shard.path
 
     def _connect(self) -> None:
-        if self._actors:
+        if self._ours is not None:
             return
         self._ours = connect(self._engine)
         self._say(f"engine: Ray with {_size()}")
 
     def _grow(self, shards: int) -> None:
-        """Starts the actors that the cluster has room for, as many as there are shards."""
+        """Starts the actors that the cluster has room for, as many as there are shards, and drops
+        those whose node has left."""
         import ray
         import torch
 
         threads = torch.get_num_threads()
-        having = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        for actor in [actor for actor, node in self._actors.items() if node not in nodes]:
+            self._drop(actor)
+        having = nodes.values()
         needs: dict[str, int] = {"num_cpus": threads}
         room = sum(int(node.get("CPU", 0)) // threads for node in having)
         if gpus := sum(int(node.get("GPU", 0)) for node in having):
@@ -154,9 +209,32 @@ class RayWorkers:
                 f"that each worker needs too (the largest has {cores}); set OMP_NUM_THREADS to at "
                 "most that."
             )
-        actor = ray.remote(ShardWorker).options(max_restarts=-1, max_task_retries=RETRIES, **needs)
-        while len(self._actors) < min(room, shards):
-            self._actors.append(actor.remote(threads))
+        actor_class = ray.remote(RayShardWorker).options(**needs)
+        while len(self._actors) + len(self._starting) < min(room, shards):
+            actor = actor_class.remote(threads)
+            self._starting[actor.start.remote()] = actor
+
+    def _drop(self, actor: Any) -> None:
+        """Gives it no more shards, and ends it, since it may be alive where the network failed."""
+        import ray
+
+        if self._actors.pop(actor, None):
+            ray.kill(actor)
+
+
+def _shards(folder: Path, key: Any, count: int, item: Callable[[int], Any]) -> Iterator[_Shard]:
+    for i in range(count):
+        asked = item(i)
+        yield _Shard(i, asked, folder / f"{i:06d}", digest_of(key, asked))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _last_line(error: Exception) -> str:
+    """Of an error whose text may be a traceback."""
+    return str(error).strip().rpartition("\n")[2][:200]
 
 
 def connect(engine: str) -> bool:
@@ -180,8 +258,9 @@ def connect(engine: str) -> bool:
             ray.init(address=engine, **quiet)
         except Exception as error:
             raise RefineFastError(
-                f"engine: no Ray cluster answers at {engine} ({type(error).__name__}); check the "
-                "address and its port, 10001 unless it was changed."
+                f"engine: no Ray cluster answers at {engine} ({type(error).__name__}: "
+                f"{_last_line(error)}); check the address and its port, 10001 unless it was "
+                "changed."
             ) from None
         return True
     try:
