@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import RefineFastError
 from ..files import name_of, read_json
 from ..integrations.sentence_transformers.twin import TwinEncoder
 from .artifacts import FUSION_FACTS, MODEL
 from .config import RunConfig
+from .config_values import LLM_TEACHER
 from .console import Console
 from .corpus.beir import is_beir
 from .corpus.nanobeir import nanobeir_folder
@@ -118,8 +119,16 @@ class RunContext:
     def teacher(self) -> Path | None:
         """Folder of the cross-encoder that teaches, fetched if it is given by name; None: there is
         none."""
-        given = self.config.teacher
-        return None if given is None else encoder_folder(given, "teacher")
+        if self.teacher_kind != "cross-encoder":
+            return None
+        return encoder_folder(str(self.config.teacher), "teacher")
+
+    @property
+    def teacher_kind(self) -> Literal["cross-encoder", "llm"] | None:
+        """What the teacher is that the user named; None: none was named."""
+        if self.config.teacher is None:
+            return None
+        return "llm" if self.config.teacher == LLM_TEACHER else "cross-encoder"
 
     @property
     def built_in(self) -> bool:
@@ -170,8 +179,8 @@ class RunContext:
 
     @property
     def mined_negatives(self) -> int:
-        """Hard negatives that are mined for each query: several for a cross-encoder, which teaches
-        how they differ."""
+        """Hard negatives that are mined for each query: several for a teacher that was named, which
+        teaches how they differ."""
         if self.config.negatives != "auto":
             return self.config.negatives
         return 1 if self.config.teacher is None else 4
@@ -179,7 +188,7 @@ class RunContext:
     @property
     def trained_negatives(self) -> int:
         """Hard negatives of each query that training sees. InfoNCE needs one: without, nDCG@10 of
-        the demo's held-out queries changes by -1.3 points [-2.5, -0.1]. Without a cross-encoder,
+        the demo's held-out queries changes by -1.3 points [-2.5, -0.1]. Without a named teacher,
         distillation alone does as well with none: on SQuAD's held-out queries nDCG@10 changes by
         0.0 points [-1.1, 1.0], on general knowledge by -0.5 [-1.5, 0.5], with one negative against
         none."""
@@ -206,8 +215,16 @@ class RunContext:
 
     @property
     def teacher_name(self) -> str | None:
-        """The cross-encoder as a reader of the report knows it; None: there is none."""
+        """The teacher that the user named, as a reader of the report knows it; None: none was
+        named."""
+        if self.teacher_kind == "llm":
+            return self.llm_name
         return None if self.config.teacher is None else _short(self.config.teacher)
+
+    @property
+    def llm_name(self) -> str:
+        """The language models as a reader of the report knows them."""
+        return ", ".join(self.config.llm_model) or str(self.config.llm)
 
     @property
     def query_source(self) -> str:
@@ -215,7 +232,7 @@ class RunContext:
         if self.config.queries is not None:
             return f"from {name_of(self.config.queries.name)}"
         if self.config.llm is not None:
-            return f"written by {', '.join(self.config.llm_model) or self.config.llm}"
+            return f"written by {self.llm_name}"
         if self.written_beforehand:
             return "written by a large language model for this package"
         return "made from the documents without an LLM"

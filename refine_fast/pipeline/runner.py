@@ -63,7 +63,7 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
             reasons = folder.reasons(stage)
             if reasons and not tried:
                 asks, teaches = stage.name in ("chunk", "query"), stage.name != "train"
-                _try_out(context, asks=asks, teaches=teaches)
+                _try_out(context, asks=asks and config.llm_writes, teaches=teaches)
             tried |= bool(reasons) or stage.name == "train"
             if reasons:
                 console.say(f"{stage.name}: {'; '.join(reasons)}")
@@ -104,3 +104,5 @@ def _try_out(context: RunContext, *, asks: bool, teaches: bool) -> None:
     settings = config.llm_settings()
     if asks and settings is not None:
         try_language_model(settings, context.path(REPLIES))
+    if teaches and context.teacher_kind == "llm" and settings is not None:
+        try_language_model(settings, context.path(REPLIES), grades=True)

@@ -55,10 +55,10 @@ class Triple:
 
 @dataclass(frozen=True)
 class Relabelled:
-    """Mined negatives that a cross-encoder scores above a positive, and that are left out."""
+    """Mined negatives that a teacher scores above a positive, and that are left out."""
 
     by: str
-    """The cross-encoder."""
+    """The teacher that the user named."""
     count: int
     mined: int
 
@@ -83,7 +83,9 @@ class Mining:
     answer_scores: np.ndarray
     """(P,) similarities under the base model between queries and the passages that answer them."""
     relabelled: Relabelled | None = None
-    """None: no cross-encoder teaches."""
+    """None: no teacher was named."""
+    grading: Mapping[str, Any] | None = None
+    """``llm.GradingAccount`` of the language model that graded the passages; None: none did."""
     triples: tuple[Triple, ...] = ()
     """A random sample for the reader."""
 

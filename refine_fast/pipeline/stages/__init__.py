@@ -116,7 +116,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         "chunk_tokens limit seed encoding text_column title_column id_column dedup model",
         facts=built_in,
     )
-    if config.llm is None:
+    if not config.llm_writes:
         yield stage(
             "query",
             query,
@@ -150,14 +150,27 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         negatives=context.mined_negatives,
     )
     taught = {}
-    if context.teacher is not None:
+    pairs = made(CHUNKS, *split, NEGATIVES)
+    if context.teacher_kind is not None:
         taught = made(TAUGHT, TEACHING_FACTS)
+    if context.teacher is not None:
         yield stage(
             "teach",
             teach,
             (TAUGHT, TEACHING_FACTS),
-            made(CHUNKS, *split, NEGATIVES) | {"teacher": context.teacher},
+            pairs | {"teacher": context.teacher},
             "precision",
+        )
+    elif taught:
+        from . import llm_teach  # needs the extra llm
+
+        yield stage(
+            "teach",
+            llm_teach,
+            (TAUGHT, TEACHING_FACTS),
+            pairs,
+            f"queries_per_chunk seed {LLM_SETTINGS}",
+            unfinished=lambda: llm_teach.unanswered(context),
         )
     yield stage(
         "train",
@@ -171,7 +184,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         distill=context.distill,
         negatives=context.trained_negatives,
         similar_batches=context.similar_batches,
-        taught=bool(taught),
+        taught=context.teacher_kind,
     )
     for weight in context.weights:
         yield stage(
@@ -232,7 +245,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         encoder | made(TUNED, FUSION_FACTS, EMBEDDINGS) | recipe | scores,
         f"weight fusion skip relative_margin select batch_size lr warmup temperature seed {NAMES}",
     )
-    account = made(ACCOUNT) if config.llm is not None else {}
+    account = made(ACCOUNT) if config.llm_writes else {}
     yield stage(
         "report",
         report,

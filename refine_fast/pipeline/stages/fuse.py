@@ -71,6 +71,8 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
             f"; {teaching['relabelled']} of {teaching['negatives']} left out, which {teacher} "
             "scores above a positive"
         )
+        if context.teacher_kind == "llm" and (missing := teaching["grading"]["ungraded"]):
+            relabelled += f"; {missing} of {teaching['grading']['queries']} queries without grades"
     return {
         "queries": f"{mining['queries']}, {context.query_source}",
         "loss": f"{loss_in_words(training['distill'], training['teachers'], teacher)} over the "

@@ -132,7 +132,7 @@ def _queries(context: RunContext) -> Queries:
         without_llm=config.queries is None and config.llm is None,
         kinds=dict(Counter(query.kind for query in queries)),
         held_out_by_document=not context.has_test_queries,
-        account=None if config.llm is None else read_json(context.path(ACCOUNT)),
+        account=read_json(context.path(ACCOUNT)) if config.llm_writes else None,
     )
 
 
@@ -152,7 +152,10 @@ def _mining(context: RunContext) -> Mining:
         empty=facts["empty"],
         random_scores=random_scores,
         answer_scores=answer_scores,
-        relabelled=None if context.teacher is None else _relabelled(context),
+        relabelled=None if context.teacher_kind is None else _relabelled(context),
+        grading=None
+        if context.teacher_kind != "llm"
+        else read_json(context.path(TEACHING_FACTS))["grading"],
         triples=_triples(context),
     )
 
@@ -259,7 +262,7 @@ def _triples(context: RunContext) -> tuple[Triple, ...]:
     chunks, queries = training_view(context.out)
     relevant = list(relevant_rows(chunks, queries).items())
     passage = {chunk.id: chunk.passage for chunk in chunks}
-    if context.teacher is None:
+    if context.teacher_kind is None:
         negatives = read_negatives(context.out)
     else:
         taught = read_taught(context.out)
