@@ -39,6 +39,8 @@ TAUGHT, TEACHING_FACTS = "taught.jsonl", "teaching.json"
 which of the negatives it scores above a positive; how many of each there are."""
 TUNED, TRAINING_FACTS = "tuned", "training.json"
 """Folder of the fine-tuned encoder; steps, losses and precision of its training."""
+DISTILL_FACTS = "distill.json"
+"""With ``--distill choose``: the share that was chosen, and the scores of each."""
 ADAPTER = "adapter"
 """Folder of the LoRA adapter, with ``--lora``; TUNED holds the base with it merged."""
 FUSION_FACTS = "fusion.json"
@@ -208,6 +210,12 @@ def read_taught(out: Path) -> Judgements:
 def score_file(system: str) -> str:
     """The file of the scores of one of ``SYSTEMS`` on the test sets."""
     return f"scores-{system.lower()}.json"
+
+
+def at_share(distill: float) -> str:
+    """The folder of what was trained with a share of the teachers, among which one is chosen: the
+    files have the names that the chosen one's have in the run folder."""
+    return f"distill/{float(distill)!r}"
 
 
 def curve_file(weight: float) -> str:

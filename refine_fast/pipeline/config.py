@@ -287,10 +287,12 @@ class RunConfig(BaseModel):
     lr: Positive = _option(1e-4, "peak learning rate", "RATE")
     warmup: Share = _option(0.1, "share of the steps over which the learning rate rises", "SHARE")
     temperature: Positive = _option(0.02, "temperature of the contrastive loss", "TAU")
-    distill: Share | Literal["auto"] = _option(
+    distill: Share | Literal["auto", "choose"] = _option(
         "auto",
         "share of the loss that teachers set; 0 is InfoNCE alone, 1 distillation alone; auto: 0.5 "
-        "with --teacher; else 1 if the queries were made without a language model, else 0",
+        "with --teacher; else 1 if the queries were made without a language model, else 0; choose: "
+        "trains with 0, 0.5 and 1, and keeps auto's share unless another is better on held-out "
+        "queries",
         "SHARE",
     )
     teacher: Teacher | None = _option(

@@ -21,6 +21,9 @@ from .encoder.load import DEFAULT_ENCODER, encoder_folder
 from .encoder.options import EncoderOptions
 from .workers import Spread, Workers
 
+SHARES = (0.0, 0.5, 1.0)
+"""The teachers' shares of the loss that ``--distill choose`` trains with."""
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -155,9 +158,20 @@ class RunContext:
         return self.config.fusion == "embeddings"
 
     @property
+    def chooses_distill(self) -> bool:
+        """Whether the teachers' share of the loss is chosen on held-out queries."""
+        return self.config.distill == "choose"
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The teachers' shares of the loss that are trained with."""
+        return SHARES if self.chooses_distill else (self.distill,)
+
+    @property
     def distill(self) -> float:
-        """The teachers' share of the loss."""
-        if self.config.distill != "auto":
+        """The teachers' share of the loss; where it is chosen, the one that is kept unless another
+        is better."""
+        if not isinstance(self.config.distill, str):
             return self.config.distill
         if self.config.teacher is not None:
             return 0.5
@@ -165,17 +179,17 @@ class RunContext:
         made = not (asked or self.written_beforehand)
         return 1.0 if made else 0.0
 
-    @property
-    def similar_batches(self) -> bool:
-        """Whether queries with similar documents share batches. It helps InfoNCE: after 41 steps on
-        SQuAD with queries of a language model and no mined negatives, nDCG@10 of 600 questions that
-        people asked changes by +1.8 points, with random batches by -0.5 (weight 1; at 0.5 by +2.0
-        and +1.1). With a mined negative, random batches gain as much in the domain (the demo's
-        held-out queries: -0.4 points [-2.3, 1.6]) and forget more (-0.8 [-1.6, -0.0]). Under
-        distillation nothing was measured."""
+    def similar_batches(self, distill: float) -> bool:
+        """Whether queries with similar documents share batches, at a share of the teachers.
+
+        It helps InfoNCE: after 41 steps on SQuAD with queries of a language model and no mined
+        negatives, nDCG@10 of 600 questions that people asked changes by +1.8 points, with random
+        batches by -0.5 (weight 1; at 0.5 by +2.0 and +1.1). With a mined negative, random batches
+        gain as much in the domain (the demo's held-out queries: -0.4 points [-2.3, 1.6]) and forget
+        more (-0.8 [-1.6, -0.0]). Under distillation nothing was measured."""
         if self.config.batches != "auto":
             return self.config.batches == "similar"
-        return self.distill < 1
+        return distill < 1
 
     @property
     def mined_negatives(self) -> int:
@@ -185,14 +199,14 @@ class RunContext:
             return self.config.negatives
         return 1 if self.config.teacher is None else 4
 
-    @property
-    def trained_negatives(self) -> int:
-        """Hard negatives of each query that training sees. InfoNCE needs one: without, nDCG@10 of
-        the demo's held-out queries changes by -1.3 points [-2.5, -0.1]. Without a named teacher,
-        distillation alone does as well with none: on SQuAD's held-out queries nDCG@10 changes by
-        0.0 points [-1.1, 1.0], on general knowledge by -0.5 [-1.5, 0.5], with one negative against
-        none."""
-        alone = self.distill == 1 and self.config.teacher is None
+    def trained_negatives(self, distill: float) -> int:
+        """Hard negatives of each query that training sees at a share of the teachers.
+
+        InfoNCE needs one: without, nDCG@10 of the demo's held-out queries changes by -1.3 points
+        [-2.5, -0.1]. Without a named teacher, distillation alone does as well with none: on SQuAD's
+        held-out queries nDCG@10 changes by 0.0 points [-1.1, 1.0], on general knowledge by -0.5
+        [-1.5, 0.5], with one negative against none."""
+        alone = distill == 1 and self.config.teacher is None
         return 0 if alone and self.config.negatives == "auto" else self.mined_negatives
 
     @property
@@ -205,6 +219,11 @@ class RunContext:
         """The fusion weights of the curve, in ascending order, from 0."""
         given = [] if self.chooses_weight else [float(self.config.weight)]
         return sorted({0.0, *self.config.curve, *given})
+
+    @property
+    def compared_weights(self) -> list[float]:
+        """The fusion weights at which the shares of the teachers are compared, from 0."""
+        return self.weights if self.chooses_weight else sorted({0.0, float(self.config.weight)})
 
     @property
     def base_name(self) -> str:

@@ -61,6 +61,8 @@ class Plan:
     duplicates_removed: int
     training_queries: int
     test_queries: int
+    trainings: int
+    """Each of so many steps; several to choose the teachers' share of the loss."""
     steps: int
     passages_encoded: int
     """By all stages except training."""
@@ -130,7 +132,10 @@ def plan(config: RunConfig) -> Plan:
         scored += min(len(data.docs), config.ood_passages) + len(data.queries)
     compared = min(len(chunks), PASSAGES) + min(len(queries["dev"]), QUERIES)
     compared += 2 * len(general_knowledge("guard").docs)  # each with a question
-    encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in context.weights)
+    weights = list(context.weights)
+    for _ in context.shares[1:]:
+        weights += [weight for weight in context.compared_weights if weight > 0]
+    encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in weights)
     # the base, the fine-tuned encoder, and both or one where they are fused
     encoded = len(chunks) + examples + encoders * compared + (3 + context.twin) * scored
     if config.served:
@@ -154,17 +159,19 @@ def plan(config: RunConfig) -> Plan:
         pair_logits(teacher, [(query, passages[i]) for i in drawn], bf16=context.bf16)
         seconds_per_pair = (time.perf_counter() - start) / len(drawn)
     # queries are short: passages dominate
-    trained = steps * batch * (1 + context.trained_negatives)
+    most = max(map(context.trained_negatives, context.shares))
+    trained = sum(steps * batch * (1 + context.trained_negatives(s)) for s in context.shares)
     fit = fit_training(
         model,
         [query.text for query in queries["train"]],
         passages,
         examples,
         batch_size=config.batch_size,
-        negatives=context.trained_negatives,
+        negatives=most,
         memory=config.memory,
         bf16=bf16,
     )
+    candidates = len(context.shares) if context.chooses_distill else 0
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return Plan(
         documents=documents,
@@ -172,10 +179,11 @@ def plan(config: RunConfig) -> Plan:
         duplicates_removed=duplicates.exact + duplicates.near,
         training_queries=examples,
         test_queries=test_queries,
+        trainings=len(context.shares),
         steps=steps,
         passages_encoded=encoded,
         precision="bf16" if bf16 else "fp32",
-        mini_batch=fit.mini_batch or batch * (1 + context.trained_negatives),
+        mini_batch=fit.mini_batch or batch * (1 + most),
         pairs_scored=round(scored_pairs),
         teaching_minutes=round(scored_pairs * seconds_per_pair / 60, 1),
         training_gb=round(fit.peak / 2**30, 2),
@@ -185,7 +193,7 @@ def plan(config: RunConfig) -> Plan:
         if settings is None
         else _remaining_calls(context, settings, chunks, queries["train"]),
         # tuned and fused; with a twin, the tuned encoder twice and the frozen one
-        disk_mb=round((2 + context.twin + CHECKPOINTS) * weight_bytes / 1e6),
+        disk_mb=round((2 + context.twin + candidates + CHECKPOINTS) * weight_bytes / 1e6),
     )
 
 

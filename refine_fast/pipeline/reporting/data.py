@@ -109,6 +109,9 @@ class Training:
     """In words."""
     loss: tuple[float, float]
     """Mean loss over the first and over the last tenth of the steps."""
+    share: Mapping[str, Any] | None = None
+    """How the teachers' share of the loss was chosen (``ShareChoice``, and the fusion "weights" of
+    each share); None: it was not."""
 
 
 @dataclass(frozen=True)

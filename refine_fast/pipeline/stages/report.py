@@ -15,6 +15,7 @@ from ..artifacts import (
     ACCOUNT,
     CHUNK_FACTS,
     CHUNKS,
+    DISTILL_FACTS,
     FUSION_FACTS,
     HELD_OUT,
     MINING_FACTS,
@@ -110,9 +111,17 @@ def collect(context: RunContext) -> ReportData:
 def _costs(context: RunContext) -> dict[str, tuple[float, int]]:
     """Of the stages before this one; their files are in the key, what they took is not."""
     costs = stage_costs(context.out)
+    tried = [
+        name
+        for share in (context.shares if context.chooses_distill else ())
+        for name in (
+            f"train {share!r}",
+            *(f"curve {weight!r} of {share!r}" for weight in context.compared_weights),
+        )
+    ]
     curve = (f"curve {weight!r}" for weight in context.weights)
     scores = (f"score {system}" for system in SYSTEMS)
-    first = ("chunk", "query", "embed", "mine", "teach", "train")
+    first = ("chunk", "query", "embed", "mine", "teach", *tried, "train")
     stages = (*first, *curve, "choose", *scores, "systems", "fuse")
     return {name: costs[name] for name in stages if name in costs}
 
@@ -183,6 +192,7 @@ def _training(context: RunContext) -> Training:
         seed=config.seed,
         loss_function=loss_in_words(facts["distill"], facts["teachers"], context.teacher_name),
         loss=(float(np.mean(loss[:tenth])), float(np.mean(loss[-tenth:]))),
+        share=read_json(context.path(DISTILL_FACTS)) if context.chooses_distill else None,
     )
 
 
