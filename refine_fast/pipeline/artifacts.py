@@ -8,7 +8,7 @@ does not invalidate chunking.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,12 @@ them, and its prompts."""
 NEGATIVES, MINING_FACTS = "negatives.jsonl", "mining.json"
 """Mined negatives of each query; the band, and how many queries found nothing in it."""
 TAUGHT, TEACHING_FACTS = "taught.jsonl", "teaching.json"
-"""With a cross-encoder: its logits of each query's positives and mined negatives, and which of the
-negatives it scores above a positive; how many of each there are."""
+"""With a teacher that was named: its logits of each query's positives and mined negatives, and
+which of the negatives it scores above a positive; how many of each there are."""
 TUNED, TRAINING_FACTS = "tuned", "training.json"
 """Folder of the fine-tuned encoder; steps, losses and precision of its training."""
+DISTILL_FACTS = "distill.json"
+"""With ``--distill choose``: the share that was chosen, and the scores of each."""
 ADAPTER = "adapter"
 """Folder of the LoRA adapter, with ``--lora``; TUNED holds the base with it merged."""
 FUSION_FACTS = "fusion.json"
@@ -144,10 +146,63 @@ Judgements = dict[str, dict[str, list[dict[str, Any]]]]
 """What ``read_taught`` returns."""
 
 
+def to_judge(out: Path) -> tuple[list[Chunk], dict[str, list[int]]]:
+    """What a teacher that was named reads: the chunks of ``training_view``; query text -> the rows
+    of its positives and then of its mined negatives."""
+    chunks, queries = training_view(out)
+    row = {chunk.id: i for i, chunk in enumerate(chunks)}
+    mined = read_negatives(out)
+    return chunks, {
+        text: [*positives, *(row[negative["chunk_id"]] for negative in mined[text])]
+        for text, positives in relevant_rows(chunks, queries).items()
+    }
+
+
+def write_taught(
+    out: Path, folder: Path, logits: Iterable[Sequence[float] | None]
+) -> dict[str, int]:
+    """Writes what ``read_taught`` reads.
+
+    A negative with a logit above that of a positive is likely an answer that nobody marked (RLHN,
+    arXiv 2505.16967): it is relabelled.
+
+    Args:
+        out: the run folder.
+        folder: where to write it.
+        logits: of each query of ``to_judge``, those of its rows, or None if it was not judged.
+
+    Returns:
+        How many "pairs" have a logit, how many of them are "negatives", and how many of those are
+        "relabelled".
+    """
+    chunks, queries = training_view(out)
+    mined = read_negatives(out)
+    facts = {"pairs": 0, "negatives": 0, "relabelled": 0}
+    with (folder / TAUGHT).open("w", encoding="utf-8") as file:
+        for (text, rows), known in zip(relevant_rows(chunks, queries).items(), logits, strict=True):
+            positives = [{"chunk_id": chunks[i].id} for i in rows]
+            negatives = mined[text]
+            relabelled: list[dict[str, Any]] = []
+            if known is not None:
+                pairs = zip([*positives, *negatives], known, strict=True)
+                judged = [{**each, "logit": logit} for each, logit in pairs]
+                positives, found = judged[: len(rows)], judged[len(rows) :]
+                lowest = min(each["logit"] for each in positives)
+                negatives = [each for each in found if each["logit"] <= lowest]
+                relabelled = [each for each in found if each["logit"] > lowest]
+                facts["pairs"] += len(judged)
+                facts["negatives"] += len(found)
+                facts["relabelled"] += len(relabelled)
+            kinds = {"positives": positives, "negatives": negatives, "relabelled": relabelled}
+            file.write(json.dumps({"query": text, **kinds}, ensure_ascii=False) + "\n")
+    return facts
+
+
 def read_taught(out: Path) -> Judgements:
-    """Query text -> what the cross-encoder says: its "positives" and the "negatives" to train on,
+    """Query text -> what the teacher says: its "positives" and the "negatives" to train on,
     {"chunk_id", "logit"} each, and the mined negatives that are "relabelled" since it scores them
-    above a positive. Negatives also have the "score" that mining gave them."""
+    above a positive. Negatives also have the "score" that mining gave them. The passages of a query
+    that it did not judge have no "logit"."""
     with (out / TAUGHT).open(encoding="utf-8") as file:
         return {record.pop("query"): record for record in map(json.loads, file)}
 
@@ -155,6 +210,12 @@ def read_taught(out: Path) -> Judgements:
 def score_file(system: str) -> str:
     """The file of the scores of one of ``SYSTEMS`` on the test sets."""
     return f"scores-{system.lower()}.json"
+
+
+def at_share(distill: float) -> str:
+    """The folder of what was trained with a share of the teachers, among which one is chosen: the
+    files have the names that the chosen one's have in the run folder."""
+    return f"distill/{float(distill)!r}"
 
 
 def curve_file(weight: float) -> str:

@@ -18,6 +18,7 @@ from pydantic import (
 from ..errors import RefineFastError
 from .config_messages import sentence
 from .config_values import (
+    LLM_TEACHER,
     AnyPath,
     Band,
     BeirSets,
@@ -34,6 +35,7 @@ from .config_values import (
     QueryKinds,
     Rank,
     Share,
+    Teacher,
     Weights,
 )
 from .encoder.load import DEFAULT_ENCODER
@@ -58,7 +60,10 @@ _FOR_A_MODEL = {
     "judge",
     "judge_prompt",
 }
-"""With llm_*, the fields that mean nothing unless a language model writes the queries."""
+"""With llm_*, the fields that mean nothing without a language model."""
+
+_FOR_WRITING = {"llm_mix", "prompt", "duplicates", "round_trip", "judge", "judge_prompt"}
+"""Those that mean nothing unless the language model writes the queries."""
 
 
 def _option(default: Any, help: str, metavar: str, **constraints: Any) -> Any:
@@ -282,17 +287,20 @@ class RunConfig(BaseModel):
     lr: Positive = _option(1e-4, "peak learning rate", "RATE")
     warmup: Share = _option(0.1, "share of the steps over which the learning rate rises", "SHARE")
     temperature: Positive = _option(0.02, "temperature of the contrastive loss", "TAU")
-    distill: Share | Literal["auto"] = _option(
+    distill: Share | Literal["auto", "choose"] = _option(
         "auto",
         "share of the loss that teachers set; 0 is InfoNCE alone, 1 distillation alone; auto: 0.5 "
-        "with --teacher; else 1 if the queries were made without a language model, else 0",
+        "with --teacher; else 1 if the queries were made without a language model, else 0; choose: "
+        "trains with 0, 0.5 and 1, and keeps auto's share unless another is better on held-out "
+        "queries",
         "SHARE",
     )
-    teacher: Encoder | None = _option(
+    teacher: Teacher | None = _option(
         None,
-        "a cross-encoder of sentence-transformers, a folder or a Hugging Face name: it scores each "
-        "training query with its positives and mined negatives once, teaches beside the frozen "
-        "encoder, in place of BM25, and drops negatives that it scores above a positive",
+        "a cross-encoder of sentence-transformers, a folder or a Hugging Face name, or llm, the "
+        "model of --llm: it scores each training query with its positives and mined negatives "
+        "once, teaches beside the frozen encoder, in place of BM25, and drops negatives that it "
+        "scores above a positive",
         "NAME",
     )
     teacher_temperature: Positive = _option(
@@ -396,6 +404,11 @@ class RunConfig(BaseModel):
             )
         if self.teacher is None and self.teacher_temperature != 1:
             raise RefineFastError("teacher_temperature: needs a teacher; add --teacher or omit it.")
+        if self.teacher == LLM_TEACHER and self.llm is None:
+            raise RefineFastError(
+                "teacher: llm is the language model of --llm; add --llm URL, or name a "
+                "cross-encoder."
+            )
         if self.teacher is not None and self.negatives == 0:
             raise RefineFastError(
                 "teacher: scores mined negatives, but negatives is 0; give --negatives 1 or more."
@@ -406,9 +419,17 @@ class RunConfig(BaseModel):
                 "--queries."
             )
         if self.llm is not None and self.queries is not None:
-            raise RefineFastError(
-                "llm: --queries already provides the queries; omit --llm or --queries."
-            )
+            if self.teacher != LLM_TEACHER:
+                raise RefineFastError(
+                    "llm: --queries already provides the queries; omit --llm or --queries, or have "
+                    "the model teach with --teacher llm."
+                )
+            for name in sorted(_FOR_WRITING):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise RefineFastError(
+                        f"{name}: is for queries that a language model writes, but --queries "
+                        "already provides them; omit one of the two."
+                    )
         if self.out.exists() and not self.out.is_dir():
             raise RefineFastError(f"out: {self.out} is a file; give a folder.")
         if self.docs is not None and self.out.is_relative_to(self.docs):
@@ -432,8 +453,13 @@ class RunConfig(BaseModel):
             trust_remote_code=self.trust_remote_code,
         )
 
+    @property
+    def llm_writes(self) -> bool:
+        """Whether the language model writes the queries; otherwise it may teach."""
+        return self.llm is not None and self.queries is None
+
     def llm_settings(self) -> LLMSettings | None:
-        """What the language model that writes the queries is asked; None without one."""
+        """What the language model is asked; None without one."""
         if self.llm is None:
             return None
         from .queries.llm import IN_PROCESS, SMOLLM2, SMOLLM2_MODEL, LLMSettings

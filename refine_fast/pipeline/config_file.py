@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import RefineFastError
 from .config import RunConfig
 from .config_messages import similar
-from .config_values import is_windows_path
+from .config_values import LLM_TEACHER, is_windows_path
 from .corpus.nanobeir import is_nanobeir
 from .encoder.load import DEFAULT_ENCODER
 from .recipes import RECIPES
@@ -74,9 +74,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return os.path.join(path.parent, os.path.expanduser(text))
 
     values |= {name: beside(values[name]) for name in _PATHS if name in values}
-    for name in ("model", "teacher"):
+    for name, own in (("model", DEFAULT_ENCODER), ("teacher", LLM_TEACHER)):
         model = values.get(name)
-        if model != DEFAULT_ENCODER and isinstance(model, str) and os.path.isdir(beside(model)):
+        if model != own and isinstance(model, str) and os.path.isdir(beside(model)):
             values[name] = beside(model)
     if values.get("ood") not in (None, "none"):
         folders = values["ood"] if isinstance(values["ood"], list) else [values["ood"]]

@@ -17,6 +17,9 @@ from .corpus.nanobeir import is_nanobeir, sets_of
 from .encoder.load import DEFAULT_ENCODER
 from .queries.query import MADE_KINDS
 
+LLM_TEACHER = "llm"
+"""The teacher that is the language model of ``--llm``."""
+
 
 def requirement(schema: dict[str, Any]) -> str:
     """What a value must be, in words, by its JSON schema: "an integer >= 0"."""
@@ -74,6 +77,10 @@ def _encoder(name: str) -> str:
     """A folder's absolute path, so that a run can be resumed from elsewhere; else the name."""
     is_folder = name != DEFAULT_ENCODER and Path(os.path.expanduser(name)).exists()
     return str(_path(name)) if is_folder else name
+
+
+def _teacher(name: str) -> str:
+    return name if name == LLM_TEACHER else _encoder(name)
 
 
 def _beir_sets(value: Any) -> tuple[Path | str, ...] | None:
@@ -183,6 +190,7 @@ AnyPath = Annotated[Path, BeforeValidator(_path, json_schema_input_type=Path)]
 ExistingPath = Annotated[AnyPath, AfterValidator(_existing)]
 Encoding = Annotated[Name, AfterValidator(_encoding)]
 Encoder = Annotated[Name, AfterValidator(_encoder)]
+Teacher = Annotated[Name, AfterValidator(_teacher)]
 Engine = Annotated[Name, AfterValidator(_engine)]
 BeirSets = Annotated[
     tuple[Path | str, ...] | None,

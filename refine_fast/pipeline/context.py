@@ -6,19 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import RefineFastError
 from ..files import name_of, read_json
 from ..integrations.sentence_transformers.twin import TwinEncoder
 from .artifacts import FUSION_FACTS, MODEL
 from .config import RunConfig
+from .config_values import LLM_TEACHER
 from .console import Console
 from .corpus.beir import is_beir
 from .corpus.nanobeir import nanobeir_folder
 from .encoder.load import DEFAULT_ENCODER, encoder_folder
 from .encoder.options import EncoderOptions
 from .workers import Spread, Workers
+
+SHARES = (0.0, 0.5, 1.0)
+"""The teachers' shares of the loss that ``--distill choose`` trains with."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,16 @@ class RunContext:
     def teacher(self) -> Path | None:
         """Folder of the cross-encoder that teaches, fetched if it is given by name; None: there is
         none."""
-        given = self.config.teacher
-        return None if given is None else encoder_folder(given, "teacher")
+        if self.teacher_kind != "cross-encoder":
+            return None
+        return encoder_folder(str(self.config.teacher), "teacher")
+
+    @property
+    def teacher_kind(self) -> Literal["cross-encoder", "llm"] | None:
+        """What the teacher is that the user named; None: none was named."""
+        if self.config.teacher is None:
+            return None
+        return "llm" if self.config.teacher == LLM_TEACHER else "cross-encoder"
 
     @property
     def built_in(self) -> bool:
@@ -146,9 +158,20 @@ class RunContext:
         return self.config.fusion == "embeddings"
 
     @property
+    def chooses_distill(self) -> bool:
+        """Whether the teachers' share of the loss is chosen on held-out queries."""
+        return self.config.distill == "choose"
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The teachers' shares of the loss that are trained with."""
+        return SHARES if self.chooses_distill else (self.distill,)
+
+    @property
     def distill(self) -> float:
-        """The teachers' share of the loss."""
-        if self.config.distill != "auto":
+        """The teachers' share of the loss; where it is chosen, the one that is kept unless another
+        is better."""
+        if not isinstance(self.config.distill, str):
             return self.config.distill
         if self.config.teacher is not None:
             return 0.5
@@ -156,34 +179,34 @@ class RunContext:
         made = not (asked or self.written_beforehand)
         return 1.0 if made else 0.0
 
-    @property
-    def similar_batches(self) -> bool:
-        """Whether queries with similar documents share batches. It helps InfoNCE: after 41 steps on
-        SQuAD with queries of a language model and no mined negatives, nDCG@10 of 600 questions that
-        people asked changes by +1.8 points, with random batches by -0.5 (weight 1; at 0.5 by +2.0
-        and +1.1). With a mined negative, random batches gain as much in the domain (the demo's
-        held-out queries: -0.4 points [-2.3, 1.6]) and forget more (-0.8 [-1.6, -0.0]). Under
-        distillation nothing was measured."""
+    def similar_batches(self, distill: float) -> bool:
+        """Whether queries with similar documents share batches, at a share of the teachers.
+
+        It helps InfoNCE: after 41 steps on SQuAD with queries of a language model and no mined
+        negatives, nDCG@10 of 600 questions that people asked changes by +1.8 points, with random
+        batches by -0.5 (weight 1; at 0.5 by +2.0 and +1.1). With a mined negative, random batches
+        gain as much in the domain (the demo's held-out queries: -0.4 points [-2.3, 1.6]) and forget
+        more (-0.8 [-1.6, -0.0]). Under distillation nothing was measured."""
         if self.config.batches != "auto":
             return self.config.batches == "similar"
-        return self.distill < 1
+        return distill < 1
 
     @property
     def mined_negatives(self) -> int:
-        """Hard negatives that are mined for each query: several for a cross-encoder, which teaches
-        how they differ."""
+        """Hard negatives that are mined for each query: several for a teacher that was named, which
+        teaches how they differ."""
         if self.config.negatives != "auto":
             return self.config.negatives
         return 1 if self.config.teacher is None else 4
 
-    @property
-    def trained_negatives(self) -> int:
-        """Hard negatives of each query that training sees. InfoNCE needs one: without, nDCG@10 of
-        the demo's held-out queries changes by -1.3 points [-2.5, -0.1]. Without a cross-encoder,
-        distillation alone does as well with none: on SQuAD's held-out queries nDCG@10 changes by
-        0.0 points [-1.1, 1.0], on general knowledge by -0.5 [-1.5, 0.5], with one negative against
-        none."""
-        alone = self.distill == 1 and self.config.teacher is None
+    def trained_negatives(self, distill: float) -> int:
+        """Hard negatives of each query that training sees at a share of the teachers.
+
+        InfoNCE needs one: without, nDCG@10 of the demo's held-out queries changes by -1.3 points
+        [-2.5, -0.1]. Without a named teacher, distillation alone does as well with none: on SQuAD's
+        held-out queries nDCG@10 changes by 0.0 points [-1.1, 1.0], on general knowledge by -0.5
+        [-1.5, 0.5], with one negative against none."""
+        alone = distill == 1 and self.config.teacher is None
         return 0 if alone and self.config.negatives == "auto" else self.mined_negatives
 
     @property
@@ -198,6 +221,11 @@ class RunContext:
         return sorted({0.0, *self.config.curve, *given})
 
     @property
+    def compared_weights(self) -> list[float]:
+        """The fusion weights at which the shares of the teachers are compared, from 0."""
+        return self.weights if self.chooses_weight else sorted({0.0, float(self.config.weight)})
+
+    @property
     def base_name(self) -> str:
         """The base encoder as a reader of the report knows it."""
         if self.config.model == DEFAULT_ENCODER:
@@ -206,8 +234,16 @@ class RunContext:
 
     @property
     def teacher_name(self) -> str | None:
-        """The cross-encoder as a reader of the report knows it; None: there is none."""
+        """The teacher that the user named, as a reader of the report knows it; None: none was
+        named."""
+        if self.teacher_kind == "llm":
+            return self.llm_name
         return None if self.config.teacher is None else _short(self.config.teacher)
+
+    @property
+    def llm_name(self) -> str:
+        """The language models as a reader of the report knows them."""
+        return ", ".join(self.config.llm_model) or str(self.config.llm)
 
     @property
     def query_source(self) -> str:
@@ -215,7 +251,7 @@ class RunContext:
         if self.config.queries is not None:
             return f"from {name_of(self.config.queries.name)}"
         if self.config.llm is not None:
-            return f"written by {', '.join(self.config.llm_model) or self.config.llm}"
+            return f"written by {self.llm_name}"
         if self.written_beforehand:
             return "written by a large language model for this package"
         return "made from the documents without an LLM"

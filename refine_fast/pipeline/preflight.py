@@ -52,25 +52,29 @@ def try_teacher(folder: Path, *, trust_remote_code: bool = False) -> CrossEncode
     return check_cross_encoder(folder, trust_remote_code=trust_remote_code)
 
 
-def try_language_model(settings: LLMSettings, replies: Path, *, keep: bool = True) -> None:
+def try_language_model(
+    settings: LLMSettings, replies: Path, *, grades: bool = False, keep: bool = True
+) -> None:
     """Sends each language model a request as a run sends it, unless ``replies`` has the reply.
 
     Args:
         settings: the models, and what is asked of them.
         replies: the run's file of replies.
+        grades: whether it is asked for grades of passages; otherwise for queries.
         keep: whether the reply is added to the file: it then counts for the limits, and is not
             paid for again.
 
     Raises:
-        RefineFastError: if a model cannot be asked, or writes no query.
+        RefineFastError: if a model cannot be asked, or its replies are of no use.
     """
-    from .queries.llm.trial import try_models
+    from .queries.llm.trial import GRADING, WRITING, try_models
 
+    task = GRADING if grades else WRITING
     if keep:
-        try_models(settings, replies)
+        try_models(settings, replies, task)
         return
     with TemporaryDirectory() as folder:
         store = Path(folder) / replies.name
         if replies.exists():
             shutil.copy(replies, store)
-        try_models(settings, store)
+        try_models(settings, store, task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+from ..errors import RefineFastError
 from ..files import atomic
 from .artifacts import REPLIES
 from .cluster.ray_workers import open_workers
@@ -43,6 +44,11 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
     """
     console = Console() if console is None else console
     ranks = launched()
+    if ranks is not None and config.distill == "choose":
+        raise RefineFastError(
+            "distill: choose trains several times, which torchrun's processes do not share; give a "
+            "number, or start refine-fast without torchrun."
+        )
     if ranks is not None and ranks.rank > 0:
         return _take_part(config, ranks)
     with (
@@ -62,9 +68,10 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
         for stage in stages:
             reasons = folder.reasons(stage)
             if reasons and not tried:
-                asks, teaches = stage.name in ("chunk", "query"), stage.name != "train"
-                _try_out(context, asks=asks, teaches=teaches)
-            tried |= bool(reasons) or stage.name == "train"
+                asks = stage.name in ("chunk", "query")
+                teaches = not stage.name.startswith("train")
+                _try_out(context, asks=asks and config.llm_writes, teaches=teaches)
+            tried |= bool(reasons) or stage.name.startswith("train")
             if reasons:
                 console.say(f"{stage.name}: {'; '.join(reasons)}")
                 console.say(f"{stage.name}: done in {folder.do(stage):.1f} s")
@@ -104,3 +111,5 @@ def _try_out(context: RunContext, *, asks: bool, teaches: bool) -> None:
     settings = config.llm_settings()
     if asks and settings is not None:
         try_language_model(settings, context.path(REPLIES))
+    if teaches and context.teacher_kind == "llm" and settings is not None:
+        try_language_model(settings, context.path(REPLIES), grades=True)

@@ -46,6 +46,8 @@ class Options:
     """The text of every reply; empty: made from the passage."""
     verdict: tuple[int, ...] = (1,)
     """The numbers of the queries that pass, in every reply of the judge."""
+    ungraded: float = 0.0
+    """Share of the replies of the judge of passages that hold no grades."""
     empty: float = 0.0
     """Share of the replies without any text."""
     usage: dict | None = None
@@ -210,6 +212,15 @@ class Server:
         return True
 
     def write(self, passage: str, user: str) -> str:
+        if user.startswith("Query: "):
+            listed = user.removesuffix("Grades:")
+            passages = re.split(r"^Passage \d+: ", listed, flags=re.MULTILINE)[1:]
+            self.calls["graded"] += 1
+            if self.random.random() < self.options.ungraded:
+                return "All of them are fine."
+            return "<think>2: 0?</think>\n" + "\n".join(
+                f"{i}: {grade_of(text)}" for i, text in enumerate(passages, 1)
+            )
         if "Queries:" in user:
             return json.dumps({"answerable": self.options.verdict})
         texts = (
@@ -245,6 +256,11 @@ class Server:
         writer.write(head_of(status, len(data), headers) + data)
         await writer.drain()
         return True
+
+
+def grade_of(passage: str) -> int:
+    """The grade of a passage, whatever the query: a hash of its last 12 characters."""
+    return hashlib.md5(passage.strip()[-12:].encode()).digest()[0] % 4
 
 
 def refused(body: dict, rules: tuple[str, ...]) -> tuple[int, dict] | None:

@@ -21,7 +21,13 @@ from reply_files import accepted
 
 from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.corpus.chunk import Chunk
-from refine_fast.pipeline.queries.llm import LLMSettings, estimate, generate_queries
+from refine_fast.pipeline.queries.llm import (
+    Candidates,
+    LLMSettings,
+    estimate,
+    generate_queries,
+    grade_passages,
+)
 
 KEY = "sk-secret-of-the-test"
 
@@ -98,6 +104,8 @@ class Handler(BaseHTTPRequestHandler):
         if any(text in passage for text in self.server.wrong):
             return 400, {"error": {"message": "content filter"}}
         text = json.dumps({"queries": [{"kind": "question", "text": f"What is {passage[:30]}?"}]})
+        if "\nGrades:" in body["messages"][-1]["content"]:
+            text = "1: 3\n2: 0"
         choice = {"index": 0, "finish_reason": "stop"}
         choice["message"] = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
@@ -171,6 +179,17 @@ def test_a_reply_a_chunk_in_one_batch(server: Server, chunks: list[Chunk], tmp_p
     again, _ = generate_queries(chunks, priced, store)
     assert again == queries
     assert len(server.batches) == 1
+
+
+def test_grades_in_one_batch(server: Server, chunks: list[Chunk], tmp_path: Path) -> None:
+    """The first query is asked alone, to find the form; the rest are in the batch."""
+    asked = [Candidates(f"query {i}", (chunks[i], chunks[i + 1])) for i in range(9)]
+    batched = settings(server.root + "/v1", price_in=10.0, price_out=20.0)
+    grades, account = grade_passages(asked, batched, tmp_path / "replies.jsonl")
+    assert {tuple(sorted(each)) for each in grades} == {(0, 3)}
+    assert account.cost == pytest.approx(9 * (100 * 10 + 20 * 20) / 1e6 / 2)
+    [batch] = server.batches.values()
+    assert server.files[batch["input_file_id"]].count("\n") == 8
 
 
 def test_each_model_has_its_own_batch(server: Server, chunks: list[Chunk], tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_an_endpoint_that_never_works(
     message: str,
 ) -> None:
     monkeypatch.setattr(
-        "refine_fast.pipeline.queries.llm.generate.Throttle",
+        "refine_fast.pipeline.queries.llm.send.Throttle",
         lambda ceiling: Throttle(ceiling, pause=0.01),
     )
     endpoint.set(status=status)

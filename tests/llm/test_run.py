@@ -20,6 +20,7 @@ from refine_fast.cli import main
 from refine_fast.pipeline.config import RunConfig
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.llm import LLMSettings, generate_queries
+from refine_fast.pipeline.queries.llm.generate import query_requests
 from refine_fast.pipeline.queries.llm.local_speed import SAMPLE, local_speed
 
 Endpoint = Any  # conftest's
@@ -117,11 +118,11 @@ def test_the_minutes_are_those_of_the_remaining_replies(
     settings = LLMSettings(
         "transformers", (str(tiny_model),), {"question": 1.0}, 2, max_reply_tokens=16
     )
-    speed = local_speed(chunks, settings)
+    speed = local_speed(list(query_requests(chunks, list(range(len(chunks))), settings)))
     assert speed is not None
     assert speed.seconds_per_reply == 1 / SAMPLE
     assert 0 < speed.tokens_per_second <= 16 * SAMPLE
-    assert local_speed([], settings) is None
+    assert local_speed([]) is None
 
 
 def test_chunks_without_a_reply_are_asked_again_by_the_same_command(

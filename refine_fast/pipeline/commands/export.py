@@ -79,6 +79,8 @@ def export(
             out, format, SUFFIXES[format], target, overwrite=overwrite, own=BEIR_FILES
         )
     taught = _taught(out, console)
+    if taught is not None:
+        taught = _judged(taught, console)
     data = _training_set(out, taught)
     mined = sum(len(query.negatives) for query in data.queries)
     empty = sum(not query.negatives for query in data.queries)
@@ -154,6 +156,21 @@ def _taught(out: Path, console: Console) -> Judgements | None:
     return None
 
 
+def _judged(taught: Judgements, console: Console) -> Judgements:
+    """Those of the queries that the teacher has judged."""
+    judged = {
+        text: about
+        for text, about in taught.items()
+        if all("logit" in positive for positive in about["positives"])
+    }
+    if left_out := len(taught) - len(judged):
+        console.warn(
+            f"{left_out} of {len(taught)} queries are left out, since the teacher has not graded "
+            "their passages."
+        )
+    return judged
+
+
 def _training_set(out: Path, taught: Judgements | None) -> TrainingSet:
     passages, queries = training_view(out)
     row = {chunk.id: i for i, chunk in enumerate(passages)}
@@ -183,6 +200,7 @@ def _training_set(out: Path, taught: Judgements | None) -> TrainingSet:
                 ),
             )
             for text in relevant
+            if text in taught
         ]
     return TrainingSet(passages, mined, base_prompts(out)[0])
 

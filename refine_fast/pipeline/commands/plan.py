@@ -7,23 +7,27 @@ machine. A language model gets one request, to see that it writes queries. Nothi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..artifacts import REPLIES
+from ..artifacts import CHUNKS, DEV, HELD_OUT, REPLIES, to_judge
+from ..artifacts import QUERIES as QUERIES_FILE
 from ..config import RunConfig
 from ..console import Console, facts_table
 from ..context import RunContext
 from ..corpus.beir import load_beir
+from ..corpus.chunk import Chunk
 from ..encoder.encode import encode, has_fast_bf16
 from ..encoder.load import encoder_folder
 from ..encoder.prepare import prepare_encoder
+from ..engine import RunFolder
 from ..evaluation.general_knowledge import general_knowledge
 from ..preflight import try_encoder, try_language_model, try_teacher
 from ..queries.python_questions import python_questions
+from ..queries.query import Query
 from ..queries.splits import require_enough
 from ..queries.synthetic import KINDS_IN_TURN
 from ..stages import systems
@@ -34,6 +38,9 @@ from ..training.cross_encoder import pair_logits
 from ..training.memory import fit_training
 from ..training.trained import Trained
 from ..training.trainer import epochs_of, steps_of
+
+if TYPE_CHECKING:
+    from ..queries.llm import Candidates, LLMSettings
 
 SAMPLE = 64
 """Chunks that are encoded to time the encoder on this machine."""
@@ -54,6 +61,8 @@ class Plan:
     duplicates_removed: int
     training_queries: int
     test_queries: int
+    trainings: int
+    """Each of so many steps; several to choose the teachers' share of the loss."""
     steps: int
     passages_encoded: int
     """By all stages except training."""
@@ -85,17 +94,19 @@ def plan(config: RunConfig) -> Plan:
     parameters = Trained(config.lora, config.train_layers)
     model = try_encoder(encoder, trust_remote_code=context.trust_remote_code, trained=parameters)
     if settings := config.llm_settings():
-        try_language_model(settings, context.path(REPLIES), keep=False)
+        for grades in (False, True):
+            if context.teacher_kind == "llm" if grades else config.llm_writes:
+                try_language_model(settings, context.path(REPLIES), grades=grades, keep=False)
     teacher = None
     if context.teacher is not None:
         teacher = try_teacher(context.teacher, trust_remote_code=context.trust_remote_code)
     documents, chunks, duplicates = cut_corpus(context)
     asked = offline_queries(context, chunks, duplicates.twins)
-    if config.llm is not None and config.query_kinds:
+    if config.llm_writes and config.query_kinds:
         # Those are made besides the model's, of which there are as many as of the usual kinds.
         asked += made_queries(context, chunks, KINDS_IN_TURN)
     queries = split_queries(context, chunks, asked)
-    if config.llm is None:
+    if not config.llm_writes:
         require_enough(queries["train"])
     examples = len(queries["train"])
     batch = min(config.batch_size, max(examples, 1))
@@ -121,7 +132,10 @@ def plan(config: RunConfig) -> Plan:
         scored += min(len(data.docs), config.ood_passages) + len(data.queries)
     compared = min(len(chunks), PASSAGES) + min(len(queries["dev"]), QUERIES)
     compared += 2 * len(general_knowledge("guard").docs)  # each with a question
-    encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in context.weights)
+    weights = list(context.weights)
+    for _ in context.shares[1:]:
+        weights += [weight for weight in context.compared_weights if weight > 0]
+    encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in weights)
     # the base, the fine-tuned encoder, and both or one where they are fused
     encoded = len(chunks) + examples + encoders * compared + (3 + context.twin) * scored
     if config.served:
@@ -145,17 +159,19 @@ def plan(config: RunConfig) -> Plan:
         pair_logits(teacher, [(query, passages[i]) for i in drawn], bf16=context.bf16)
         seconds_per_pair = (time.perf_counter() - start) / len(drawn)
     # queries are short: passages dominate
-    trained = steps * batch * (1 + context.trained_negatives)
+    most = max(map(context.trained_negatives, context.shares))
+    trained = sum(steps * batch * (1 + context.trained_negatives(s)) for s in context.shares)
     fit = fit_training(
         model,
         [query.text for query in queries["train"]],
         passages,
         examples,
         batch_size=config.batch_size,
-        negatives=context.trained_negatives,
+        negatives=most,
         memory=config.memory,
         bf16=bf16,
     )
+    candidates = len(context.shares) if context.chooses_distill else 0
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return Plan(
         documents=documents,
@@ -163,18 +179,21 @@ def plan(config: RunConfig) -> Plan:
         duplicates_removed=duplicates.exact + duplicates.near,
         training_queries=examples,
         test_queries=test_queries,
+        trainings=len(context.shares),
         steps=steps,
         passages_encoded=encoded,
         precision="bf16" if bf16 else "fp32",
-        mini_batch=fit.mini_batch or batch * (1 + context.trained_negatives),
+        mini_batch=fit.mini_batch or batch * (1 + most),
         pairs_scored=round(scored_pairs),
         teaching_minutes=round(scored_pairs * seconds_per_pair / 60, 1),
         training_gb=round(fit.peak / 2**30, 2),
         training_minutes=round(trained * seconds * TRAINING_OVER_ENCODING / 60, 1),
         encoding_minutes=round(encoded * seconds / 60, 1),
-        llm=None if config.llm is None else _remaining_calls(context, chunks),
+        llm=None
+        if settings is None
+        else _remaining_calls(context, settings, chunks, queries["train"]),
         # tuned and fused; with a twin, the tuned encoder twice and the frozen one
-        disk_mb=round((2 + context.twin + CHECKPOINTS) * weight_bytes / 1e6),
+        disk_mb=round((2 + context.twin + candidates + CHECKPOINTS) * weight_bytes / 1e6),
     )
 
 
@@ -189,23 +208,62 @@ def show_plan(config: RunConfig, console: Console) -> None:
     console.result(facts | llm_facts, table)
 
 
-def _remaining_calls(context: RunContext, chunks: list[Any]) -> dict[str, float | None]:
+def _remaining_calls(
+    context: RunContext,
+    settings: LLMSettings,
+    chunks: Sequence[Chunk],
+    train: Sequence[Query],
+) -> dict[str, float | None]:
     """Calls, tokens and cost that remain at the language model, and the time of one in this
     process."""
-    from ..queries.llm import estimate
+    from ..queries.llm import calls_to_grade, estimate
+    from ..queries.llm.generate import query_requests
+    from ..queries.llm.grade import grade_requests
 
-    settings = context.config.llm_settings()
-    assert settings is not None
-    remaining = asdict(estimate(chunks, settings, context.path(REPLIES)))
-    speed = None
+    written = list(chunks) if context.config.llm_writes else []
+    graded = _to_grade(context, chunks, train) if context.teacher_kind == "llm" else []
+    store = context.path(REPLIES)
+    grading = calls_to_grade(graded, settings, store)
+    remaining = asdict(estimate(written, settings, store, others=grading))
+    speed, seconds = None, 0.0
     if settings.in_process and remaining["calls"]:
         from ..queries.llm.local_speed import local_speed
 
-        speed = local_speed(chunks, settings)
+        for requests, calls in (
+            (grade_requests(graded, settings), grading.calls),
+            (
+                query_requests(written, list(range(len(written))), settings),
+                remaining["calls"] - grading.calls,
+            ),
+        ):
+            speed = local_speed(list(requests)) or speed
+            seconds += calls * (speed.seconds_per_reply if speed is not None else 0)
     return remaining | {
         "tokens_per_second": speed and round(speed.tokens_per_second, 1),
-        "minutes": speed and round(remaining["calls"] * speed.seconds_per_reply / 60, 1),
+        "minutes": speed and round(seconds / 60, 1),
     }
+
+
+def _to_grade(
+    context: RunContext, chunks: Sequence[Chunk], train: Sequence[Query]
+) -> list[Candidates]:
+    """The queries that are graded, with their passages; before mining, with other passages in place
+    of the negatives."""
+    from ..queries.llm import Candidates
+    from ..stages.llm_teach import to_grade
+
+    files = {name: context.path(name) for name in (CHUNKS, QUERIES_FILE, DEV, HELD_OUT)}
+    if not RunFolder(context.out).changes("mine", files):
+        return to_grade(*to_judge(context.out))
+    row = {chunk.id: i for i, chunk in enumerate(chunks)}
+    shown = min(1 + context.mined_negatives, len(chunks))
+    return [
+        Candidates(
+            query.text,
+            tuple(chunks[(row[query.chunk_id] + i) % len(chunks)] for i in range(shown)),
+        )
+        for query in train
+    ]
 
 
 def _estimate_rows(remaining: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -33,6 +33,40 @@ class Choice:
     """Why the base is kept: ``NOT_BETTER``, ``FORGETS`` or ``NO_QUERIES``."""
 
 
+@dataclass(frozen=True)
+class ShareChoice:
+    """The teachers' share of the loss, and the means in ``METRIC`` that it was chosen by."""
+
+    share: float
+    rule: float
+    """The share that is kept unless another is better."""
+    scores: Mapping[float, float]
+    """Share -> the mean of the fused model on queries about held-out documents."""
+    gains: Mapping[float, Gain]
+    """Share -> the gain over the rule's share."""
+
+
+def choose_share(dev: Mapping[float, Scores], rule: float) -> ShareChoice:
+    """The share with the highest mean among the rule's share and those that are better than it: the
+    95% interval of the gain lies above 0.
+
+    Args:
+        dev: share -> scores of the fused model on queries about the documents that are neither
+            trained on nor in any test set. Holds the rule's share.
+        rule: the share that is kept unless another is better.
+    """
+    unknown = Gain(0.0, 0.0, 0.0)
+    per_query = {share: scores.per_query[METRIC] for share, scores in dev.items()}
+    gains = {
+        share: gain(per_query[rule], values) if len(values) else unknown
+        for share, values in per_query.items()
+    }
+    better = [share for share, change in gains.items() if change.low > 0]
+    best = max([rule, *better], key=lambda share: gains[share].mean)
+    means = {share: scores.metrics[METRIC] if len(scores) else 0.0 for share, scores in dev.items()}
+    return ShareChoice(best, rule, means, gains)
+
+
 def choose_weight(
     dev: Mapping[float, Scores], guard: Mapping[float, Scores], *, tolerance: float
 ) -> Choice:

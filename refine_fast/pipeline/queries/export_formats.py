@@ -11,7 +11,7 @@
     parquet         one row for each query, with lists of ids, texts and scores
 
 Texts are without prompts, which every trainer adds itself. A score is the similarity under the base
-encoder or, where a cross-encoder taught, its logit. ``user_formats`` reads all of them.
+encoder or, where a teacher was named, its logit. ``user_formats`` reads all of them.
 """
 
 from __future__ import annotations

@@ -55,10 +55,10 @@ class Triple:
 
 @dataclass(frozen=True)
 class Relabelled:
-    """Mined negatives that a cross-encoder scores above a positive, and that are left out."""
+    """Mined negatives that a teacher scores above a positive, and that are left out."""
 
     by: str
-    """The cross-encoder."""
+    """The teacher that the user named."""
     count: int
     mined: int
 
@@ -83,7 +83,9 @@ class Mining:
     answer_scores: np.ndarray
     """(P,) similarities under the base model between queries and the passages that answer them."""
     relabelled: Relabelled | None = None
-    """None: no cross-encoder teaches."""
+    """None: no teacher was named."""
+    grading: Mapping[str, Any] | None = None
+    """``llm.GradingAccount`` of the language model that graded the passages; None: none did."""
     triples: tuple[Triple, ...] = ()
     """A random sample for the reader."""
 
@@ -107,6 +109,9 @@ class Training:
     """In words."""
     loss: tuple[float, float]
     """Mean loss over the first and over the last tenth of the steps."""
+    share: Mapping[str, Any] | None = None
+    """How the teachers' share of the loss was chosen (``ShareChoice``, and the fusion "weights" of
+    each share); None: it was not."""
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,19 @@ def points(change: Gain) -> str:
     return f"{100 * change.mean:+.1f} points [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
 
 
-def loss_in_words(distill: float, teachers: Sequence[str], cross_encoder: str | None) -> str:
+def loss_in_words(distill: float, teachers: Sequence[str], named: str | None) -> str:
     """The loss of training: InfoNCE, distillation, or the shares of both.
 
     Args:
         distill: the share of the teachers.
         teachers: as ``Teachers.names``.
-        cross_encoder: the name of the one among them.
+        named: the name of the one that the user named.
     """
     known = {
         "frozen": "the frozen encoder",
         "hybrid": "the frozen encoder with BM25",
-        "cross-encoder": f"the cross-encoder {cross_encoder}",
+        "cross-encoder": f"the cross-encoder {named}",
+        "llm": f"the grades of {named}",
     }
     distillation = f"distillation from {' and '.join(known[name] for name in teachers)}"
     if not distill:

@@ -3,6 +3,9 @@
     chunk -> query -> embed -> mine -> teach (with --teacher) -> train -> curve (each weight)
           -> choose -> score (each system) -> systems -> fuse -> report
 
+With ``--distill choose``, training and curve are done for each share of the teachers, and "train"
+chooses among them.
+
 One module per stage. A stage may read only what is declared here: files, settings and facts. Its
 code needs no declaration (see ``code_version``).
 """
@@ -22,6 +25,7 @@ from ..artifacts import (
     CHUNK_FACTS,
     CHUNKS,
     DEV,
+    DISTILL_FACTS,
     EMBEDDINGS,
     FUSION_FACTS,
     HELD_OUT,
@@ -37,13 +41,14 @@ from ..artifacts import (
     TRAINING_FACTS,
     TUNED,
     TWINS,
+    at_share,
     curve_file,
     score_file,
 )
 from ..context import RunContext
 from ..engine import Stage
 
-NAMES = "model queries query_kinds llm llm_model teacher"
+NAMES = "model queries query_kinds llm llm_model teacher distill"
 """Settings that the model card and the report quote."""
 
 LLM_SETTINGS = (
@@ -57,6 +62,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
     # Imported here because the stages import torch, transformers and more.
     from . import (
         choose,
+        choose_share,
         chunk,
         curve,
         embed,
@@ -75,18 +81,20 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
     def stage(
         name: str,
         module: ModuleType,
-        outputs: tuple[str, ...],
+        names: tuple[str, ...],
         files: dict[str, Path],
         settings: str = "",
         *,
         facts: dict[str, str] | None = None,
         unfinished: Callable[[], list[str]] = list,
+        under: str = "",
         **arguments: Any,
     ) -> Stage:
+        """The stage whose files have these names in the folder ``under`` of the run folder."""
         return Stage(
             name,
-            outputs,
-            partial(module.run, context, **arguments),
+            tuple(f"{under}/{each}" if under else each for each in names),
+            partial(_work, module, context, under, arguments),
             files=files,
             facts=facts or {},
             settings={field: getattr(config, field) for field in settings.split()} | arguments,
@@ -116,7 +124,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         "chunk_tokens limit seed encoding text_column title_column id_column dedup model",
         facts=built_in,
     )
-    if config.llm is None:
+    if not config.llm_writes:
         yield stage(
             "query",
             query,
@@ -150,38 +158,84 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         negatives=context.mined_negatives,
     )
     taught = {}
-    if context.teacher is not None:
+    pairs = made(CHUNKS, *split, NEGATIVES)
+    if context.teacher_kind is not None:
         taught = made(TAUGHT, TEACHING_FACTS)
+    if context.teacher is not None:
         yield stage(
             "teach",
             teach,
             (TAUGHT, TEACHING_FACTS),
-            made(CHUNKS, *split, NEGATIVES) | {"teacher": context.teacher},
+            pairs | {"teacher": context.teacher},
             "precision",
         )
-    yield stage(
-        "train",
-        train,
-        (TUNED, TRAINING_FACTS, *([ADAPTER] if config.lora is not None else [])),
-        made(CHUNKS, *split, NEGATIVES, EMBEDDINGS) | taught | encoder,
-        "epochs max_steps batch_size lr warmup temperature precision memory seed fusion "
-        "lora train_layers"
-        + (" weight" if context.twin else "")
-        + (" teacher_temperature" if taught else ""),
-        distill=context.distill,
-        negatives=context.trained_negatives,
-        similar_batches=context.similar_batches,
-        taught=bool(taught),
-    )
-    for weight in context.weights:
+    elif taught:
+        from . import llm_teach  # needs the extra llm
+
         yield stage(
-            f"curve {weight!r}",
+            "teach",
+            llm_teach,
+            (TAUGHT, TEACHING_FACTS),
+            pairs,
+            f"queries_per_chunk seed {LLM_SETTINGS}",
+            unfinished=lambda: llm_teach.unanswered(context),
+        )
+    trained = (TUNED, TRAINING_FACTS, *([ADAPTER] if config.lora is not None else []))
+
+    def training(name: str, distill: float, under: str = "") -> Stage:
+        return stage(
+            name,
+            train,
+            trained,
+            made(CHUNKS, *split, NEGATIVES, EMBEDDINGS) | taught | encoder,
+            "epochs max_steps batch_size lr warmup temperature precision memory seed fusion "
+            "lora train_layers"
+            + (" weight" if context.twin else "")
+            + (" teacher_temperature" if taught else ""),
+            under=under,
+            distill=distill,
+            negatives=context.trained_negatives(distill),
+            similar_batches=context.similar_batches(distill),
+            taught=context.teacher_kind,
+        )
+
+    def scoring(name: str, weight: float, under: str = "") -> Stage:
+        tuned = f"{under}/{TUNED}" if under else TUNED
+        return stage(
+            name,
             curve,
             (curve_file(weight),),
-            made(CHUNKS, DEV, *([TUNED] if weight else [*split, EMBEDDINGS])) | encoder,
+            made(CHUNKS, DEV, *([tuned] if weight else [*split, EMBEDDINGS])) | encoder,
             "seed precision" + (" fusion" if 0 < weight < 1 else ""),
+            under=under,
             weight=weight,
+            tuned=tuned,
         )
+
+    compared = [weight for weight in context.compared_weights if weight > 0]
+    if context.chooses_distill:
+        yield scoring("curve 0.0", 0.0)
+        candidates = made(curve_file(0))
+        for share in context.shares:
+            folder = at_share(share)
+            yield training(f"train {share!r}", share, folder)
+            for weight in compared:
+                yield scoring(f"curve {weight!r} of {share!r}", weight, folder)
+            names = (*trained, *map(curve_file, compared))
+            candidates |= made(*(f"{folder}/{name}" for name in names))
+        yield stage(
+            "train",
+            choose_share,
+            (*trained, DISTILL_FACTS, *map(curve_file, compared)),
+            candidates,
+            "weight tolerance curve distill" if context.chooses_weight else "weight distill",
+            rule=context.distill,
+        )
+    else:
+        yield training("train", context.distill)
+    for weight in context.weights:
+        if not (context.chooses_distill and weight in context.compared_weights):
+            yield scoring(f"curve {weight!r}", weight)
     yield stage(
         "choose",
         choose,
@@ -225,6 +279,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             "seed precision fusion",
         )
     recipe = made(MINING_FACTS, TRAINING_FACTS) | taught
+    if context.chooses_distill:
+        recipe |= made(DISTILL_FACTS)
     yield stage(
         "fuse",
         fuse,
@@ -232,7 +288,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         encoder | made(TUNED, FUSION_FACTS, EMBEDDINGS) | recipe | scores,
         f"weight fusion skip relative_margin select batch_size lr warmup temperature seed {NAMES}",
     )
-    account = made(ACCOUNT) if config.llm is not None else {}
+    account = made(ACCOUNT) if config.llm_writes else {}
     yield stage(
         "report",
         report,
@@ -246,3 +302,11 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         | judged,
         f"weight curve fusion band skip select batch_size lr temperature seed served docs {NAMES}",
     )
+
+
+def _work(
+    module: ModuleType, context: RunContext, under: str, arguments: dict[str, Any], folder: Path
+) -> None:
+    """What a stage does in its folder."""
+    (folder / under).mkdir(parents=True, exist_ok=True)
+    module.run(context, folder / under, **arguments)

@@ -22,9 +22,9 @@ QUERIES, PASSAGES = 500, 1000
 """The most of the queries and chunks that are scored at each weight: a sample decides."""
 
 
-def run(context: RunContext, folder: Path, *, weight: float) -> None:
-    """Writes the scores at a fusion weight on queries about held-out documents ("dev") and on
-    general knowledge ("guard")."""
+def run(context: RunContext, folder: Path, *, weight: float, tuned: str = TUNED) -> None:
+    """Writes the scores of the base fused with the ``tuned`` encoder, a folder in the run's, on
+    queries about held-out documents ("dev") and on general knowledge ("guard")."""
     chunks = read_records(context.path(CHUNKS), Chunk)
     dev = held_out_set(chunks, read_records(context.path(DEV), Query), "dev").sample(
         queries=QUERIES, docs=PASSAGES, seed=context.config.seed
@@ -33,11 +33,11 @@ def run(context: RunContext, folder: Path, *, weight: float) -> None:
         encoder_at,
         weight,
         context.encoder,
-        context.path(TUNED),
+        context.path(tuned),
         twin=0 < weight < 1 and context.twin,
         trust_remote_code=context.trust_remote_code,
     )
-    spread = context.spread(folder, load, weight)
+    spread = context.spread(folder, load, f"{tuned} {weight!r}")
     with context.console.progress(f"weight {weight:g}") as progress:
         scores = score(
             load(),

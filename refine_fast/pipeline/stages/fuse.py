@@ -71,11 +71,14 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
             f"; {teaching['relabelled']} of {teaching['negatives']} left out, which {teacher} "
             "scores above a positive"
         )
+        if context.teacher_kind == "llm" and (missing := teaching["grading"]["ungraded"]):
+            relabelled += f"; {missing} of {teaching['grading']['queries']} queries without grades"
+    share = ", the teachers' share chosen on held-out queries" if context.chooses_distill else ""
     return {
         "queries": f"{mining['queries']}, {context.query_source}",
         "loss": f"{loss_in_words(training['distill'], training['teachers'], teacher)} over the "
         f"{'cosine' if context.twin else similarity}, temperature {config.temperature:g}, "
-        f"batch {config.batch_size}, {grouped}each document once",
+        f"batch {config.batch_size}, {grouped}each document once{share}",
         "hard negatives": f"{training['negatives']} per query: after the {config.skip} most "
         f"similar, {similarity} {low:.2f} to {high:.2f}{margin}, {config.select}; none for "
         f"{mining['empty']} queries{relabelled}"

@@ -16,8 +16,9 @@ from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
 from ..encoder.encode import encode
 from ..encoder.load import load_encoder
-from ..queries.llm import Account, CallProgress, generate_queries
+from ..queries.llm import Account, generate_queries
 from ..queries.query import Query
+from .llm_calls import calls_shown, spent_in_words
 from .query import made_queries, write_split
 
 if TYPE_CHECKING:
@@ -57,34 +58,15 @@ def _ask(context: RunContext, chunks: list[Chunk]) -> tuple[list[Query], Account
     embeddings = None
     if limited or settings.round_trip:
         embeddings = embed([chunk.passage for chunk in chunks], "document")
-    latest: list[CallProgress] = []
-    with console.progress("asking the model") as advance:
-
-        def watch(state: CallProgress) -> None:
-            latest[:] = [state]
-            cost = f", cost {state.cost:.4f}" if settings.price_in or settings.price_out else ""
-            reused = f", {state.reused} reused" if state.reused else ""
-            note = f"{state.rate:.1f}/s{cost}, {state.failed} failed, {state.concurrency} at a time"
-            # Reused replies would make the remaining time look short.
-            done = state.done + state.failed - state.reused
-            advance(done, state.total - state.reused, note + reused)
-
-        try:
-            queries, account = generate_queries(
-                chunks,
-                settings,
-                context.path(REPLIES),
-                embeddings=embeddings,
-                encode=embed if settings.round_trip else None,
-                watch=watch,
-            )
-        except KeyboardInterrupt:
-            for state in latest:
-                console.say(
-                    f"  {state.done:,} of {state.total:,} replies are on disk "
-                    "and will not be requested again"
-                )
-            raise
+    with calls_shown(console, settings, "asking the model") as watch:
+        queries, account = generate_queries(
+            chunks,
+            settings,
+            context.path(REPLIES),
+            embeddings=embeddings,
+            encode=embed if settings.round_trip else None,
+            watch=watch,
+        )
     console.say(f"  {_summary(account.to_dict())}")
     if account.stopped:
         console.say(
@@ -106,11 +88,9 @@ def _summary(account: Mapping[str, Any]) -> str:
     """The account in one sentence."""
     drops = sorted(account["dropped"].items(), key=lambda item: -item[1])
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in drops)
-    cost = "" if account["cost"] is None else f", cost {account['cost']:,.4f}"
     unjudged = f" ({account['unjudged']:,} not judged)" if account["unjudged"] else ""
     return (
         f"{account['kept']:,} queries{unjudged} from {account['replied']:,} replies, "
-        f"{account['reused']:,} of them reused; {account['calls']:,} calls, "
-        f"{account['tokens_in']:,} tokens in and {account['tokens_out']:,} out{cost}; "
+        f"{account['reused']:,} of them reused; {spent_in_words(account)}; "
         f"{account['replies_per_second']:.1f} replies a second; dropped: {dropped or 'none'}"
     )

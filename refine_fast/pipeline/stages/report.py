@@ -15,6 +15,7 @@ from ..artifacts import (
     ACCOUNT,
     CHUNK_FACTS,
     CHUNKS,
+    DISTILL_FACTS,
     FUSION_FACTS,
     HELD_OUT,
     MINING_FACTS,
@@ -110,9 +111,17 @@ def collect(context: RunContext) -> ReportData:
 def _costs(context: RunContext) -> dict[str, tuple[float, int]]:
     """Of the stages before this one; their files are in the key, what they took is not."""
     costs = stage_costs(context.out)
+    tried = [
+        name
+        for share in (context.shares if context.chooses_distill else ())
+        for name in (
+            f"train {share!r}",
+            *(f"curve {weight!r} of {share!r}" for weight in context.compared_weights),
+        )
+    ]
     curve = (f"curve {weight!r}" for weight in context.weights)
     scores = (f"score {system}" for system in SYSTEMS)
-    first = ("chunk", "query", "embed", "mine", "teach", "train")
+    first = ("chunk", "query", "embed", "mine", "teach", *tried, "train")
     stages = (*first, *curve, "choose", *scores, "systems", "fuse")
     return {name: costs[name] for name in stages if name in costs}
 
@@ -132,7 +141,7 @@ def _queries(context: RunContext) -> Queries:
         without_llm=config.queries is None and config.llm is None,
         kinds=dict(Counter(query.kind for query in queries)),
         held_out_by_document=not context.has_test_queries,
-        account=None if config.llm is None else read_json(context.path(ACCOUNT)),
+        account=read_json(context.path(ACCOUNT)) if config.llm_writes else None,
     )
 
 
@@ -152,7 +161,10 @@ def _mining(context: RunContext) -> Mining:
         empty=facts["empty"],
         random_scores=random_scores,
         answer_scores=answer_scores,
-        relabelled=None if context.teacher is None else _relabelled(context),
+        relabelled=None if context.teacher_kind is None else _relabelled(context),
+        grading=None
+        if context.teacher_kind != "llm"
+        else read_json(context.path(TEACHING_FACTS))["grading"],
         triples=_triples(context),
     )
 
@@ -180,6 +192,7 @@ def _training(context: RunContext) -> Training:
         seed=config.seed,
         loss_function=loss_in_words(facts["distill"], facts["teachers"], context.teacher_name),
         loss=(float(np.mean(loss[:tenth])), float(np.mean(loss[-tenth:]))),
+        share=read_json(context.path(DISTILL_FACTS)) if context.chooses_distill else None,
     )
 
 
@@ -259,7 +272,7 @@ def _triples(context: RunContext) -> tuple[Triple, ...]:
     chunks, queries = training_view(context.out)
     relevant = list(relevant_rows(chunks, queries).items())
     passage = {chunk.id: chunk.passage for chunk in chunks}
-    if context.teacher is None:
+    if context.teacher_kind is None:
         negatives = read_negatives(context.out)
     else:
         taught = read_taught(context.out)

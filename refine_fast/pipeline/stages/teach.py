@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...files import write_json
-from ..artifacts import TAUGHT, TEACHING_FACTS, read_negatives, relevant_rows, training_view
+from ..artifacts import TEACHING_FACTS, to_judge, write_taught
 from ..training.cross_encoder import load_cross_encoder, logits_of
 
 if TYPE_CHECKING:
@@ -15,17 +14,9 @@ if TYPE_CHECKING:
 
 
 def run(context: RunContext, folder: Path) -> None:
-    """Writes the logits, and which negatives are left out: one with a logit above that of a
-    positive is likely an answer that nobody marked (RLHN, arXiv 2505.16967)."""
+    """Writes the logits, and which negatives are left out."""
     assert context.teacher is not None
-    chunks, queries = training_view(context.out)
-    relevant = relevant_rows(chunks, queries)
-    row = {chunk.id: i for i, chunk in enumerate(chunks)}
-    mined = read_negatives(context.out)
-    judged = {
-        text: [*positives, *(row[negative["chunk_id"]] for negative in mined[text])]
-        for text, positives in relevant.items()
-    }
+    chunks, judged = to_judge(context.out)
     model = load_cross_encoder(context.teacher, trust_remote_code=context.trust_remote_code)
     with context.console.progress("scoring pairs") as progress:
         logits = logits_of(
@@ -38,28 +29,10 @@ def run(context: RunContext, folder: Path) -> None:
             progress=progress,
         )
     remaining = iter(logits.tolist())
-    facts = {"pairs": len(logits), "negatives": 0, "relabelled": 0}
-    with (folder / TAUGHT).open("w", encoding="utf-8") as file:
-        for text, positives in relevant.items():
-            marked = [{"chunk_id": chunks[i].id, "logit": next(remaining)} for i in positives]
-            found = [{**negative, "logit": next(remaining)} for negative in mined[text]]
-            record = {"query": text, "positives": marked, **_relabelled(marked, found)}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            facts["negatives"] += len(found)
-            facts["relabelled"] += len(record["relabelled"])
+    by_query = ([next(remaining) for _ in rows] for rows in judged.values())
+    facts = write_taught(context.out, folder, by_query)
     write_json(folder / TEACHING_FACTS, facts)
     context.console.say(
         f"  {facts['pairs']:,} pairs scored; {facts['relabelled']:,} of {facts['negatives']:,} "
         "negatives score above a positive and are left out"
     )
-
-
-def _relabelled(
-    positives: list[dict[str, Any]], found: list[dict[str, Any]]
-) -> dict[str, list[dict[str, Any]]]:
-    """The negatives that remain, and the others."""
-    lowest = min(positive["logit"] for positive in positives)
-    return {
-        "negatives": [negative for negative in found if negative["logit"] <= lowest],
-        "relabelled": [negative for negative in found if negative["logit"] > lowest],
-    }

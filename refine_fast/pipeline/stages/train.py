@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def run(
     distill: float,
     negatives: int,
     similar_batches: bool,
-    taught: bool,
+    taught: Literal["cross-encoder", "llm"] | None,
 ) -> None:
     """Writes the fine-tuned encoder, and the steps and losses of its training. With ``--lora`` also
     the adapter, whose product is part of the fine-tuned encoder's weights.
@@ -57,7 +57,7 @@ def run(
         ranks.announce_training(folder)
     chunks, queries = training_view(context.out)
     relevant = relevant_rows(chunks, queries)
-    judged = read_taught(context.out) if taught else None
+    judged = None if taught is None else read_taught(context.out)
     examples = _examples(context.out, chunks, relevant, negatives, judged)
     passages = [chunk.passage for chunk in chunks]
     model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
@@ -79,7 +79,10 @@ def run(
     _say_how(context, fit, precision, ranks)
     twin = Twin(float(config.weight), *base_embeddings(context.out)) if context.twin else None
     logits = None if judged is None else _logits(chunks, relevant, judged)
-    teachers = _teachers(context, relevant, passages, logits) if distill else None
+    named = None
+    if logits is not None and taught is not None:
+        named = Judged(logits, config.teacher_temperature, taught)
+    teachers = _teachers(context, relevant, passages, named) if distill else None
     # A twin's embeddings are unit vectors, whatever the encoder's are.
     unit = 1.0 if context.twin else similarity_unit(context.out)
     epochs = epochs_of(len(examples), batch_size=config.batch_size, epochs=config.epochs)
@@ -138,16 +141,14 @@ def _teachers(
     context: RunContext,
     relevant: dict[str, list[int]],
     passages: Sequence[str],
-    logits: list[dict[int, float]] | None,
+    named: Judged | None,
 ) -> Teachers:
-    """The frozen encoder, with the cross-encoder of the ``logits``; without one, with BM25 where it
+    """The frozen encoder, with the teacher that was ``named``; without one, with BM25 where it
     ranks the training queries' positives higher."""
     config = context.config
     queries, documents = base_embeddings(context.out)
-    if logits is not None:
-        judged, lexical = Judged(logits, config.teacher_temperature), None
-    else:
-        judged = None
+    lexical = None
+    if named is None:
         lexical = lexical_teacher(
             list(relevant),
             list(relevant.values()),
@@ -155,7 +156,7 @@ def _teachers(
             (queries, documents),
             seed=config.seed,
         )
-    teachers = Teachers(queries, documents, config.temperature, lexical, judged)
+    teachers = Teachers(queries, documents, config.temperature, lexical, named)
     context.console.say(f"  teachers: {', '.join(teachers.names)}")
     return teachers
 
@@ -187,11 +188,16 @@ def _examples(
 def _logits(
     chunks: Sequence[Chunk], relevant: dict[str, list[int]], judged: Judgements
 ) -> list[dict[int, float]]:
-    """Of each query: row of a passage -> its logit. That of a relabelled passage counts where
-    another query brings the passage into the batch."""
+    """Of each query: row of a passage -> its logit; empty if the query was not judged. That of a
+    relabelled passage counts where another query brings the passage into the batch."""
     row = {chunk.id: i for i, chunk in enumerate(chunks)}
     return [
-        {row[found["chunk_id"]]: found["logit"] for kind in judged[text].values() for found in kind}
+        {
+            row[found["chunk_id"]]: found["logit"]
+            for kind in judged[text].values()
+            for found in kind
+            if "logit" in found
+        }
         for text in relevant
     ]
 

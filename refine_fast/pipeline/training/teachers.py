@@ -1,7 +1,7 @@
 """Teachers: what retrieves better than the encoder, or must not be forgotten, gives soft targets.
 
 The first two cost no forward pass: the embeddings of the frozen encoder were made for mining, and
-BM25 reads the texts. The third has scored its pairs beforehand.
+BM25 reads the texts. The others have scored their pairs beforehand.
 
     frozen: softmax(s / temperature), the base encoder's own distribution over the columns of the
         batch. Matching it is what keeps the encoder from forgetting (listwise distillation, CADET,
@@ -9,17 +9,17 @@ BM25 reads the texts. The third has scored its pairs beforehand.
     hybrid: softmax(z(BM25) + z(s)), z over the columns of the row, at twice the temperature.
         Words that the base encoder overlooks become part of what it knows (SPAR, arXiv 2110.06918;
         LED, arXiv 2208.13661).
-    cross-encoder: softmax(logit / its temperature) over the columns that it has scored for the
-        query, its positive and mined passages; 0 for the others. The frozen encoder teaches beside
-        it, since it covers every column and prevents forgetting. The hybrid does not, since a
-        cross-encoder reads the same words.
+    cross-encoder, llm: softmax(logit / its temperature) over the columns that it has scored for the
+        query, its positive and mined passages; 0 for the others. A query that it has not scored has
+        the targets of the frozen encoder. The frozen encoder teaches beside it, since it covers
+        every column and prevents forgetting. The hybrid does not, since both read the same words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -49,14 +49,14 @@ class Teachers:
     """Of the frozen encoder's scores."""
     lexical: Lexical | None
     """None: BM25 does not teach."""
-    cross_encoder: Judged | None = None
-    """None: there is none."""
+    judged: Judged | None = None
+    """A teacher that the user named; None: there is none."""
 
     @property
     def names(self) -> list[str]:
         """The teachers that ``targets`` has."""
-        others = {"hybrid": self.lexical, "cross-encoder": self.cross_encoder}
-        return ["frozen", *(name for name, teacher in others.items() if teacher is not None)]
+        lexical = [] if self.lexical is None else ["hybrid"]
+        return ["frozen", *lexical, *([] if self.judged is None else [self.judged.kind])]
 
     def targets(self, queries: Sequence[int], documents: Sequence[int]) -> dict[str, Tensor]:
         """Teacher -> (B, N) float32, the targets of B queries over N documents, given by row."""
@@ -65,30 +65,35 @@ class Teachers:
         if self.lexical is not None:
             hybrid = _standardized(self.lexical.scores(queries, documents)) + _standardized(scores)
             targets["hybrid"] = hybrid.softmax(1)
-        if self.cross_encoder is not None:
-            targets["cross-encoder"] = self.cross_encoder.targets(queries, documents)
+        if self.judged is not None:
+            judged = self.judged.targets(queries, documents)
+            scored = judged.any(1, keepdim=True)
+            targets[self.judged.kind] = torch.where(scored, judged, targets["frozen"])
         return targets
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A cross-encoder's logits of each query's positives and mined passages."""
+    """The logits of each query's positives and mined passages, by a cross-encoder or a language
+    model."""
 
     logits: Sequence[Mapping[int, float]]
-    """Of each query: row of a document -> its logit."""
+    """Of each query: row of a document -> its logit; empty if it was not scored."""
     temperature: float
     """Divides the logits."""
+    kind: Literal["cross-encoder", "llm"] = "cross-encoder"
 
     def targets(self, queries: Sequence[int], documents: Sequence[int]) -> Tensor:
         """(B, N) float32: softmax(logit / temperature) over the documents of each query that have a
-        logit, at least one; 0 for the others."""
+        logit; 0 for the others."""
         column = {document: i for i, document in enumerate(documents)}
         logits = np.full((len(queries), len(documents)), -np.inf, np.float32)
         for row, query in zip(logits, queries, strict=True):
             for document, logit in self.logits[query].items():
                 if document in column:
                     row[column[document]] = logit
-        return (torch.from_numpy(logits) / self.temperature).softmax(1)
+        # a row without any logit becomes NaN
+        return (torch.from_numpy(logits) / self.temperature).softmax(1).nan_to_num(0.0)
 
 
 @dataclass(frozen=True)

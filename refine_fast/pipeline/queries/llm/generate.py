@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import hashlib
 from collections import Counter
@@ -17,20 +16,17 @@ from ....errors import RefineFastError
 from ...corpus.chunk import Chunk
 from ..query import Query
 from . import filters
-from .batch import ask_in_batches
-from .budget import Budget, Limits
 from .coverage import spread
-from .dispatch import CallProgress, Endpoint, IsUseful, Watch, ask
+from .dispatch import CallProgress, Watch
+from .estimate import Calls, Estimate
 from .event_loop import run
-from .http_backend import HttpBackend
 from .prompt import Template, judge_schema, query_schema, wanted
 from .reply_log import ReplyStore, Spent
 from .reply_parser import parse_numbers, parse_queries
-from .request import Failure, Request, count_tokens
+from .request import Request, count_tokens
+from .send import send
 from .settings import LLMSettings
 from .small_models import TOKENS_PER_LINE, example_for
-from .throttle import MAX_OPENINGS_AMONG_SEVERAL, Throttle
-from .transformers_backend import LocalBackend
 
 Encode = Callable[[list[str], Literal["query", "document"]], np.ndarray]
 """The base encoder: (n texts, role) -> (n, d) float32, unit rows."""
@@ -69,22 +65,6 @@ class Account:
     def to_dict(self) -> dict[str, Any]:
         """The account as JSON values."""
         return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The calls that remain, and what they cost. Tokens are those of ``count_tokens``."""
-
-    calls: int
-    tokens_in: int
-    tokens_out: int
-    tokens_out_most: int
-    """If every reply has its longest length."""
-    cost: float | None
-    """None without prices."""
-    cost_most: float | None
-    stops_after: int | None = None
-    """About how many of the calls the limits allow; None if they allow all."""
 
 
 def query_requests(
@@ -129,8 +109,11 @@ def query_requests(
         )
 
 
-def estimate(chunks: list[Chunk], settings: LLMSettings, store: Path) -> Estimate:
-    """Calls, tokens and cost of the requests without a reply in the store, before one is sent.
+def estimate(
+    chunks: list[Chunk], settings: LLMSettings, store: Path, *, others: Calls | None = None
+) -> Estimate:
+    """Calls, tokens and cost of the requests without a reply in the store, before one is sent, and
+    of ``others``, which follow.
 
     A reply counts 30 tokens per query and 20 around them. With ``judge`` there is a second call per
     chunk: its prompt, the queries and a short list of numbers.
@@ -158,21 +141,8 @@ def estimate(chunks: list[Chunk], settings: LLMSettings, store: Path) -> Estimat
         tokens_out += calls * 20
         most += calls * settings.max_reply_tokens
         calls *= 2
-    cost = settings.cost(tokens_in, tokens_out)
-    limits = (
-        (settings.max_calls, spent.calls, calls),
-        (settings.max_tokens, spent.tokens_in + spent.tokens_out, tokens_in + tokens_out),
-        (settings.max_cost, settings.cost(spent.tokens_in, spent.tokens_out), cost),
-    )
-    shares = [
-        max(0.0, limit - (used or 0)) / needed
-        for limit, used, needed in limits
-        if limit is not None and needed
-    ]
-    stops_after = int(calls * min(shares)) if shares and min(shares) < 1 else None
-    return Estimate(
-        calls, tokens_in, tokens_out, most, cost, settings.cost(tokens_in, most), stops_after
-    )
+    own = Calls(calls, tokens_in, tokens_out, most)
+    return Estimate.of(own if others is None else own + others, settings, spent)
 
 
 def generate_queries(
@@ -217,7 +187,7 @@ def generate_queries(
             if keys[request.key] == i and request.key not in replies
         )
         progress = CallProgress(len(keys), reused, reused)
-        form = run(_ask(missing, progress, settings, replies, holds_queries, watch))
+        form = run(send(missing, progress, settings, replies, holds_queries, watch))
         account = Account(settings.models, len(chunks), reused=reused)
         account.replied = sum(key in replies for key in keys)
         account.failed, account.stopped = progress.failed, progress.stopped
@@ -249,23 +219,6 @@ def generate_queries(
     return [Query(text, chunks[i].id, f"llm:{kind}") for i, kind, text in found], account
 
 
-def endpoints_of(settings: LLMSettings) -> list[Endpoint]:
-    """The endpoints that the settings name, each with its own throttle."""
-    if settings.in_process:
-        # Replies in this process are written together; a server is approached carefully.
-        throttle = Throttle(settings.concurrency, first=settings.concurrency)
-        return [Endpoint(settings.url, LocalBackend(), throttle)]
-    patience = {} if len(settings.urls) == 1 else {"openings": MAX_OPENINGS_AMONG_SEVERAL}
-    return [
-        Endpoint(
-            url,
-            HttpBackend(url, settings.key(), settings.timeout),
-            Throttle(settings.concurrency, **patience),
-        )
-        for url in settings.urls
-    ]
-
-
 def holds_queries(text: str) -> bool:
     """Whether queries can be read from a reply; under the schema, it may hold none."""
     parsed = parse_queries(text)
@@ -274,48 +227,6 @@ def holds_queries(text: str) -> bool:
 
 def _holds_verdicts(text: str) -> bool:
     return parse_numbers(text) is not None
-
-
-async def _ask(
-    requests: Iterator[Request],
-    progress: CallProgress,
-    settings: LLMSettings,
-    replies: ReplyStore,
-    is_useful: IsUseful,
-    watch: Watch | None,
-) -> str | None:
-    """Sends the requests; the form in which the server accepted them, None in this process."""
-    endpoints = endpoints_of(settings)
-    spent = replies.spent
-    budget = Budget(
-        Limits(settings.max_calls, settings.max_tokens, settings.max_cost),
-        *settings.prices,
-        calls=spent.calls,
-        tokens_in=spent.tokens_in,
-        tokens_out=spent.tokens_out,
-    )
-    try:
-        only = endpoints[0].backend
-        if settings.batch and isinstance(only, HttpBackend):
-            await ask_in_batches(requests, progress, only, replies, budget, watch)
-        else:
-            await ask(requests, progress, endpoints, replies, budget, is_useful, watch)
-    except Failure as failure:
-        remedy = (
-            f"{len(replies)} replies are kept; run the same command to resume"
-            if len(replies)
-            else "check the endpoint with 'refine-fast doctor --llm URL'"
-        )
-        raise RefineFastError(f"llm: stopped asking {settings.url}: {failure}; {remedy}.") from None
-    finally:
-        await asyncio.gather(*(endpoint.backend.close() for endpoint in endpoints))
-    forms = [
-        str(form)
-        for endpoint in endpoints
-        if isinstance(endpoint.backend, HttpBackend)
-        for form in endpoint.backend.forms.values()
-    ]
-    return "; ".join(dict.fromkeys(forms)) or None
 
 
 Found = list[tuple[int, str, str]]
@@ -431,7 +342,7 @@ async def _judged(
     reused = len(own) - len(missing)
     progress = CallProgress(len(own), reused, reused)
     requests = (request(i) for i in missing)
-    await _ask(requests, progress, settings, replies, _holds_verdicts, watch)
+    await send(requests, progress, settings, replies, _holds_verdicts, watch)
     account.stopped = account.stopped or progress.stopped
     verdicts: list[str | None] = [None] * len(found)
     for i, positions in own.items():

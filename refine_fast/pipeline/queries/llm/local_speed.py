@@ -1,4 +1,4 @@
-"""How fast a model in this process writes, measured on a few of the run's own passages."""
+"""How fast a model in this process writes, measured on a few of the run's own requests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...corpus.chunk import Chunk
 from .event_loop import run
-from .generate import query_requests
 from .request import Failure, Request
-from .settings import LLMSettings
 from .transformers_backend import LocalBackend
 
 SAMPLE = 8
@@ -27,21 +24,20 @@ class LocalSpeed:
     seconds_per_reply: float
 
 
-def local_speed(chunks: Sequence[Chunk], settings: LLMSettings) -> LocalSpeed | None:
-    """Times a few replies about chunks from all parts of the collection. They are not kept.
+def local_speed(requests: Sequence[Request]) -> LocalSpeed | None:
+    """Times a few of the requests, from all parts of the collection. The replies are not kept.
 
     Returns:
-        None without chunks, or if the model fails on one: the run will say why.
+        None without requests, or if the model fails on one: the run will say why.
 
     Raises:
         RefineFastError: if the model cannot be loaded.
     """
-    drawn = list(chunks)[:: max(1, len(chunks) // (SAMPLE + 1))][: SAMPLE + 1]
-    requests = list(query_requests(drawn, list(range(len(drawn))), settings))
-    if not requests:
+    drawn = requests[:: max(1, len(requests) // (SAMPLE + 1))][: SAMPLE + 1]
+    if not drawn:
         return None
     try:
-        return run(_timed(requests))
+        return run(_timed(drawn))
     except Failure:
         return None
 

@@ -104,6 +104,13 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 
+_GRADE = re.compile(
+    r"^\W*(?:(?:passage|document|doc|text)s?\W*)?(\d{1,3})[\s\])*\"'_`]*"
+    r"(?:[:：=|.)\]]|[-=]>|→|\s[-–—]\s)[\s\[(|*\"'_`]*"
+    r"(?:(?:relevance|grade|score|rating)\w*[\s:：=*_`]*)*(\d)(?!\d|\.\d)",
+    re.IGNORECASE,
+)
+
 _AFTERTHOUGHT = re.compile(
     r"(?<=[?？؟])[\s\"'*]*(?:\(.*\)|[-–—]*\s*(?:answer|antwort|réponse|respuesta|A)\s*:.*)$",
     re.DOTALL | re.I,
@@ -145,6 +152,24 @@ def parse_numbers(text: str) -> list[int] | None:
                 if isinstance(n, int) or (isinstance(n, str) and n.strip().isdigit())
             ]
     return None
+
+
+def parse_grades(text: str, highest: int) -> dict[int, int]:
+    """Number of a passage -> its grade, of lines such as "2: 3", or of a JSON object.
+
+    Args:
+        text: the reply. Of a passage that it grades twice, the last grade counts.
+        highest: grades above it are none.
+    """
+    text = strip_reasoning(text)
+    by_line = _grades(text.splitlines(), highest)
+    # one line for all: "1: 3, 2: 0" or {"1": 3, "2": 0}
+    return by_line if len(by_line) > 1 else _grades(re.split(r"[,;{}\n]", text), highest)
+
+
+def _grades(rows: list[str], highest: int) -> dict[int, int]:
+    matches = [match for row in rows if (match := _GRADE.match(row))]
+    return {int(match[1]): int(match[2]) for match in matches if int(match[2]) <= highest}
 
 
 def strip_reasoning(text: str) -> str:

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ....errors import RefineFastError
-from .dispatch import reply_record, why_useless
+from .dispatch import IsUseful, reply_record, why_useless
 from .event_loop import run
 from .generate import holds_queries, query_requests
+from .grade import Candidates, grade_requests, holds_grades
 from .http_backend import HttpBackend
 from .reply_log import ReplyStore
-from .request import Failure
+from .request import Failure, Request
 from .samples import sample_chunks
 from .settings import LLMSettings
 
 
-def try_models(settings: LLMSettings, store: Path) -> None:
-    """Sends each model at most three requests of the stage, until a reply holds a query; of several
-    endpoints, the first that works is enough.
+@dataclass(frozen=True)
+class Task:
+    """What a stage asks of a model, on the sample passages."""
+
+    requests: Callable[[LLMSettings], Iterator[Request]]
+    is_useful: IsUseful
+    otherwise: str
+    """What a model does that is of no use, in words."""
+
+
+def _query_requests(settings: LLMSettings) -> Iterator[Request]:
+    chunks = sample_chunks()
+    return query_requests(chunks, list(range(len(chunks))), settings)
+
+
+def _grade_requests(settings: LLMSettings) -> Iterator[Request]:
+    chunks = tuple(sample_chunks())
+    return grade_requests([Candidates(chunk.text[:24], chunks) for chunk in chunks], settings)
+
+
+WRITING = Task(_query_requests, holds_queries, "writes no queries")
+GRADING = Task(_grade_requests, holds_grades, "grades no passages")
+
+
+def try_models(settings: LLMSettings, store: Path, task: Task = WRITING) -> None:
+    """Sends each model at most three requests of a stage, until a reply holds what it asks for; of
+    several endpoints, the first that works is enough.
 
     A model in this process is not tried: it costs nothing, and is loaded soon enough.
 
@@ -26,45 +52,49 @@ def try_models(settings: LLMSettings, store: Path) -> None:
         settings: the models, and what is asked of them.
         store: the file of replies. The replies are kept there, so that they count for the limits,
             and a run that is resumed does not pay for them again.
+        task: what the stage asks for.
 
     Raises:
-        RefineFastError: if a model cannot be asked, or no reply holds a query.
+        RefineFastError: if a model cannot be asked, or its replies are of no use.
     """
     if not settings.in_process:
-        run(_try_all(settings, store))
+        run(_try_all(settings, store, task))
 
 
-async def _try_all(settings: LLMSettings, store: Path) -> None:
+async def _try_all(settings: LLMSettings, store: Path, task: Task) -> None:
     with ReplyStore(store) as replies:
         for model in settings.models:
             own = replace(settings, models=(model,))
             problems = {}
             for url in settings.urls:
-                problem = await _problem_at(url, own, replies)
+                problem = await _problem_at(url, own, replies, task)
                 if problem is None:
                     break  # an endpoint that does not work is left out later
                 problems[url] = problem
             else:
                 url, problem = next(iter(problems.items()))
                 raise RefineFastError(
-                    f"llm: {model} at {url} writes no queries: {problem}; try "
+                    f"llm: {model} at {url} {task.otherwise}: {problem}; try "
                     f"refine-fast doctor --llm {settings.url} --llm-model {model}."
                 )
 
 
-async def _problem_at(url: str, settings: LLMSettings, replies: ReplyStore) -> str | None:
+async def _problem_at(
+    url: str, settings: LLMSettings, replies: ReplyStore, task: Task
+) -> str | None:
     backend = HttpBackend(url, settings.key(), settings.timeout)
     try:
-        return await _problem(backend, settings, replies)
+        return await _problem(backend, settings, replies, task)
     finally:
         await backend.close()
 
 
-async def _problem(backend: HttpBackend, settings: LLMSettings, replies: ReplyStore) -> str | None:
-    """Why the model of the settings cannot write queries; None if it can, or a limit is reached."""
-    chunks = sample_chunks()
+async def _problem(
+    backend: HttpBackend, settings: LLMSettings, replies: ReplyStore, task: Task
+) -> str | None:
+    """Why the model of the settings cannot do the task; None if it can, or a limit is reached."""
     problem = None
-    for request in query_requests(chunks, list(range(len(chunks))), settings):
+    for request in task.requests(settings):
         if request.key in replies or _limit_is_reached(settings, replies):
             return None
         try:
@@ -77,7 +107,7 @@ async def _problem(backend: HttpBackend, settings: LLMSettings, replies: ReplySt
                 break
             continue
         record = reply_record(request, reply, calls=1)
-        problem = why_useless(reply, holds_queries)
+        problem = why_useless(reply, task.is_useful)
         if problem is not None:  # requested again at the next start
             record.pop("text", None)
             record["error"] = problem
