@@ -55,6 +55,19 @@ class BandSearch:
         self, ids: int, scores: int, drawn_ids: int, drawn_scores: int, above: int, in_band: int
     ) -> None: ...
 
+def best_of_groups(
+    queries: int,
+    count: int,
+    d: int,
+    rows: int,
+    dtype: int,
+    row_stride: int,
+    offsets: int,
+    groups: int,
+    best: int,
+    best_stride: int,
+    threads: int,
+) -> None: ...
 def info_nce(
     q: int, d: int, hard: int, positives: int, doc_ids: int, hard_mask: int, coefficients: int,
     rows: int, columns: int, width: int, hards: int, prefixes: list[int],

@@ -198,6 +198,22 @@ def band_topk(
     return ids, scores, in_band
 
 
+def best_of_groups(queries: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    """The highest inner product of each query in each group of consecutive rows.
+
+    Args:
+        queries: (Q, D). rows: (S, D).
+        offsets: (G + 1,) int64: group g is ``rows[offsets[g]:offsets[g + 1]]``, at least one row.
+
+    Returns:
+        (Q, G) in the dtype of ``queries``.
+    """
+    groups = torch.arange(len(offsets) - 1, device=queries.device)
+    of = torch.repeat_interleave(groups, offsets.diff()).expand(len(queries), -1)
+    best = queries.new_full((len(queries), len(groups)), -torch.inf)
+    return best.scatter_reduce(1, of, queries @ rows.T, "amax")
+
+
 def lerp(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
     """``base + weight * (tuned - base)`` in the dtype of ``base``: ``torch.lerp``, in float32 for
     the smaller types, and one rounding. Values equal in both stay as they are; ``torch.lerp`` would

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/band_topk.h"
+#include "core/best_of_groups.h"
 #include "core/cpu.h"
 #include "core/info_nce.h"
 #include "core/lerp.h"
@@ -77,6 +78,20 @@ rf::BandSpec band_spec(int64_t d, int64_t k, int64_t skip, double lo, bool rando
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// --- best_of_groups
+
+void best_of_groups(uintptr_t queries, int64_t count, int64_t d, uintptr_t rows, int dtype, int64_t row_stride,
+                    uintptr_t offsets, int64_t groups, uintptr_t best, int64_t best_stride, int threads) {
+  rf::Status status;
+  {
+    py::gil_scoped_release release;
+    status = rf::best_of_groups({pointer<const float>(queries), count, d, pointer<const void>(rows),
+                                 static_cast<rf::Dtype>(dtype), row_stride, pointer<const int64_t>(offsets), groups,
+                                 pointer<float>(best), best_stride, threads, {no_signal, nullptr}});
+  }
+  raise_unless_ok(status);
 }
 
 // --- lerp and merge (fuse)
@@ -258,6 +273,8 @@ PYBIND11_MODULE(_core, m) {
         self.finish_part({pointer<int64_t>(ids), pointer<double>(scores), pointer<int64_t>(drawn_ids),
                           pointer<double>(drawn_scores), pointer<int64_t>(above), pointer<int64_t>(in_band)});
       });
+  // --- best_of_groups
+  m.def("best_of_groups", best_of_groups);
   // --- info_nce
   m.def("info_nce", info_nce);
   // --- stages
