@@ -16,11 +16,11 @@
 namespace refine_fast {
 namespace {
 
-constexpr int64_t kFew = 4;                    // queries that take no tile
+constexpr int64_t kFew = 4;  // queries that take no tile
 constexpr int64_t kPrefetchRows = 4;
-constexpr int64_t kColumns = 64;               // queries at a time, a multiple of every tile's columns
-constexpr int64_t kStrip = 48;                 // rows at a time, a multiple of every tile's rows
-constexpr int64_t kPieceBytes = 512 << 10;     // packed rows in L2
+constexpr int64_t kColumns = 64;                // queries at a time, a multiple of every tile's columns
+constexpr int64_t kStrip = 48;                  // rows at a time, a multiple of every tile's rows
+constexpr int64_t kPieceBytes = 512 << 10;      // packed rows in L2
 constexpr int64_t kLargestPiece = 21 * kStrip;  // rows; bounds what the groups of a piece take
 
 class Search {

@@ -5,7 +5,6 @@ Kernel: csrc/core/best_of_groups.h.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from .. import _core, reference
 from ..workspace import workspace_bytes
-from .band_inputs import DOC_DTYPES, Block, ranges, shape
+from .band_inputs import DOC_DTYPES, Block, blocks_of_groups, checked_offsets, ranges, shape
 
 BLOCK = 32 << 20
 """Bytes of rows that are read at a time."""
@@ -54,53 +53,9 @@ def best_of_groups(queries: Any, rows: Any, offsets: Any) -> Tensor:
         raise ValueError(
             f"queries have {width} columns and rows {rows_width}; embed both with the same model"
         )
-    ends = checked_offsets(offsets, total, "rows")
+    ends = checked_offsets(offsets, total, "offsets", "rows")
     on_cpu = not isinstance(queries, Tensor) or queries.device.type == "cpu"
     return (_on_cpu if on_cpu else _in_torch)(queries, rows, ends)
-
-
-def checked_offsets(offsets: Any, count: int, of: str) -> np.ndarray:
-    """(G + 1,) int64 offsets of groups of ``count`` rows.
-
-    Args:
-        offsets: a list, array or tensor of integers.
-        count: the number of rows.
-        of: what the rows are called in a message.
-
-    Raises:
-        ValueError: offsets that do not rise from 0 to ``count``. TypeError: no integers.
-    """
-    if isinstance(offsets, Tensor):
-        offsets = offsets.numpy(force=True)
-    ends = np.asarray(offsets)
-    if ends.ndim != 1 or not len(ends):
-        raise ValueError(
-            f"offsets must have one dimension and at least one entry (got shape {ends.shape})"
-        )
-    if ends.dtype.kind not in "iu":
-        raise TypeError(f"offsets must be integers (got {ends.dtype})")
-    ends = np.ascontiguousarray(ends, np.int64)
-    if ends[0] != 0 or ends[-1] != count:
-        raise ValueError(
-            f"offsets must rise from 0 to {count}, the number of {of} (got {ends[0]} to {ends[-1]})"
-        )
-    if (falls := np.flatnonzero(ends[1:] <= ends[:-1])).size:
-        group = int(falls[0])
-        raise ValueError(
-            f"offsets must rise at each step, but those of group {group} are {ends[group]} and"
-            f" {ends[group + 1]}; leave out groups without rows"
-        )
-    return ends
-
-
-def blocks_of_groups(offsets: np.ndarray, rows: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of consecutive blocks of groups, each of at most ``rows`` rows or one group."""
-    begin, count = 0, len(offsets) - 1
-    while begin < count:
-        end = int(np.searchsorted(offsets, offsets[begin] + rows, side="right")) - 1
-        end = max(end, begin + 1)
-        yield begin, end
-        begin = end
 
 
 def _on_cpu(queries: Any, rows: Any, offsets: np.ndarray) -> Tensor:
