@@ -9,6 +9,7 @@ from ._native import available_isas, force_isa, isa
 from .fuse import FuseReport, fuse, fuse_into, fuse_sweep
 from .ops.band_parts import BandPart, BandRule, band_topk_part, merge_band_parts, merge_band_topk
 from .ops.band_topk import BandTopK, band_topk
+from .ops.best_of_groups import best_of_groups
 from .ops.info_nce import info_nce
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "available_isas",
     "band_topk",
     "band_topk_part",
+    "best_of_groups",
     "force_isa",
     "fuse",
     "fuse_into",

@@ -40,6 +40,7 @@ class BandSpec:
         band_first: bool,
         normalize: bool,
         threads: int,
+        largest: int = 1,
     ) -> None: ...
 
 class BandSearch:
@@ -49,12 +50,27 @@ class BandSearch:
         self, spec: BandSpec, first: int, rows: int, hi: int, offsets: int, ids: int
     ) -> None: ...
     def set_queries(self, queries: int, dtype: int, row_stride: int) -> None: ...
-    def push(self, docs: int, dtype: int, row_stride: int, rows: int, first_id: int) -> None: ...
+    def push(
+        self, docs: int, dtype: int, row_stride: int, count: int, first_id: int, offsets: int = 0
+    ) -> None: ...
     def finish(self, ids: int, scores: int, in_band: int) -> None: ...
     def finish_part(
         self, ids: int, scores: int, drawn_ids: int, drawn_scores: int, above: int, in_band: int
     ) -> None: ...
 
+def best_of_groups(
+    queries: int,
+    count: int,
+    d: int,
+    rows: int,
+    dtype: int,
+    row_stride: int,
+    offsets: int,
+    groups: int,
+    best: int,
+    best_stride: int,
+    threads: int,
+) -> None: ...
 def info_nce(
     q: int, d: int, hard: int, positives: int, doc_ids: int, hard_mask: int, coefficients: int,
     rows: int, columns: int, width: int, hards: int, prefixes: list[int],

@@ -155,6 +155,7 @@ def band_topk(
     seed: int = 0,
     order: str = "skip_then_band",
     normalize: bool = False,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per query: ranks the documents by similarity (ties by lower id), leaves out the excluded,
     drops the ``skip`` most similar, keeps ``lo <= s <= min(hi, ceiling)``, takes k. Scores are
@@ -167,6 +168,8 @@ def band_topk(
         select: "hardest": the k most similar; "random": the k smallest
             ``hash64(seed, query, doc)``.
         order: "band_then_skip" applies the band first, then the skip.
+        groups: (N + 1,) offsets of documents that are groups of rows of ``docs``, as in
+            ``best_of_groups``.
 
     Returns:
         ids (B, k) int64, most similar first, -1 where there are too few; scores (B, k) float32, NaN
@@ -178,7 +181,9 @@ def band_topk(
     ids = torch.full((len(queries), k), -1, dtype=torch.int64)
     scores = torch.full((len(queries), k), float("nan"), dtype=torch.float32)
     in_band = torch.zeros(len(queries), dtype=torch.int64)
-    for i, s in enumerate(queries @ docs.T):
+    if groups is None:
+        groups = torch.arange(len(docs) + 1)
+    for i, s in enumerate(best_of_groups(queries, docs, groups)):
         ranked = torch.sort(s, descending=True, stable=True).indices
         if exclude is not None and len(exclude[i]):
             ranked = ranked[~torch.isin(ranked, torch.as_tensor(exclude[i], dtype=torch.int64))]
@@ -196,6 +201,22 @@ def band_topk(
         ids[i, : len(ranked)] = ranked
         scores[i, : len(ranked)] = s[ranked].float()
     return ids, scores, in_band
+
+
+def best_of_groups(queries: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    """The highest inner product of each query in each group of consecutive rows.
+
+    Args:
+        queries: (Q, D). rows: (S, D).
+        offsets: (G + 1,) int64: group g is ``rows[offsets[g]:offsets[g + 1]]``, at least one row.
+
+    Returns:
+        (Q, G) in the dtype of ``queries``.
+    """
+    groups = torch.arange(len(offsets) - 1, device=queries.device)
+    of = torch.repeat_interleave(groups, offsets.diff()).expand(len(queries), -1)
+    best = queries.new_full((len(queries), len(groups)), -torch.inf)
+    return best.scatter_reduce(1, of, queries @ rows.T, "amax")
 
 
 def lerp(base: Tensor, tuned: Tensor, weight: float) -> Tensor:

@@ -24,12 +24,7 @@ from refine_fast.pipeline.corpus.language import languages_of
 from refine_fast.pipeline.corpus.sentences import sentence_spans
 from refine_fast.pipeline.serving import ann
 from refine_fast.pipeline.serving.blend import Blend, Components, choose_blend, standard
-from refine_fast.pipeline.serving.dense import (
-    TILE_ROWS,
-    Moments,
-    best_of_groups,
-    rows_of_groups,
-)
+from refine_fast.pipeline.serving.dense import Moments, rows_of_groups
 from refine_fast.pipeline.serving.lexical import Lexical, Postings
 from refine_fast.pipeline.serving.search import Searcher
 
@@ -75,24 +70,10 @@ def test_languages_by_script() -> None:
     assert languages_of([]) == []
 
 
-def groups(count: int, largest: int) -> np.ndarray:
-    return np.cumsum([0, *RNG.integers(1, largest, count)])
-
-
-def test_best_of_groups_is_the_maximum_over_the_whole_matrix() -> None:
-    """More rows than a tile, and one group that is larger than a tile."""
-    offsets = np.cumsum([0, *np.diff(groups(300, 60)), TILE_ROWS + 5, 1])
-    rows = RNG.standard_normal((offsets[-1], 16), np.float32)
-    queries = RNG.standard_normal((5, 16), np.float32)
-    scores = queries @ rows.T
-    expected = np.stack([scores[:, a:b].max(1) for a, b in itertools.pairwise(offsets)], 1)
-    np.testing.assert_allclose(best_of_groups(queries, rows, offsets), expected, rtol=1e-5)
-
-    chosen = np.array([7, 2, 299])
-    some, ends = rows_of_groups(offsets, chosen)
-    np.testing.assert_allclose(
-        best_of_groups(queries, rows[some], ends), expected[:, chosen], rtol=1e-5
-    )
+def test_rows_of_groups() -> None:
+    rows, ends = rows_of_groups(np.array([0, 2, 3, 7]), np.array([2, 0]))
+    assert rows.tolist() == [3, 4, 5, 6, 0, 1]
+    assert ends.tolist() == [0, 4, 6]
 
 
 def test_moments_give_the_mean_and_spread_of_every_score() -> None:

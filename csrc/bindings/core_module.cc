@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/band_topk.h"
+#include "core/best_of_groups.h"
 #include "core/cpu.h"
 #include "core/info_nce.h"
 #include "core/lerp.h"
@@ -69,14 +70,37 @@ bool no_signal(void*) {
 }
 
 rf::BandSpec band_spec(int64_t d, int64_t k, int64_t skip, double lo, bool random, uint64_t seed, bool band_first,
-                       bool normalize, int threads) {
+                       bool normalize, int threads, int64_t largest) {
   const auto order = band_first ? rf::Order::band_then_skip : rf::Order::skip_then_band;
-  return {d, k, skip, lo, random, seed, order, normalize, threads};
+  return {d, k, skip, lo, random, seed, order, normalize, threads, largest};
 }
 
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// --- best_of_groups
+
+void best_of_groups(uintptr_t queries, int64_t count, int64_t d, uintptr_t rows, int dtype, int64_t row_stride,
+                    uintptr_t offsets, int64_t groups, uintptr_t best, int64_t best_stride, int threads) {
+  rf::Status status;
+  {
+    py::gil_scoped_release release;
+    status = rf::best_of_groups({pointer<const float>(queries),
+                                 count,
+                                 d,
+                                 pointer<const void>(rows),
+                                 static_cast<rf::Dtype>(dtype),
+                                 row_stride,
+                                 pointer<const int64_t>(offsets),
+                                 groups,
+                                 pointer<float>(best),
+                                 best_stride,
+                                 threads,
+                                 {no_signal, nullptr}});
+  }
+  raise_unless_ok(status);
 }
 
 // --- lerp and merge (fuse)
@@ -220,7 +244,7 @@ PYBIND11_MODULE(_core, m) {
   // --- band_topk
   py::class_<rf::BandSpec>(m, "BandSpec")
       .def(py::init(&band_spec), py::arg("d"), py::arg("k"), py::arg("skip"), py::arg("lo"), py::arg("random"),
-           py::arg("seed"), py::arg("band_first"), py::arg("normalize"), py::arg("threads"));
+           py::arg("seed"), py::arg("band_first"), py::arg("normalize"), py::arg("threads"), py::arg("largest") = 1);
   py::class_<rf::BandSearch>(m, "BandSearch")
       .def_static("queries_within", &rf::BandSearch::queries_within)
       .def(py::init(
@@ -237,16 +261,20 @@ PYBIND11_MODULE(_core, m) {
              }
              raise_unless_ok(status);
            })
-      .def("push",
-           [](rf::BandSearch& self, uintptr_t docs, int dtype, int64_t row_stride, int64_t rows, int64_t first_id) {
-             rf::Status status;
-             {
-               py::gil_scoped_release release;
-               status = self.push(pointer<const void>(docs), static_cast<rf::Dtype>(dtype), row_stride, rows, first_id,
-                                  {no_signal, nullptr});
-             }
-             raise_unless_ok(status);
-           })
+      .def(
+          "push",
+          [](rf::BandSearch& self, uintptr_t docs, int dtype, int64_t row_stride, int64_t count, int64_t first_id,
+             uintptr_t offsets) {
+            rf::Status status;
+            {
+              py::gil_scoped_release release;
+              status = self.push(pointer<const void>(docs), static_cast<rf::Dtype>(dtype), row_stride, count, first_id,
+                                 {no_signal, nullptr}, pointer<const int64_t>(offsets));
+            }
+            raise_unless_ok(status);
+          },
+          py::arg("docs"), py::arg("dtype"), py::arg("row_stride"), py::arg("count"), py::arg("first_id"),
+          py::arg("offsets") = 0)
       .def("finish",
            [](rf::BandSearch& self, uintptr_t ids, uintptr_t scores, uintptr_t in_band) {
              py::gil_scoped_release release;
@@ -258,6 +286,8 @@ PYBIND11_MODULE(_core, m) {
         self.finish_part({pointer<int64_t>(ids), pointer<double>(scores), pointer<int64_t>(drawn_ids),
                           pointer<double>(drawn_scores), pointer<int64_t>(above), pointer<int64_t>(in_band)});
       });
+  // --- best_of_groups
+  m.def("best_of_groups", best_of_groups);
   // --- info_nce
   m.def("info_nce", info_nce);
   // --- stages

@@ -32,9 +32,9 @@ float up(double x) { return -down(-x); }
 
 bool better(const Hit& a, const Hit& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
 
-Status bad_row(const char* what, int64_t row, bool finite) {
+Status bad_row(const char* which, int64_t row, const char* what, bool finite) {
   Status status{Code::invalid};
-  std::snprintf(status.message, sizeof(status.message), "row %lld of %s %s", static_cast<long long>(row), what,
+  std::snprintf(status.message, sizeof(status.message), "%s %lld of %s %s", which, static_cast<long long>(row), what,
                 finite ? "has a norm above 1e18; scale the rows, or pass normalize=True"
                        : "holds NaN or Inf; leave such rows out");
   return status;
@@ -46,7 +46,7 @@ BandSearch::Plan::Plan(const BandSpec& spec, const ScreenKernels& screen) {
   const int64_t depth = round_up(spec.d, screen.kr) * screen.element_bytes + screen.scale_bytes;
   panel_a = round_up(screen.mr * depth, 64), panel_b = round_up(screen.nr * depth, 64);
   strip = std::max<int64_t>(std::min<int64_t>((256 << 10) / depth, 4096 / screen.mr) / screen.nr, 1) * screen.nr;
-  block = std::max<int64_t>((6 << 20) / depth / strip, 1) * strip;
+  block = std::max(std::max<int64_t>((6 << 20) / depth / strip, 1) * strip, round_up(spec.largest, strip));
   kept = spec.random ? spec.skip : spec.k + spec.skip;
   drawn = spec.random ? spec.k + spec.skip : 0;
   pending = strip + kSlack + std::max<int64_t>(256, kept / 4);
@@ -131,7 +131,7 @@ Status BandSearch::set_queries(const void* queries, Dtype dtype, int64_t row_str
     pack(rows, lane + 1, screen_.pack_a, packed_queries_ + begin / screen_.mr * plan_.panel_a, scratch_[0], operands);
     for (int64_t r = begin; r <= row; ++r) {
       const Operand& operand = operands[r - begin];
-      if (!operand.usable()) return bad_row("queries", first_ + r, operand.finite);
+      if (!operand.usable()) return bad_row("row", first_ + r, "queries", operand.finite);
       Query& query = state_[r];
       query = {};
       query.reach = operand.size + operand.residual, query.residual = operand.residual, query.norm = operand.norm;
@@ -167,9 +167,15 @@ Status BandSearch::pack_documents(Block& block) {
   });
   block.size = block.residual = 0;
   for (const Panel& panel : panels) {
-    if (panel.bad >= 0) return bad_row("docs", block.first_id + panel.bad, panel.finite);
+    if (panel.bad >= 0)
+      return bad_row(block.offsets == nullptr ? "row" : "a row of group", block.first_id + block.document_of(panel.bad),
+                     "docs", panel.finite);
     block.size = std::max(block.size, panel.size), block.residual = std::max(block.residual, panel.residual);
   }
+  if (block.offsets == nullptr) return {};
+  for (int64_t document = 0; document < block.documents; ++document)
+    residuals_[document] =
+        *std::max_element(&residuals_[block.row_of(document)], residuals_.data() + block.row_of(document + 1));
   return {};
 }
 
@@ -188,19 +194,25 @@ void BandSearch::set_thresholds(Query& query, double hi, const Block& block) con
 }
 
 void BandSearch::prefetch(int64_t column, const Block& block) const {
-  const char* row = block.docs.data + column * block.docs.row_bytes;
-  for (int64_t byte = 0; byte < spec_.d * bytes_of(block.docs.dtype); byte += 64) __builtin_prefetch(row + byte);
+  for (int64_t r = block.row_of(column); r < block.row_of(column + 1); ++r) {
+    const char* row = block.docs.data + r * block.docs.row_bytes;
+    for (int64_t byte = 0; byte < spec_.d * bytes_of(block.docs.dtype); byte += 64) __builtin_prefetch(row + byte);
+  }
 }
 
 double BandSearch::exact(int64_t row, int64_t column, const Block& block, Scratch& scratch) const {
-  const char* source = block.docs.data + column * block.docs.row_bytes;
-  const float* document = reinterpret_cast<const float*>(source);
-  if (block.docs.dtype != Dtype::f32) {
-    kernels_.to_f32(source, block.docs.dtype, spec_.d, scratch.rows.data());
-    document = scratch.rows.data();
+  double best = -kInfinity;
+  for (int64_t r = block.row_of(column); r < block.row_of(column + 1); ++r) {
+    const char* source = block.docs.data + r * block.docs.row_bytes;
+    const float* document = reinterpret_cast<const float*>(source);
+    if (block.docs.dtype != Dtype::f32) {
+      kernels_.to_f32(source, block.docs.dtype, spec_.d, scratch.rows.data());
+      document = scratch.rows.data();
+    }
+    const double s = kernels_.select->dot(queries_.data() + row * spec_.d, document, spec_.d);
+    best = std::max(best, spec_.normalize ? s / (state_[row].norm * norms_[r]) : s);
   }
-  const double s = kernels_.select->dot(queries_.data() + row * spec_.d, document, spec_.d);
-  return spec_.normalize ? s / (state_[row].norm * norms_[column]) : s;
+  return best;
 }
 
 uint64_t BandSearch::hash(const Query& query, int64_t id) const { return hash_document(query.hash, id); }
@@ -262,9 +274,27 @@ void BandSearch::flush(int64_t row, const Block& block, Scratch& scratch) {
   set_thresholds(query, hi, block);
 }
 
+// Replaces the scores of the rows from `start`, of which `document` has the first, by those of the documents that end
+// among them, and returns their number.
+int64_t BandSearch::fold(float* scores, int64_t start, int64_t columns, int64_t document, const Block& block,
+                         float& open) {
+  const int64_t first = document, end = start + columns;
+  float best = start > block.row_of(document) ? open : -std::numeric_limits<float>::infinity();
+  for (int64_t row = start; row < end;) {
+    const int64_t next = block.row_of(document + 1), last = std::min(next, end);
+    for (; row < last; ++row) best = std::max(best, scores[row - start]);
+    if (row < next) break;
+    scores[document++ - first] = best;
+    best = -std::numeric_limits<float>::infinity();
+  }
+  open = best;
+  return document - first;
+}
+
 // Scores a panel of queries against the strip of documents at `start`, and appends to the pending lists.
 void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch) {
   const int64_t columns = std::min(plan_.strip, block.rows - start), first_row = panel * screen_.mr;
+  const int64_t first = block.document_of(start);
   const int64_t last_row = std::min<int64_t>(first_row + screen_.mr, rows_);
   const char* a = packed_queries_ + panel * plan_.panel_a;
   float* scores = scratch.strip.data();
@@ -276,20 +306,23 @@ void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratc
   }
   for (int64_t row = first_row; row < last_row; ++row, scores += plan_.strip) {
     Query& query = state_[row];
+    const int64_t documents =
+        block.offsets == nullptr ? columns : fold(scores, start, columns, first, block, query.open);
     if (exclude_.offsets != nullptr) {
-      const int64_t begin = block.first_id + start, end = exclude_.offsets[row + 1];
-      for (int64_t& next = query.next_excluded; next < end && exclude_.ids[next] < begin + columns; ++next)
+      const int64_t begin = block.first_id + first, end = exclude_.offsets[row + 1];
+      for (int64_t& next = query.next_excluded; next < end && exclude_.ids[next] < begin + documents; ++next)
         if (exclude_.ids[next] >= begin) scores[exclude_.ids[next] - begin] = std::numeric_limits<float>::quiet_NaN();
     }
-    if (query.pending + columns + kSlack > plan_.pending) flush(row, block, scratch);
+    if (query.pending + documents + kSlack > plan_.pending) flush(row, block, scratch);
     const int64_t at = row * plan_.pending + query.pending;
     query.pending +=
-        static_cast<int32_t>(kernels_.select->append(scores, columns, &query.thresholds, static_cast<int32_t>(start),
+        static_cast<int32_t>(kernels_.select->append(scores, documents, &query.thresholds, static_cast<int32_t>(first),
                                                      &pending_column_[at], &pending_score_[at], &query.inside));
   }
 }
 
-Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id, Poll poll) {
+Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64_t count, int64_t first_id, Poll poll,
+                        const int64_t* offsets) {
   using Clock = std::chrono::steady_clock;
   const int64_t row_bytes = row_stride * bytes_of(dtype), panels = ceil_div(rows_, screen_.mr);
   // a task: a range of panels of queries against the whole block, strip by strip; one task more or less is 3% of a
@@ -298,9 +331,15 @@ Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64
   const double d = static_cast<double>(spec_.d), rounding = (screen_.exact ? 4 : d + 16) * 0x1p-23;
   std::atomic<bool> stopped{false};
   Clock::time_point asked = Clock::now();
-  for (int64_t begin = 0; begin < rows; begin += plan_.block) {
-    const Rows source{static_cast<const char*>(docs) + begin * row_bytes, dtype, row_bytes};
-    Block block{source, std::min(plan_.block, rows - begin), first_id + begin, 0, 0};
+  for (int64_t begin = 0, end; begin < count; begin = end) {
+    int64_t first = begin, last = end = std::min(begin + plan_.block, count);  // rows
+    if (offsets != nullptr) {
+      end = std::upper_bound(offsets + begin, offsets + count + 1, offsets[begin] + plan_.block) - offsets - 1;
+      first = offsets[begin] - offsets[0], last = offsets[end] - offsets[0];
+    }
+    const Rows source{static_cast<const char*>(docs) + first * row_bytes, dtype, row_bytes};
+    Block block{source, last - first, end - begin, first_id + begin, offsets == nullptr ? nullptr : offsets + begin, 0,
+                0};
     if (Status status = pack_documents(block); !status) return status;
     const StageScope select(Stage::select);
     parallel_for(ceil_div(panels, group), spec_.threads, [&](int64_t task, int thread) {

@@ -21,6 +21,10 @@
 // everything costs time but no memory. select = random keeps the smallest hashes instead, which do not depend on the
 // order of arrival, and beside them the `skip` most similar.
 //
+// Groups. A document may be a group of rows, its score that of its best row. The maximum of screened scores errs by no
+// more than the worst of them, so a strip's scores are folded into those of its documents before the thresholds, with
+// the largest residual of a document's rows for its own; a document that the strip cuts waits in Query::open.
+//
 // Roofline. 2 B N d operations against N d elements, read once for each block of queries: the product is the limit for
 // B beyond a few dozen. Documents are packed once for each block of queries, into a buffer that stays in L3; a strip of
 // them stays in L2, a panel of queries and its scores in L1. Measured on Zen 5, one thread, B = 4,096, N = 200,000, k =
@@ -34,6 +38,7 @@
 // which come from L3; float64 copies of the queries, a longer prefetch, and blocks that fit L2 did not make it faster.
 // Memory beyond the outputs: 40 MiB.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -54,6 +59,7 @@ struct BandSpec {
   Order order;
   bool normalize;
   int threads;
+  int64_t largest = 1;  // the most rows of a document
 };
 
 // One list of ids for each query: row i is ids[offsets[i]] .. ids[offsets[i + 1]], ascending.
@@ -88,8 +94,10 @@ class BandSearch {
   BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const double* hi, Ragged exclude);
   // Copies the queries, (rows, d), row_stride in elements.
   Status set_queries(const void* queries, Dtype dtype, int64_t row_stride);
-  // Searches documents first_id .. first_id + rows; ids ascend from call to call. row_stride in elements.
-  Status push(const void* docs, Dtype dtype, int64_t row_stride, int64_t rows, int64_t first_id, Poll poll);
+  // Searches documents first_id .. first_id + count; ids ascend from call to call. row_stride in elements. offsets:
+  // null, or (count + 1) ascending: document i has the rows offsets[i] - offsets[0] and on, at least one.
+  Status push(const void* docs, Dtype dtype, int64_t row_stride, int64_t count, int64_t first_id, Poll poll,
+              const int64_t* offsets = nullptr);
   // Writes ids and scores, (rows, k), most similar first, -1 and NaN beyond the last; in_band (rows).
   void finish(int64_t* ids, float* scores, int64_t* in_band);
   // Instead of finish: what it would choose from. kept = k + skip and drawn = 0; with random, skip and k + skip.
@@ -100,10 +108,10 @@ class BandSearch {
   struct Plan {
     Plan(const BandSpec& spec, const ScreenKernels& screen);
     int64_t panel_a, panel_b;  // bytes of a packed panel of queries, of documents
-    int64_t strip;             // documents in L2 at a time; a panel of queries times a strip gives scores that fit L1
-    int64_t block;             // documents packed at a time
-    int64_t kept, drawn;       // entries of a query: most similar hits, random hits
-    int64_t pending;           // entries of a query: documents that wait for their float64 score
+    int64_t strip;  // rows of documents in L2 at a time; a panel of queries times a strip gives scores that fit L1
+    int64_t block;  // rows of documents packed at a time, all those of a document among them
+    int64_t kept, drawn;  // entries of a query: most similar hits, random hits
+    int64_t pending;      // entries of a query: documents that wait for their float64 score
     int64_t bytes_per_query, bytes_fixed;
   };
   struct Query {
@@ -113,6 +121,7 @@ class BandSearch {
     // y'| <= residual
     double margin;
     double margin_of(double residual) const { return margin + reach * residual; }
+    float open;             // the best score so far of a document whose last rows are in the next strip
     double worst;           // the smallest score that is kept, -inf until there are `kept`
     int64_t above, inside;  // documents above the band (saturates) and in the band
     int64_t next_excluded;  // index of the first excluded id not yet passed
@@ -127,8 +136,15 @@ class BandSearch {
   };
   struct Block {
     Rows docs;
-    int64_t rows, first_id;
-    double size, residual;  // maxima over its documents
+    int64_t rows, documents, first_id;
+    const int64_t* offsets;  // of its documents, as for push
+    double size, residual;   // maxima over its rows
+    // the first row of a document, and the document of a row
+    int64_t row_of(int64_t document) const { return offsets == nullptr ? document : offsets[document] - offsets[0]; }
+    int64_t document_of(int64_t row) const {
+      if (offsets == nullptr) return row;
+      return std::upper_bound(offsets, offsets + documents + 1, offsets[0] + row) - offsets - 1;
+    }
   };
   struct Doubt {
     double most;  // an upper bound of its score, +inf if it may lie outside the band
@@ -151,6 +167,7 @@ class BandSearch {
   Status pack_documents(Block& block);
   void set_thresholds(Query& query, double hi, const Block& block) const;
   void screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch);
+  static int64_t fold(float* scores, int64_t start, int64_t columns, int64_t document, const Block& block, float& open);
   void flush(int64_t row, const Block& block, Scratch& scratch);
   void prefetch(int64_t column, const Block& block) const;
   double exact(int64_t row, int64_t column, const Block& block, Scratch& scratch) const;
@@ -171,7 +188,7 @@ class BandSearch {
   std::vector<int32_t> pending_column_;  // (rows, pending)
   std::vector<float> pending_score_;
   std::vector<double> norms_;     // (block)
-  std::vector<float> residuals_;  // (block) |y - y'|
+  std::vector<float> residuals_;  // (block) |y - y'|, of documents the largest
   Buffer<char> packed_queries_, packed_documents_;
   std::vector<Scratch> scratch_;  // per thread
 };

@@ -58,14 +58,58 @@ void from_f32(const float* src, Dtype dtype, int64_t n, void* dst) {
 
 constexpr int kMr = 6, kNr = 16;
 
+void transpose(__m256i rows[8]) {
+  __m256i t[8], u[8];
+  for (int i = 0; i < 8; i += 2)
+    t[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]), t[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]), u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]), u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {  // u[i], u[i + 4]: rows 0-3, 4-7; words i and i + 4
+    rows[i] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x31);
+  }
+}
+
+// The columns of kRows <= 8 rows with adjacent elements, 8 of them at a time; returns where the rest of k begins.
+template <int kRows, int kWidth>
+int64_t pack_columns(const float* src, int64_t stride, int64_t k, float* out) {
+  int64_t p = 0;
+  for (; p + 8 <= k; p += 8) {
+    __m256i block[8];
+    for (int r = 0; r < 8; ++r)
+      block[r] = r < kRows ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + r * stride + p))
+                           : _mm256_setzero_si256();
+    transpose(block);
+    for (int i = 0; i < 8; ++i) {
+      const __m256 column = _mm256_castsi256_ps(block[i]);
+      float* to = out + (p + i) * kWidth;
+      if (kRows == 8) {
+        _mm256_storeu_ps(to, column);
+      } else {
+        _mm_storeu_ps(to, _mm256_castps256_ps128(column));
+        _mm_storel_pi(reinterpret_cast<__m64*>(to + 4), _mm256_extractf128_ps(column, 1));
+      }
+    }
+  }
+  return p;
+}
+
 template <int kWidth, bool kRound>
 void pack(const float* src, int64_t stride, int64_t k_stride, int64_t rows, int64_t k, void* panel) {
+  static_assert(kWidth == 6 || kWidth == 16);
   float* out = static_cast<float*>(panel);
   if (stride == 1 && rows == kWidth) {
     for (int64_t p = 0; p < k; ++p) __builtin_memcpy(out + p * kWidth, src + p * k_stride, kWidth * sizeof(float));
   } else {
+    int64_t begin = 0;
+    if (k_stride == 1 && rows == kWidth) {
+      begin = pack_columns<kWidth == 6 ? 6 : 8, kWidth>(src, stride, k, out);
+      if (kWidth == 16) pack_columns<8, kWidth>(src + 8 * stride, stride, k, out + 8);
+    }
     // eight of k at a time: a row along k is read by cache lines
-    for (int64_t p0 = 0; p0 < k; p0 += 8)
+    for (int64_t p0 = begin; p0 < k; p0 += 8)
       for (int64_t r = 0; r < kWidth; ++r)
         for (int64_t p = p0; p < k && p < p0 + 8; ++p)
           out[p * kWidth + r] = r < rows ? src[r * stride + p * k_stride] : 0.0f;
@@ -217,19 +261,7 @@ struct Words : Floats {
   static __m256 to_float(Sum x) { return _mm256_cvtepi32_ps((__m256i)x); }
   static __m256i join(const __m256i n[2]) { return _mm256_blend_epi16(n[0], _mm256_slli_epi32(n[1], 16), 0xaa); }
   static Sum dot(Sum sum, __m256i x, __m256i y) { return sum + (Sum)_mm256_madd_epi16(x, y); }
-  static void transpose(__m256i rows[8]) {
-    __m256i t[8], u[8];
-    for (int i = 0; i < 8; i += 2)
-      t[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]), t[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
-    for (int i = 0; i < 8; i += 4) {
-      u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]), u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-      u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]), u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {  // u[i], u[i + 4]: rows 0-3, 4-7; words i and i + 4
-      rows[i] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x20);
-      rows[i + 4] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x31);
-    }
-  }
+  static void transpose(__m256i rows[8]) { refine_fast::transpose(rows); }
 };
 
 // --- lerp: bound by the loads; the ragged tail goes through one padded vector --------------------

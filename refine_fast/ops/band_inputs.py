@@ -36,6 +36,8 @@ class Rule(NamedTuple):
     seed: int
     band_first: bool
     normalize: bool
+    groups: Tensor | None = None
+    """(N + 1,) int64 on the CPU: where each document's rows begin."""
 
 
 class Excluded(NamedTuple):
@@ -152,6 +154,50 @@ def shape(x: Any, name: str) -> tuple[int, int]:
     return sizes
 
 
+def checked_offsets(offsets: Any, count: int, name: str, of: str) -> np.ndarray:
+    """(G + 1,) int64 offsets of groups of ``count`` rows.
+
+    Args:
+        offsets: a list, array or tensor of integers.
+        count: the number of rows.
+        name, of: what the offsets and the rows are called in a message.
+
+    Raises:
+        ValueError: offsets that do not rise from 0 to ``count``. TypeError: no integers.
+    """
+    if isinstance(offsets, Tensor):
+        offsets = offsets.numpy(force=True)
+    ends = np.asarray(offsets)
+    if ends.ndim != 1 or not len(ends):
+        raise ValueError(
+            f"{name} must have one dimension and at least one entry (got shape {ends.shape})"
+        )
+    if ends.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers (got {ends.dtype})")
+    ends = np.ascontiguousarray(ends, np.int64)
+    if ends[0] != 0 or ends[-1] != count:
+        raise ValueError(
+            f"{name} must rise from 0 to {count}, the number of {of} (got {ends[0]} to {ends[-1]})"
+        )
+    if (falls := np.flatnonzero(ends[1:] <= ends[:-1])).size:
+        group = int(falls[0])
+        raise ValueError(
+            f"{name} must rise at each step, but those of group {group} are {ends[group]} and"
+            f" {ends[group + 1]}; leave out groups without rows"
+        )
+    return ends
+
+
+def blocks_of_groups(offsets: np.ndarray, rows: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of consecutive blocks of groups, each of at most ``rows`` rows or one group."""
+    begin, count = 0, len(offsets) - 1
+    while begin < count:
+        end = int(np.searchsorted(offsets, offsets[begin] + rows, side="right")) - 1
+        end = max(end, begin + 1)
+        yield begin, end
+        begin = end
+
+
 def check(queries: Any, docs: Any, rule: Rule) -> tuple[int, int, int]:
     """Checks shapes and the rule's numbers; reads no row.
 
@@ -162,6 +208,9 @@ def check(queries: Any, docs: Any, rule: Rule) -> tuple[int, int, int]:
         ValueError: what does not fit, by name.
     """
     (rows, width), (count, docs_width) = shape(queries, "queries"), shape(docs, "docs")
+    if rule.groups is not None:
+        checked_offsets(rule.groups, count, "groups", "docs")
+        count = len(rule.groups) - 1
     if width != docs_width:
         raise ValueError(
             f"queries have {width} columns and docs {docs_width}; embed both with the same model"

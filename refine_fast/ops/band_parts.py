@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files import atomic
 from ..reference import hash64
-from .band_inputs import Excluded, Kept, Progress, check, ranges, shape
+from .band_inputs import Excluded, Kept, Progress, check, checked_offsets, ranges, shape
 from .band_topk import BandTopK, rule_of, search
 
 MERGED = 1 << 20
@@ -104,6 +104,7 @@ def band_topk_part(
     seed: int = 0,
     order: str = "skip_then_band",
     normalize: bool = False,
+    groups: Any = None,
     progress: Progress | None = None,
 ) -> BandPart:
     """One shard of ``band_topk``: of a search of all documents, the part over some of them.
@@ -117,10 +118,12 @@ def band_topk_part(
 
     Args:
         queries: (B, D), all of them in every shard, in the same order.
-        docs: (M, D), documents ``id_offset`` to ``id_offset + M - 1``; M may be 0.
+        docs: (M, D), documents ``id_offset`` to ``id_offset + M - 1``; M may be 0. With ``groups``,
+            the rows of M documents.
         k: documents per query of the merged result.
         id_offset: the id of the first row of ``docs`` among all documents.
         exclude: per query ids among all documents; those of other shards are ignored.
+        groups: (M + 1,) offsets of this shard's documents in its ``docs``, as for ``band_topk``.
         band, skip, ceiling, select, seed, order, normalize, progress: as for ``band_topk``, the
             same in every shard.
 
@@ -134,6 +137,10 @@ def band_topk_part(
     rows, count = shape(queries, "queries")[0], shape(docs, "docs")[0]
     if id_offset < 0:
         raise ValueError(f"id_offset must be an integer >= 0 (got {id_offset})")
+    ends = None
+    if groups is not None:
+        ends = torch.from_numpy(checked_offsets(groups, count, "groups", "docs"))
+        count = len(ends) - 1
     end = id_offset + count
     excluded = None if exclude is None else Excluded.of(exclude, rows)
     if excluded is not None:
@@ -142,7 +149,7 @@ def band_topk_part(
     asked = rule_of(k, band, skip, excluded, ceiling, select, seed, order, normalize)
     check(queries, docs, asked)
     # no more are found than there are documents
-    clipped = asked._replace(k=min(k, count), skip=min(skip, count))
+    clipped = asked._replace(k=min(k, count), skip=min(skip, count), groups=ends)
     kept = search(queries, docs, clipped, progress, id_offset, Kept)
     rule = BandRule(k, (asked.lo, asked.hi), skip, select, asked.seed, order, normalize)
     return BandPart(rule, ((id_offset, end),) if count else (), *kept)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,9 @@ from .band_inputs import (
     Output,
     Progress,
     Rule,
+    blocks_of_groups,
     check,
+    checked_offsets,
     outputs,
     ranges,
     shape,
@@ -60,6 +63,7 @@ def band_topk(
     seed: int = 0,
     order: str = "skip_then_band",
     normalize: bool = False,
+    groups: Any = None,
     progress: Progress | None = None,
 ) -> BandTopK:
     """Per query: leaves out the excluded documents, drops the ``skip`` most similar, keeps those in
@@ -107,6 +111,9 @@ def band_topk(
             in the band.
         normalize: divides each row by its norm first. A zero row stays zero, as in
             ``torch.nn.functional.normalize``.
+        groups: (N + 1,) offsets of documents that are groups of consecutive rows, as for
+            ``best_of_groups``: document i is ``docs[groups[i]:groups[i + 1]]``, its score that of
+            its best row. ids, exclude, skip and in_band then count documents. Searched on the CPU.
         progress: called with (done, total), in documents times queries.
 
     Returns:
@@ -121,11 +128,16 @@ def band_topk(
         torch.OutOfMemoryError: a GPU without room for the workspace.
     """
     rows, count = shape(queries, "queries")[0], shape(docs, "docs")[0]
+    ends = None
+    if groups is not None:
+        ends = torch.from_numpy(checked_offsets(groups, count, "groups", "docs"))
+        count = len(ends) - 1
     excluded = None if exclude is None else Excluded.of(exclude, rows)
     if excluded is not None:
         excluded.check(count)
     rule = rule_of(k, band, skip, excluded, ceiling, select, seed, order, normalize)
-    rule = rule._replace(skip=min(skip, count))  # the search allocates room for as many
+    # the search allocates room for as many
+    rule = rule._replace(skip=min(skip, count), groups=ends)
     if isinstance(queries, Tensor) and isinstance(docs, Tensor) and progress is None:
         together = queries.device == docs.device
         if together and queries.device.type in ("cuda", "cpu"):
@@ -206,9 +218,10 @@ def _band_topk(
     seed: int,
     band_first: bool,
     normalize: bool,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rule = Rule(
-        k, lo, hi, skip, offsets, excluded, ceiling, random, seed, band_first, normalize
+        k, lo, hi, skip, offsets, excluded, ceiling, random, seed, band_first, normalize, groups
     )  # fmt: skip
     ids, scores, in_band = _search(queries, docs, rule)
     return ids, scores, in_band
@@ -237,6 +250,8 @@ def _search_on_gpu(
 ) -> tuple[Tensor, ...]:
     """On the GPU of ``queries``, or on the CPU where the GPU cannot search."""
     missing = band_topk_cuda.missing_requirement(queries.device)
+    if rule.groups is not None:
+        missing = "only the CPU's kernel takes groups"
     if missing is None:
         return band_topk_cuda.search(queries, docs, rule, progress, first_id, output)
     warn_once(f"band_topk searches {queries.device} tensors on the CPU: {missing}")
@@ -255,11 +270,14 @@ def _search(
 ) -> tuple[Tensor, ...]:
     """On the CPU."""
     rows, count, width = check(queries, docs, rule)
+    ends = None if rule.groups is None else rule.groups.numpy()
+    largest = 1 if ends is None else int(np.diff(ends).max(initial=1))
+    at_a_time = max(1, BLOCK // (4 * width))
     edges = upper_edges(rows, rule)
     found = output(rows, rule, "cpu")
     spec = _core.BandSpec(
         width, rule.k, rule.skip, rule.lo, rule.random, rule.seed % 2**64, rule.band_first,
-        rule.normalize, torch.get_num_threads(),
+        rule.normalize, torch.get_num_threads(), largest,
     )  # fmt: skip
     step = _core.BandSearch.queries_within(spec, MEMORY)
     step = -(-rows // max(1, -(-rows // step)))  # equal shares
@@ -271,11 +289,14 @@ def _search(
         band = _core.BandSearch(spec, first, last - first, hi, row_offsets, row_ids)
         with Block(queries, first, last, "queries") as block:
             band.set_queries(block.pointer, block.dtype, block.row_stride)
-        for begin, end in ranges(count, max(1, BLOCK // (4 * width))):
-            with Block(docs, begin, end, "docs") as block:
+        spans = ranges(count, at_a_time) if ends is None else blocks_of_groups(ends, at_a_time)
+        for begin, end in spans:
+            inside = (begin, end) if ends is None else (int(ends[begin]), int(ends[end]))
+            with Block(docs, *inside, "docs") as block:
                 band.push(
-                    block.pointer, block.dtype, block.row_stride, end - begin, first_id + begin
-                )
+                    block.pointer, block.dtype, block.row_stride, end - begin, first_id + begin,
+                    0 if ends is None else ends[begin:].ctypes.data,
+                )  # fmt: skip
             if progress is not None:
                 progress(first * count + (last - first) * end, rows * count)
         found.write(band, first)

@@ -1,4 +1,4 @@
-"""Scores of passages by their own vector and by their best sentence's."""
+"""The rows of some passages' sentences, and the moments of vectors."""
 
 from __future__ import annotations
 
@@ -7,37 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TILE_ROWS = 8192
-"""Sentences that are scored at a time."""
-
-
-def best_of_groups(queries: np.ndarray, rows: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """The highest inner product of each query in each group of consecutive rows. Replaces::
-
-        s = queries @ rows.T                                             # (Q, S), never built
-        best = np.maximum.reduceat(s, offsets[:-1], axis=1)
-
-    A tile of ``TILE_ROWS`` rows is scored at a time, so the memory does not grow with S.
-
-    Args:
-        queries: (Q, d) float32.
-        rows: (S, d) float32, memory-mapped or not.
-        offsets: (G + 1,) int64, ascending: group g is rows[offsets[g]:offsets[g + 1]], never empty.
-
-    Returns:
-        (Q, G) float32.
-    """
-    groups = len(offsets) - 1
-    best = np.empty((groups, len(queries)), np.float32)
-    transposed = np.ascontiguousarray(queries.T)
-    begin = 0
-    while begin < groups:
-        last = int(np.searchsorted(offsets, offsets[begin] + TILE_ROWS, side="right")) - 1
-        end = min(max(last, begin + 1), groups)
-        scores = rows[offsets[begin] : offsets[end]] @ transposed
-        starts = offsets[begin:end] - offsets[begin]
-        best[begin:end] = np.maximum.reduceat(scores, starts, axis=0)
-        begin = end
-    return best.T
+"""Vectors that are read at a time."""
 
 
 def rows_of_groups(offsets: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

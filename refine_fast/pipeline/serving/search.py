@@ -12,9 +12,10 @@ import numpy as np
 
 from ...errors import RefineFastError
 from ...files import as_argument
+from ...ops.best_of_groups import best_of_groups
 from ..corpus.chunk import Chunk
 from .blend import Blend, Components, standard
-from .dense import Moments, best_of_groups, rows_of_groups
+from .dense import Moments, rows_of_groups
 from .encoders import Encoders
 from .lexical import Lexical
 from .segment import Segment
@@ -204,7 +205,7 @@ def _best_sentences(segment: Segment, places: np.ndarray, vector: np.ndarray) ->
     if len(places) < len(segment):
         rows, offsets = rows_of_groups(offsets, places)
         sentences = sentences[rows]
-    return best_of_groups(vector[None], sentences, offsets)[0]
+    return best_of_groups(vector[None], sentences, offsets)[0].numpy()
 
 
 def _nearest(segment: Segment, side: str, vector: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ...ops.best_of_groups import best_of_groups
 from ..corpus.beir import RetrievalSet
 from ..corpus.language import languages_of
 from ..corpus.sentences import sentence_spans
@@ -15,7 +16,7 @@ from ..evaluation.bm25 import score_bm25
 from ..evaluation.general_knowledge import general_knowledge
 from ..evaluation.scores import Scores
 from .blend import Blend, BlendChoice, Components, choose_blend, score_blend, standard
-from .dense import Moments, best_of_groups
+from .dense import Moments
 from .lexical import Lexical, Postings
 
 SERVED = "blend"
@@ -85,7 +86,7 @@ def components_of(data: RetrievalSet, documents: Encode, queries: Encode) -> lis
         q = vectors[block]
         mean, spread = (values[:, None] for values in moments.standard(q))
         own = (q @ passages.T - mean) / spread
-        best = (best_of_groups(q, best_rows, offsets) - mean) / spread
+        best = (best_of_groups(q, best_rows, offsets).numpy() - mean) / spread
         for i, query in enumerate(data.queries[block]):
             bm25 = lexical.scores(query)
             rows = np.delete(np.arange(len(data.docs)), data.own_rows[first + i])
