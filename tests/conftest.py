@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Ray gives its workers the lowest priority, which starves them on a busy machine
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 # a background job starts with Ctrl-C ignored; the tests press it
 signal.signal(signal.SIGINT, signal.default_int_handler)

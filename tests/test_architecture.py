@@ -37,7 +37,7 @@ PIPELINE_LAYERS = [
     {"serving"},
     {"reporting"},
     {"artifacts", "config_values", "console", "code_version", "recipes", "cluster"},
-    {"config_messages"},
+    {"config_messages", "config_checks"},
     {"config", "engine"},
     {"config_file", "context", "preflight"},
     {"stages"},

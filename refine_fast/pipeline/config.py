@@ -16,9 +16,9 @@ from pydantic import (
 )
 
 from ..errors import RefineFastError
+from .config_checks import check_together
 from .config_messages import sentence
 from .config_values import (
-    LLM_TEACHER,
     AnyPath,
     Band,
     BeirSets,
@@ -47,23 +47,6 @@ if TYPE_CHECKING:
 
 LOCAL_ROUND_TRIP = 10
 """The rank within which a query of a model in this process must find its chunk."""
-
-_FOR_A_MODEL = {
-    "prompt",
-    "max_calls",
-    "max_tokens",
-    "max_cost",
-    "price_in",
-    "price_out",
-    "duplicates",
-    "round_trip",
-    "judge",
-    "judge_prompt",
-}
-"""With llm_*, the fields that mean nothing without a language model."""
-
-_FOR_WRITING = {"llm_mix", "prompt", "duplicates", "round_trip", "judge", "judge_prompt"}
-"""Those that mean nothing unless the language model writes the queries."""
 
 
 def _option(default: Any, help: str, metavar: str, **constraints: Any) -> Any:
@@ -389,54 +372,7 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _check_together(self) -> RunConfig:
         self.llm_settings()  # checks them
-        for name, field in type(self).model_fields.items() if self.llm is None else ():
-            needs_model = name.startswith("llm_") or name in _FOR_A_MODEL
-            if needs_model and getattr(self, name) != field.default:
-                raise RefineFastError(f"{name}: needs a language model; add --llm URL or omit it.")
-        if self.fusion == "embeddings" and self.weight == "auto":
-            raise RefineFastError(
-                "weight: auto chooses the weight after training, but fusion embeddings uses it in "
-                "the loss; give a number."
-            )
-        if self.lora is not None and self.train_layers is not None:
-            raise RefineFastError(
-                "train_layers: --lora trains adapters in every layer; give one of the two."
-            )
-        if self.teacher is None and self.teacher_temperature != 1:
-            raise RefineFastError("teacher_temperature: needs a teacher; add --teacher or omit it.")
-        if self.teacher == LLM_TEACHER and self.llm is None:
-            raise RefineFastError(
-                "teacher: llm is the language model of --llm; add --llm URL, or name a "
-                "cross-encoder."
-            )
-        if self.teacher is not None and self.negatives == 0:
-            raise RefineFastError(
-                "teacher: scores mined negatives, but negatives is 0; give --negatives 1 or more."
-            )
-        if self.query_kinds and self.queries is not None:
-            raise RefineFastError(
-                "query_kinds: --queries already provides the queries; omit --query-kinds or "
-                "--queries."
-            )
-        if self.llm is not None and self.queries is not None:
-            if self.teacher != LLM_TEACHER:
-                raise RefineFastError(
-                    "llm: --queries already provides the queries; omit --llm or --queries, or have "
-                    "the model teach with --teacher llm."
-                )
-            for name in sorted(_FOR_WRITING):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise RefineFastError(
-                        f"{name}: is for queries that a language model writes, but --queries "
-                        "already provides them; omit one of the two."
-                    )
-        if self.out.exists() and not self.out.is_dir():
-            raise RefineFastError(f"out: {self.out} is a file; give a folder.")
-        if self.docs is not None and self.out.is_relative_to(self.docs):
-            raise RefineFastError(
-                f"out: {self.out} is inside the documents' folder, so the run would read its own "
-                "files; give another folder."
-            )
+        check_together(self)
         return self
 
     @field_serializer("llm_mix")

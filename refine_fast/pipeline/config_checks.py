@@ -1,0 +1,71 @@
+"""Options that do not go together, each refused in one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import RefineFastError
+from .config_values import LLM_TEACHER
+
+_FOR_WRITING = {"llm_mix", "prompt", "duplicates", "round_trip", "judge", "judge_prompt"}
+"""Fields that mean nothing unless a language model writes the queries."""
+
+_FOR_A_MODEL = _FOR_WRITING | {"max_calls", "max_tokens", "max_cost", "price_in", "price_out"}
+"""With llm_*, the fields that mean nothing without a language model."""
+
+
+def check_together(config: Any) -> None:
+    """Checks what no field can tell by itself.
+
+    Args:
+        config: a ``RunConfig``, whose module imports this one.
+
+    Raises:
+        RefineFastError: for the first option that cannot be used beside the others.
+    """
+    for name, field in type(config).model_fields.items() if config.llm is None else ():
+        needs_model = name.startswith("llm_") or name in _FOR_A_MODEL
+        if needs_model and getattr(config, name) != field.default:
+            raise RefineFastError(f"{name}: needs a language model; add --llm URL or omit it.")
+    if config.fusion == "embeddings" and config.weight == "auto":
+        raise RefineFastError(
+            "weight: auto chooses the weight after training, but fusion embeddings uses it in "
+            "the loss; give a number."
+        )
+    if config.lora is not None and config.train_layers is not None:
+        raise RefineFastError(
+            "train_layers: --lora trains adapters in every layer; give one of the two."
+        )
+    if config.teacher is None and config.teacher_temperature != 1:
+        raise RefineFastError("teacher_temperature: needs a teacher; add --teacher or omit it.")
+    if config.teacher == LLM_TEACHER and config.llm is None:
+        raise RefineFastError(
+            "teacher: llm is the language model of --llm; add --llm URL, or name a cross-encoder."
+        )
+    if config.teacher is not None and config.negatives == 0:
+        raise RefineFastError(
+            "teacher: scores mined negatives, but negatives is 0; give --negatives 1 or more."
+        )
+    if config.query_kinds and config.queries is not None:
+        raise RefineFastError(
+            "query_kinds: --queries already provides the queries; omit --query-kinds or --queries."
+        )
+    if config.llm is not None and config.queries is not None:
+        if config.teacher != LLM_TEACHER:
+            raise RefineFastError(
+                "llm: --queries already provides the queries; omit --llm or --queries, or have "
+                "the model teach with --teacher llm."
+            )
+        for name in sorted(_FOR_WRITING):
+            if getattr(config, name) != type(config).model_fields[name].default:
+                raise RefineFastError(
+                    f"{name}: is for queries that a language model writes, but --queries "
+                    "already provides them; omit one of the two."
+                )
+    if config.out.exists() and not config.out.is_dir():
+        raise RefineFastError(f"out: {config.out} is a file; give a folder.")
+    if config.docs is not None and config.out.is_relative_to(config.docs):
+        raise RefineFastError(
+            f"out: {config.out} is inside the documents' folder, so the run would read its own "
+            "files; give another folder."
+        )
