@@ -23,7 +23,10 @@ from refine_fast.pipeline import RunConfig, run, sharded_search
 from refine_fast.pipeline.cluster import ray_workers
 from refine_fast.pipeline.cluster.ray_workers import RayWorkers
 from refine_fast.pipeline.console import Console
+from refine_fast.pipeline.context import RunContext
+from refine_fast.pipeline.corpus import chunking, near_duplicates
 from refine_fast.pipeline.encoder import encode
+from refine_fast.pipeline.stages import chunk
 from refine_fast.pipeline.workers import Spread, Work
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
@@ -151,13 +154,60 @@ def test_a_sharded_search_is_the_search(
     assert seen[3] == seen[-1] == (30_000, 30_000)
 
 
+class Killing:
+    """Workers of which one is killed as soon as the first sketches are there."""
+
+    def __init__(self, workers: RayWorkers) -> None:
+        self._workers = workers
+        self.done: dict[str, int] = {}
+
+    def map(self, folder: Path, *rest: Any) -> Iterator[tuple[int, Path]]:
+        for i, path in self._workers.map(folder, *rest):
+            if folder.name == "sketch" and "sketch" not in self.done:
+                kill_a_worker()
+            self.done[folder.name] = self.done.get(folder.name, 0) + 1
+            yield i, path
+
+
+def kill_a_worker() -> None:
+    family = psutil.Process().children(recursive=True)
+    actors = [p for p in family if "ShardWorker" in p.name() + " ".join(p.cmdline())]
+    assert actors
+    actors[0].kill()
+
+
+@pytest.mark.filterwarnings("ignore::refine_fast.errors.RefineFastWarning")
+def test_the_chunks_of_a_corpus_whose_worker_is_killed(
+    workers: RayWorkers, tiny: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunking, "CHARACTERS_PER_SHARD", 4000)
+    monkeypatch.setattr(near_duplicates, "TEXTS_PER_SHARD", 30)
+    for path in list(docs.iterdir()):
+        for name, end in (("a", ""), ("b", " Again."), ("c", " Once more.")):
+            text = " ".join(path.read_text().split()[:50])
+            (tmp_path / "docs").mkdir(exist_ok=True)
+            (tmp_path / "docs" / f"{name}-{path.name}").write_text(text + end)
+    config = RunConfig(out=tmp_path, docs=tmp_path / "docs", model=str(tiny), chunk_tokens=64)
+    killing, left = Killing(workers), []
+    for shared in (None, killing):
+        folder = tmp_path / type(shared).__name__
+        folder.mkdir()
+        chunk.run(RunContext(config, tiny, Console(quiet=True), workers=shared), folder)
+        left.append({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    assert left[0] == left[1]
+    assert b'"near": 0' not in left[0]["chunks.json"]
+    assert killing.done.keys() == {"cut", "sketch", "shuffle", "compare"}
+    assert min(killing.done.values()) > 1
+
+
 def test_the_bytes_of_a_run_whose_worker_is_killed(
     tiny: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every stage in several shards; kill -9 of a worker as soon as the first shard is there."""
+    """Every stage in several shards; kill -9 of a worker as soon as the first vectors are there."""
     monkeypatch.setattr(encode, "BATCHES_PER_BLOCK", 1)
     monkeypatch.setattr(encode, "BLOCKS_PER_SHARD", 1)
     monkeypatch.setattr(sharded_search, "ROWS_PER_SHARD", 20)
+    monkeypatch.setattr(chunking, "CHARACTERS_PER_SHARD", 4000)
     settings = {**SMALL, "docs": docs, "model": str(tiny), "band": "auto", "max_steps": 2}
     quiet = Console(quiet=True)
     run(RunConfig(out=tmp_path / "plain", **settings), console=quiet)
@@ -165,11 +215,9 @@ def test_the_bytes_of_a_run_whose_worker_is_killed(
 
     def watched(self: RayWorkers, folder: Path, *rest: Any) -> Iterator[tuple[int, Path]]:
         for i, path in map_of(self, folder, *rest):
-            if not shards:
-                family = psutil.Process().children(recursive=True)
-                actors = [p for p in family if "ShardWorker" in p.name() + " ".join(p.cmdline())]
-                assert actors
-                actors[0].kill()
+            stage = folder.relative_to(tmp_path).parts[2]
+            if stage == "embed" and not any(stage in other.parts for other in shards):
+                kill_a_worker()
             shards.setdefault(folder.relative_to(tmp_path), set()).add(i)
             yield i, path
 
@@ -177,7 +225,7 @@ def test_the_bytes_of_a_run_whose_worker_is_killed(
     run(RunConfig(out=tmp_path / "spread", engine="ray", **settings), console=quiet)
     assert results(tmp_path / "spread") == results(tmp_path / "plain")
     stages = {folder.parts[2] for folder, done in shards.items() if len(done) > 1}
-    assert stages >= {"embed", "mine", "curve 0.35", "score base", "score fused"}
+    assert stages >= {"chunk", "embed", "mine", "curve 0.35", "score base", "score fused"}
     assert not list((tmp_path / "spread").rglob("shards"))
 
 

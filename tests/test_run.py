@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scrambled import ScrambledWorkers
 from small_runs import SMALL, STAGES, outputs, rerun, undeclared_settings
 
 from refine_fast.cli import KEPT_BASE, main
@@ -21,8 +23,10 @@ from refine_fast.pipeline import RunConfig, run
 from refine_fast.pipeline.artifacts import score_file
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.context import RunContext
+from refine_fast.pipeline.encoder import encode
 from refine_fast.pipeline.encoder.load import load_encoder
 from refine_fast.pipeline.evaluation.general_knowledge import general_knowledge
+from refine_fast.pipeline.stages import systems
 from refine_fast.pipeline.stages.chunk import cut_corpus
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
@@ -296,6 +300,26 @@ def test_the_gain_in_the_served_system_is_the_second_line(copied: Path, capsys) 
         assert systems["BM25"]["metrics"] == pytest.approx(judged["bm25"])
         assert served["choices"][side]["general_knowledge"] > 0
     assert "## The systems that can be served" in (copied / "report.md").read_text()
+
+
+def test_workers_encode_for_the_served_system(
+    copied: Path, tiny: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "BATCHES_PER_BLOCK", 1)
+    monkeypatch.setattr(encode, "BLOCKS_PER_SHARD", 1)
+    config = RunConfig(out=copied, docs=docs, model=str(tiny), **SMALL)
+    texts = [json.loads(line)["text"] for line in (copied / "chunks.jsonl").open()][:80]
+    workers, vectors = ScrambledWorkers(), []
+    for shared in (None, workers):
+        here = RunContext(config, tiny, Console(quiet=True), workers=shared)
+        for side, weight in (("base", 0.0), ("fused", 0.35)):
+            encoder = systems._Encoder(here, tmp_path, side, weight)
+            vectors += [encoder.documents(texts), encoder.queries(texts[:9])]
+            vectors.append(encoder.documents([*texts, "Another sentence."]))
+    for plain, spread in zip(vectors[:6], vectors[6:], strict=True):
+        np.testing.assert_array_equal(plain, spread)
+    assert not np.array_equal(vectors[0], vectors[3])
+    assert workers.done == {"document": 3, "query": 1}
 
 
 def test_a_stage_reads_no_setting_that_it_does_not_declare(

@@ -64,7 +64,7 @@ class RunContext:
 
         Args:
             folder: the stage's folder.
-            load: loads its encoder in another process.
+            load: loads its encoder, or what the stage needs of it, in another process.
             name: what ``load`` loads.
         """
         if self.workers is None:

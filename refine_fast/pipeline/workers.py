@@ -52,6 +52,6 @@ class Spread:
     folder: Path
     """Where its shards go."""
     load: Callable[[], Any] | None = None
-    """Loads the encoder in another process; picklable."""
+    """Loads the encoder, or what the stage needs of it, in another process; picklable."""
     name: Any = None
     """What ``load`` loads, as JSON."""

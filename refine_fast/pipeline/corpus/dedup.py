@@ -1,4 +1,4 @@
-"""Removal of exact and near-duplicate chunks, and the near-duplicate index for any texts."""
+"""Removal of exact and near-duplicate chunks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from ..progress import Progress
+from ..workers import Spread
 from .chunk import Chunk
+from .near_duplicates import near_duplicate_mask
 from .text import normalize, words
 
 Remove = Literal["near", "exact", "keep"]
@@ -25,42 +29,6 @@ class Duplicates:
     """Id of a labelled chunk that was removed as an exact duplicate -> id of the kept one."""
 
 
-class NearDuplicates:
-    """An index of texts that no two near duplicates enter.
-
-    Two texts are near duplicates if the Jaccard similarity ``len(A & B) / len(A | B)`` of their
-    shingle sets is at least ``threshold``. MinHash (``datasketch``) proposes candidates, and the
-    sets decide.
-    """
-
-    def __init__(self, shingles: Callable[[str], set[str]], threshold: float) -> None:
-        from datasketch import MinHashLSH
-
-        self._shingles = shingles
-        self._threshold = threshold
-        # A lower threshold for candidates than for the decision: at equal ones the index would
-        # miss every other pair near it.
-        self._index = MinHashLSH(threshold=max(threshold - 0.15, 0.1), num_perm=128)
-        self._kept: list[str] = []
-
-    def add(self, text: str) -> bool:
-        """Adds the text unless a near duplicate is there. Returns whether it was added."""
-        from datasketch import MinHash
-
-        own = self._shingles(text)
-        sketch = MinHash(num_perm=128)
-        sketch.update_batch([shingle.encode() for shingle in own])
-        # Shingles are computed again rather than kept: those of a corpus need gigabytes.
-        if any(
-            _jaccard(own, self._shingles(self._kept[at])) >= self._threshold
-            for at in self._index.query(sketch)
-        ):
-            return False
-        self._index.insert(len(self._kept), sketch, check_duplication=False)
-        self._kept.append(text)
-        return True
-
-
 def deduplicate(
     chunks: Sequence[Chunk],
     *,
@@ -68,11 +36,13 @@ def deduplicate(
     is_labelled: Callable[[Chunk], bool] = lambda _: False,
     threshold: float = 0.8,
     progress: Progress | None = None,
+    spread: Spread | None = None,
 ) -> tuple[list[Chunk], Duplicates]:
-    """Keeps the chunks that repeat an earlier one.
+    """Drops the chunks that repeat an earlier one.
 
-    exact: the same text after ``normalize``. near: Jaccard similarity of at least ``threshold``
-    over the sets of five words in a row (Lee et al. 2022, arXiv 2107.06499).
+    exact: the same text after ``normalize``; found in this process, by a digest of 16 bytes a
+    chunk. near: Jaccard similarity of at least ``threshold`` over the sets of five words in a row
+    (Lee et al. 2022, arXiv 2107.06499).
 
     Args:
         chunks: in order of preference.
@@ -80,42 +50,47 @@ def deduplicate(
         is_labelled: whether a query names the chunk. A labelled chunk is never removed as a near
             duplicate: pages made from one template differ in the very facts that are asked about.
         threshold: see above.
-        progress: counts chunks.
+        progress: counts distinct texts.
+        spread: the workers that find near duplicates (``near_duplicate_mask``); None: this process.
 
     Returns:
         The chunks that are kept, in order, and what was removed.
     """
     if remove == "keep":
         return list(chunks), Duplicates(0, 0)
-    distinct = NearDuplicates(shingles, threshold)
+    numbers: dict[bytes, int] = {}
+    text_of = [numbers.setdefault(_digest(chunk.text), len(numbers)) for chunk in chunks]
+    repeats = np.zeros(len(numbers), bool)
+    if remove == "near":
+        # A labelled chunk that is near an earlier one is kept, and others are not compared with it.
+        _, first = np.unique(text_of, return_index=True)
+        texts = [chunks[i].text for i in first]
+        repeats = near_duplicate_mask(texts, shingles, threshold, progress=progress, spread=spread)
     kept: list[Chunk] = []
-    seen: dict[bytes, str | None] = {}  # id of the chunk with this text; None: it was removed
+    seen: dict[int, str | None] = {}  # id of the chunk with this text; None: it was removed
     twins: dict[str, str] = {}
     exact = near = 0
-    for number, chunk in enumerate(chunks):
-        if progress is not None:
-            progress(number, len(chunks))
-        digest = hashlib.blake2b(normalize(chunk.text).encode(), digest_size=16).digest()
-        twin = seen.get(digest)
+    for chunk, text in zip(chunks, text_of, strict=True):
+        twin = seen.get(text)
         labelled = is_labelled(chunk)
-        if twin is not None or (digest in seen and not labelled):
+        if twin is not None or (text in seen and not labelled):
             exact += 1
             if twin is not None and labelled:
                 twins[chunk.id] = twin
-        elif remove == "exact" or distinct.add(chunk.text) or labelled:
+        elif labelled or not repeats[text]:
             kept.append(chunk)
-            seen[digest] = chunk.id
+            seen[text] = chunk.id
         else:
             near += 1
-            seen[digest] = None
+            seen[text] = None
     return kept, Duplicates(exact, near, twins)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(normalize(text).encode(), digest_size=16).digest()
 
 
 def shingles(text: str) -> set[str]:
     """Every five words in a row of the normalized text; the whole text if it has fewer."""
     found = words(normalize(text))
     return {" ".join(found[at : at + 5]) for at in range(max(len(found) - 4, 1))}
-
-
-def _jaccard(a: set[str], b: set[str]) -> float:
-    return len(a & b) / len(a | b)

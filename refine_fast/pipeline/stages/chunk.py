@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,11 @@ from ..corpus.jsonl import write_records
 from ..corpus.language import other_language
 from ..encoder.load import DEFAULT_ENCODER, document_tokenizer, load_encoder
 from ..queries.user_formats import read_judgements
+from ..workers import Spread
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase
 
     from ..context import RunContext
 
@@ -34,7 +37,9 @@ MANY_NEAR_DUPLICATES = 0.1
 
 def run(context: RunContext, folder: Path) -> None:
     """Writes the chunks, and how many documents and duplicates there were."""
-    documents, chunks, duplicates = cut_corpus(context)
+    load = partial(_load_tokenizer, context.encoder, trust_remote_code=context.trust_remote_code)
+    spread = context.spread(folder, load, "base")
+    documents, chunks, duplicates = cut_corpus(context, spread)
     write_records(folder / CHUNKS, chunks)
     facts = {
         "documents": documents,
@@ -45,8 +50,14 @@ def run(context: RunContext, folder: Path) -> None:
     write_json(folder / TWINS, dict(duplicates.twins))
 
 
-def cut_corpus(context: RunContext) -> tuple[int, list[Chunk], Duplicates]:
+def cut_corpus(
+    context: RunContext, spread: Spread | None = None
+) -> tuple[int, list[Chunk], Duplicates]:
     """The number of documents, their chunks, and what was removed as duplicates.
+
+    Args:
+        context: of the run.
+        spread: the workers, with the loader of the encoder's tokenizer; None: this process.
 
     Raises:
         RefineFastError: if fewer than two chunks are left.
@@ -60,14 +71,15 @@ def cut_corpus(context: RunContext) -> tuple[int, list[Chunk], Duplicates]:
     encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     if config.model == DEFAULT_ENCODER:
         _check_language(documents)
-    _check_passages(context, encoder, documents)
-    chunks = cut(context, encoder, documents)
+    _check_passages(context, encoder, documents, spread)
+    chunks = cut(context, encoder, documents, spread)
     with context.console.progress("removing duplicates") as progress:
         kept, duplicates = deduplicate(
             chunks,
             remove=config.dedup,
             is_labelled=_labelled(config.queries, config.encoding, chunks),
             progress=progress,
+            spread=spread,
         )
     if duplicates.near:
         message = (
@@ -92,15 +104,27 @@ def cut_corpus(context: RunContext) -> tuple[int, list[Chunk], Duplicates]:
 
 
 def cut(
-    context: RunContext, encoder: SentenceTransformer, documents: Sequence[Document]
+    context: RunContext,
+    encoder: SentenceTransformer,
+    documents: Sequence[Document],
+    spread: Spread | None = None,
 ) -> list[Chunk]:
-    """The chunks of ``documents``, as long as the encoder and ``--chunk-tokens`` allow."""
+    """The chunks of ``documents``, as long as the encoder and ``--chunk-tokens`` allow. ``spread``
+    is that of ``cut_corpus``."""
     most = context.config.chunk_tokens
     longest = min(most, encoder.max_seq_length or most)
     with context.console.progress("cutting documents, characters") as progress:
         return chunk_documents(
-            documents, document_tokenizer(encoder), max_tokens=longest, progress=progress
+            documents,
+            document_tokenizer(encoder),
+            max_tokens=longest,
+            progress=progress,
+            spread=spread,
         )
+
+
+def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    return document_tokenizer(load_encoder(folder, trust_remote_code=trust_remote_code))
 
 
 def _check_language(documents: Sequence[Document]) -> None:
@@ -116,14 +140,19 @@ def _check_language(documents: Sequence[Document]) -> None:
 
 
 def _check_passages(
-    context: RunContext, encoder: SentenceTransformer, documents: Sequence[Document]
+    context: RunContext,
+    encoder: SentenceTransformer,
+    documents: Sequence[Document],
+    spread: Spread | None,
 ) -> None:
     """Warns of passages of a retrieval set that the encoder does not read to their end."""
     limit = encoder.max_seq_length
     if limit is None:
         return
     with context.console.progress("measuring passages") as progress:
-        count, longest = truncated_passages(documents, document_tokenizer(encoder), limit, progress)
+        count, longest = truncated_passages(
+            documents, document_tokenizer(encoder), limit, progress, spread
+        )
     docs = context.config.docs
     if count and docs is not None:
         warnings.warn(

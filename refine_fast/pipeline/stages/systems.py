@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +42,7 @@ def run(context: RunContext, folder: Path) -> None:
     for side, at in {"base": 0.0, "fused": weight}.items():
         if side == "fused" and not weight:
             continue  # the product is the base
-        encoder = _Encoder(context, side, at)
+        encoder = _Encoder(context, folder, side, at)
         held = components_of(dev, encoder.documents, encoder.queries)
         choice = choose(held, relevant_of(dev), encoder.documents, encoder.queries, made=made)
         parts = components_of(test, encoder.documents, encoder.queries)
@@ -72,20 +74,34 @@ def _sets(context: RunContext, asked: Sequence[Query]) -> tuple[RetrievalSet, Re
 class _Encoder:
     """The encoder at a fusion weight. A text is encoded once."""
 
-    def __init__(self, context: RunContext, side: str, weight: float) -> None:
+    def __init__(self, context: RunContext, folder: Path, side: str, weight: float) -> None:
         self._context = context
         self._label = f"serving {side}"
-        self._model = encoder_at(
+        load = partial(
+            encoder_at,
             weight,
             context.encoder,
             context.path(TUNED),
             twin=0 < weight < 1 and context.twin,
             trust_remote_code=context.trust_remote_code,
         )
+        self._model = load()
+        self._spread = context.spread(folder, load, weight)
+        self._calls = count()
         known = {} if weight else base_passages(context.out)
         self.documents = Remembered(partial(self._encode, "document"), known)
         self.queries = Remembered(partial(self._encode, "query"))
 
     def _encode(self, role: Role, texts: Sequence[str]) -> np.ndarray:
+        spread = self._spread
+        if spread is not None:  # each call keeps its shards until the stage is done
+            spread = replace(spread, folder=spread.folder / f"{self._label} {next(self._calls)}")
         with self._context.console.progress(self._label) as progress:
-            return encode(self._model, texts, role=role, bf16=self._context.bf16, progress=progress)
+            return encode(
+                self._model,
+                texts,
+                role=role,
+                bf16=self._context.bf16,
+                progress=progress,
+                spread=spread,
+            )

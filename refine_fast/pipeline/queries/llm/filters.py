@@ -12,7 +12,7 @@ import numpy as np
 import regex
 
 from ....ops.band_topk import band_topk
-from ...corpus.dedup import NearDuplicates
+from ...corpus.near_duplicates import near_duplicate_mask
 from ...corpus.text import normalized_words, word_count, words
 from ..prose import not_prose
 from .languages import is_question, other_language
@@ -165,8 +165,8 @@ def near_duplicates(texts: Iterable[str], *, threshold: float = 0.9) -> list[str
     Compared by their sets of words and word pairs, whose Jaccard similarity is at least
     ``threshold``. Texts with different numbers are never near duplicates.
     """
-    distinct = NearDuplicates(_words_and_pairs, threshold)
-    return [None if distinct.add(text) else "near duplicate" for text in texts]
+    repeats = near_duplicate_mask(list(texts), _words_and_pairs, threshold)
+    return ["near duplicate" if repeat else None for repeat in repeats]
 
 
 def _words_and_pairs(text: str) -> set[str]:
