@@ -48,22 +48,11 @@ if TYPE_CHECKING:
 LOCAL_ROUND_TRIP = 10
 """The rank within which a query of a model in this process must find its chunk."""
 
-_FOR_A_MODEL = {
-    "prompt",
-    "max_calls",
-    "max_tokens",
-    "max_cost",
-    "price_in",
-    "price_out",
-    "duplicates",
-    "round_trip",
-    "judge",
-    "judge_prompt",
-}
-"""With llm_*, the fields that mean nothing without a language model."""
-
 _FOR_WRITING = {"llm_mix", "prompt", "duplicates", "round_trip", "judge", "judge_prompt"}
-"""Those that mean nothing unless the language model writes the queries."""
+"""Options that mean nothing unless the language model writes the queries."""
+
+_FOR_A_MODEL = _FOR_WRITING | {"max_calls", "max_tokens", "max_cost", "price_in", "price_out"}
+"""With llm_*, the fields that mean nothing without a language model."""
 
 
 def _option(default: Any, help: str, metavar: str, **constraints: Any) -> Any:
@@ -267,6 +256,12 @@ class RunConfig(BaseModel):
     )
     select: Literal["hardest", "random"] = _option(
         "hardest", "which documents in the band to take: hardest or random", "HOW"
+    )
+    mine_by: Literal["passage", "sentence"] = _option(
+        "passage",
+        "what a negative's similarity is that of: passage, or its best sentence (encodes every "
+        "sentence)",
+        "WHAT",
     )
 
     epochs: Positive | Literal["auto"] = _option(
