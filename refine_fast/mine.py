@@ -42,6 +42,7 @@ def mine(
     select: str = "hardest",
     seed: int = 0,
     normalize: bool = True,
+    groups: np.ndarray | None = None,
     progress: Progress | None = None,
     search: Search = band_topk,
 ) -> Mined:
@@ -51,12 +52,14 @@ def mine(
     Args:
         query_embeddings: (B, D).
         doc_embeddings: (N, D).
-        positives: per query its rows of doc_embeddings.
+        positives: per query its rows of doc_embeddings; with ``groups``, its groups.
         band: lo and hi, or "auto" for ``calibrate_band``.
         relative_margin: leaves out what is more similar than ``(1 - relative_margin) * s``, s the
             similarity of the query's least similar positive; such documents are often answers that
             nobody marked (NV-Retriever, arXiv 2407.15831, has 0.05).
         normalize: uses the cosine; without it, the inner product.
+        groups: (N + 1,) int64 offsets of documents that are groups of rows of doc_embeddings, such
+            as sentences; a document is then as similar as its best row.
         k, skip, select, seed, progress: as for ``band_topk``.
         search: does the search, such as one in shards (``band_topk_part``).
     """
@@ -69,6 +72,7 @@ def mine(
             skip=skip,
             seed=seed,
             normalize=normalize,
+            groups=groups,
             search=search,
         )
     else:
@@ -82,10 +86,13 @@ def mine(
         exclude=positives,
         ceiling=None
         if relative_margin is None
-        else _ceiling(query_embeddings, doc_embeddings, positives, relative_margin, normalize),
+        else _ceiling(
+            query_embeddings, doc_embeddings, positives, relative_margin, normalize, groups
+        ),
         select=select,
         seed=seed,
         normalize=normalize,
+        groups=groups,
         progress=progress,
     )
     return Mined(*found, edges)
@@ -102,6 +109,7 @@ def calibrate_band(
     sample: int = 1024,
     seed: int = 0,
     normalize: bool = True,
+    groups: np.ndarray | None = None,
     search: Search = band_topk,
 ) -> tuple[float, float]:
     """Fits a band to an encoder: the range of cosines differs between encoders, and [0.5, 0.7] is
@@ -122,7 +130,7 @@ def calibrate_band(
         sample: how many of the queries that have a positive to use, drawn with ``seed``.
         seed: of the sample.
         normalize: uses the cosine; without it, the inner product.
-        search: as for ``mine``.
+        groups, search: as for ``mine``.
 
     Returns:
         lo and hi.
@@ -142,11 +150,20 @@ def calibrate_band(
     queries = _picked(query_embeddings, chosen, "queries", normalize)
     rows = [list(positives[i]) for i in chosen]
     repeated = np.repeat(np.arange(len(chosen)), [len(r) for r in rows])
-    answers = _picked(doc_embeddings, np.concatenate(rows), "docs", normalize)
-    hi = float((queries[repeated] * answers).sum(1).quantile(0.25))
+    similar = _similarity(
+        queries[repeated], doc_embeddings, np.concatenate(rows), normalize, groups
+    )
+    hi = float(similar.quantile(0.25))
     lowest = -1.0 if normalize else float(torch.finfo(torch.float32).min)
     hardest = search(
-        queries, doc_embeddings, k, band=(lowest, hi), skip=skip, exclude=rows, normalize=normalize
+        queries,
+        doc_embeddings,
+        k,
+        band=(lowest, hi),
+        skip=skip,
+        exclude=rows,
+        normalize=normalize,
+        groups=groups,
     )
     found = hardest.scores[:, -1].nan_to_num(lowest)
     # with an unbounded similarity, "none found" is too far from the others to interpolate
@@ -165,7 +182,12 @@ def calibrate_band(
 
 
 def _ceiling(
-    queries: Any, docs: Any, positives: Sequence[Sequence[int]], margin: float, normalize: bool
+    queries: Any,
+    docs: Any,
+    positives: Sequence[Sequence[int]],
+    margin: float,
+    normalize: bool,
+    groups: np.ndarray | None,
 ) -> Tensor:
     """(B,) float64: what a negative's similarity may be; infinity for a query without positives."""
     ceiling = torch.full((len(positives),), torch.inf, dtype=torch.float64)
@@ -175,10 +197,24 @@ def _ceiling(
         if not pairs:
             continue
         of, rows = np.array(pairs, np.int64).T
-        sides = (_picked(docs, rows, "docs", normalize), _picked(queries, of, "queries", normalize))
-        similar = (sides[0] * sides[1]).sum(1).double().cpu()
+        asked = _picked(queries, of, "queries", normalize)
+        similar = _similarity(asked, docs, rows, normalize, groups).double().cpu()
         ceiling.scatter_reduce_(0, torch.as_tensor(of), similar, "amin")
     return ceiling - ceiling.abs().nan_to_num(posinf=0.0) * margin
+
+
+def _similarity(
+    asked: Tensor, docs: Any, documents: np.ndarray, normalize: bool, groups: np.ndarray | None
+) -> Tensor:
+    """(P,) of each row of ``asked`` (P, D) to one document."""
+    if groups is None:
+        return (asked * _picked(docs, documents, "docs", normalize)).sum(1)
+    sizes = groups[documents + 1] - groups[documents]
+    ends = np.cumsum(sizes)
+    rows = np.arange(ends[-1]) + np.repeat(groups[documents] - (ends - sizes), sizes)
+    of = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(asked.device)
+    similar = (asked[of] * _picked(docs, rows, "docs", normalize)).sum(1)
+    return similar.new_full((len(sizes),), -torch.inf).scatter_reduce(0, of, similar, "amax")
 
 
 def _picked(source: Any, rows: np.ndarray, name: str, normalize: bool) -> Tensor:

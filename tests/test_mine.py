@@ -101,6 +101,50 @@ def test_auto_band_covers_what_it_promises(
     assert (found.scores[found.ids >= 0] >= lo).all()
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_by_the_best_row(
+    embeddings: tuple[Tensor, Tensor, list[list[int]]],
+    normalize: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The positives, the band and the ceiling count groups, whose similarity is their best row's."""
+    monkeypatch.setattr("refine_fast.mine.CEILINGS", 7)
+    queries, rows, _ = embeddings
+    groups = np.cumsum([0, *[1, 2, 5] * 50])
+    positives = [[i] if i % 3 else [i, i + 40] for i in range(60)]
+    found = mine(
+        queries,
+        rows,
+        positives,
+        k=4,
+        band="auto",
+        relative_margin=0.3,
+        skip=2,
+        groups=groups,
+        normalize=normalize,
+    )
+    ends = torch.from_numpy(groups)
+    unit = torch.nn.functional.normalize if normalize else torch.Tensor.clone
+    best = reference.best_of_groups(unit(queries.double()), unit(rows.double()), ends)
+    own = [best[i, groups] for i, groups in enumerate(positives)]
+    assert found.band[1] == pytest.approx(float(torch.cat(own).quantile(0.25)), rel=1e-5)
+    least = torch.stack([similar.min() for similar in own])
+    gold = reference.band_topk(
+        queries,
+        rows,
+        4,
+        band=found.band,
+        skip=2,
+        exclude=positives,
+        ceiling=least - 0.3 * least.abs(),
+        groups=ends,
+        normalize=normalize,
+    )
+    assert torch.equal(found.ids, gold[0])
+    assert torch.equal(found.in_band, gold[2])
+    assert (found.ids >= 0).any()
+
+
 def test_calibration_reads_any_container(
     embeddings: tuple[Tensor, Tensor, list[list[int]]],
 ) -> None:

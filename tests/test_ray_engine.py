@@ -145,12 +145,14 @@ def test_a_sharded_search_is_the_search(
         )
         assert_same(found, rf.band_topk(queries, docs, 5, **rule))
     margin: dict[str, Any] = {"k": 5, "band": "auto", "relative_margin": 0.5, "skip": 0}
-    for ours, gold in zip(
-        mine(queries, docs, exclude, search=search, **margin),
-        mine(queries, docs, exclude, **margin),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, gold)
+    pairs = [[i, 99 - i] for i in range(30)]
+    for positives, groups in ((exclude, None), (pairs, np.arange(0, 1001, 10))):
+        for ours, gold in zip(
+            mine(queries, docs, positives, search=search, groups=groups, **margin),
+            mine(queries, docs, positives, groups=groups, **margin),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(ours, gold)
     assert seen[3] == seen[-1] == (30_000, 30_000)
 
 

@@ -17,10 +17,17 @@ from safetensors.torch import load_file
 from scrambled import ScrambledWorkers
 from small_runs import SMALL, STAGES, outputs, rerun, undeclared_settings
 
+import refine_fast as rf
 from refine_fast.cli import KEPT_BASE, main
 from refine_fast.errors import RefineFastError
 from refine_fast.pipeline import RunConfig, run
-from refine_fast.pipeline.artifacts import score_file
+from refine_fast.pipeline.artifacts import (
+    base_embeddings,
+    base_sentences,
+    relevant_rows,
+    score_file,
+    training_view,
+)
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.context import RunContext
 from refine_fast.pipeline.encoder import encode
@@ -328,10 +335,41 @@ def test_a_stage_reads_no_setting_that_it_does_not_declare(
     """Else a change of that setting would not be seen. Folders and files are declared as such."""
     undeclared = undeclared_settings(monkeypatch)
     settings = {**SMALL, "ood": None, "max_steps": 1, "weight": "auto", "served": True}
+    settings["mine_by"] = "sentence"
     config = RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **settings)
     run(config, console=Console(quiet=True))
     assert "report" in undeclared
     assert not any(undeclared.values()), undeclared
+
+
+def test_negatives_by_the_best_sentence(copied: Path, capsys) -> None:
+    """Their scores are the best sentence's. The sentences are encoded once, and only if asked."""
+    before = (copied / "negatives.jsonl").read_bytes()
+    mine = ["mine", "--out", str(copied), "--quiet", "--mine-by"]
+    assert main([*mine, "sentence"]) == 0
+    rows, offsets = base_sentences(copied)
+    chunks, queries = training_view(copied)
+    asked, _ = base_embeddings(copied)
+    assert len(offsets) == len(chunks) + 1
+    assert len(rows) > len(chunks)
+    row = {chunk.id: i for i, chunk in enumerate(chunks)}
+    best = rf.best_of_groups(asked, rows, offsets)
+    relevant = relevant_rows(chunks, queries)
+    lines = (copied / "negatives.jsonl").read_text(encoding="utf-8").splitlines()
+    for i, record in enumerate(map(json.loads, lines)):
+        ranked = best[i].argsort(descending=True).tolist()
+        places = [place for place in ranked if place not in relevant[record["query"]]]
+        found = [row[negative["chunk_id"]] for negative in record["negatives"]]
+        assert best[i, found].tolist() == pytest.approx(best[i, places[5:6]].tolist(), abs=1e-6)
+        scores = [negative["score"] for negative in record["negatives"]]
+        assert scores == pytest.approx(best[i, found].tolist(), abs=2e-6)
+    manifest = json.loads((copied / "manifest.json").read_text())
+    assert main([*mine, "sentence", "--skip", "4"]) == 0
+    again = json.loads((copied / "manifest.json").read_text())
+    assert again["sentences"] == manifest["sentences"]
+    assert again["mine"] != manifest["mine"]
+    assert main([*mine, "passage", "--skip", "5"]) == 0
+    assert (copied / "negatives.jsonl").read_bytes() == before
 
 
 def test_more_negatives_than_passages(copied: Path) -> None:

@@ -32,6 +32,9 @@ EMBEDDINGS = "embeddings"
 """Folder: the training queries, the chunks of ``training_view`` and the other chunks under the base
 encoder (``queries.npy``, ``chunks.npy``, ``held_out.npy``); ``similarity.json``: how it compares
 them, and its prompts."""
+SENTENCES = "sentences"
+"""With ``--mine-by sentence``, a folder: the sentences of the chunks of ``training_view`` under the
+base encoder (``sentences.npy``), and where each chunk's begin (``offsets.npy``)."""
 NEGATIVES, MINING_FACTS = "negatives.jsonl", "mining.json"
 """Mined negatives of each query; the band, and how many queries found nothing in it."""
 TAUGHT, TEACHING_FACTS = "taught.jsonl", "teaching.json"
@@ -92,6 +95,13 @@ def base_embeddings(out: Path) -> tuple[np.ndarray, np.ndarray]:
     folder = out / EMBEDDINGS
     queries = np.load(folder / "queries.npy", mmap_mode="r")
     return queries, np.load(folder / "chunks.npy", mmap_mode="r")
+
+
+def base_sentences(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The sentences (S, d) of the chunks of ``training_view``, each with its title in front, as in
+    ``base_embeddings``, and the (N + 1,) offsets of each chunk's."""
+    folder = out / SENTENCES
+    return np.load(folder / "sentences.npy", mmap_mode="r"), np.load(folder / "offsets.npy")
 
 
 def held_out_chunks(chunks: Sequence[Chunk], seen: Sequence[Chunk]) -> list[Chunk]:

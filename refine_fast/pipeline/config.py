@@ -251,6 +251,12 @@ class RunConfig(BaseModel):
     select: Literal["hardest", "random"] = _option(
         "hardest", "which documents in the band to take: hardest or random", "HOW"
     )
+    mine_by: Literal["passage", "sentence"] = _option(
+        "passage",
+        "what a negative's similarity is that of: passage, or its best sentence (encodes every "
+        "sentence)",
+        "WHAT",
+    )
 
     epochs: Positive | Literal["auto"] = _option(
         "auto",

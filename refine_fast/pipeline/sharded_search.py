@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..ops.band_inputs import Progress
+from ..ops.band_inputs import Progress, blocks_of_groups, ranges
 from ..ops.band_parts import BandPart, band_topk_part, merge_band_parts, merge_band_topk
 from ..ops.band_topk import BandTopK
 from .workers import Spread, Work
@@ -29,6 +29,7 @@ def search_in_shards(
     *,
     exclude: Sequence[Sequence[int]],
     ceiling: Tensor | None = None,
+    groups: np.ndarray | None = None,
     progress: Progress | None = None,
     **rule: Any,
 ) -> BandTopK:
@@ -41,6 +42,7 @@ def search_in_shards(
         k: documents per query.
         exclude: per query ids of documents.
         ceiling: (B,), a further upper bound per query.
+        groups: (N + 1,) offsets of documents that are groups of rows of ``docs``.
         progress: called with (done, total), in documents times queries.
         rule: the other arguments of ``band_topk``, all of them JSON.
 
@@ -52,34 +54,41 @@ def search_in_shards(
     rule["ceiling"] = None if ceiling is None else ceiling.tolist()
     digest = hashlib.sha256(json.dumps([k, rule]).encode())
     digest.update(np.ascontiguousarray(asked).data)
+    if groups is not None:
+        digest.update(np.ascontiguousarray(groups).data)
     key = digest.hexdigest()
     folder = spread.folder / f"search-{key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "queries.npy", asked)
-    prepare = partial(_searcher, folder / "queries.npy", Path(str(docs.filename)), k, rule)
-    size = ROWS_PER_SHARD
-    count = max(1, -(-len(docs) // size))
-
-    def item(i: int) -> list[int]:
-        return [i * size, min((i + 1) * size, len(docs))]
+    files = [folder / "queries.npy", Path(str(docs.filename))]
+    spans, total = ranges(len(docs), ROWS_PER_SHARD), len(docs)
+    if groups is not None:
+        np.save(folder / "groups.npy", groups)
+        files.append(folder / "groups.npy")
+        spans, total = blocks_of_groups(groups, ROWS_PER_SHARD), len(groups) - 1
+    prepare, items = partial(_searcher, files, k, rule), [*map(list, spans)] or [[0, 0]]
 
     merged: BandPart | None = None
-    for _, path in spread.workers.map(folder, key, prepare, count, item):
+    for _, path in spread.workers.map(folder, key, prepare, len(items), items.__getitem__):
         part = BandPart.load(path)
         merged = part if merged is None else merge_band_parts([merged, part])
         if progress is not None:
             done = sum(end - begin for begin, end in merged.spans)
-            progress(len(asked) * done, len(asked) * len(docs))
+            progress(len(asked) * done, len(asked) * total)
     assert merged is not None
     return merge_band_topk([merged])
 
 
-def _searcher(queries: Path, docs: Path, k: int, rule: dict[str, Any]) -> Work:
-    asked, every = (np.load(path, mmap_mode="r") for path in (queries, docs))
+def _searcher(files: Sequence[Path], k: int, rule: dict[str, Any]) -> Work:
+    asked, every, *groups = (np.load(path, mmap_mode="r") for path in files)
 
     def work(item: list[int], path: Path) -> None:
         begin, end = item
-        part = band_topk_part(asked, every[begin:end], k, id_offset=begin, **rule)
+        rows, inside = slice(begin, end), None
+        if groups:
+            ends = groups[0][begin : end + 1]
+            rows, inside = slice(int(ends[0]), int(ends[-1])), ends - ends[0]
+        part = band_topk_part(asked, every[rows], k, id_offset=begin, groups=inside, **rule)
         part.save(path)
 
     return work

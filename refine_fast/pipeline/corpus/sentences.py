@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import regex
 
-from .text import words
+from .chunk import Chunk
+from .language import languages_of
+from .text import passage_text, words
+
+Spans = list[tuple[int, int]]
+"""Where the sentences of a passage are in its text; at least one."""
 
 # Khmer and Tibetan stops, which sentencex does not split at. Thai and Lao have none, so that
 # blanks separate their clauses.
@@ -55,3 +62,21 @@ def _pieces(text: str, boundaries: list[dict[str, int]]) -> list[tuple[int, int]
                 left = start + len(piece) - len(piece.lstrip())
                 pieces.append((left, left + len(piece.strip())))
     return pieces
+
+
+def split_passages(chunks: Sequence[Chunk]) -> list[Spans]:
+    """The sentences of each passage. A passage without words is one sentence."""
+    languages = languages_of([chunk.text for chunk in chunks])
+    return [
+        sentence_spans(chunk.text, language) or [(0, len(chunk.text))]
+        for chunk, language in zip(chunks, languages, strict=True)
+    ]
+
+
+def sentence_texts(chunks: Sequence[Chunk], spans: Sequence[Spans]) -> list[str]:
+    """What is encoded of each sentence: the title and the sentence."""
+    return [
+        passage_text(chunk.title, chunk.text[start:end])
+        for chunk, own in zip(chunks, spans, strict=True)
+        for start, end in own
+    ]

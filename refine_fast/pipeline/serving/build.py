@@ -15,6 +15,7 @@ import numpy as np
 
 from ...errors import RefineFastError
 from ..corpus.chunk import Chunk, document_id
+from ..corpus.sentences import split_passages
 from ..progress import Progress
 from ..queries.query import Query
 from ..queries.synthetic import mostly_made
@@ -23,7 +24,7 @@ from .blend import BlendChoice, choose_blend
 from .dense import rows_of_groups
 from .encoders import Encoders, Side
 from .search import Index
-from .segment import Segment, finish_segment, split, write_segment
+from .segment import Segment, finish_segment, write_segment
 from .storage import IndexFolder, Manifest
 from .systems import choose
 
@@ -106,7 +107,7 @@ class Builder:
 
         with self.folder.new_segment() as folder:
             has_base = "base" in self.encoders.folders
-            write_segment(folder, chunks, split(chunks), encode, base=has_base)
+            write_segment(folder, chunks, split_passages(chunks), encode, base=has_base)
             finish_segment(folder, kind, queries)
         return folder.name
 

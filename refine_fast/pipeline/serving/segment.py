@@ -22,9 +22,7 @@ import numpy as np
 
 from ...files import read_json, write_json
 from ..corpus.chunk import Chunk
-from ..corpus.language import languages_of
-from ..corpus.sentences import sentence_spans
-from ..corpus.text import passage_text
+from ..corpus.sentences import Spans, sentence_texts
 from . import ann
 from .dense import Moments
 from .lexical import Postings
@@ -35,29 +33,8 @@ ROW_GROUP = 128
 
 CACHED_GROUPS = 2048
 
-Spans = list[tuple[int, int]]
-"""Where the sentences of a passage are in its text; at least one."""
-
 Encode = Callable[[str, Sequence[str], Path], None]
 """Writes the vectors "product", "base" or "sentences" of texts to a .npy file."""
-
-
-def split(chunks: Sequence[Chunk]) -> list[Spans]:
-    """The sentences of each passage. A passage without words is one sentence."""
-    languages = languages_of([chunk.text for chunk in chunks])
-    return [
-        sentence_spans(chunk.text, language) or [(0, len(chunk.text))]
-        for chunk, language in zip(chunks, languages, strict=True)
-    ]
-
-
-def sentence_texts(chunks: Sequence[Chunk], spans: Sequence[Spans]) -> list[str]:
-    """What is encoded of each sentence: the title and the sentence."""
-    return [
-        passage_text(chunk.title, chunk.text[start:end])
-        for chunk, own in zip(chunks, spans, strict=True)
-        for start, end in own
-    ]
 
 
 def write_segment(

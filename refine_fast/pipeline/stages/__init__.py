@@ -1,7 +1,8 @@
 """The stages of a run, in order, and what each depends on.
 
-    chunk -> query -> embed -> mine -> teach (with --teacher) -> train -> curve (each weight)
-          -> choose -> score (each system) -> systems -> fuse -> report
+    chunk -> query -> embed -> sentences (with --mine-by sentence) -> mine
+          -> teach (with --teacher) -> train -> curve (each weight) -> choose
+          -> score (each system) -> systems -> fuse -> report
 
 With ``--distill choose``, training and curve are done for each share of the teachers, and "train"
 chooses among them.
@@ -33,6 +34,7 @@ from ..artifacts import (
     MODEL,
     NEGATIVES,
     QUERIES,
+    SENTENCES,
     SERVED,
     SETS,
     SYSTEMS,
@@ -71,6 +73,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         query,
         report,
         score,
+        sentences,
         systems,
         teach,
         train,
@@ -149,12 +152,18 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             unfinished=lambda: llm_query.unanswered(context),
         )
     yield stage("embed", embed, (EMBEDDINGS,), made(CHUNKS, *split) | encoder, "precision")
+    in_sentences = {}
+    if config.mine_by == "sentence":
+        in_sentences = made(SENTENCES)
+        yield stage(
+            "sentences", sentences, (SENTENCES,), made(CHUNKS, *split) | encoder, "precision"
+        )
     yield stage(
         "mine",
         mine,
         (NEGATIVES, MINING_FACTS),
-        made(CHUNKS, *split, EMBEDDINGS),
-        "band skip relative_margin select seed",
+        made(CHUNKS, *split, EMBEDDINGS) | in_sentences,
+        "band skip relative_margin select mine_by seed",
         negatives=context.mined_negatives,
     )
     taught = {}
@@ -286,7 +295,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         fuse,
         (MODEL,),
         encoder | made(TUNED, FUSION_FACTS, EMBEDDINGS) | recipe | scores,
-        f"weight fusion skip relative_margin select batch_size lr warmup temperature seed {NAMES}",
+        "weight fusion skip relative_margin select mine_by batch_size lr warmup temperature seed "
+        f"{NAMES}",
     )
     account = made(ACCOUNT) if config.llm_writes else {}
     yield stage(

@@ -64,6 +64,8 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
     margin = ""
     if config.relative_margin is not None:
         margin = f" and at most {1 - config.relative_margin:g} of the positive's"
+    if config.mine_by == "sentence":
+        margin += " by the best sentence"
     relabelled = ""
     if (teacher := context.teacher_name) is not None:
         teaching = read_json(context.path(TEACHING_FACTS))

@@ -18,6 +18,7 @@ from ..artifacts import (
     MINING_FACTS,
     NEGATIVES,
     base_embeddings,
+    base_sentences,
     compared_by_cosine,
     relevant_rows,
     training_view,
@@ -37,6 +38,9 @@ def run(context: RunContext, folder: Path, *, negatives: int) -> None:
     chunks, queries = training_view(context.out)
     relevant = relevant_rows(chunks, queries)
     q, d = base_embeddings(context.out)
+    groups = None
+    if config.mine_by == "sentence":
+        d, groups = base_sentences(context.out)
     spread = context.spread(folder)
     try:
         with context.console.progress("mining") as progress:
@@ -51,6 +55,7 @@ def run(context: RunContext, folder: Path, *, negatives: int) -> None:
                 select=config.select,
                 seed=config.seed,
                 normalize=compared_by_cosine(context.out),
+                groups=groups,
                 progress=progress,
                 search=band_topk if spread is None else partial(search_in_shards, spread),
             )
