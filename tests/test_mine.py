@@ -107,7 +107,7 @@ def test_by_the_best_row(
     normalize: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The positives, the band and the ceiling count groups, whose similarity is their best row's."""
+    """Positives, band and ceiling count groups, whose similarity is that of their best row."""
     monkeypatch.setattr("refine_fast.mine.CEILINGS", 7)
     queries, rows, _ = embeddings
     groups = np.cumsum([0, *[1, 2, 5] * 50])
