@@ -92,7 +92,7 @@ def recall(index: Any, vectors: np.ndarray, queries: np.ndarray, k: int = 10) ->
         best = np.concatenate([best, scores], axis=1)
         rows = np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)
         ids = np.concatenate([ids, rows], axis=1)
-        order = np.argsort(-best, axis=1, kind="stable")[:, :k]
+        order = np.argpartition(-best, min(k, best.shape[1]) - 1, axis=1)[:, :k]
         best, ids = np.take_along_axis(best, order, 1), np.take_along_axis(ids, order, 1)
     _, found = index.search(np.ascontiguousarray(queries), 10 * k)
     hits = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(ids, found, strict=True)]
