@@ -245,7 +245,7 @@ def main() -> None:
             "type": kind,
             "metric": metric,
             "value": round(value, 4),
-            "unit": metric.rpartition("_")[2] if "_" in metric else "share",
+            "unit": "share" if "@" in metric else metric.rpartition("_")[2],
             "commit": COMMIT,
             **about,
         }

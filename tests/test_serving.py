@@ -373,7 +373,7 @@ def test_a_kill_at_each_step_leaves_the_old_index(
 ) -> None:
     """A new index with faiss files, and an added document that also replaces one; the same command
     then succeeds and leaves nothing of the killed one."""
-    replaced = next(read_records(run / "chunks.jsonl", Chunk)).id.partition("#")[0]
+    replaced = read_records(run / "chunks.jsonl", Chunk)[0].id.partition("#")[0]
     (more / replaced).write_text("Another text about operators.")
     before = answers(run, QUERIES[:2])
     manifest = (run / "index" / "index.json").read_bytes()
