@@ -13,8 +13,9 @@ have vectors of their own. The time to encode texts is not counted.
     write_peak_mb      peak of memory, with the pages of files; likewise index_peak_mb
     p50_ms, p99_ms     ``Searcher.search``, 10 passages from each of the four systems, of queries
                        that were not asked before; cpu_ms: the processor time of one
-    encode_ms          one query through MiniLM-L6, p50; a search has one each of product and base
-    exact_ms           a search that scores every vector
+    encode_ms          one query through MiniLM-L6, p50; a search has one each of product and base;
+                       encode_cpu_ms: its processor time
+    exact_cpu_ms       processor time of a search that scores every vector
     recall@10          the share of the exact first 10 of the blend that a search finds;
                        fused_recall@10: of passage vectors alone; base_recall@10: of the base's
     product_faiss_recall@10: what the index of the product's vectors states when it is built;
@@ -42,7 +43,7 @@ from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.encoder.load import DEFAULT_ENCODER, encoder_folder
 from refine_fast.pipeline.serving import ann
 from refine_fast.pipeline.serving.encoders import Encoders, Side
-from refine_fast.pipeline.serving.search import Hit, Searcher
+from refine_fast.pipeline.serving.search import Searcher
 from refine_fast.pipeline.serving.segment import finish_segment, write_segment
 from refine_fast.pipeline.serving.storage import IndexFolder, Manifest
 
@@ -50,11 +51,11 @@ RESULTS = Path(__file__).parent / "results"
 COMMIT = commit()
 KEY = ("passages", "type", "metric", "device")
 COLUMNS = (*KEY, "value", "unit", "sentences", "d", "commit")
-WARM_UP, QUERIES, COMPARED = 50, 200, 100
+WARM_UP, QUERIES, COMPARED = 30, 150, 100
 """Queries that are asked before any is timed; timed; compared with an exact search."""
 BLEND = {"sentences": 0.7, "lexical": 0.35}
 VOCABULARY = 50_000
-STEPS = ("write", "index", "measure")
+STEPS = ("write", "index", "search", "compare")
 WORDS = 20
 
 
@@ -120,77 +121,83 @@ class KnownVectors(Encoders):
         return np.stack([self.vectors[text] for text in texts])
 
 
-def measure(run: Path, given: argparse.Namespace) -> dict[str, float]:
-    """Latency, memory and recall of an index."""
+def searcher_and_queries(run: Path, given: argparse.Namespace) -> tuple[Searcher, list[str]]:
+    """The index of a run and queries near its passages."""
     rng = np.random.default_rng(1)
     source = np.load(given.vectors)
-    vectors = noisy(
-        source, rng.integers(0, min(given.passages, len(source)), WARM_UP + QUERIES), rng
-    )
+    origins = rng.integers(0, min(given.passages, len(source)), WARM_UP + QUERIES)
+    vectors = noisy(source, origins, rng)
     drawn = rng.zipf(1.3, (len(vectors), 4)) % VOCABULARY
     queries = [" ".join(f"word{i}" for i in words) for words in drawn]
-    known = dict(zip(queries, vectors, strict=True))
+    return Searcher(run, KnownVectors(dict(zip(queries, vectors, strict=True)))), queries
+
+
+def search(run: Path, given: argparse.Namespace) -> dict[str, float]:
+    """Latency and memory."""
     before = process_memory()
     start = time.perf_counter()
-    searcher = Searcher(run, KnownVectors(known))
+    searcher, queries = searcher_and_queries(run, given)
+    searcher.search(queries[0])
+    first = time.perf_counter() - start
     for query in queries[:WARM_UP]:
         searcher.search(query)
-        if query == queries[0]:
-            first = time.perf_counter() - start
-    times, found = [], []
+    times = []
     cpu = time.process_time()
     for query in queries[WARM_UP:]:
         begin = time.perf_counter()
-        found.append(searcher.search(query))
+        searcher.search(query)
         times.append(time.perf_counter() - begin)
     cpu = time.process_time() - cpu
     memory = process_memory()
-    values = {
+    return {
         "open_and_first_seconds": first,
         "p50_ms": 1000 * float(np.percentile(times, 50)),
         "p99_ms": 1000 * float(np.percentile(times, 99)),
         "cpu_ms": 1000 * cpu / QUERIES,
         **{name: memory[name] - before[name] for name in memory},
-        **recalls(searcher, queries[-COMPARED:], found[-COMPARED:]),
-        "encode_ms": encoding_time(),
+        **encoding_time(),
     }
-    return values
 
 
-def recalls(
-    searcher: Searcher, queries: Sequence[str], found: Sequence[dict[str, list[Hit]]]
-) -> dict[str, float]:
-    """The shares of the exact first 10 that were found, and the time of an exact search."""
+def compare(run: Path, given: argparse.Namespace) -> dict[str, float]:
+    """The shares of the exact first 10 that are found, and the time of an exact search."""
+    searcher, queries = searcher_and_queries(run, given)
+    found = [searcher.search(query) for query in queries[:COMPARED]]
     (segment,) = searcher.index.segments
     segment.indexes.clear()
-    start = time.perf_counter()
-    exact = [searcher.search(query) for query in queries]
-    seconds = time.perf_counter() - start
+    cpu = time.process_time()
+    exact = [searcher.search(query) for query in queries[:COMPARED]]
+    seconds = time.process_time() - cpu
 
     def share(system: str) -> float:
         hits = 0
         for one, other in zip(found, exact, strict=True):
             ids, wanted = ({hit.chunk.id for hit in each[system]} for each in (one, other))
             hits += len(ids & wanted)
-        return hits / (10 * len(queries))
+        return hits / (10 * COMPARED)
 
     return {
         "recall@10": share("blend"),
         "fused_recall@10": share("fused"),
         "base_recall@10": share("base"),
-        "exact_ms": 1000 * seconds / len(queries),
+        "exact_cpu_ms": 1000 * seconds / COMPARED,
     }
 
 
-def encoding_time() -> float:
-    """Milliseconds of MiniLM-L6 for one query, p50."""
+def encoding_time() -> dict[str, float]:
+    """Milliseconds of MiniLM-L6 for one query."""
     encoders = Encoders({"product": encoder_folder(DEFAULT_ENCODER)})
-    times = []
+    times, cpu = [], 0.0
     for i in range(40):
+        if i == 10:  # warm
+            times, cpu = [], time.process_time()
         begin = time.perf_counter()
         encoders.queries("product", [f"how long does it take to encode query number {i}"])
         times.append(time.perf_counter() - begin)
-    return 1000 * float(np.median(times[10:]))
+    return {
+        "encode_ms": 1000 * float(np.median(times)),
+        "encode_cpu_ms": 1000 * (time.process_time() - cpu) / len(times),
+    }
 
 
 def process_memory() -> dict[str, float]:
@@ -229,9 +236,11 @@ def main() -> None:
     elif given.step == "index":
         values = build(segment, given)
         index.commit(Manifest({}, (segment.name,), blend=BLEND))
+    elif given.step == "search":
+        values = search(run, given)
     else:
-        values = measure(run, given)
-    if given.step != "measure":
+        values = compare(run, given)
+    if given.step in ("write", "index"):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
         values[f"{given.step}_peak_mb"] = peak
     d = np.load(given.vectors, mmap_mode="r").shape[1]
