@@ -51,7 +51,7 @@ RESULTS = Path(__file__).parent / "results"
 COMMIT = commit()
 KEY = ("passages", "type", "metric", "device")
 COLUMNS = (*KEY, "value", "unit", "sentences", "d", "commit")
-WARM_UP, QUERIES, COMPARED = 30, 150, 100
+WARM_UP, QUERIES, COMPARED = 30, 150, 40
 """Queries that are asked before any is timed; timed; compared with an exact search."""
 BLEND = {"sentences": 0.7, "lexical": 0.35}
 VOCABULARY = 50_000
