@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,8 +23,15 @@ from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.jsonl import read_records
 from refine_fast.pipeline.corpus.language import languages_of
 from refine_fast.pipeline.corpus.sentences import sentence_spans
-from refine_fast.pipeline.serving import ann
-from refine_fast.pipeline.serving.blend import Blend, Components, choose_blend, standard
+from refine_fast.pipeline.serving import ann, storage
+from refine_fast.pipeline.serving import segment as segment_module
+from refine_fast.pipeline.serving.blend import (
+    Blend,
+    Components,
+    best_places,
+    choose_blend,
+    standard,
+)
 from refine_fast.pipeline.serving.dense import Moments, rows_of_groups
 from refine_fast.pipeline.serving.lexical import Lexical, Postings
 from refine_fast.pipeline.serving.search import Searcher
@@ -149,20 +157,12 @@ def test_standard_scores_with_the_zeros_left_out() -> None:
     assert not standard(np.zeros(3), 3).any()
 
 
-@pytest.mark.parametrize("kind", ["sq8", "hnsw", "ivfpq"])
-def test_every_kind_of_index_states_its_recall(kind: ann.Kind, tmp_path: Path) -> None:
-    d = 4 if kind == "ivfpq" else 16  # a k-means of 256 centres for each dimension
-    vectors = RNG.standard_normal((2000, d), np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = ann.build(vectors, kind)
-    found = ann.recall(index, vectors, vectors[:20])
-    assert 0.5 < found <= 1
-    ann.save(index, tmp_path / "x.faiss")
-    again = ann.load(tmp_path / "x.faiss")
-    assert ann.recall(again, vectors, vectors[:20]) == found
-    exact = ann.build(vectors, "hnsw")
-    exact.hnsw.efSearch = 2000
-    assert ann.recall(exact, vectors, vectors[:20]) > 0.99
+def test_the_best_places_are_those_of_a_stable_sort() -> None:
+    """Many ties, within the best k and at its edge."""
+    scores = RNG.integers(0, 5, 200).astype(np.float32)
+    for k in (1, 7, 60, 199, 200, 300):
+        expected = np.argsort(-scores, kind="stable")[:k]
+        np.testing.assert_array_equal(best_places(scores, k), expected)
 
 
 @pytest.fixture
@@ -336,6 +336,63 @@ def test_a_killed_writer_leaves_the_old_index_or_the_new(
     manifest = json.loads((run / "index" / "index.json").read_text())
     kept = {"index.json", manifest["dead"], *manifest["segments"]} - {None}
     assert set(os.listdir(run / "index")) == kept
+
+
+KILLED_IN = {
+    "faiss file": (ann, "save"),
+    "facts of the segment": (segment_module, "write_json"),
+    "segment on the disk": (storage, "fsync_all"),
+    "index.json": (storage, "write_json"),
+}
+
+
+def _killed(arguments: list[str], moment: str) -> None:
+    """The command line in a process that kills itself; a faiss file is cut before."""
+
+    def die(*given: object) -> None:
+        if moment == "faiss file":
+            Path(str(given[1])).write_bytes(b"IwSq")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(*KILLED_IN[moment], die)
+    main([*arguments, "--quiet"])
+
+
+@pytest.mark.parametrize(
+    ("change", "moment"),
+    [
+        ("--type", "faiss file"),
+        ("--type", "index.json"),
+        ("--add", "facts of the segment"),
+        ("--add", "segment on the disk"),
+        ("--add", "index.json"),
+    ],
+)
+def test_a_kill_at_each_step_leaves_the_old_index(
+    run: Path, more: Path, change: str, moment: str
+) -> None:
+    """A new index with faiss files, and an added document that also replaces one; the same command
+    then succeeds and leaves nothing of the killed one."""
+    replaced = read_records(run / "chunks.jsonl", Chunk)[0].id.partition("#")[0]
+    (more / replaced).write_text("Another text about operators.")
+    before = answers(run, QUERIES[:2])
+    manifest = (run / "index" / "index.json").read_bytes()
+    arguments = ["index", str(run), change, "sq8" if change == "--type" else str(more)]
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_killed, args=(arguments, moment)
+    )
+    process.start()
+    process.join(600)  # a busy machine takes minutes
+    assert process.exitcode == -signal.SIGKILL
+    assert (run / "index" / "index.json").read_bytes() == manifest
+    assert len(os.listdir(run / "index")) > 2  # what the killed writer left
+    assert_same(answers(run, QUERIES[:2]), before)
+
+    assert main([*arguments, "--quiet"]) == 0
+    after = json.loads((run / "index" / "index.json").read_text())
+    kept = {"index.json", after["dead"], *after["segments"]} - {None}
+    assert set(os.listdir(run / "index")) == kept
+    assert list((run / "index").glob("*/*.faiss")) or change == "--add"
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"[]", None])

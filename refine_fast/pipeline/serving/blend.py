@@ -54,32 +54,38 @@ class Components:
     scale: tuple[float, float] = (0.0, 1.0)
     """Mean and spread of ``own`` before it was standardized."""
 
-    def top(self, scores: np.ndarray, k: int) -> np.ndarray:
-        """The k best places in ``rows``, best first, ties by lower row."""
-        if k < len(scores):
-            least = np.partition(scores, len(scores) - k)[len(scores) - k]
-            places = np.flatnonzero(scores >= least)
-        else:
-            places = np.arange(len(scores))
-        return places[np.argsort(-scores[places], kind="stable")][:k]
-
     def trimmed(self, k: int = TOP) -> Components:
         """Only the passages that are among the best k by one of the scores."""
-        best = [self.top(scores, k) for scores in (self.own, self.best, self.bm25)]
+        best = [best_places(scores, k) for scores in (self.own, self.best, self.bm25)]
         kept = np.unique(np.concatenate(best))
         columns = ("rows", "own", "best", "bm25", "matched")
         return replace(self, **{name: getattr(self, name)[kept] for name in columns})
 
 
-def standard(scores: np.ndarray, count: int) -> np.ndarray:
+def best_places(scores: np.ndarray, k: int) -> np.ndarray:
+    """Where the k highest scores are, best first, ties by lower place."""
+    if k < len(scores):
+        least = np.partition(scores, len(scores) - k)[len(scores) - k]
+        places = np.flatnonzero(scores >= least)
+    else:
+        places = np.arange(len(scores))
+    return places[np.argsort(-scores[places], kind="stable")][:k]
+
+
+def standard(scores: np.ndarray, count: int, rows: np.ndarray | None = None) -> np.ndarray:
     """BM25 scores with mean 0 and variance 1 over ``count`` passages; 0 if all are equal.
 
-    ``scores`` may leave out passages with the score 0.
+    Args:
+        scores: (n,) of those passages; may leave out passages with the score 0.
+        count: how many passages there are.
+        rows: whose standard scores are returned; None: of all.
     """
-    mean = float(scores.sum(dtype=np.float64)) / max(count, 1)
-    square = float((scores.astype(np.float64) ** 2).sum()) / max(count, 1)
+    wide = scores.astype(np.float64)
+    mean = float(wide.sum()) / max(count, 1)
+    square = float(wide @ wide) / max(count, 1)
     spread = np.sqrt(max(square - mean**2, 0.0))
-    return np.asarray((scores - mean) / spread if spread > 1e-9 else np.zeros_like(scores))
+    shown = scores if rows is None else scores[rows]
+    return np.asarray((shown - mean) / spread if spread > 1e-9 else np.zeros_like(shown))
 
 
 @dataclass(frozen=True)
@@ -149,5 +155,5 @@ def score_blend(
     depth: int = DEPTH,
 ) -> Scores:
     """The scores of a blend's first ``depth`` passages of each query."""
-    ranked = [part.rows[part.top(blend(part), depth)].tolist() for part in parts]
+    ranked = [part.rows[best_places(blend(part), depth)].tolist() for part in parts]
     return score_ranking(ranked, relevant)

@@ -53,5 +53,5 @@ class Moments:
         q = np.asarray(queries, np.float64)
         n = max(self.count, 1)
         mean = q @ self.total / n
-        square = np.einsum("qd,de,qe->q", q, self.second / n, q, optimize=True)
+        square = ((q @ self.second) * q).sum(1) / n
         return mean, np.sqrt(np.maximum(square - mean**2, 1e-12))

@@ -11,6 +11,7 @@ It is Lucene's variant, as in bm25s, with the same scores.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,17 +48,17 @@ class Postings:
     def of(cls, passages: Sequence[str]) -> Postings:
         """The postings of passages, tokenized by ``search_terms``."""
         number: dict[str, int] = {}
-        flat: list[int] = []
+        flat = array("i")  # 4 bytes for each word of the corpus
         lengths = np.zeros(len(passages), np.int32)
         for row, tokens in enumerate(search_terms(passages)):
-            flat += [number.setdefault(token, len(number)) for token in tokens]
+            flat.extend([number.setdefault(token, len(number)) for token in tokens])
             lengths[row] = len(tokens)
         encoded = [term.encode("utf-8", "surrogatepass") for term in number]
         order = sorted(range(len(encoded)), key=encoded.__getitem__)
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
         owner = np.repeat(np.arange(len(passages)), lengths)
-        keys = rank[np.array(flat, np.int64)] * max(len(passages), 1) + owner
+        keys = rank[np.frombuffer(flat, np.int32)] * max(len(passages), 1) + owner
         pairs, counts = np.unique(keys, return_counts=True)
         term_of, row_of = np.divmod(pairs, max(len(passages), 1))
         return cls(
@@ -110,6 +111,7 @@ class Lexical:
         self._parts = parts
         self._starts = np.cumsum([0, *(len(part.lengths) for part in parts)])
         self._alive = alive
+        self._all_alive = bool(alive.all())
         lengths = np.concatenate([part.lengths for part in parts]).astype(np.float32)
         self._count = int(alive.sum())
         mean = float(lengths[alive].mean()) if self._count else 0.0
@@ -120,15 +122,24 @@ class Lexical:
         scores = np.zeros(len(self._alive), np.float32)
         (terms,) = search_terms([query])
         for term, times in Counter(terms).items():
-            places = [part.find(term) for part in self._parts]
-            found = list(zip(self._parts, places, self._starts, strict=False))
-            rows = np.concatenate([part.rows[at] + start for part, at, start in found])
-            counts = np.concatenate([part.counts[at] for part, at, _ in found])
-            live = self._alive[rows]
-            if not live.all():
-                rows, counts = rows[live], counts[live]
-            if not len(rows):
-                continue
-            idf = np.log(1 + (self._count - len(rows) + 0.5) / (len(rows) + 0.5))
-            scores[rows] += times * idf * counts / (counts + self._saturation[rows])
+            found = [self._live(number, term) for number in range(len(self._parts))]
+            frequency = sum(len(rows) for rows, _ in found)
+            idf = np.log(1 + (self._count - frequency + 0.5) / (frequency + 0.5))
+            for (rows, counts), start in zip(found, self._starts, strict=False):
+                # In place and in float32: a common word has a posting in most passages.
+                shares = self._saturation[start:][rows]
+                shares += counts
+                np.divide(counts, shares, out=shares)
+                shares *= np.float32(times * idf)
+                scores[start:][rows] += shares
         return scores
+
+    def _live(self, number: int, term: str) -> tuple[np.ndarray, np.ndarray]:
+        """The live passages of a part that hold the term, and how often, as float32."""
+        part, start = self._parts[number], self._starts[number]
+        at = part.find(term)
+        rows, counts = part.rows[at].astype(np.int64), part.counts[at].astype(np.float32)
+        if self._all_alive:
+            return rows, counts
+        live = self._alive[start:][rows]
+        return rows[live], counts[live]

@@ -14,7 +14,7 @@ from ...errors import RefineFastError
 from ...files import as_argument
 from ...ops.best_of_groups import best_of_groups
 from ..corpus.chunk import Chunk
-from .blend import Blend, Components, standard
+from .blend import Blend, Components, best_places, standard
 from .dense import Moments, rows_of_groups
 from .encoders import Encoders
 from .lexical import Lexical
@@ -146,7 +146,7 @@ class Index:
             chosen,
             (np.concatenate(own) - mean) / spread,
             (np.concatenate(best) - mean) / spread,
-            standard(bm25, self.count)[chosen],
+            standard(bm25, self.count, chosen),
             bm25[chosen] > 0,
             (mean, spread),
         )
@@ -178,7 +178,7 @@ class Index:
             rows.append(places + start)
             scores.append(_products(segment.vectors["base"], places, vector))
         found, values = np.concatenate(rows), np.concatenate(scores)
-        best = np.argsort(-values, kind="stable")[:k]
+        best = best_places(values, k)
         return found[best], values[best]
 
     def hits(self, rows: np.ndarray, scores: np.ndarray, vector: np.ndarray) -> list[Hit]:
@@ -307,7 +307,7 @@ class Searcher:
             ("BM25", lexical, lexical),
             ("blend", blended := self.blend(parts), blended),
         ):
-            places = parts.top(scores, k)
+            places = best_places(scores, k)
             places = places[scores[places] > -np.inf]
             found[name] = index.hits(parts.rows[places], shown[places], vector)
         return found

@@ -1,6 +1,6 @@
 """A segment of an index: passages that were encoded together, in files that never change.
 
-passages.parquet          a row per passage: the fields of its Chunk
+passages.arrow            a row per passage: the fields of its Chunk
 spans.npy, offsets.npy    where each sentence is in its passage's text; each passage's sentences
 product.npy, base.npy     (N, d) passages under the product and, if it differs, the base
 sentences.npy             (S, d) sentences under the product, each with its title in front
@@ -12,7 +12,6 @@ segment.json              counts, kinds of index and their recall, bytes
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -28,10 +27,11 @@ from .dense import Moments
 from .lexical import Postings
 from .storage import readable
 
-ROW_GROUP = 128
-"""Rows of the parquet file that are read at a time."""
+BATCH_ROWS = 1024
+"""Passages of a record batch. The file is not compressed, so that a passage is read in its place:
+a group of a parquet file would be decompressed and copied for each one that is found."""
 
-CACHED_GROUPS = 2048
+PASSAGES = "passages.arrow"
 
 Encode = Callable[[str, Sequence[str], Path], None]
 """Writes the vectors "product", "base" or "sentences" of texts to a .npy file."""
@@ -50,15 +50,15 @@ def write_segment(
         base: whether the base encoder is another one than the product.
     """
     import pyarrow as pa
-    from pyarrow import parquet
 
     names = [field.name for field in fields(Chunk)]
     numbers = ("start", "end")
-    table = pa.table(
-        {name: [_storable(getattr(chunk, name)) for chunk in chunks] for name in names},
-        schema=pa.schema([(n, pa.int64() if n in numbers else pa.string()) for n in names]),
-    )
-    parquet.write_table(table, folder / "passages.parquet", row_group_size=ROW_GROUP)
+    schema = pa.schema([(n, pa.int64() if n in numbers else pa.string()) for n in names])
+    with pa.ipc.new_file(str(folder / PASSAGES), schema) as file:
+        for first in range(0, len(chunks), BATCH_ROWS):
+            part = chunks[first : first + BATCH_ROWS]
+            columns = {name: [_storable(getattr(chunk, name)) for chunk in part] for name in names}
+            file.write_batch(pa.record_batch(columns, schema=schema))
     flat = [span for own in spans for span in own]
     np.save(folder / "spans.npy", np.array(flat, np.int32).reshape(-1, 2))
     np.save(folder / "offsets.npy", np.cumsum([0, *map(len, spans)], dtype=np.int64))
@@ -124,6 +124,8 @@ class Segment:
         Raises:
             RefineFastError: if one of them is damaged or missing.
         """
+        import pyarrow as pa
+
         self.folder = folder
         with readable(folder):
             self.facts: dict[str, Any] = read_json(folder / "segment.json")
@@ -142,8 +144,7 @@ class Segment:
                 for name, about in self.facts["indexes"].items()
                 if about["kind"] != "flat"
             }
-        self._parquet: Any = None
-        self._groups: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
+            self._passages = pa.ipc.open_file(pa.memory_map(str(folder / PASSAGES)))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -157,17 +158,11 @@ class Segment:
             total, *second = np.load(self.folder / f"moments-{side}.npy")
         return Moments(len(self), total, np.array(second))
 
-    def _table(self) -> Any:
-        from pyarrow import parquet
-
-        if self._parquet is None:
-            self._parquet = parquet.ParquetFile(self.folder / "passages.parquet", memory_map=True)
-        return self._parquet
-
     def ids(self) -> list[str]:
         """The chunk id of every passage."""
         with readable(self.folder):
-            return self._table().read(columns=["id"]).column("id").to_pylist()
+            ids: list[str] = self._passages.read_all().column("id").to_pylist()
+        return ids
 
     def sentences(self, row: int) -> Spans:
         """Where the sentences of a passage are in its text."""
@@ -176,12 +171,9 @@ class Segment:
 
     def chunk(self, row: int) -> Chunk:
         """One passage."""
-        number, place = divmod(row, ROW_GROUP)
-        group = self._groups.get(number)
-        if group is None:
-            with readable(self.folder):
-                group = self._table().read_row_group(number).to_pylist()
-            self._groups[number] = group
-            if len(self._groups) > CACHED_GROUPS:
-                self._groups.popitem(last=False)
-        return Chunk(**group[place])
+        number, place = divmod(row, BATCH_ROWS)
+        with readable(self.folder):
+            batch = self._passages.get_batch(number)
+            names = batch.schema.names
+            values = [column[place].as_py() for column in batch.columns]
+        return Chunk(**dict(zip(names, values, strict=True)))

@@ -25,7 +25,7 @@ from ...files import as_argument, atomic, fsync, fsync_all, read_json, write_jso
 INDEX = "index"
 """Folder in the run folder."""
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""Segments of an index and their faiss files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.serving import ann
+from refine_fast.pipeline.serving.segment import (
+    BATCH_ROWS,
+    Segment,
+    finish_segment,
+    write_segment,
+)
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("kind", ["sq8", "hnsw", "ivfpq"])
+def test_every_kind_of_index_states_its_recall(kind: ann.Kind, tmp_path: Path) -> None:
+    d = 4 if kind == "ivfpq" else 16  # a k-means of 256 centres for each dimension
+    vectors = RNG.standard_normal((2000, d), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = ann.build(vectors, kind)
+    found = ann.recall(index, vectors, vectors[:20])
+    assert 0.5 < found <= 1
+    ann.save(index, tmp_path / "x.faiss")
+    again = ann.load(tmp_path / "x.faiss")
+    assert ann.recall(again, vectors, vectors[:20]) == found
+    exact = ann.build(vectors, "hnsw")
+    exact.hnsw.efSearch = 2000
+    assert ann.recall(exact, vectors, vectors[:20]) > 0.99
+
+
+def test_the_recall_counts_the_exact_neighbours_of_every_block() -> None:
+    """An exact index has recall 1, over two blocks of vectors, and with fewer vectors than 10."""
+    import faiss
+
+    for n in (70_000, 5):
+        vectors = RNG.standard_normal((n, 4), np.float32)
+        index = faiss.IndexFlatIP(4)
+        index.add(vectors)
+        assert ann.recall(index, vectors, vectors[-20:]) == 1
+    half = faiss.IndexFlatIP(4)
+    half.add(RNG.standard_normal((70_000, 4), np.float32))  # other vectors under the same numbers
+    vectors = RNG.standard_normal((70_000, 4), np.float32)
+    assert ann.recall(half, vectors, vectors[-20:]) < 0.2
+
+
+def test_a_segment_returns_what_was_written(tmp_path: Path) -> None:
+    """On both sides of the edges of its batches; a lone surrogate becomes a question mark."""
+    n = 2 * BATCH_ROWS + 5
+    chunks = [Chunk(f"d{i}#0", f"text {i}", f"title {i}", f"d{i}", i, i + 6) for i in range(n)]
+    chunks[3] = replace(chunks[3], text="lone \ud800 surrogate")
+
+    def encode(name: str, texts: Sequence[str], out: Path) -> None:
+        np.save(out, np.ones((len(texts), 4), np.float32))
+
+    write_segment(tmp_path, chunks, [[(0, len(chunk.text))] for chunk in chunks], encode, base=True)
+    finish_segment(tmp_path)
+    segment = Segment(tmp_path)
+    assert segment.ids() == [chunk.id for chunk in chunks]
+    for row in (0, BATCH_ROWS - 1, BATCH_ROWS, 2 * BATCH_ROWS - 1, 2 * BATCH_ROWS, n - 1):
+        assert segment.chunk(row) == chunks[row]
+    assert segment.chunk(3).text == "lone ? surrogate"
