@@ -12,7 +12,7 @@ from reply_files import accepted, records
 
 from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.chunk import Chunk
-from refine_fast.pipeline.queries.llm import CallProgress, generate, generate_queries, probe
+from refine_fast.pipeline.queries.llm import CallProgress, generate_queries, probe, send
 from refine_fast.pipeline.queries.llm.throttle import Throttle
 from refine_fast.pipeline.queries.llm.trial import try_models
 
@@ -25,7 +25,7 @@ def endpoints(
 ) -> Iterator[list[Endpoint]]:
     """Two servers; the pauses of the circuit are short."""
     monkeypatch.setattr(
-        generate, "Throttle", lambda ceiling, **options: Throttle(ceiling, pause=0.01, **options)
+        send, "Throttle", lambda ceiling, **options: Throttle(ceiling, pause=0.01, **options)
     )
     with ExitStack() as stack:
         yield [stack.enter_context(serve()) for _ in range(2)]
