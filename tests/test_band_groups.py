@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from banded import assert_same, searches, unit_rows
+from banded import assert_same, near_an_edge, searches, unit_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -104,6 +104,14 @@ def test_normalize(dtype: torch.dtype) -> None:
     queries, docs = unit_rows(20, 64, 0, bits=7).to(dtype), unit_rows(320, 64, 1, bits=7).to(dtype)
     docs *= 2.0 ** torch.arange(320).remainder(9).sub(4)[:, None].to(dtype)
     check(queries, docs, 6, groups, band=(0.05, 0.3), skip=2, normalize=True)
+
+
+def test_edges_to_the_last_bit() -> None:
+    """The margin of a group is that of its rows, not of the first, which nothing rounds here."""
+    queries, docs, bands = near_an_edge(0.5, 600)
+    rows = torch.stack([torch.zeros_like(docs), docs], 1).flatten(0, 1)
+    for band in bands:
+        check(queries, rows, 30, np.arange(0, 1201, 2), band=band)
 
 
 @settings(
