@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from refine_fast.pipeline.cluster.exchange import FolderExchange
 from refine_fast.pipeline.workers import Work
 
 
-class ScrambledWorkers:
+class ScrambledWorkers(FolderExchange):
     """Does every shard anew. ``done`` has the most that a folder of each name held."""
 
     def __init__(self, seed: int = 0) -> None:

@@ -46,7 +46,7 @@ PIPELINE_LAYERS = [
 ]
 HEAVY = [
     "triton", "transformers", "faiss", "sentence_transformers", "datasets", "openai", "matplotlib",
-    "rich", "pydantic", "ray",
+    "rich", "pydantic", "ray", "fsspec",
 ]  # fmt: skip
 MODULES = sorted((ROOT / "refine_fast").rglob("*.py"))
 
@@ -111,6 +111,12 @@ def test_no_two_files_import_one_another() -> None:
 def test_every_room_has_a_layer(layers: list[set[str]]) -> None:
     folder = ROOT / "refine_fast" if layers is LAYERS else ROOT / "refine_fast" / "pipeline"
     assert {room(p, folder) for p in folder.rglob("*.py")} - {"__init__"} <= layer_of(layers).keys()
+
+
+def test_only_one_room_knows_ray_and_object_storage() -> None:
+    cluster = ROOT / "refine_fast" / "pipeline" / "cluster"
+    users = [p for p in MODULES if {"ray", "fsspec"} & {name[0] for name in imports(p)}]
+    assert {path.parent for path in users} == {cluster}
 
 
 def test_no_file_is_over_500_lines() -> None:

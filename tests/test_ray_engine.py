@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import psutil
 import pytest
 import torch
 from banded import assert_same, unit_rows
+from shard_work import done_by, doubling
 from small_runs import SMALL, results
 
 import refine_fast as rf
@@ -21,7 +23,9 @@ from refine_fast.errors import RefineFastError
 from refine_fast.mine import mine
 from refine_fast.pipeline import RunConfig, run, sharded_search
 from refine_fast.pipeline.cluster import ray_workers
+from refine_fast.pipeline.cluster.exchange import FolderExchange
 from refine_fast.pipeline.cluster.ray_workers import RayWorkers
+from refine_fast.pipeline.cluster.shards import FolderShards
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.context import RunContext
 from refine_fast.pipeline.corpus import chunking, near_duplicates
@@ -48,34 +52,6 @@ def workers() -> Iterator[RayWorkers]:
     made = RayWorkers("ray", lambda line: None)
     yield made
     made.close()
-
-
-def doubling(log: Path, dies_at: int | None = None) -> Callable[[], Work]:
-    """Work that writes twice its item, and a line into the log; the first process that gets the
-    item ``dies_at`` is killed by it. Functions within this one travel by value."""
-
-    def prepare() -> Work:
-        def work(item: int, path: Path) -> None:
-            with log.open("a") as file:
-                file.write(f"{item}\n")
-            if item == dies_at and log.read_text().split().count(str(item)) == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            path.write_text(str(2 * item))
-
-        return work
-
-    return prepare
-
-
-def done_by(
-    workers: RayWorkers,
-    folder: Path,
-    prepare: Callable[[], Work],
-    count: int = 8,
-    key: str = "doubling",
-) -> dict[int, str]:
-    shards = workers.map(folder, key, prepare, count, lambda i: i)
-    return {i: path.read_text() for i, path in shards}
 
 
 def test_a_killed_worker_costs_its_shard_and_a_rerun_only_what_is_missing(
@@ -109,6 +85,20 @@ def test_what_cannot_be_done_is_named(
 
     with pytest.raises(ValueError, match=r"^row 0 of docs holds NaN or Inf$"):
         done_by(workers, tmp_path / "a", fails, 1, "fails")
+
+    class Unshared(FolderShards):
+        """The workers see another folder under this path."""
+
+        def __reduce__(self) -> Any:
+            return FolderShards, (self._folder.with_name("elsewhere"),)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "_exchange", SimpleNamespace(shards=Unshared))
+        missing = (
+            r"d.000000 is missing or .*; share the folder of the run .* or add --shards .* again"
+        )
+        with pytest.raises(RefineFastError, match=missing):
+            done_by(workers, tmp_path / "d", doubling(tmp_path / "log"), 1)
 
     def dies() -> Work:
         def work(item: int, path: Path) -> None:
@@ -156,7 +146,7 @@ def test_a_sharded_search_is_the_search(
     assert seen[3] == seen[-1] == (30_000, 30_000)
 
 
-class Killing:
+class Killing(FolderExchange):
     """Workers of which one is killed as soon as the first sketches are there."""
 
     def __init__(self, workers: RayWorkers) -> None:

@@ -34,6 +34,7 @@ from .config_values import (
     Positive,
     QueryKinds,
     Rank,
+    ShardPlace,
     Share,
     Teacher,
     Weights,
@@ -134,6 +135,12 @@ class RunConfig(BaseModel):
         "where texts are encoded and negatives mined: local, this process; ray, a Ray cluster on "
         "this machine, started if there is none; ray://HOST:PORT, that cluster",
         "ENGINE",
+    )
+    shards: ShardPlace | None = _option(
+        None,
+        "object storage through which --engine ray exchanges files with its workers, such as "
+        "s3://BUCKET/PREFIX (default: folders that all nodes see)",
+        "URL",
     )
     seed: int = _option(
         0, "the same inputs and seed give the same outputs", "N", ge=0, le=2**32 - 1

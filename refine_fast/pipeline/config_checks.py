@@ -32,6 +32,8 @@ def check_together(config: Any) -> None:
             "weight: auto chooses the weight after training, but fusion embeddings uses it in "
             "the loss; give a number."
         )
+    if config.shards is not None and config.engine == "local":
+        raise RefineFastError("shards: needs workers; add --engine ray or omit --shards.")
     if config.lora is not None and config.train_layers is not None:
         raise RefineFastError(
             "train_layers: --lora trains adapters in every layer; give one of the two."

@@ -73,6 +73,16 @@ def _engine(name: str) -> str:
     return name
 
 
+def _shards(place: str) -> str:
+    """A URL, or a path made absolute."""
+    protocol, separator, rest = place.partition("://")
+    if not separator:
+        return str(_path(place))
+    if not protocol or not rest.strip("/") or protocol == "memory":
+        raise ValueError("must be a path or a URL such as s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    return place.rstrip("/")
+
+
 def _encoder(name: str) -> str:
     """A folder's absolute path, so that a run can be resumed from elsewhere; else the name."""
     is_folder = name != DEFAULT_ENCODER and Path(os.path.expanduser(name)).exists()
@@ -192,6 +202,7 @@ Encoding = Annotated[Name, AfterValidator(_encoding)]
 Encoder = Annotated[Name, AfterValidator(_encoder)]
 Teacher = Annotated[Name, AfterValidator(_teacher)]
 Engine = Annotated[Name, AfterValidator(_engine)]
+ShardPlace = Annotated[Name, AfterValidator(_shards)]
 BeirSets = Annotated[
     tuple[Path | str, ...] | None,
     BeforeValidator(_beir_sets, json_schema_input_type=str | list[str] | None),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from .corpus.beir import is_beir
 from .corpus.nanobeir import nanobeir_folder
 from .encoder.load import DEFAULT_ENCODER, encoder_folder
 from .encoder.options import EncoderOptions
+from .engine import key_digest
 from .workers import Spread, Workers
 
 SHARES = (0.0, 0.5, 1.0)
@@ -58,18 +58,20 @@ class RunContext:
         return self.out / name
 
     def spread(
-        self, folder: Path, load: Callable[[], Any] | None = None, name: Any = None
+        self, folder: Path, load: partial[Any] | None = None, name: Any = None
     ) -> Spread | None:
         """How a stage spreads its work; None: it does not.
 
         Args:
             folder: the stage's folder.
-            load: loads its encoder, or what the stage needs of it, in another process.
+            load: loads its encoder, or what the stage needs of it, in another process; its
+                arguments of type ``Path`` are folders of this machine.
             name: what ``load`` loads.
         """
         if self.workers is None:
             return None
-        return Spread(self.workers, folder / "shards", load, name)
+        there = None if load is None else self.workers.share_loader(load)
+        return Spread(self.workers, folder / "shards" / key_digest(folder), there, name)
 
     @property
     def model(self) -> Path:

@@ -63,6 +63,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.work = path / ".work"
+        """Holds the folders of the stages that are being done, each under the stage's name."""
         self._digests: dict[tuple[str, int, int], str] = {}
 
     def __enter__(self) -> RunFolder:
@@ -130,7 +132,7 @@ class RunFolder:
         Resumes where a killed run stopped.
         """
         key = self._key(stage)
-        folder = self.path / ".work" / stage.name
+        folder = self.work / stage.name
         if read_json(folder / "key.json") != key:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -201,6 +203,12 @@ class RunFolder:
             except PermissionError:  # the stage skips such a document
                 self._digests[known] = "unreadable"
         return self._digests[known]
+
+
+def key_digest(folder: Path) -> str:
+    """Of the key of the stage that is being done in ``folder``: another for any other input,
+    setting or code."""
+    return hashlib.sha256(json.dumps(read_json(folder / "key.json")).encode()).hexdigest()[:16]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -54,7 +54,7 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
     with (
         RunFolder(config.out) as folder,
         console.warnings(),
-        open_workers(config.engine, console.say) as workers,
+        open_workers(config.engine, console.say, config.shards, folder.work) as workers,
     ):
         options = config.encoder_options()
         encoder = prepare_encoder(encoder_folder(config.model), options, say=console.say)
@@ -75,6 +75,8 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
             if reasons:
                 console.say(f"{stage.name}: {'; '.join(reasons)}")
                 console.say(f"{stage.name}: done in {folder.do(stage):.1f} s")
+                if workers is not None:
+                    workers.discard(folder.work / stage.name)
             else:
                 console.say(f"{stage.name}: up to date")
             if stage.name == until:

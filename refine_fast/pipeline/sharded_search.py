@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ops.band_inputs import Progress, blocks_of_groups, ranges
 from ..ops.band_parts import BandPart, band_topk_part, merge_band_parts, merge_band_topk
 from ..ops.band_topk import BandTopK
-from .workers import Spread, Work
+from .workers import SharedRows, Spread, Work
 
 ROWS_PER_SHARD = 125_000
 """Documents of a shard: 192 MB of float32 at d = 384."""
@@ -36,7 +36,7 @@ def search_in_shards(
     """What ``band_topk`` with the same arguments gives, to the last bit.
 
     Args:
-        spread: the workers, which must see the file of ``docs``.
+        spread: the workers.
         queries: (B, D), a tensor or an array.
         docs: (N, D), a map of a whole .npy file.
         k: documents per query.
@@ -58,15 +58,19 @@ def search_in_shards(
         digest.update(np.ascontiguousarray(groups).data)
     key = digest.hexdigest()
     folder = spread.folder / f"search-{key[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "queries.npy", asked)
-    files = [folder / "queries.npy", Path(str(docs.filename))]
     spans, total = ranges(len(docs), ROWS_PER_SHARD), len(docs)
     if groups is not None:
-        np.save(folder / "groups.npy", groups)
-        files.append(folder / "groups.npy")
         spans, total = blocks_of_groups(groups, ROWS_PER_SHARD), len(groups) - 1
-    prepare, items = partial(_searcher, files, k, rule), [*map(list, spans)] or [[0, 0]]
+    items = [*map(list, spans)] or [[0, 0]]
+    rows = [(b, e) if groups is None else (int(groups[b]), int(groups[e])) for b, e in items]
+    shared = [
+        spread.workers.share_rows(folder / "queries", asked, [(0, len(asked))]),
+        spread.workers.share_rows(folder / "docs", docs, rows),
+    ]
+    if groups is not None:
+        offsets = spread.workers.share_rows(folder / "groups", groups, [(0, len(groups))])
+        shared.append(offsets)
+    prepare = partial(_searcher, shared, k, rule)
 
     merged: BandPart | None = None
     for _, path in spread.workers.map(folder, key, prepare, len(items), items.__getitem__):
@@ -79,16 +83,17 @@ def search_in_shards(
     return merge_band_topk([merged])
 
 
-def _searcher(files: Sequence[Path], k: int, rule: dict[str, Any]) -> Work:
-    asked, every, *groups = (np.load(path, mmap_mode="r") for path in files)
+def _searcher(shared: Sequence[SharedRows], k: int, rule: dict[str, Any]) -> Work:
+    queries, docs, *groups = shared
+    asked, offsets = queries.read(), groups[0].read() if groups else None
 
     def work(item: list[int], path: Path) -> None:
         begin, end = item
-        rows, inside = slice(begin, end), None
-        if groups:
-            ends = groups[0][begin : end + 1]
-            rows, inside = slice(int(ends[0]), int(ends[-1])), ends - ends[0]
-        part = band_topk_part(asked, every[rows], k, id_offset=begin, groups=inside, **rule)
+        rows, inside = (begin, end), None
+        if offsets is not None:
+            ends = offsets[begin : end + 1]
+            rows, inside = (int(ends[0]), int(ends[-1])), ends - ends[0]
+        part = band_topk_part(asked, docs.read(*rows), k, id_offset=begin, groups=inside, **rule)
         part.save(path)
 
     return work

@@ -10,16 +10,22 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...errors import RefineFastError
-from ..workers import Work
-from .shards import ShardWorker, digest_of, is_complete
+from ..workers import SharedRows, Work
+from .exchange import Exchange, FolderExchange
+from .object_exchange import ObjectExchange
+from .object_path import ObjectPath
+from .shards import Shards, ShardWorker, digest_of
 
 LOCAL = "local"
 """The engine that is none: one process does everything."""
@@ -33,25 +39,36 @@ OBJECT_STORE = 512 << 20
 
 
 @contextmanager
-def open_workers(engine: str, say: Callable[[str], None]) -> Iterator[RayWorkers | None]:
+def open_workers(
+    engine: str, say: Callable[[str], None], shards: str | None = None, root: Path = Path()
+) -> Iterator[RayWorkers | None]:
     """The workers of an engine, until the context ends; None for "local".
 
     Args:
         engine: "local"; "ray", which joins the cluster on this machine or starts one; or the
             address of a cluster, "ray://HOST:PORT".
         say: is told what cluster was found.
+        shards: the URL under which driver and workers exchange files; None: they see the same
+            folders.
+        root: the folder that holds the stages' folders.
 
     Raises:
-        RefineFastError: if Ray is not installed.
+        RefineFastError: if Ray is not installed, or the URL cannot be used.
     """
     if engine == LOCAL:
         yield None
         return
     if find_spec("ray") is None:
         raise RefineFastError("engine: needs Ray; pip install 'refine-fast[ray]'.")
-    workers = RayWorkers(engine, say)
+    exchange: Exchange = FolderExchange()
+    if shards is not None:
+        place = ObjectPath(shards)
+        place.check()
+        exchange = ObjectExchange(place, root)
+    workers = RayWorkers(engine, say, exchange)
     try:
         yield workers
+        exchange.close()
     finally:
         workers.close()
 
@@ -62,10 +79,14 @@ class _Shard:
 
     i: int
     item: Any
-    path: Path
     digest: str
     deaths: int = 0
     """How many workers died while they had it."""
+
+    @property
+    def name(self) -> str:
+        """Its name among the shards."""
+        return f"{self.i:06d}"
 
 
 class RayShardWorker(ShardWorker):
@@ -81,8 +102,11 @@ class RayShardWorker(ShardWorker):
 class RayWorkers:
     """A pool of actors, which connects and starts when the first shard needs it."""
 
-    def __init__(self, engine: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, engine: str, say: Callable[[str], None], exchange: Exchange | None = None
+    ) -> None:
         self._engine, self._say = engine, say
+        self._exchange = exchange or FolderExchange()
         self._actors: dict[Any, str] = {}  # actor -> its node
         self._starting: dict[Any, Any] = {}  # reference to the node -> actor
         self._failures = 0  # actors in a row that died before they had started
@@ -98,29 +122,44 @@ class RayWorkers:
     ) -> Iterator[tuple[int, Path]]:
         """See ``Workers.map``. The shards of an actor that dies are given to others; nodes that
         join are used from the next shard on."""
-        folder.mkdir(parents=True, exist_ok=True)
+        shards = self._exchange.shards(folder)
         shared: Any = None
-        unsent = _shards(folder, key, count, item)
+        unsent = _items(key, count, item)
         again: list[_Shard] = []
         running: dict[Any, tuple[_Shard, Any]] = {}
         while (shard := again.pop() if again else next(unsent, None)) or running:
             if shard is None:
-                yield from self._next(running, again, count)
+                yield from self._next(shards, running, again, count)
                 continue
-            if is_complete(shard.path, shard.digest):
-                yield shard.i, shard.path
-                continue
+            with shards.found(shard.name, shard.digest) as path:
+                if path is not None:
+                    yield shard.i, path
+                    continue
             if shared is None:
                 import ray
 
                 self._connect()
                 shared = ray.put(prepare)
             while (actor := self._free(running, count - shard.i + len(running))) is None:
-                yield from self._next(running, again, count)
+                yield from self._next(shards, running, again, count)
             ref = actor.do.remote(
-                digest_of(key, None), shared, shard.item, shard.path, shard.digest
+                digest_of(key, None), shared, shard.item, shards, shard.name, shard.digest
             )
             running[ref] = shard, actor
+
+    def share_rows(
+        self, folder: Path, rows: np.ndarray, spans: Sequence[tuple[int, int]]
+    ) -> SharedRows:
+        """See ``Workers.share_rows``."""
+        return self._exchange.share_rows(folder, rows, spans)
+
+    def share_loader(self, load: partial[Any]) -> Callable[[], Any]:
+        """See ``Workers.share_loader``."""
+        return self._exchange.share_loader(load)
+
+    def discard(self, folder: Path) -> None:
+        """Deletes the shards of a stage that is done. See ``Exchange.discard``."""
+        self._exchange.discard(folder)
 
     def close(self) -> None:
         """Ends the actors, and the cluster if it was started here."""
@@ -143,7 +182,11 @@ class RayWorkers:
         return actor if actor is not None and load[actor] < most else None
 
     def _next(
-        self, running: dict[Any, tuple[_Shard, Any]], again: list[_Shard], count: int
+        self,
+        shards: Shards,
+        running: dict[Any, tuple[_Shard, Any]],
+        again: list[_Shard],
+        count: int,
     ) -> Iterator[tuple[int, Path]]:
         """Waits until a shard is done, or an actor has started or died."""
         import ray
@@ -164,6 +207,7 @@ class RayWorkers:
                     ) from None
             return
         shard, actor = running.pop(ref)
+        where = shards.where(shard.name)
         try:
             ray.get(ref)
         except RayTaskError as error:
@@ -173,13 +217,20 @@ class RayWorkers:
             shard.deaths += 1
             if shard.deaths > RETRIES:
                 raise RefineFastError(
-                    f"engine: the worker of shard {shard.i + 1} of {count} ({shard.path}) died "
+                    f"engine: the worker of shard {shard.i + 1} of {count} ({where}) died "
                     f"{shard.deaths} times ({_line(error)}); give the workers more memory, then "
                     "run the same command again: finished shards are kept."
                 ) from None
             again.append(shard)
-        else:
-            yield shard.i, shard.path
+            return
+        with shards.found(shard.name, shard.digest) as path:
+            if path is None:
+                raise RefineFastError(
+                    f"engine: {where} is missing or is not what its worker wrote; share the folder "
+                    "of the run with every node, or add --shards with a URL that no other run "
+                    "uses, then run the same command again: finished shards are kept."
+                )
+            yield shard.i, path
 
     def _connect(self) -> None:
         if self._ours is not None:
@@ -222,10 +273,10 @@ class RayWorkers:
             ray.kill(actor)
 
 
-def _shards(folder: Path, key: Any, count: int, item: Callable[[int], Any]) -> Iterator[_Shard]:
+def _items(key: Any, count: int, item: Callable[[int], Any]) -> Iterator[_Shard]:
     for i in range(count):
         asked = item(i)
-        yield _Shard(i, asked, folder / f"{i:06d}", digest_of(key, asked))
+        yield _Shard(i, asked, digest_of(key, asked))
 
 
 def _line(error: Exception) -> str:

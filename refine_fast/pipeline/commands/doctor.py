@@ -19,6 +19,7 @@ from rich.text import Text
 
 from ..._native import available_isas, cuda_module, isa
 from ...errors import RefineFastError
+from ..cluster.object_path import found_drivers
 from ..cluster.ray_workers import found_cluster
 from ..console import Console
 from ..encoder.encode import has_fast_bf16
@@ -99,6 +100,7 @@ def check(model: str, *, trust_remote_code: bool = False) -> Iterator[tuple[str,
         yield f"extra {extra}", not missing, found
     if find_spec("ray") is not None:
         yield "engine ray", *_tried(found_cluster)
+        yield "object storage", *found_drivers()
     yield "memory", True, _memory()
     free = shutil.disk_usage(Path.cwd()).free
     yield "disk", free > 2**30, f"{free / 2**30:.1f} GiB free in {Path.cwd()}"

@@ -1,7 +1,8 @@
 """``refine-fast plan``: what a run would do and take.
 
 The documents are read and cut, the encoder is tried, and a few passages are encoded to time the
-machine. A language model gets one request, to see that it writes queries. Nothing is written.
+machine. A language model gets one request, to see that it writes queries. Nothing is written, but
+for an object under ``--shards`` that is deleted again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from ..artifacts import CHUNKS, DEV, HELD_OUT, REPLIES, to_judge
 from ..artifacts import QUERIES as QUERIES_FILE
+from ..cluster.object_path import ObjectPath
 from ..config import RunConfig
 from ..console import Console, facts_table
 from ..context import RunContext
@@ -88,6 +90,8 @@ def plan(config: RunConfig) -> Plan:
     Raises:
         RefineFastError: if the input cannot be used.
     """
+    if config.shards is not None:
+        ObjectPath(config.shards).check()
     options = config.encoder_options()
     encoder = prepare_encoder(encoder_folder(config.model), options)
     context = RunContext(config, encoder, Console(quiet=True), options)

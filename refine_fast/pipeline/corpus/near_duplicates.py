@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from ..progress import Progress
-from ..workers import Spread, Work
+from ..workers import SharedRows, Spread, Work
 
 Shingles = Callable[[str], set[str]]
 """The set of parts by which a text is compared."""
@@ -234,10 +234,11 @@ def _buckets_in_shards(
         if progress is not None:
             progress(done, len(texts))
     keys.flush()
+    bands = [(band, band + 1) for band in range(rule.bands)]
     sorted_bands = spread.workers.map(
         spread.folder / "shuffle",
         hashlib.sha256(keys.data).hexdigest(),
-        partial(_sorter, path),
+        partial(_sorter, spread.workers.share_rows(spread.folder, keys, bands)),
         rule.bands,
         lambda i: i,
     )
@@ -271,12 +272,10 @@ def _sketcher(rule: _Rule) -> Work:
     return work
 
 
-def _sorter(keys: Path) -> Work:
-    bands = np.load(keys, mmap_mode="r")
-
+def _sorter(bands: SharedRows) -> Work:
     def work(item: int, path: Path) -> None:
         with path.open("wb") as file:
-            np.save(file, _shared_buckets(bands[item]))
+            np.save(file, _shared_buckets(bands.read(item, item + 1)[0]))
 
     return work
 
