@@ -262,8 +262,8 @@ class RayWorkers:
             )
         actor_class = ray.remote(RayShardWorker).options(**needs)
         while len(self._actors) + len(self._starting) < min(room, shards):
-            actor = actor_class.remote(threads)
-            self._starting[actor.start.remote()] = actor
+            started: Any = actor_class.remote(threads)
+            self._starting[started.start.remote()] = started
 
     def _drop(self, actor: Any) -> None:
         """Gives it no more shards, and ends it, since it may be alive where the network failed."""
