@@ -46,7 +46,7 @@ class Search {
     while (starts.back() < task_.groups) {
       const int64_t* const begin = task_.offsets + starts.back();
       const int64_t* const end = std::upper_bound(begin, task_.offsets + task_.groups + 1, *begin + piece_);
-      starts.push_back(std::max(starts.back() + 1, end - 1 - task_.offsets));
+      starts.push_back(std::max<int64_t>(starts.back() + 1, end - 1 - task_.offsets));
     }
     std::atomic<bool> stopped{false};
     Clock::time_point asked = Clock::now();
@@ -98,7 +98,7 @@ class Search {
   static void fold(const float* scores, int64_t n, float* best) {
     for (int64_t i = 0; i < n; ++i) {
       const float s = scores[i];
-      best[i] = (s > best[i]) | (s != s) ? s : best[i];
+      best[i] = ((s > best[i]) | (s != s)) ? s : best[i];
     }
   }
 
