@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..queries.llm import CallProgress, LLMSettings
+from ...errors import RefineFastWarning
+from ..queries.llm import Account, CallProgress, GradingAccount, LLMSettings
 from ..queries.llm.dispatch import Watch
 
 if TYPE_CHECKING:
@@ -47,3 +49,29 @@ def spent_in_words(account: Mapping[str, Any]) -> str:
         f"{account['calls']:,} calls, {account['tokens_in']:,} tokens in and "
         f"{account['tokens_out']:,} out{cost}"
     )
+
+
+def show_missing(
+    console: Console, account: Account | GradingAccount, *, asked: str, done: str, lack: str
+) -> None:
+    """Says what a limit left out, and warns of what got no reply.
+
+    Args:
+        console: where the limit is said.
+        account: of the calls.
+        asked: what a request is about, such as "chunks".
+        done: how many of how many have a reply, such as "3 of 4".
+        lack: what the others lack, such as "reply".
+    """
+    if account.stopped:
+        console.say(
+            f"  stopped by {account.stopped} after {done} {asked}; raise the limit to resume"
+        )
+    if account.failures:
+        reason, count = next(iter(account.failures.items()))
+        warnings.warn(
+            f"{account.failed} {asked} got no {lack} (most often, {count} times: {reason}); "
+            "the next run asks for them again.",
+            RefineFastWarning,
+            stacklevel=3,
+        )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ...errors import RefineFastWarning
 from ...files import read_json, write_json
 from ..artifacts import ACCOUNT, CHUNKS, REPLIES
 from ..corpus.chunk import Chunk
@@ -18,7 +16,7 @@ from ..encoder.encode import encode
 from ..encoder.load import load_encoder
 from ..queries.llm import Account, generate_queries
 from ..queries.query import Query
-from .llm_calls import calls_shown, spent_in_words
+from .llm_calls import calls_shown, show_missing, spent_in_words
 from .query import made_queries, write_split
 
 if TYPE_CHECKING:
@@ -68,19 +66,8 @@ def _ask(context: RunContext, chunks: list[Chunk]) -> tuple[list[Query], Account
             watch=watch,
         )
     console.say(f"  {_summary(account.to_dict())}")
-    if account.stopped:
-        console.say(
-            f"  stopped by {account.stopped} after {account.replied:,} of {account.chunks:,} "
-            "chunks; raise the limit to resume"
-        )
-    if account.failures:
-        reason, count = next(iter(account.failures.items()))
-        warnings.warn(
-            f"{account.failed} chunks got no reply (most often, {count} times: {reason}); "
-            "the next run asks for them again.",
-            RefineFastWarning,
-            stacklevel=2,
-        )
+    done = f"{account.replied:,} of {account.chunks:,}"
+    show_missing(console, account, asked="chunks", done=done, lack="reply")
     return queries, account
 
 

@@ -3,16 +3,14 @@ negatives."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import RefineFastWarning
 from ...files import read_json, write_json
 from ..artifacts import REPLIES, TEACHING_FACTS, to_judge, write_taught
 from ..corpus.chunk import Chunk
 from ..queries.llm import Candidates, GradingAccount, grade_passages
-from .llm_calls import calls_shown, spent_in_words
+from .llm_calls import calls_shown, show_missing, spent_in_words
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -67,16 +65,10 @@ def _say_what_is_missing(context: RunContext, account: GradingAccount) -> None:
             f"  {account.unusable:,} of {account.queries:,} replies do not grade each passage; the "
             "frozen encoder alone teaches these queries"
         )
-    if account.stopped:
-        context.console.say(
-            f"  stopped by {account.stopped} after {account.graded:,} of {account.queries:,} "
-            "queries; raise the limit to resume"
-        )
-    if account.failures:
-        reason, count = next(iter(account.failures.items()))
-        warnings.warn(
-            f"{account.failed} queries got no grades (most often, {count} times: {reason}); "
-            "the next run asks for them again.",
-            RefineFastWarning,
-            stacklevel=2,
-        )
+    show_missing(
+        context.console,
+        account,
+        asked="queries",
+        done=f"{account.graded:,} of {account.queries:,}",
+        lack="grades",
+    )
