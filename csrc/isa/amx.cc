@@ -1,87 +1,12 @@
-// AMX: 8 tiles of 16 rows x 64 bytes.
-//     instruction   work           cycles
-//     TDPBF16PS     16 x 16 x 32     16
+// AMX: tiles multiply (isa/amx_tiles.h), AVX-512 does the rest.
 // Includes only intrinsics and POD headers, and everything is static: a weak symbol compiled here could be merged into
 // baseline code.
-#include <immintrin.h>
-
-#include "isa/pack_avx512.h"
+#include "isa/amx_screen.h"
+#include "isa/amx_tiles.h"
 #include "kernels/kernels.h"
-#include "kernels/screen_kernels.h"
-#if defined(REFINE_FAST_EMULATE_AMX)
-#include "isa/amx_emulated.h"
-#endif
 
 namespace refine_fast {
 namespace {
-
-// --- matmul -------------------------------------------------------------------------------------
-// 32 x 32 floats in tiles 0-3, A in 4-5, B in 6-7. 4 loads feed 4 TDPBF16PS, the best ratio that 8 tiles allow.
-// Panel of A: for every 32 of k, 32 rows of 32 bf16 (64 bytes). Panel of B: words of two neighbours along k, 32 columns
-// a line.
-
-constexpr int kMr = 32, kNr = 32, kKr = 32;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-constexpr TileConfig kConfig;
-
-void pack_a(const float* src, int64_t stride, int64_t k_stride, int64_t rows, int64_t k, void* panel) {
-  int32_t* out = static_cast<int32_t*>(panel);
-  for (int64_t p = 0; p < k; p += kKr, out += kMr * kKr / 2)
-    for (int64_t r = 0; r < kMr; r += 16) {
-      const float* s = src + p * k_stride + r * stride;
-      __m512i words[16];
-      if (k_stride == 1) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-          words[i] = r + i < rows ? row_words(s + i * stride, k - p) : _mm512_setzero_si512();
-      } else {
-        pack_words_bf16(s, stride, k_stride, rows - r, k - p, 16, 16, 16, reinterpret_cast<int32_t*>(words));
-        transpose16(words);
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (r + i) * 16, words[i]);
-    }
-}
-
-// Once a task: another library of this thread (oneDNN) may have configured the tiles differently since the last one.
-// Released at its end, or every context switch of the thread would save 8 KiB of tiles.
-void begin_tiles() { _tile_loadconfig(&kConfig); }
-void end_tiles() { _tile_release(); }
-
-void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate) {
-  const char *pa = static_cast<const char*>(a), *pb = static_cast<const char*>(b);
-  const int64_t pitch = ldc * 4;
-  if (accumulate) {
-    _tile_loadd(0, c, pitch);
-    _tile_loadd(1, c + 16, pitch);
-    _tile_loadd(2, c + 16 * ldc, pitch);
-    _tile_loadd(3, c + 16 * ldc + 16, pitch);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t p = 0; p < k; p += kKr, pa += 2048, pb += 2048) {
-    _tile_loadd(4, pa, 64);
-    _tile_loadd(6, pb, 128);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, pb + 64, 128);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, pa + 1024, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, c, pitch);
-  _tile_stored(1, c + 16, pitch);
-  _tile_stored(2, c + 16 * ldc, pitch);
-  _tile_stored(3, c + 16 * ldc + 16, pitch);
-}
 
 const MatmulKernels matmul_bf16 = {
     .mr = kMr,
@@ -92,43 +17,6 @@ const MatmulKernels matmul_bf16 = {
     .pack_b = pack_panel_bf16<kNr, kKr>,
     .tile = tile,
     .pack_b_bf16 = pack_panel_words<kNr, kKr>,
-    .begin_tiles = begin_tiles,
-    .end_tiles = end_tiles,
-};
-
-// --- screen: the same product. Other tile formats have too few digits for a narrow margin. -------
-
-template <auto kPack>
-void screen_pack(const float* rows, int64_t stride, int64_t count, int64_t d, const double*, void* panel,
-                 double* residuals) {
-  for (int64_t r = 0; r < count; ++r) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t p = 0; p < d; p += 16) {
-      const __m512 x = load_floats(rows + r * stride + p, 1, d - p);
-      const __m512i rounded = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
-      const __m512 left = _mm512_sub_ps(x, _mm512_castsi512_ps(rounded));  // exact: both lie within a factor of two
-      sum = _mm512_fmadd_ps(left, left, sum);
-    }
-    // 2^-126: for squares that underflow, in a row below 1e-16
-    residuals[r] = _mm512_reduce_add_ps(sum) + static_cast<double>(d) * 0x1p-126;
-  }
-  kPack(rows, stride, 1, count, d, panel);
-}
-
-void screen_tile(const void* a, const void* b, int64_t d, float* scores, int64_t ld) {
-  tile(a, b, d, scores, ld, false);
-}
-
-const ScreenKernels screen = {
-    .mr = kMr,
-    .nr = kNr,
-    .kr = kKr,
-    .element_bytes = 2,
-    .scale_bytes = 0,
-    .exact = false,
-    .pack_a = screen_pack<pack_a>,
-    .pack_b = screen_pack<pack_panel_bf16<kNr, kKr>>,
-    .tile = screen_tile,
     .begin_tiles = begin_tiles,
     .end_tiles = end_tiles,
 };

@@ -1,6 +1,6 @@
 // The AMX tile intrinsics in plain C, so that amx.cc runs in tests on any AVX-512 CPU (cmake
-// -DREFINE_FAST_EMULATE_AMX=ON). Semantics as in Intel's SDM, volume 2, for full tiles of 16 rows x 64 bytes
-// (denormals, which the CPU flushes, are kept). Using tiles that are not configured traps, as it does on the CPU.
+// -DREFINE_FAST_EMULATE_AMX=ON). Semantics as in Intel's SDM, volume 2, for full tiles of 16 rows x 64 bytes.
+// Using tiles that are not configured traps, as it does on the CPU.
 #pragma once
 #include <cstdint>
 
@@ -32,22 +32,32 @@ inline void emulated_stored(int tile, void* base, int64_t stride) {
   for (int i = 0; i < 16; ++i) __builtin_memcpy(static_cast<char*>(base) + i * stride, emulated_tile(tile).word[i], 64);
 }
 
+inline float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x; }
+
+// The upper half of a float, which is a bf16; the lower if it is shifted there.
+inline float emulated_bf16(uint32_t word) {
+  float x;
+  word &= 0xffff0000u;
+  __builtin_memcpy(&x, &word, 4);
+  return flushed(x);
+}
+
+// The products of the even and of the odd k are summed apart, from zero; then their sum is added to C. Each step rounds
+// once, and denormals are zeros.
 inline void emulated_dpbf16ps(int sum, int a, int b) {
-  const auto as_float = [](uint32_t bits) {
-    float f;
-    __builtin_memcpy(&f, &bits, 4);
-    return f;
-  };
-  EmulatedTile &c = emulated_tile(sum), &x_tile = emulated_tile(a), &y_tile = emulated_tile(b);
+  EmulatedTile &c = emulated_tile(sum), &x = emulated_tile(a), &y = emulated_tile(b);
   for (int i = 0; i < 16; ++i)
-    for (int p = 0; p < 16; ++p)
-      for (int j = 0; j < 16; ++j) {
-        const uint32_t x = x_tile.word[i][p], y = y_tile.word[p][j];
-        float s = as_float(c.word[i][j]);
-        s += as_float(x << 16) * as_float(y << 16);
-        s += as_float(x & 0xffff0000u) * as_float(y & 0xffff0000u);
-        __builtin_memcpy(&c.word[i][j], &s, 4);
+    for (int j = 0; j < 16; ++j) {
+      float even = 0, odd = 0, old;
+      for (int p = 0; p < 16; ++p) {
+        const uint32_t u = x.word[i][p], v = y.word[p][j];
+        even = flushed(__builtin_fmaf(emulated_bf16(u << 16), emulated_bf16(v << 16), even));
+        odd = flushed(__builtin_fmaf(emulated_bf16(u), emulated_bf16(v), odd));
       }
+      __builtin_memcpy(&old, &c.word[i][j], 4);
+      old = flushed(flushed(old) + flushed(even + odd));
+      __builtin_memcpy(&c.word[i][j], &old, 4);
+    }
 }
 
 }  // namespace
@@ -55,6 +65,7 @@ inline void emulated_dpbf16ps(int sum, int a, int b) {
 
 #undef _tile_loadconfig
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_release
@@ -62,6 +73,7 @@ inline void emulated_dpbf16ps(int sum, int a, int b) {
 #define _tile_loadconfig(config) (static_cast<void>(config), emulated_configure(true))
 #define _tile_release() emulated_configure(false)
 #define _tile_loadd(tile, base, stride) emulated_loadd(tile, base, stride)
+#define _tile_stream_loadd(tile, base, stride) emulated_loadd(tile, base, stride)
 #define _tile_stored(tile, base, stride) emulated_stored(tile, base, stride)
 #define _tile_zero(tile) (emulated_tile(tile) = {})
 #define _tile_dpbf16ps(sum, a, b) emulated_dpbf16ps(sum, a, b)
