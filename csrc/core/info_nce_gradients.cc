@@ -83,25 +83,10 @@ void InfoNCESolver::accumulate_gradients(const Strip& s) {
 
 // Completes the gradient of query i (row r of the strip) and writes those of its own negatives.
 void InfoNCESolver::finish_row(const Strip& s, int64_t r, int thread) const {
-  const int64_t i = s.begin + r, width = t_.width;
-  const float* q = queries_ + r * width;
-  float *grad = t_.grad_q + i * width, *norms = scratch(thread) + scratch_floats_ - prefixes_;
-  for (int64_t k = 0; k < t_.hards; ++k) {
-    float *grad_hard = t_.grad_hard + (i * t_.hards + k) * width, weight = 0, radial = 0;
-    std::fill_n(grad_hard, width, 0.0f);
-    if (!is_used(i, k)) continue;
-    const float* h = load(t_.hard, i * t_.hards + k, 1, scratch(thread));
-    if (t_.normalize) inverse_norms(h, 1, norms);
-    for (int64_t m = prefixes_ - 1; m >= 0; --m) {
-      const int64_t begin = slices_[m].begin, n = slices_[m].width;
-      const float w = hard_weights(m, r)[k];
-      if (t_.normalize) radial += radial_part(w * hard_scores(m, r)[k], norms[m]);
-      weight += t_.normalize ? w * norm_q(m, i) * norms[m] : w;
-      loss_.axpy(weight, h + begin, grad + begin, n);
-      loss_.axpy(weight, q + begin, grad_hard + begin, n);
-      loss_.axpy(-radial, h + begin, grad_hard + begin, n);
-    }
-  }
+  const int64_t i = s.begin + r;
+  const float* q = queries_ + r * t_.width;
+  float* grad = t_.grad_q + i * t_.width;
+  finish_private(i, q, own_negatives(r), thread);
   float radial = 0;
   for (int64_t m = prefixes_ - 1; m >= 0 && t_.normalize; --m) {
     radial += radial_part(row(m, r).moment, norm_q(m, i));

@@ -8,15 +8,6 @@
 
 namespace refine_fast {
 
-// 1 / |x| for each prefix of x, to out[m * stride].
-void InfoNCESolver::inverse_norms(const float* x, int64_t stride, float* out) const {
-  float squares = 0;
-  for (int64_t m = 0; m < prefixes_; ++m) {
-    squares += loss_.dot(x + slices_[m].begin, x + slices_[m].begin, slices_[m].width);
-    out[m * stride] = 1.0f / std::max(std::sqrt(squares), kEpsilon);
-  }
-}
-
 // Packs the block's documents as the right operand of S (k along the width) or, transposed, of dQ (k along the
 // columns).
 void InfoNCESolver::pack_documents(const Block& b, const Slice& slice, bool transposed, char* out,
@@ -39,14 +30,6 @@ void InfoNCESolver::pack_documents(const Block& b, const Slice& slice, bool tran
     rows = scratch, pitch = slice.width;
   }
   pack_b(mm_, rows, transposed ? 1 : pitch, transposed ? pitch : 1, cols, k, out);
-}
-
-void InfoNCESolver::find_norms() {
-  parallel_for(t_.rows, t_.threads,
-               [&](int64_t i, int thread) { inverse_norms(load(t_.q, i, 1, scratch(thread)), t_.rows, norm_q_ + i); });
-  parallel_for(t_.columns, t_.threads, [&](int64_t j, int thread) {
-    inverse_norms(load(t_.d, j, 1, scratch(thread)), t_.columns, norm_d_ + j);
-  });
 }
 
 // Step 1: the strip's scores under every prefix.
@@ -82,54 +65,21 @@ void InfoNCESolver::score_strip(const Strip& s) {
   });
 }
 
-// The scores of query i (row r of the strip) with its own negatives; -inf for those that are masked out.
-void InfoNCESolver::score_hard(int64_t i, int64_t r, int thread) const {
-  float* norms = scratch(thread) + scratch_floats_ - prefixes_;
-  for (int64_t m = 0; m < prefixes_; ++m) std::fill_n(hard_scores(m, r), hard_pitch_, -kInfinity);
-  for (int64_t k = 0; k < t_.hards; ++k) {
-    if (!is_used(i, k)) continue;
-    const float *q = queries_ + r * t_.width, *h = load(t_.hard, i * t_.hards + k, 1, scratch(thread));
-    if (t_.normalize) inverse_norms(h, 1, norms);
-    float s = 0;
-    for (int64_t m = 0; m < prefixes_; ++m) {
-      s += loss_.dot(q + slices_[m].begin, h + slices_[m].begin, slices_[m].width);
-      hard_scores(m, r)[k] = t_.normalize ? s * norm_q(m, i) * norms[m] : s;
-    }
-  }
-}
-
 // Step 2 for row r of the strip: its loss, and what step 3 needs to turn its scores into weights.
 void InfoNCESolver::row_softmax(const Strip& s, int64_t r, int thread) {
   const int64_t i = s.begin + r, own = t_.positives[i];
-  if (t_.hards > 0) score_hard(i, r, thread);
-  // Private negatives are scored by `dot`, which may round otherwise than the matrix product. Their ceiling follows
-  // from the positive's score by `dot`, so that a negative equal to the positive ties with it.
-  const bool own_ceiling = margin_ && t_.hards > 0;
-  const float *q = queries_ + r * t_.width, *d = own_ceiling ? load(t_.d, own, 1, scratch(thread)) : nullptr;
-  float own_score = 0;
+  const Private negatives = own_negatives(r);
+  if (t_.hards > 0) score_private(i, queries_ + r * t_.width, negatives, thread);
   for (int64_t m = 0; m < prefixes_; ++m) {
     const float positive = scores(m, r)[own], ceiling = positive + t_.margin;
-    float hard_ceiling = ceiling;
-    if (own_ceiling) {
-      own_score += loss_.dot(q + slices_[m].begin, d + slices_[m].begin, slices_[m].width);
-      hard_ceiling = own_score * norm_q(m, i) * norm_d(m, own) + t_.margin;
-    }
     const ScoreRow all = {scores(m, r), ids_ + 0, round_up(t_.columns, 16), ids_[own], ceiling};
-    const ScoreRow hard = {hard_scores(m, r), nullptr, hard_pitch_, 0, hard_ceiling};
+    const ScoreRow hard = {negatives.scores + m * negatives.stride, nullptr, private_pitch_, 0, kInfinity};
     const float top = std::max({positive, loss_.top(all), loss_.top(hard)});
-    double sums[2] = {};  // over the negatives, with z = (s - top) / tau: of exp(z), of z exp(z)
+    double sums[2] = {};
     loss_.sums(all, scale_, top, sums);
     loss_.sums(hard, scale_, top, sums);
-    const double shift = (static_cast<double>(positive) - top) * scale_, e = std::exp(shift), total = e + sums[0];
-    t_.loss[m * directions_ * t_.rows + i] =
-        static_cast<float>(e > sums[0] ? std::log1p(sums[0] / e) : std::log(total) - shift);
-    if (!gradients_) continue;
-    const double c = static_cast<double>(t_.coefficients[i]) * t_.prefix_weights[m] / directions_;
-    const double moment = c * (sums[1] - sums[0] * shift) / total;
-    const float factor = static_cast<float>(c * scale_ / total);
-    row(m, r) = {top, ceiling, factor, static_cast<float>(-sums[0] * factor), static_cast<float>(moment)};
-    tau_[i] -= moment * scale_;
-    loss_.weights(hard, scale_, top, factor, hard_weights(m, r));
+    row(m, r) = {softmax(i, m, (static_cast<double>(positive) - top) * scale_, sums), top, ceiling};
+    if (gradients_) loss_.weights(hard, scale_, top, row(m, r).factor, negatives.weights + m * negatives.stride);
   }
 }
 

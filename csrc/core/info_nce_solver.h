@@ -35,15 +35,11 @@
 // sums are added in order.
 #pragma once
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <vector>
 
-#include "core/cpu.h"
-#include "core/info_nce.h"
+#include "core/info_nce_batch.h"
 #include "core/matmul.h"
 #include "core/memory.h"
 #include "core/numeric.h"
@@ -53,7 +49,7 @@
 
 namespace refine_fast {
 
-class InfoNCESolver {
+class InfoNCESolver : InfoNCEBatch {
  public:
   explicit InfoNCESolver(const InfoNCE& task);
   Status run();
@@ -65,8 +61,6 @@ class InfoNCESolver {
   static constexpr int64_t kStripBytes = 24 << 20;  // all that grows with a strip's rows
   static constexpr int64_t kPairs = 12;             // queries of a task that scores them with their positives
   static constexpr int64_t kPrefetchRows = 8;       // prefetch distance in rows of scores
-  static constexpr float kEpsilon = 1e-12f;         // eps of torch.nn.functional.normalize
-  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
   struct Strip {
     int64_t begin, rows;
@@ -74,14 +68,12 @@ class InfoNCESolver {
   struct Block {  // of columns
     int64_t begin, columns;
   };
-  // Of the width: the columns that a prefix adds to the one before, and the offsets of its panels among the strip's.
-  struct Slice {
-    int64_t begin, width, packed_q, packed_rows;
+  // with the offsets of its panels among the strip's
+  struct Slice : Range {
+    int64_t packed_q, packed_rows;
   };
-  struct Row {               // of a strip, under one prefix
-    float top, ceiling;      // the largest score, and the largest that a negative may have
-    float factor, positive;  // G = factor exp((s - top) / tau); G of the positive
-    float moment;            // sum_j G_ij s_ij
+  struct Row : Weights {  // of a strip, under one prefix
+    float top, ceiling;   // the largest score, and the largest that a negative may have
   };
   // The other direction under one prefix, by slot: the pair's score, the margin's ceiling, the maximum and the sum over
   // its negatives, by how much rounding made the sum too large, coefficient / (2 tau sum)
@@ -91,45 +83,26 @@ class InfoNCESolver {
     std::vector<float> positive, ceiling, top, sum, excess, weight;
   };
 
-  static int64_t rows_of_strip(const InfoNCE& t, int64_t pitch, int64_t hard_pitch, const MatmulKernels& mm);
+  static const MatmulKernels& product(const InfoNCE& t);
+  static bool is_direct(const InfoNCE& t);
+  static int64_t scratch_floats(const InfoNCE& t);
+  static int64_t rows_of_strip(const InfoNCE& t, int64_t pitch, int64_t private_pitch, const MatmulKernels& mm);
 
   // --- access
   Block block(int64_t b) const { return {b * kBlock, std::min(kBlock, t_.columns - b * kBlock)}; }
   float* scores(int64_t m, int64_t r) const { return strip_ + (m * strip_rows_ + r) * pitch_; }
   Row& row(int64_t m, int64_t r) const { return rows_[m * strip_rows_ + r]; }
-  float* hard_scores(int64_t m, int64_t r) const { return hard_ + (m * strip_rows_ + r) * hard_pitch_; }
-  float* hard_weights(int64_t m, int64_t r) const { return hard_weight_ + (m * strip_rows_ + r) * hard_pitch_; }
-  float norm_q(int64_t m, int64_t i) const { return t_.normalize ? norm_q_[m * t_.rows + i] : 1.0f; }
-  float norm_d(int64_t m, int64_t j) const { return t_.normalize ? norm_d_[m * t_.columns + j] : 1.0f; }
-  float* scratch(int thread) const { return scratch_ + thread * scratch_floats_; }
-  float* slot_scratch(int thread) const { return slot_scratch_.get() + thread * 2 * max_slots_; }
-  const void* at(const void* src, int64_t element) const {
-    return static_cast<const char*>(src) + element * element_bytes_;
+  Private own_negatives(int64_t r) const {
+    return {hard_ + r * private_pitch_, hard_weight_ + r * private_pitch_, strip_rows_ * private_pitch_};
   }
-  // rows begin .. begin + n as float32: the source itself, or `scratch`
-  const float* load(const void* src, int64_t begin, int64_t n, float* scratch) const;
-  // whether hard negative k of query i takes part
-  bool is_used(int64_t i, int64_t k) const { return !t_.hard_mask || t_.hard_mask[i * t_.hards + k]; }
-
-  // --- the batch (info_nce.cc)
-  bool stopped(int thread);
-  void index_documents();
-  Status check_rows(const char* name, const void* x, int64_t n, const uint8_t* mask) const;
-  Status check_losses() const;
+  float* slot_scratch(int thread) const { return slot_scratch_.get() + thread * 2 * max_slots_; }
 
   // --- scores (info_nce_scores.cc)
-  void inverse_norms(const float* x, int64_t stride, float* out) const;
-  void find_norms();
   void pack_documents(const Block& b, const Slice& slice, bool transposed, char* out, float* scratch) const;
   void score_strip(const Strip& s);
-  void score_hard(int64_t i, int64_t r, int thread) const;
   void row_softmax(const Strip& s, int64_t r, int thread);
 
   // --- gradients (info_nce_gradients.cc)
-  // the part of a gradient along x, which unit length removes: moment u / |x|, as a factor of x
-  static float radial_part(float moment, float inverse_norm) {
-    return inverse_norm < 1.0f / kEpsilon ? moment * inverse_norm * inverse_norm : 0.0f;
-  }
   void make_weights(const Strip& s, const Block& b, int64_t m, int64_t r, float* column_moments, int thread) const;
   void accumulate_gradients(const Strip& s);
   void finish_row(const Strip& s, int64_t r, int thread) const;
@@ -143,25 +116,14 @@ class InfoNCESolver {
   void finish_columns();
   void add_column_weights(int64_t i, int64_t r, const Block& b, int64_t m, float* weights, int thread) const;
 
-  const InfoNCE& t_;
-  const Kernels& isa_;
   const MatmulKernels& mm_;
-  const LossKernels& loss_;
-  const bool gradients_, margin_;
-  const float scale_;  // 1 / temperature
-  const int64_t element_bytes_, directions_, prefixes_, blocks_;
-  const int64_t pitch_, hard_pitch_, strip_rows_;
-  const bool direct_;                           // D is packed without a float32 copy
-  const int64_t scratch_floats_, panel_bytes_;  // of a thread
+  const bool direct_;  // D is packed without a float32 copy
+  const int64_t blocks_, pitch_, strip_rows_;
+  const int64_t panel_bytes_;  // of a thread
   std::vector<Slice> slices_;
-  std::atomic<bool> stopped_{false};
-  std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
 
   // of the whole batch
-  Buffer<float> norm_q_, norm_d_;  // inverse norms by prefix, if normalize
-  Buffer<float> column_moment_;    // sum_i G_ij s_ij by prefix, if normalize
-  Buffer<int32_t> ids_;            // dense document ids
-  Buffer<double> tau_;             // by row: its part of the temperature's gradient
+  Buffer<float> column_moment_;  // sum_i G_ij s_ij by prefix, if normalize
 
   // The other direction: a slot for every query, in the order of their positives. Each block of columns begins at a
   // multiple of 16 slots; unused slots have weight 0.
@@ -181,7 +143,6 @@ class InfoNCESolver {
   Buffer<char> packed_g_, packed_g_transposed_, packed_d_;
 
   // of a thread
-  Buffer<float> scratch_;
   Buffer<char> panels_;
   std::unique_ptr<float[]> slot_scratch_;
 };
