@@ -95,6 +95,7 @@ struct Levels {
       if (!t.screen) t.screen = below->screen;
       if (!t.select) t.select = below->select;
       if (!t.loss) t.loss = below->loss;
+      if (!t.fused_loss) t.fused_loss = below->fused_loss;
       if (!t.to_f32) t.to_f32 = below->to_f32;
       if (!t.from_f32) t.from_f32 = below->from_f32;
       below = &t;

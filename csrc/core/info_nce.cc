@@ -10,6 +10,7 @@
 #include <numeric>
 #include <vector>
 
+#include "core/info_nce_fused.h"
 #include "core/info_nce_solver.h"
 #include "core/parallel.h"
 
@@ -108,7 +109,7 @@ Status InfoNCESolver::run() {
 Status info_nce(const InfoNCE& task) {
   const StageScope setup(Stage::setup);
   try {
-    return InfoNCESolver(task).run();
+    return InfoNCEFused::serves(task) ? InfoNCEFused(task).run() : InfoNCESolver(task).run();
   } catch (const std::bad_alloc&) {
     Status status;
     status.code = Code::no_memory;

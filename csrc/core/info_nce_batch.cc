@@ -30,6 +30,9 @@ InfoNCEBatch::InfoNCEBatch(const InfoNCE& t, int64_t scratch_floats)
       scratch_(t.threads * scratch_floats_) {
   for (int64_t m = 0, begin = 0; m < prefixes_; begin = t.prefixes[m++])
     ranges_.push_back({begin, t.prefixes[m] - begin});
+  if (!gradients_) return;
+  prefer_huge_pages(t.grad_q, t.rows * t.width * 4);
+  prefer_huge_pages(t.grad_d, t.columns * t.width * 4);
 }
 
 const float* InfoNCEBatch::load(const void* src, int64_t begin, int64_t n, float* scratch) const {

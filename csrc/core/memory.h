@@ -29,6 +29,10 @@ class Buffer {
 
 constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20;
 
+// Asks the system for huge pages in memory that is about to be written for the first time: a page fault for each 4 KB
+// would take longer than the writing.
+void prefer_huge_pages(void* begin, int64_t bytes);
+
 // Bytes in a mapping of their own, which the system takes back on release: malloc would keep freed pages, and a merge
 // of ten parts would grow by a part's buffers. The first byte lies on a huge page where the system grants them: direct
 // I/O into small pages runs at a third of the rate (core/file_reader.h). One more page lies in front of the first byte

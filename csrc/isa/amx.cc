@@ -1,6 +1,7 @@
 // AMX: tiles multiply (isa/amx_tiles.h), AVX-512 does the rest.
 // Includes only intrinsics and POD headers, and everything is static: a weak symbol compiled here could be merged into
 // baseline code.
+#include "isa/amx_loss.h"
 #include "isa/amx_screen.h"
 #include "isa/amx_tiles.h"
 #include "kernels/kernels.h"
@@ -31,6 +32,7 @@ extern const Kernels amx_kernels = {
     .screen = &screen,
     .select = nullptr,
     .loss = nullptr,
+    .fused_loss = &fused_loss,
     .to_f32 = nullptr,
     .from_f32 = nullptr,
 };

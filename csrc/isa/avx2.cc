@@ -340,6 +340,7 @@ extern const Kernels avx2_kernels = {
     .screen = &screen_int<Words, kMr>,
     .select = &select_kernels,
     .loss = &loss_kernels<Floats>,
+    .fused_loss = nullptr,
     .to_f32 = to_f32,
     .from_f32 = from_f32,
 };

@@ -144,6 +144,7 @@ extern const Kernels avx512_kernels = {
     .screen = &screen_int<Words, kMr>,
     .select = &select_kernels,
     .loss = &loss_kernels<Floats>,
+    .fused_loss = nullptr,
     .to_f32 = nullptr,
     .from_f32 = nullptr,
 };

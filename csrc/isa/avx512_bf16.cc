@@ -71,6 +71,7 @@ extern const Kernels avx512_bf16_kernels = {
     .screen = &screen_int<Bytes, kMr>,
     .select = nullptr,
     .loss = nullptr,
+    .fused_loss = nullptr,
     .to_f32 = nullptr,
     .from_f32 = nullptr,
 };

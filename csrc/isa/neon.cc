@@ -193,6 +193,7 @@ extern const Kernels neon_kernels = {
     .screen = &screen_f32<&matmul_f32>,
     .select = &select_kernels,
     .loss = &loss_kernels<Floats>,
+    .fused_loss = nullptr,
     .to_f32 = nullptr,
     .from_f32 = nullptr,
 };

@@ -206,6 +206,7 @@ extern const Kernels scalar_kernels = {
     .screen = &screen_f32<&matmul_f32>,
     .select = &select_kernels,
     .loss = &loss_kernels<Floats>,
+    .fused_loss = nullptr,
     .to_f32 = to_f32,
     .from_f32 = from_f32,
 };

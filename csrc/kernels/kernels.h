@@ -1,7 +1,7 @@
 // The table of kernels that each ISA level fills in (csrc/isa/<level>.cc). The algorithms in csrc/core call the kernels
 // only through it. A level leaves a pointer null if the level below does the job; core/cpu.cc fills the gaps, so a
-// caller never sees null. Plain function pointers and PODs: a new level is one file, and a test can force any level
-// that the CPU has.
+// caller never sees null but for fused_loss. Plain function pointers and PODs: a new level is one file, and a test can
+// force any level that the CPU has.
 #pragma once
 #include "kernels/types.h"
 
@@ -38,6 +38,8 @@ struct ScreenKernels;
 struct SelectKernels;
 // exp, row sums and the weights of a row of scores; see kernels/loss_kernels.h
 struct LossKernels;
+// info_nce without stored scores; see kernels/fused_loss_kernels.h. Null where no level has it: not every machine does.
+struct FusedLossKernels;
 
 struct Kernels {
   Isa isa;
@@ -47,6 +49,7 @@ struct Kernels {
   const ScreenKernels* screen;
   const SelectKernels* select;
   const LossKernels* loss;
+  const FusedLossKernels* fused_loss;
   // float32 <-> the storage types; rounds to nearest even and keeps denormals
   void (*to_f32)(const void* src, Dtype dtype, int64_t n, float* dst);
   void (*from_f32)(const float* src, Dtype dtype, int64_t n, void* dst);
