@@ -58,14 +58,16 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
 
         loss = F.cross_entropy(q @ d.T / temperature, positives)   # never builds the (B, N) matrix
 
-    The forward pass also computes the gradients: 6 B N D operations in all, 8 if symmetric.
+    The forward pass also computes the gradients: 6 B N D operations in all, 8 if symmetric and 8
+    in bf16 on AMX, where scores are made twice rather than stored.
 
     Memory on a CPU beyond the float32 gradients: 24 MB of scores, but at least m whole rows of
     them, 4 m N bytes per width, where m is the height of the level's register tile (6 with AVX2,
-    12 with AVX-512, 32 with AMX in bf16); 192 rows of d per thread; and a few vectors of length B
-    and N. It does not grow with B D. Measured with AVX2 and one thread: 24 MB at B = N = 8,192,
-    D = 384; 27 MB at N = 1 million and 107 MB at N = 4 million, B = 32, D = 8. On a GPU:
-    the workspace that REFINE_FAST_WORKSPACE_MB allows, 512 MB by default.
+    12 with AVX-512, 32 with AMX); 192 rows of d per thread; and a few vectors of length B and N. In
+    bf16 on AMX, unless symmetric or with widths: 26 MB of packed rows and 1.2 MB per thread
+    instead of the scores. It does not grow with B D. Measured with AVX2 and one thread: 24 MB at
+    B = N = 8,192, D = 384; 27 MB at N = 1 million and 107 MB at N = 4 million, B = 32, D = 8. On a
+    GPU: the workspace that REFINE_FAST_WORKSPACE_MB allows, 512 MB by default.
 
     After fork() the CPU kernel runs on one thread in the child. torch's own parallel operations
     hang there if the parent has used them, unless the child calls ``torch.set_num_threads(1)``
