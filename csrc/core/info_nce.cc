@@ -54,7 +54,8 @@ InfoNCESolver::InfoNCESolver(const InfoNCE& t)
       packed_rows_(gradients_ ? bytes_b(mm_, t.width + prefixes_ * mm_.nr, strip_rows_) : 0),
       g_(gradients_ ? strip_rows_ * kBlock : 0),
       moments_(kTasks * kBlock),
-      packed_g_(gradients_ ? bytes_a(mm_, strip_rows_, kBlock) : 0),
+      packed_g_bytes_(bytes_a(mm_, round_up(ceil_div(strip_rows_, kTasks), mm_.mr), kBlock)),
+      packed_g_(gradients_ ? t.threads * packed_g_bytes_ : 0),
       packed_g_transposed_(gradients_ ? bytes_a(mm_, kBlock, strip_rows_) : 0),
       packed_d_(gradients_ ? bytes_b(mm_, t.width, kBlock) : 0),
       panels_(t.threads * panel_bytes_) {

@@ -34,46 +34,45 @@ void InfoNCESolver::make_weights(const Strip& s, const Block& b, int64_t m, int6
     loss_.axpy(1.0f, weights, g, kBlock);
 }
 
-// Step 3 of a strip.
+// Step 3 of a strip. A task turns the scores of some rows into weights and uses them while they are in L2: it packs
+// them, adds to dQ, and packs its part of G^T, whose k they are (at every level a multiple of kr).
 void InfoNCESolver::accumulate_gradients(const Strip& s) {
   const int64_t rows = round_up(ceil_div(s.rows, kTasks), mm_.mr), tasks = ceil_div(s.rows, rows);  // rows of a task
+  const int64_t piece = 2 * mm_.nr;  // columns of the width in a task of packing D and of dD
   for (int64_t index = 0; index < blocks_ && !stopped(0); ++index) {
     const Block b = block(index);
-    const int64_t step_g = panel_bytes(mm_, mm_.mr, b.columns), step_t = panel_bytes(mm_, mm_.mr, s.rows);
+    const int64_t step_t = panel_bytes(mm_, mm_.mr, s.rows);
     for (int64_t m = prefixes_ - 1; m >= 0; --m) {
       const Slice& slice = slices_[m];
       const StageScope gradients(Stage::gradients);
-      parallel_for(1 + tasks, t_.threads, [&](int64_t task, int thread) {
-        if (task == 0) return pack_documents(b, slice, true, packed_d_ + 0, scratch(thread));
-        const StageScope weights(Stage::weights);
-        const int64_t first = (task - 1) * rows, last = std::min(first + rows, s.rows);
-        float* moments = moments_ + (task - 1) * kBlock;
-        std::fill_n(moments, kBlock, 0.0f);
-        for (int64_t r = first; r < last; ++r) make_weights(s, b, m, r, moments, thread);
-        const StageScope pack(Stage::pack);
-        pack_a(mm_, g_ + first * kBlock, kBlock, 1, last - first, b.columns, packed_g_ + first / mm_.mr * step_g);
+      parallel_for(ceil_div(slice.width, piece), t_.threads, [&](int64_t task, int thread) {
+        const int64_t first = task * piece, width = std::min(piece, slice.width - first);
+        pack_documents(b, {slice.begin + first, width, 0, 0}, true,
+                       packed_d_ + task * 2 * panel_bytes(mm_, mm_.nr, b.columns), scratch(thread));
       });
-      constexpr int64_t columns = kBlock / 2;  // of a task that packs G^T: a multiple of every level's mr
-      parallel_for(tasks + 2, t_.threads, [&](int64_t task, int) {
-        if (task < tasks) {
-          const int64_t first = task * rows, last = std::min(first + rows, s.rows);
-          matmul(mm_, packed_g_ + first / mm_.mr * step_g, packed_d_ + 0, last - first, slice.width, b.columns,
-                 t_.grad_q + (s.begin + first) * t_.width + slice.begin, t_.width, index > 0);
-          return;
+      parallel_for(tasks, t_.threads, [&](int64_t task, int thread) {
+        const int64_t first = task * rows, n = std::min(rows, s.rows - first);
+        float *moments = moments_ + task * kBlock, *g = g_ + first * kBlock;
+        char* packed_g = packed_g_ + thread * packed_g_bytes_;
+        {
+          const StageScope weights(Stage::weights);
+          std::fill_n(moments, kBlock, 0.0f);
+          for (int64_t r = first; r < first + n; ++r) make_weights(s, b, m, r, moments, thread);
+          const StageScope pack(Stage::pack);
+          pack_a(mm_, g, kBlock, 1, n, b.columns, packed_g);
+          for (int64_t j = 0; j < b.columns; j += mm_.mr)
+            mm_.pack_a(g + j, 1, kBlock, std::min<int64_t>(mm_.mr, b.columns - j), n,
+                       packed_g_transposed_ + j / mm_.mr * step_t + first * mm_.mr * mm_.element_bytes);
         }
-        const int64_t first = (task - tasks) * columns, last = std::min(first + columns, b.columns);
-        if (first >= last) return;
-        const StageScope pack(Stage::pack);
-        pack_a(mm_, g_ + first, 1, kBlock, last - first, s.rows, packed_g_transposed_ + first / mm_.mr * step_t);
-        if (t_.normalize)
-          for (int64_t lane = 0; lane < tasks; ++lane)
-            for (int64_t j = first; j < last; ++j)
-              column_moment_[m * t_.columns + b.begin + j] += moments_[lane * kBlock + j];
+        matmul(mm_, packed_g, packed_d_ + 0, n, slice.width, b.columns,
+               t_.grad_q + (s.begin + first) * t_.width + slice.begin, t_.width, index > 0);
       });
-      const int64_t panels = 2;  // of a task of dD
-      parallel_for(ceil_div(slice.width, panels * mm_.nr), t_.threads, [&](int64_t task, int) {
-        const int64_t first = task * panels * mm_.nr, width = std::min(panels * mm_.nr, slice.width - first);
-        const char* q = packed_rows_ + slice.packed_rows + task * panels * panel_bytes(mm_, mm_.nr, s.rows);
+      for (int64_t task = 0; task < tasks && t_.normalize; ++task)
+        for (int64_t j = 0; j < b.columns; ++j)
+          column_moment_[m * t_.columns + b.begin + j] += moments_[task * kBlock + j];
+      parallel_for(ceil_div(slice.width, piece), t_.threads, [&](int64_t task, int) {
+        const int64_t first = task * piece, width = std::min(piece, slice.width - first);
+        const char* q = packed_rows_ + slice.packed_rows + task * 2 * panel_bytes(mm_, mm_.nr, s.rows);
         matmul(mm_, packed_g_transposed_ + 0, q, b.columns, width, s.rows,
                t_.grad_d + b.begin * t_.width + slice.begin + first, t_.width, s.begin > 0);
       });

@@ -140,6 +140,7 @@ class InfoNCESolver : InfoNCEBatch {
 
   // of a block
   Buffer<float> g_, moments_;
+  const int64_t packed_g_bytes_;  // of a thread
   Buffer<char> packed_g_, packed_g_transposed_, packed_d_;
 
   // of a thread

@@ -49,19 +49,6 @@ void pack_a(const float* src, int64_t stride, int64_t k_stride, int64_t rows, in
 void begin_tiles() { _tile_loadconfig(&kConfig); }
 void end_tiles() { _tile_release(); }
 
-inline void load_sums(const float* c, int64_t ldc, bool accumulate) {
-  if (accumulate) {
-    _tile_loadd(0, c, ldc * 4);
-    _tile_loadd(1, c + 16, ldc * 4);
-    _tile_loadd(2, c + 16 * ldc, ldc * 4);
-    _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-}
 inline void store_sums(float* c, int64_t ldc) {
   _tile_stored(0, c, ldc * 4);
   _tile_stored(1, c + 16, ldc * 4);
@@ -71,7 +58,18 @@ inline void store_sums(float* c, int64_t ldc) {
 
 void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate) {
   const char *pa = static_cast<const char*>(a), *pb = static_cast<const char*>(b);
-  load_sums(c, ldc, accumulate);
+  const int64_t pitch = ldc * 4;
+  if (accumulate) {
+    _tile_loadd(0, c, pitch);
+    _tile_loadd(1, c + 16, pitch);
+    _tile_loadd(2, c + 16 * ldc, pitch);
+    _tile_loadd(3, c + 16 * ldc + 16, pitch);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t p = 0; p < k; p += kKr, pa += 2048, pb += 2048) {
     _tile_loadd(4, pa, 64);
     _tile_loadd(6, pb, 128);

@@ -53,7 +53,8 @@ struct Kernels {
   // float32 <-> the storage types; rounds to nearest even and keeps denormals
   void (*to_f32)(const void* src, Dtype dtype, int64_t n, float* dst);
   void (*from_f32)(const float* src, Dtype dtype, int64_t n, void* dst);
-  // matmul_f32 for operands that are finite, where that can be faster; of others the result is NaN.
+  // matmul_f32 for operands that are finite, where that can be faster; other results are NaN. Those below 2^-100 may
+  // lose digits.
   const MatmulKernels* matmul_finite_f32 = nullptr;
 };
 
