@@ -62,7 +62,7 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
 
     Memory on a CPU beyond the float32 gradients: 24 MB of scores, but at least m whole rows of
     them, 4 m N bytes per width, where m is the height of the level's register tile (6 with AVX2,
-    12 with AVX-512, 32 with AMX in bf16); 192 rows of d per thread; and a few vectors of length B
+    12 with AVX-512, 32 with AMX); 192 rows of d per thread; and a few vectors of length B
     and N. It does not grow with B D. Measured with AVX2 and one thread: 24 MB at B = N = 8,192,
     D = 384; 27 MB at N = 1 million and 107 MB at N = 4 million, B = 32, D = 8. On a GPU:
     the workspace that REFINE_FAST_WORKSPACE_MB allows, 512 MB by default.
