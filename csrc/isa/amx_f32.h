@@ -11,11 +11,11 @@
 // and C need not be there at the start. Root mean square error of the scores of unit rows, width 384: 8e-9, of torch's
 // product (MKL) 1.8e-8.
 //
-// Roofline. TDPBF16PS peaks at 3,370 GFLOP/s a core of a Xeon with AMX (family 6, model 143), with random operands at
+// Roofline. TDPBF16PS peaks at 3,370 GFLOP/s a core of a Xeon with AMX, with random operands at
 // 2,500-2,850, where the core lowers its clock: 420-475 after six products, against 242 with VFMADD. Each piece of A is
 // used with the piece of B that is there, so 14 loads of a tile feed 24 products, and L2 keeps up with both operands.
 // Measured, GFLOP/s of one core in one window, k = 192 / 384 / 768: a tile with operands in L2 412 / 440 / 450,
-// 640 x 192 results 395 / 365 / 355, the whole of info_nce's products 330-350.
+// 640 x 192 results 395 / 365 / 355; in info_nce, where C and A come from L3, about 290 (B = 8,192, width 384).
 #pragma once
 #include "isa/amx_tiles.h"
 
