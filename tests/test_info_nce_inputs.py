@@ -227,7 +227,7 @@ print((peak() - before) * 1024 - q.nbytes - d.nbytes)
 @pytest.mark.parametrize("widths", [None, (4, 8)])
 def test_memory_is_what_the_docstring_says(isa: str, widths: tuple[int, ...] | None) -> None:
     """24 MB of scores or m whole rows of them per width, and vectors of length N."""
-    N, rows = 2_000_000, {"scalar": 4, "avx2": 6, "neon": 8}.get(isa, 12)
+    N, rows = 2_000_000, {"scalar": 4, "avx2": 6, "neon": 8, "amx": 32}.get(isa, 12)
     command = [sys.executable, "-c", PEAK, str(N), isa, str(widths)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     scores = 4 * rows * N * len(widths or [8])

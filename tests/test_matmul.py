@@ -46,6 +46,30 @@ def test_product(
     assert ((product(a, b, bf16).double() - x @ y).abs() <= bound).all()
 
 
+# The smallest operands that keep all digits in three pieces of bf16; the largest float, which alone
+# would round to infinity in bf16.
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (2.0**-100, 1.0), (2.0**127, 0.25)], ids=str)
+def test_each_product_has_all_digits(isa: str, scales: tuple[float, float]) -> None:
+    """Sums of one product, so that nothing hides what is missing. In three pieces two roundings:
+    what is left out, and the sum."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = 1 + torch.rand(300, 1, generator=generator), 1 + torch.rand(1, 200, generator=generator)
+    a[0], a[1::2] = 2 - 2.0**-23, -a[1::2]
+    a, b = scales[0] * a, scales[1] * b
+    exact = a.double() @ b.double()
+    assert ((product(a, b, False).double() - exact).abs() <= 2.0**-23 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("d", [384, 768])
+def test_scores_of_unit_rows(isa: str, d: int) -> None:
+    """The root mean square of their errors; MKL's product has 1.8e-8 at 384, 1.3e-8 at 768."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(200, d, generator=generator) for _ in range(2))
+    a, b = (torch.nn.functional.normalize(x) for x in (a, b))
+    errors = product(a, b.T, False).double() - a.double() @ b.double().T
+    assert errors.square().mean().sqrt() <= 9e-9
+
+
 def test_strided_operands(isa: str) -> None:
     """A slice of a wider matrix, both strides above 1: the packers' general path."""
     a, b = torch.randn(40, 90)[::2, ::3], torch.randn(60, 70)[::2, ::2]

@@ -55,7 +55,7 @@ rf::Isa parse_isa(const std::string& name) {
 // band_topk, for tests and benchmarks
 void matmul(uintptr_t a, int64_t a_row, int64_t a_k, uintptr_t b, int64_t b_col, int64_t b_k, int64_t m, int64_t n,
             int64_t k, bool bf16, uintptr_t out) {
-  const rf::MatmulKernels& kernels = bf16 ? *rf::kernels().matmul_bf16 : *rf::kernels().matmul_f32;
+  const rf::MatmulKernels& kernels = bf16 ? *rf::kernels().matmul_bf16 : *rf::kernels().matmul_finite_f32;
   const int64_t size_a = rf::bytes_a(kernels, m, k);
   const rf::Buffer<char> panels(size_a + rf::bytes_b(kernels, n, k));
   rf::pack_a(kernels, reinterpret_cast<const float*>(a), a_row, a_k, m, k, panels.data());

@@ -90,6 +90,7 @@ struct Levels {
       Kernels& t = table[i] = *own[i];
       if (i == 3 && slow_bf16_pairs) t.matmul_bf16 = nullptr;
       if (!t.matmul_f32) t.matmul_f32 = below->matmul_f32;
+      if (!t.matmul_finite_f32) t.matmul_finite_f32 = t.matmul_f32;
       if (!t.matmul_bf16) t.matmul_bf16 = below->matmul_bf16;
       if (!t.lerp) t.lerp = below->lerp;
       if (!t.screen) t.screen = below->screen;

@@ -25,7 +25,8 @@ int64_t InfoNCESolver::rows_of_strip(const InfoNCE& t, int64_t pitch, int64_t pr
 }
 
 const MatmulKernels& InfoNCESolver::product(const InfoNCE& t) {
-  return t.dtype == Dtype::bf16 ? *kernels().matmul_bf16 : *kernels().matmul_f32;  // f16 has too many digits for bf16
+  // f16 has too many digits for bf16
+  return t.dtype == Dtype::bf16 ? *kernels().matmul_bf16 : *kernels().matmul_finite_f32;
 }
 
 bool InfoNCESolver::is_direct(const InfoNCE& t) {

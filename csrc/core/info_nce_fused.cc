@@ -12,7 +12,8 @@
 namespace refine_fast {
 
 bool InfoNCEFused::serves(const InfoNCE& t) {
-  return kernels().fused_loss != nullptr && t.width > 0 && t.dtype == Dtype::bf16 && t.prefix_count == 1 && !t.symmetric;
+  return kernels().fused_loss != nullptr && t.width > 0 && t.dtype == Dtype::bf16 && t.prefix_count == 1 &&
+         !t.symmetric;
 }
 
 // The lists of all keys, of the numbers below `count` with that key.

@@ -1,6 +1,7 @@
 // AMX: tiles multiply (isa/amx_tiles.h), AVX-512 does the rest.
 // Includes only intrinsics and POD headers, and everything is static: a weak symbol compiled here could be merged into
 // baseline code.
+#include "isa/amx_f32.h"
 #include "isa/amx_loss.h"
 #include "isa/amx_screen.h"
 #include "isa/amx_tiles.h"
@@ -22,6 +23,19 @@ const MatmulKernels matmul_bf16 = {
     .end_tiles = end_tiles,
 };
 
+const MatmulKernels matmul_finite_f32 = {
+    .mr = kMr,
+    .nr = kNr,
+    .kr = kKr,
+    .element_bytes = kPieces * 2,
+    .pack_a = pack_a_f32,
+    .pack_b = pack_b_f32,
+    .tile = tile_f32,
+    .begin_tiles = begin_tiles,
+    .end_tiles = end_tiles,
+    .rows_at_once = 2 * kMr,
+};
+
 }  // namespace
 
 extern const Kernels amx_kernels = {
@@ -35,6 +49,7 @@ extern const Kernels amx_kernels = {
     .fused_loss = &fused_loss,
     .to_f32 = nullptr,
     .from_f32 = nullptr,
+    .matmul_finite_f32 = &matmul_finite_f32,
 };
 
 }  // namespace refine_fast

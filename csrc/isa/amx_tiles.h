@@ -49,6 +49,13 @@ void pack_a(const float* src, int64_t stride, int64_t k_stride, int64_t rows, in
 void begin_tiles() { _tile_loadconfig(&kConfig); }
 void end_tiles() { _tile_release(); }
 
+inline void store_sums(float* c, int64_t ldc) {
+  _tile_stored(0, c, ldc * 4);
+  _tile_stored(1, c + 16, ldc * 4);
+  _tile_stored(2, c + 16 * ldc, ldc * 4);
+  _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+}
+
 void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate) {
   const char *pa = static_cast<const char*>(a), *pb = static_cast<const char*>(b);
   const int64_t pitch = ldc * 4;
@@ -73,10 +80,7 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, c, pitch);
-  _tile_stored(1, c + 16, pitch);
-  _tile_stored(2, c + 16 * ldc, pitch);
-  _tile_stored(3, c + 16 * ldc + 16, pitch);
+  store_sums(c, ldc);
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ namespace refine_fast {
 //   bf16   operands rounded to bf16 (nearest even), float32 accumulation
 struct MatmulKernels {
   int32_t mr, nr, kr;  // tile rows, tile columns, granularity of k
-  // Of a packed operand: 4 or 2. A panel of A takes round_up(k, kr) * mr * element_bytes bytes, 64-byte aligned.
+  // Of a packed operand: 4, 2, or 6 for a float32 in three pieces. A panel of A takes round_up(k, kr) * mr *
+  // element_bytes bytes, 64-byte aligned.
   int32_t element_bytes;
   // Packs `rows` <= mr rows of A (`cols` <= nr columns of B). Strides are in elements and arbitrary, so a transposed
   // operand needs no copy.
@@ -28,6 +29,8 @@ struct MatmulKernels {
   // where it needs none.
   void (*begin_tiles)() = nullptr;
   void (*end_tiles)() = nullptr;
+  // As many rows of A meet all of B before the next rows do (core/matmul.cc): those that L2 holds beside B. 0: all.
+  int32_t rows_at_once = 0;
 };
 
 // out = base + weight * (tuned - base); see core/lerp.h
@@ -53,6 +56,9 @@ struct Kernels {
   // float32 <-> the storage types; rounds to nearest even and keeps denormals
   void (*to_f32)(const void* src, Dtype dtype, int64_t n, float* dst);
   void (*from_f32)(const float* src, Dtype dtype, int64_t n, void* dst);
+  // matmul_f32 for operands that are finite, where that can be faster; other results are NaN. Those below 2^-100 may
+  // lose digits.
+  const MatmulKernels* matmul_finite_f32 = nullptr;
 };
 
 // One per file in csrc/isa.
