@@ -107,38 +107,43 @@ class BandSearch {
   // Sizes, from the shape and the kernels.
   struct Plan {
     Plan(const BandSpec& spec, const ScreenKernels& screen);
+    bool runs;                 // by ScreenKernels::run: the rows of a document need a strip to be folded
     int64_t panel_a, panel_b;  // bytes of a packed panel of queries, of documents
     int64_t strip;  // rows of documents in L2 at a time; a panel of queries times a strip gives scores that fit L1
     int64_t block;  // rows of documents packed at a time, all those of a document among them
     int64_t kept, drawn;  // entries of a query: most similar hits, random hits
-    int64_t pending;      // entries of a query: documents that wait for their float64 score
+    int64_t may_wait;     // entries of a query's list: documents that wait for their float64 score
+    int64_t waiting;      // and room for those of a strip
     int64_t bytes_per_query, bytes_fixed;
   };
+  // Upper bounds of |y| and |y - y'|: of a row, or the largest of several.
+  struct Bound {
+    float size = 0, residual = 0;
+    void widen(const Bound& other) { size = std::max(size, other.size), residual = std::max(residual, other.residual); }
+  };
   struct Query {
-    double residual, reach;  // upper bounds of |x - x'| of the screen's operand, and of |x| + |x - x'|
-    double norm;             // the divisor of its scores with normalize
-    // bound of |s - s~| for a document of the current block that the screen does not round, and that it rounds by |y -
-    // y'| <= residual
-    double margin;
-    double margin_of(double residual) const { return margin + reach * residual; }
+    double norm;  // the divisor of its scores with normalize
+    // of the bound e of |s - s~|
+    double per_size, per_residual, least;
+    double margin(const Bound& y) const { return per_size * y.size + per_residual * y.residual + least; }
     float open;             // the best score so far of a document whose last rows are in the next strip
-    double worst;           // the smallest score that is kept, -inf until there are `kept`
-    int64_t above, inside;  // documents above the band (saturates) and in the band
+    double worst;           // at least `kept` documents of the band score as much; -inf until they are known
+    int64_t above;          // documents above the band (saturates)
     int64_t next_excluded;  // index of the first excluded id not yet passed
     uint64_t hash;          // of (seed, query)
-    int32_t kept, drawn, pending;
-    BandThresholds thresholds;
+    int32_t kept, drawn;    // of the heaps
   };
   struct Rows {
     const char* data;
     Dtype dtype;
     int64_t row_bytes;
   };
+  // Documents that are packed at a time, and have settled before the next. Lists count them from its first.
   struct Block {
     Rows docs;
     int64_t rows, documents, first_id;
     const int64_t* offsets;  // of its documents, as for push
-    double size, residual;   // maxima over its rows
+    Bound largest;           // of its rows
     // the first row of a document, and the document of a row
     int64_t row_of(int64_t document) const { return offsets == nullptr ? document : offsets[document] - offsets[0]; }
     int64_t document_of(int64_t row) const {
@@ -146,13 +151,18 @@ class BandSearch {
       return std::upper_bound(offsets, offsets + documents + 1, offsets[0] + row) - offsets - 1;
     }
   };
-  struct Doubt {
-    double most;  // an upper bound of its score, +inf if it may lie outside the band
+  // A document that waits for its float64 score.
+  struct Waiting {
+    int64_t row;
     int32_t column;
+    float score;
   };
   struct Scratch {
-    std::vector<float> rows, strip;
-    std::vector<Doubt> doubts;
+    std::vector<float> rows;
+    float* strip;
+    std::vector<float> least;
+    std::vector<Waiting> waiting;
+    std::vector<ExcludedPair> excluded;
   };
   struct Operand {
     double norm, size, residual;
@@ -160,20 +170,33 @@ class BandSearch {
     bool usable() const { return finite && size <= kLargestNorm; }
   };
   static constexpr int kLargestPanel = 64;      // rows; no level has a larger tile
+  static constexpr int64_t kSlack = 16;         // the kernels append up to a vector beyond
   static constexpr double kLargestNorm = 1e18;  // beyond it, a product of two rows could overflow float32
   using PackPanel = decltype(ScreenKernels::pack_a);
 
   void pack(const Rows& rows, int64_t count, PackPanel pack, char* panel, Scratch& scratch, Operand* operands) const;
   Status pack_documents(Block& block);
-  void set_thresholds(Query& query, double hi, const Block& block) const;
+  int64_t tasks_of_runs() const;
   void screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch);
+  void run(int64_t panel, int64_t start, int64_t turn, const Block& block, Scratch& scratch);
   static int64_t fold(float* scores, int64_t start, int64_t columns, int64_t document, const Block& block, float& open);
-  void flush(int64_t row, const Block& block, Scratch& scratch);
+
+  template <class Mark>
+  void for_each_excluded(int64_t row, int64_t first_id, int64_t count, const Mark& mark);
+
+  // core/band_settle.cc
+  void set_thresholds(int64_t row, const Bound& largest);
+  void make_room(int64_t row, const Block& block, Scratch& scratch);
+  void settle(int64_t panel, const Block& block, Scratch& scratch);
+  void look_through(int64_t row, const Block& block, Scratch& scratch);
+  void collect(int64_t row, Scratch& scratch);
+  void raise_worst(int64_t row, Scratch& scratch);
+  void rescore(const Block& block, Scratch& scratch);
+  void rescore(const Waiting& document, const Block& block, Scratch& scratch);
+  double exact(int64_t row, int64_t column, const Block& block, float* converted) const;
   void prefetch(int64_t column, const Block& block) const;
-  double exact(int64_t row, int64_t column, const Block& block, Scratch& scratch) const;
-  uint64_t hash(const Query& query, int64_t id) const;
-  template <class Before>
-  static void offer(Hit* heap, int32_t& size, int64_t limit, Hit hit, Before before);
+  bool is_lucky(int64_t row, int64_t id) const;
+  static uint64_t hash(const Query& query, int64_t id);
 
   const BandSpec spec_;
   const Kernels& kernels_;
@@ -182,14 +205,16 @@ class BandSearch {
   const int64_t first_, rows_;
   const double* const hi_;
   const Ragged exclude_;
-  std::vector<float> queries_;           // (rows, d)
-  std::vector<Query> state_;             // (rows)
-  std::vector<Hit> hits_, drawn_;        // (rows, kept) heaps by score, (rows, drawn) by hash
-  std::vector<int32_t> pending_column_;  // (rows, pending)
-  std::vector<float> pending_score_;
-  std::vector<double> norms_;     // (block)
-  std::vector<float> residuals_;  // (block) |y - y'|, of documents the largest
+  std::vector<float> queries_;      // (rows, d)
+  std::vector<Query> state_;        // (rows)
+  std::vector<BandList> lists_;     // (rows, padded to whole panels)
+  std::vector<Hit> hits_, drawn_;   // (rows, kept) heaps by score, (rows, drawn) by hash
+  Buffer<int32_t> waiting_column_;  // (rows, waiting)
+  Buffer<float> waiting_score_;
+  Buffer<Bound> bounds_;  // (block) of documents; of rows while they are packed
+  Buffer<double> norms_;  // (block) of rows, with normalize
   Buffer<char> packed_queries_, packed_documents_;
+  Buffer<float> strips_;          // per thread, scores
   std::vector<Scratch> scratch_;  // per thread
 };
 
