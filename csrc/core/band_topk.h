@@ -6,24 +6,27 @@
 // is the same for every ISA level, thread count and block size.
 //
 // The screen. A tile product of rounded rows (kernels/screen_kernels.h) gives s~ with |s - s~| <= e. For the rounded
-// operands x', y', and Y, R the largest norm and the largest |y - y'| of a block of documents,
-//     e = |x - x'| Y  +  (|x| + |x - x'|) R  +  c 2^-23 (|x| + |x - x'|) (Y + R):
+// operands x', y' of a query and a document (or the largest |y| and |y - y'| of a block of them),
+//     e = |x - x'| |y|  +  (|x| + |x - x'|) |y - y'|  +  c 2^-23 (|x| + |x - x'|) (|y| + |y - y'|):
 // Cauchy-Schwarz on the rounding of each operand, plus the rounding of the tile itself. c = 4 for integers, whose sum
 // is exact; for the others c 2^-23 is twice the bound d 2^-24 of a float32 sum. e at d = 384:
 //     8-bit integers   16-bit integers   bf16 (AMX)   float32 (no SIMD, NEON)
 //          .014            2.5e-4           3e-3              5e-5
-// s~ then settles most documents (BandThresholds): below the band they are dropped, inside it but worse than the
-// current k-th best they are counted. The others are appended to the query's pending list. There the document's own |y
-// - y'| narrows e, and what is still in doubt gets its float64 score before its block leaves the cache.
+// s~ then settles most documents (BandThresholds): below the band they are dropped, inside it but certainly worse than
+// the k-th best they are counted. The others wait in the query's list until the end of their block.
+//
+// Settling (core/band_settle.cc). A list is looked through at the end of a block, or when it is full: each document's
+// own e narrows its doubt, and bisection over the lower bounds s~ - e raises that of the last that is kept
+// (Query::worst) without a float64 score. What is still in doubt is rescored while its block is in cache.
 //
 // What is kept: k + skip hits for each query. The number of documents above the band (a count that saturates at skip)
-// decides at the end how many of them to drop. A pending list that fills up is flushed at once, so a band that holds
+// decides at the end how many of them to drop. A list that would stay full is rescored at once, so a band that holds
 // everything costs time but no memory. select = random keeps the smallest hashes instead, which do not depend on the
 // order of arrival, and beside them the `skip` most similar.
 //
 // Groups. A document may be a group of rows, its score that of its best row. The maximum of screened scores errs by no
 // more than the worst of them, so a strip's scores are folded into those of its documents before the thresholds, with
-// the largest residual of a document's rows for its own; a document that the strip cuts waits in Query::open.
+// the largest norm and residual of a document's rows for its own; a document that the strip cuts waits in Query::open.
 //
 // Roofline. 2 B N d operations against N d elements, read once for each block of queries: the product is the limit for
 // B beyond a few dozen. Documents are packed once for each block of queries, into a buffer that stays in L3; a strip of
@@ -34,9 +37,15 @@
 //     384        5.92        3.62    1.93       1.26
 //       product              2.97    1.57        .67
 //     768       11.9         7.46    4.12       2.53
-// Profile of avx512_bf16: tile 54%, rescoring 16%, flush 14%, append 9%, packing 1%. Rescoring waits for its rows,
-// which come from L3; float64 copies of the queries, a longer prefetch, and blocks that fit L2 did not make it faster.
-// Memory beyond the outputs: 40 MiB.
+//
+// AMX (ScreenKernels::run, isa/amx_screen.h) compares a tile's scores while they are in L1, between the multiplications
+// of the next tile. On a Xeon with AMX whose cores other work shared, this took 1.02 to 1.36 CPU seconds at d = 384
+// where strips and a heap took 1.57 to 1.80 in the same minutes. Profile: run 45% (1,700 to 1,900 of the 2,000 to 2,100
+// GFLOP/s that tiles streamed from L2 then reached), float64 sums 28%, settling 12%, packing 3%. Tried there:
+//   - Rescoring at the end of all documents: 262 a query instead of 394, but at 500 ns each from memory against 190.
+//   - Rescoring by document, the queries' rows from L3: as many bytes, and the state of every query besides.
+//   - Blocks of half the size: no change; of a quarter: more to look through than the nearer rows gained.
+//   - The list's hits one by one, without compression: 40 cycles each, since stores and loads of its size alternate.
 #pragma once
 #include <algorithm>
 #include <cstdint>
