@@ -48,10 +48,11 @@ def one_thread() -> Iterator[None]:
 
 # One row and one column; ragged against every tile (6, 12, 32 rows; 4, 16, 32 columns; on a GPU 128
 # queries, 256 documents, 64 columns); more documents than a strip; six steps of the GPU's pipeline;
-# no documents; no queries.
+# a panel of queries beyond AMX's share of L1, with a fifth tile of documents; no documents; no
+# queries.
 SHAPES = [
     (1, 1, 1), (33, 333, 33), (7, 1500, 16), (13, 97, 384), (131, 520, 70), (5, 97, 384),
-    (3, 0, 8), (0, 5, 8),
+    (34, 150, 600), (3, 0, 8), (0, 5, 8),
 ]  # fmt: skip
 INFINITE = (-float("inf"), float("inf"))
 BANDS = [(-0.2, 0.4), (0.1, 0.3), (-2.0, 2.0), (0.99, 1.0), INFINITE]

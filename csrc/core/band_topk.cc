@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <limits>
 
+#include "core/band_scores.h"
 #include "core/cpu.h"
 #include "core/numeric.h"
 #include "core/parallel.h"
@@ -17,20 +18,9 @@ namespace refine_fast {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kSmallestNorm = 1e-12;   // eps of torch.nn.functional.normalize: a zero row stays zero
-constexpr size_t kPrefetchDocuments = 4;  // prefetch distance while rescoring
-constexpr int64_t kSlack = 16;            // SelectKernels::append writes up to a vector beyond
-
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
-// the largest float <= x, and the smallest >= x
-float down(double x) {
-  const float f = static_cast<float>(x);
-  return static_cast<double>(f) > x ? std::nextafter(f, -std::numeric_limits<float>::infinity()) : f;
-}
-float up(double x) { return -down(-x); }
-
-bool better(const Hit& a, const Hit& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
+constexpr double kSmallestNorm = 1e-12;  // eps of torch.nn.functional.normalize: a zero row stays zero
+constexpr int64_t kTurns = 16;           // ScreenRun::ahead
+constexpr int64_t kTask = 768 << 10;     // bytes of packed queries that stay in L2 while documents pass by
 
 Status bad_row(const char* which, int64_t row, const char* what, bool finite) {
   Status status{Code::invalid};
@@ -46,14 +36,17 @@ BandSearch::Plan::Plan(const BandSpec& spec, const ScreenKernels& screen) {
   const int64_t depth = round_up(spec.d, screen.kr) * screen.element_bytes + screen.scale_bytes;
   panel_a = round_up(screen.mr * depth, 64), panel_b = round_up(screen.nr * depth, 64);
   strip = std::max<int64_t>(std::min<int64_t>((256 << 10) / depth, 4096 / screen.mr) / screen.nr, 1) * screen.nr;
+  runs = screen.run != nullptr && spec.largest == 1;
+  if (runs) strip = std::max<int64_t>((384 << 10) / panel_b, 1) * screen.nr;
   block = std::max(std::max<int64_t>((6 << 20) / depth / strip, 1) * strip, round_up(spec.largest, strip));
   kept = spec.random ? spec.skip : spec.k + spec.skip;
   drawn = spec.random ? spec.k + spec.skip : 0;
-  pending = strip + kSlack + std::max<int64_t>(256, kept / 4);
+  may_wait = std::max<int64_t>(runs ? 464 : 256, kept / 4);
+  waiting = may_wait + (runs ? screen.nr : strip) + kSlack;
   bytes_per_query = spec.d * 4 + panel_a / screen.mr + (kept + drawn) * static_cast<int64_t>(sizeof(Hit)) +
-                    pending * 8 + static_cast<int64_t>(sizeof(Query));
-  const int64_t scratch = (std::max(screen.nr, screen.mr) * spec.d + screen.mr * strip) * 4 + pending * sizeof(Doubt);
-  bytes_fixed = block / screen.nr * panel_b + block * 12 + scratch * spec.threads;
+                    waiting * 8 + static_cast<int64_t>(sizeof(Query) + sizeof(BandList));
+  const int64_t scratch = (std::max(screen.nr, screen.mr) * spec.d + screen.mr * strip) * 4 + (waiting + kept) * 4;
+  bytes_fixed = block / screen.nr * panel_b + block * (spec.normalize ? 16 : 8) + scratch * spec.threads;
 }
 
 int64_t BandSearch::queries_within(const BandSpec& spec, int64_t bytes) {
@@ -74,19 +67,27 @@ BandSearch::BandSearch(const BandSpec& spec, int64_t first, int64_t rows, const 
       exclude_(exclude),
       queries_(static_cast<size_t>(rows * spec.d)),
       state_(static_cast<size_t>(rows)),
+      lists_(static_cast<size_t>(round_up(rows, screen_.mr))),
       hits_(static_cast<size_t>(rows * plan_.kept)),
       drawn_(static_cast<size_t>(rows * plan_.drawn)),
-      pending_column_(static_cast<size_t>(rows * plan_.pending)),
-      pending_score_(static_cast<size_t>(rows * plan_.pending)),
-      norms_(static_cast<size_t>(plan_.block)),
-      residuals_(static_cast<size_t>(plan_.block)),
+      waiting_column_(rows * plan_.waiting),
+      waiting_score_(rows * plan_.waiting),
+      bounds_(plan_.block),
+      norms_(spec.normalize ? plan_.block : 0),
       packed_queries_(ceil_div(rows, screen_.mr) * plan_.panel_a),
       packed_documents_(plan_.block / screen_.nr * plan_.panel_b),
+      strips_(std::max(spec.threads, 1) * screen_.mr * plan_.strip),
       scratch_(static_cast<size_t>(std::max(spec.threads, 1))) {
+  float* strip = strips_.data();
   for (Scratch& scratch : scratch_) {
     scratch.rows.resize(static_cast<size_t>(std::max(screen_.nr, screen_.mr) * spec.d));
-    scratch.strip.resize(static_cast<size_t>(screen_.mr * plan_.strip));
-    scratch.doubts.reserve(static_cast<size_t>(plan_.pending));
+    scratch.strip = strip, strip += screen_.mr * plan_.strip;
+    scratch.least.reserve(static_cast<size_t>(plan_.waiting + plan_.kept));
+  }
+  constexpr float kNever = std::numeric_limits<float>::infinity();
+  for (int64_t row = 0; row < static_cast<int64_t>(lists_.size()); ++row) {
+    const int64_t at = std::min(row, rows - 1) * plan_.waiting;
+    lists_[row] = {{kNever, kNever, kNever, kNever}, waiting_column_ + at, waiting_score_ + at, 0, 0};
   }
 }
 
@@ -134,7 +135,12 @@ Status BandSearch::set_queries(const void* queries, Dtype dtype, int64_t row_str
       if (!operand.usable()) return bad_row("row", first_ + r, "queries", operand.finite);
       Query& query = state_[r];
       query = {};
-      query.reach = operand.size + operand.residual, query.residual = operand.residual, query.norm = operand.norm;
+      const double x = operand.size + operand.residual,
+                   rounding = static_cast<double>(screen_.exact ? 4 : d + 16) * 0x1p-23;
+      // 1e-36: for denormals that a bf16 product flushes to zero
+      query.norm = operand.norm, query.least = 1e-36 * static_cast<double>(d) * (1 + x);
+      query.per_size = operand.residual + rounding * x + query.least;
+      query.per_residual = x + rounding * x + query.least;
       query.worst = plan_.kept == 0 ? kInfinity : -kInfinity;
       query.hash = hash_query(spec_.seed, first_ + r);
       query.next_excluded = exclude_.offsets == nullptr ? 0 : exclude_.offsets[r];
@@ -146,8 +152,8 @@ Status BandSearch::set_queries(const void* queries, Dtype dtype, int64_t row_str
 Status BandSearch::pack_documents(Block& block) {
   const StageScope pack_stage(Stage::pack);
   struct Panel {
-    double size, residual;  // the largest
-    int64_t bad;            // the first row that cannot be used, or -1
+    Bound largest;
+    int64_t bad;  // the first row that cannot be used, or -1
     bool finite;
   };
   const int64_t count = ceil_div(block.rows, screen_.nr);
@@ -157,121 +163,29 @@ Status BandSearch::pack_documents(Block& block) {
     const int64_t begin = index * screen_.nr, rows = std::min<int64_t>(screen_.nr, block.rows - begin);
     const Rows source{block.docs.data + begin * block.docs.row_bytes, block.docs.dtype, block.docs.row_bytes};
     pack(source, rows, screen_.pack_b, packed_documents_ + index * plan_.panel_b, scratch_[thread], operands);
-    Panel& panel = panels[index] = {0, 0, -1, true};
+    Panel& panel = panels[index] = {{}, -1, true};
     for (int64_t r = rows; r-- > 0;) {
       const Operand& operand = operands[r];
       if (!operand.usable()) panel.bad = begin + r, panel.finite = operand.finite;
-      norms_[begin + r] = operand.norm, residuals_[begin + r] = up(operand.residual);
-      panel.size = std::max(panel.size, operand.size), panel.residual = std::max(panel.residual, operand.residual);
+      if (spec_.normalize) norms_[begin + r] = operand.norm;
+      bounds_[begin + r] = {up(operand.size), up(operand.residual)};
+      panel.largest.widen(bounds_[begin + r]);
     }
   });
-  block.size = block.residual = 0;
+  block.largest = {};
   for (const Panel& panel : panels) {
     if (panel.bad >= 0)
       return bad_row(block.offsets == nullptr ? "row" : "a row of group", block.first_id + block.document_of(panel.bad),
                      "docs", panel.finite);
-    block.size = std::max(block.size, panel.size), block.residual = std::max(block.residual, panel.residual);
+    block.largest.widen(panel.largest);
   }
   if (block.offsets == nullptr) return {};
-  for (int64_t document = 0; document < block.documents; ++document)
-    residuals_[document] =
-        *std::max_element(&residuals_[block.row_of(document)], residuals_.data() + block.row_of(document + 1));
+  for (int64_t document = 0; document < block.documents; ++document) {
+    Bound bound;
+    for (int64_t row = block.row_of(document); row < block.row_of(document + 1); ++row) bound.widen(bounds_[row]);
+    bounds_[document] = bound;
+  }
   return {};
-}
-
-void BandSearch::set_thresholds(Query& query, double hi, const Block& block) const {
-  BandThresholds& t = query.thresholds;
-  const double lo = spec_.lo, e = query.margin_of(block.residual);
-  if (!(lo <= hi)) {
-    t.floor = t.sure = t.keep = t.ceil = std::numeric_limits<float>::infinity();
-    return;
-  }
-  const bool saturated = spec_.order == Order::band_then_skip || query.above >= spec_.skip;
-  t.floor = down(lo - e);
-  t.ceil = saturated ? up(hi + e) : std::numeric_limits<float>::infinity();
-  t.sure = spec_.random ? t.floor : up(lo + e);
-  t.keep = spec_.random ? t.floor : std::max(t.sure, std::min(down(query.worst - e), down(hi - e)));
-}
-
-void BandSearch::prefetch(int64_t column, const Block& block) const {
-  for (int64_t r = block.row_of(column); r < block.row_of(column + 1); ++r) {
-    const char* row = block.docs.data + r * block.docs.row_bytes;
-    for (int64_t byte = 0; byte < spec_.d * bytes_of(block.docs.dtype); byte += 64) __builtin_prefetch(row + byte);
-  }
-}
-
-double BandSearch::exact(int64_t row, int64_t column, const Block& block, Scratch& scratch) const {
-  double best = -kInfinity;
-  for (int64_t r = block.row_of(column); r < block.row_of(column + 1); ++r) {
-    const char* source = block.docs.data + r * block.docs.row_bytes;
-    const float* document = reinterpret_cast<const float*>(source);
-    if (block.docs.dtype != Dtype::f32) {
-      kernels_.to_f32(source, block.docs.dtype, spec_.d, scratch.rows.data());
-      document = scratch.rows.data();
-    }
-    const double s = kernels_.select->dot(queries_.data() + row * spec_.d, document, spec_.d);
-    best = std::max(best, spec_.normalize ? s / (state_[row].norm * norms_[r]) : s);
-  }
-  return best;
-}
-
-uint64_t BandSearch::hash(const Query& query, int64_t id) const { return hash_document(query.hash, id); }
-
-// Adds a hit to a heap of the `limit` first hits, whose top is the last of them.
-template <class Before>
-void BandSearch::offer(Hit* heap, int32_t& size, int64_t limit, Hit hit, Before before) {
-  if (size == limit) {
-    if (size == 0 || !before(hit, heap[0])) return;
-    std::pop_heap(heap, heap + size, before);
-    heap[size - 1] = hit;
-  } else {
-    heap[size++] = hit;
-  }
-  std::push_heap(heap, heap + size, before);
-}
-
-// Settles the pending documents of a query: counts them, rescores those that may be chosen, keeps the best.
-void BandSearch::flush(int64_t row, const Block& block, Scratch& scratch) {
-  Query& query = state_[row];
-  const int32_t* column = pending_column_.data() + row * plan_.pending;
-  const float* score = pending_score_.data() + row * plan_.pending;
-  Hit* const hits = hits_.data() + row * plan_.kept;
-  Hit* const drawn = drawn_.data() + row * plan_.drawn;
-  const double lo = spec_.lo, hi = hi_[row];
-  const auto luckier = [&](const Hit& a, const Hit& b) { return hash(query, a.id) < hash(query, b.id); };
-  std::vector<Doubt>& doubts = scratch.doubts;
-  doubts.clear();
-  for (int32_t i = 0; i < query.pending; ++i) {
-    const double s = score[i], e = query.margin_of(residuals_[column[i]]);
-    if (s > hi + e) {
-      ++query.above;
-    } else if (s < lo + e || s > hi - e) {
-      if (s >= lo - e) doubts.push_back({kInfinity, column[i]});
-    } else {
-      ++query.inside;
-      if (spec_.random || s + e >= query.worst) doubts.push_back({s + e, column[i]});
-    }
-  }
-  query.pending = 0;
-  const StageScope rescore(Stage::rescore);
-  for (size_t i = 0; i < doubts.size(); ++i) {
-    if (i + kPrefetchDocuments < doubts.size()) prefetch(doubts[i + kPrefetchDocuments].column, block);
-    const Doubt& doubt = doubts[i];
-    Hit hit{doubt.most, block.first_id + doubt.column};
-    const bool similar = doubt.most >= query.worst;
-    const bool lucky = spec_.random && (query.drawn < plan_.drawn || (query.drawn > 0 && luckier(hit, drawn[0])));
-    if (!similar && !lucky) continue;
-    hit.score = exact(row, doubt.column, block, scratch);
-    if (doubt.most == kInfinity) {
-      if (hit.score > hi) ++query.above;
-      if (hit.score > hi || hit.score < lo) continue;
-      ++query.inside;
-    }
-    offer(hits, query.kept, plan_.kept, hit, better);
-    offer(drawn, query.drawn, plan_.drawn, hit, luckier);
-    if (plan_.kept > 0 && query.kept == plan_.kept) query.worst = hits[0].score;
-  }
-  set_thresholds(query, hi, block);
 }
 
 // Replaces the scores of the rows from `start`, of which `document` has the first, by those of the documents that end
@@ -291,44 +205,94 @@ int64_t BandSearch::fold(float* scores, int64_t start, int64_t columns, int64_t 
   return document - first;
 }
 
-// Scores a panel of queries against the strip of documents at `start`, and appends to the pending lists.
+// Calls mark(i) for each document first_id + i with i < count that the query excludes.
+template <class Mark>
+void BandSearch::for_each_excluded(int64_t row, int64_t first_id, int64_t count, const Mark& mark) {
+  if (exclude_.offsets == nullptr) return;
+  const int64_t end = exclude_.offsets[row + 1];
+  for (int64_t& next = state_[row].next_excluded; next < end && exclude_.ids[next] < first_id + count; ++next)
+    if (exclude_.ids[next] >= first_id) mark(exclude_.ids[next] - first_id);
+}
+
+// Scores a panel of queries against the strip of documents at `start`, and appends to the lists of what waits.
 void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch) {
   const int64_t columns = std::min(plan_.strip, block.rows - start), first_row = panel * screen_.mr;
   const int64_t first = block.document_of(start);
   const int64_t last_row = std::min<int64_t>(first_row + screen_.mr, rows_);
   const char* a = packed_queries_ + panel * plan_.panel_a;
-  float* scores = scratch.strip.data();
+  float* scores = scratch.strip;
   {
     const StageScope multiply(Stage::multiply);
-    const TileScope scope(screen_);
     for (int64_t j = 0; j < columns; j += screen_.nr)
       screen_.tile(a, packed_documents_ + (start + j) / screen_.nr * plan_.panel_b, spec_.d, scores + j, plan_.strip);
   }
   for (int64_t row = first_row; row < last_row; ++row, scores += plan_.strip) {
-    Query& query = state_[row];
     const int64_t documents =
-        block.offsets == nullptr ? columns : fold(scores, start, columns, first, block, query.open);
-    if (exclude_.offsets != nullptr) {
-      const int64_t begin = block.first_id + first, end = exclude_.offsets[row + 1];
-      for (int64_t& next = query.next_excluded; next < end && exclude_.ids[next] < begin + documents; ++next)
-        if (exclude_.ids[next] >= begin) scores[exclude_.ids[next] - begin] = std::numeric_limits<float>::quiet_NaN();
-    }
-    if (query.pending + documents + kSlack > plan_.pending) flush(row, block, scratch);
-    const int64_t at = row * plan_.pending + query.pending;
-    query.pending +=
-        static_cast<int32_t>(kernels_.select->append(scores, documents, &query.thresholds, static_cast<int32_t>(first),
-                                                     &pending_column_[at], &pending_score_[at], &query.inside));
+        block.offsets == nullptr ? columns : fold(scores, start, columns, first, block, state_[row].open);
+    for_each_excluded(row, block.first_id + first, documents,
+                      [&](int64_t column) { scores[column] = std::numeric_limits<float>::quiet_NaN(); });
+    BandList& list = lists_[row];
+    if (list.size + documents + kSlack > plan_.waiting) make_room(row, block, scratch);
+    kernels_.select->append(scores, documents, static_cast<int32_t>(first), &list);
   }
+}
+
+// screen, in one pass.
+void BandSearch::run(int64_t panel, int64_t start, int64_t turn, const Block& block, Scratch& scratch) {
+  const StageScope multiply(Stage::multiply);
+  const int64_t columns = std::min(plan_.strip, block.rows - start), first_row = panel * screen_.mr;
+  const int64_t last_row = std::min<int64_t>(first_row + screen_.mr, rows_);
+  std::vector<ExcludedPair>& excluded = scratch.excluded;
+  excluded.clear();
+  for (int64_t row = first_row; row < last_row; ++row)
+    for_each_excluded(row, block.first_id + start, columns, [&](int64_t column) {
+      excluded.push_back({static_cast<int32_t>(column), static_cast<int32_t>(row - first_row)});
+    });
+  std::sort(excluded.begin(), excluded.end(),
+            [](const ExcludedPair& a, const ExcludedPair& b) { return a.column < b.column; });
+  excluded.push_back({std::numeric_limits<int32_t>::max(), 0});
+  struct Context {
+    BandSearch& search;
+    int64_t first_row;
+    const Block& block;
+    Scratch& scratch;
+  } context{*this, first_row, block, scratch};
+  // the next strip, in turns: as much of it as a run fetches ahead
+  const int64_t ahead = start + plan_.strip + turn * plan_.strip / kTurns;
+  screen_.run({
+      .a = packed_queries_ + panel * plan_.panel_a,
+      .b = packed_documents_ + start / screen_.nr * plan_.panel_b,
+      .d = spec_.d,
+      .columns = columns,
+      .first = static_cast<int32_t>(start),
+      .lists = lists_.data() + first_row,
+      .room = plan_.waiting,
+      .excluded = excluded.data(),
+      .full =
+          [](void* to, int32_t row) {
+            const Context& c = *static_cast<Context*>(to);
+            c.search.make_room(c.first_row + row, c.block, c.scratch);
+          },
+      .context = &context,
+      .ahead = packed_documents_ + std::min(ahead, block.rows) / screen_.nr * plan_.panel_b,
+      .scores = scratch.strip,
+  });
+}
+
+// So few that the packed documents, which each task reads from L3, come once for many queries; their packed rows still
+// leave L2 room for two strips.
+int64_t BandSearch::tasks_of_runs() const {
+  const int64_t threads = std::max(spec_.threads, 1), bytes = ceil_div(rows_, screen_.mr) * plan_.panel_a;
+  return round_up(std::max(ceil_div(bytes, kTask), threads > 1 ? 4 * threads : 1), threads);
 }
 
 Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64_t count, int64_t first_id, Poll poll,
                         const int64_t* offsets) {
   using Clock = std::chrono::steady_clock;
   const int64_t row_bytes = row_stride * bytes_of(dtype), panels = ceil_div(rows_, screen_.mr);
-  // a task: a range of panels of queries against the whole block, strip by strip; one task more or less is 3% of a
-  // thread's work
-  const int64_t tasks = 32 * std::max(spec_.threads, 1), group = ceil_div(panels, tasks);
-  const double d = static_cast<double>(spec_.d), rounding = (screen_.exact ? 4 : d + 16) * 0x1p-23;
+  if (spec_.largest == 1) offsets = nullptr;  // each document is its row
+  // a task: a range of panels of queries against the whole block, strip by strip
+  const int64_t group = ceil_div(panels, plan_.runs ? tasks_of_runs() : 32 * std::max(spec_.threads, 1));
   std::atomic<bool> stopped{false};
   Clock::time_point asked = Clock::now();
   for (int64_t begin = 0, end; begin < count; begin = end) {
@@ -338,30 +302,27 @@ Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64
       first = offsets[begin] - offsets[0], last = offsets[end] - offsets[0];
     }
     const Rows source{static_cast<const char*>(docs) + first * row_bytes, dtype, row_bytes};
-    Block block{source, last - first, end - begin, first_id + begin, offsets == nullptr ? nullptr : offsets + begin, 0,
-                0};
+    Block block{source, last - first, end - begin, first_id + begin, offsets == nullptr ? nullptr : offsets + begin,
+                {}};
     if (Status status = pack_documents(block); !status) return status;
     const StageScope select(Stage::select);
     parallel_for(ceil_div(panels, group), spec_.threads, [&](int64_t task, int thread) {
       Scratch& scratch = scratch_[thread];
       const int64_t first_panel = task * group, last_panel = std::min(panels, first_panel + group);
-      const int64_t first_row = first_panel * screen_.mr, last_row = std::min(rows_, last_panel * screen_.mr);
-      for (int64_t row = first_row; row < last_row; ++row) {
-        Query& query = state_[row];
-        const double x = query.reach, y = block.size + block.residual;
-        // 1e-36: for denormals that a bf16 product flushes to zero
-        query.margin = query.residual * block.size + rounding * x * y + 1e-36 * d * (1 + x) * (1 + y);
-        set_thresholds(query, hi_[row], block);
-      }
-      for (int64_t start = 0; start < block.rows && !stopped.load(std::memory_order_relaxed); start += plan_.strip) {
-        if (thread == 0 && poll.go_on != nullptr && Clock::now() - asked > std::chrono::milliseconds(50)) {
-          if (!poll.go_on(poll.context)) stopped = true;
-          asked = Clock::now();
+      for (int64_t row = first_panel * screen_.mr; row < std::min(rows_, last_panel * screen_.mr); ++row)
+        set_thresholds(row, block.largest);
+      {
+        const TileScope scope(screen_);
+        for (int64_t start = 0; start < block.rows && !stopped.load(std::memory_order_relaxed); start += plan_.strip) {
+          if (thread == 0 && poll.go_on != nullptr && Clock::now() - asked > std::chrono::milliseconds(50)) {
+            if (!poll.go_on(poll.context)) stopped = true;
+            asked = Clock::now();
+          }
+          for (int64_t panel = first_panel; panel < last_panel; ++panel)
+            plan_.runs ? run(panel, start, panel - first_panel, block, scratch) : screen(panel, start, block, scratch);
         }
-        for (int64_t panel = first_panel; panel < last_panel; ++panel) screen(panel, start, block, scratch);
       }
-      for (int64_t row = first_row; row < last_row; ++row)
-        if (state_[row].pending > 0) flush(row, block, scratch);
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) settle(panel, block, scratch);
     });
     if (stopped) return Status{Code::interrupted};
   }
@@ -378,7 +339,7 @@ void BandSearch::finish(int64_t* ids, float* scores, int64_t* in_band) {
     std::sort(hits, hits_end, better);
     const int64_t skipped =
         spec_.order == Order::band_then_skip ? spec_.skip : spec_.skip - std::min(query.above, spec_.skip);
-    in_band[row] = std::max<int64_t>(0, query.inside - skipped);
+    in_band[row] = std::max<int64_t>(0, lists_[row].counted - skipped);
     const Hit* chosen = hits + std::min<int64_t>(skipped, query.kept);
     int64_t found = std::min<int64_t>(k, hits_end - chosen);
     if (spec_.random) {
@@ -413,7 +374,7 @@ void BandSearch::finish_part(const BandPart& part) {
     write(hits, query.kept, plan_.kept, part.ids + row * plan_.kept, part.scores + row * plan_.kept);
     write(drawn, query.drawn, plan_.drawn, part.drawn_ids + row * plan_.drawn, part.drawn_scores + row * plan_.drawn);
     part.above[row] = spec_.order == Order::band_then_skip ? 0 : std::min(query.above, spec_.skip);
-    part.in_band[row] = query.inside;
+    part.in_band[row] = lists_[row].counted;
   });
 }
 

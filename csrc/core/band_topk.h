@@ -6,24 +6,27 @@
 // is the same for every ISA level, thread count and block size.
 //
 // The screen. A tile product of rounded rows (kernels/screen_kernels.h) gives s~ with |s - s~| <= e. For the rounded
-// operands x', y', and Y, R the largest norm and the largest |y - y'| of a block of documents,
-//     e = |x - x'| Y  +  (|x| + |x - x'|) R  +  c 2^-23 (|x| + |x - x'|) (Y + R):
+// operands x', y' of a query and a document (or the largest |y| and |y - y'| of a block of them),
+//     e = |x - x'| |y|  +  (|x| + |x - x'|) |y - y'|  +  c 2^-23 (|x| + |x - x'|) (|y| + |y - y'|):
 // Cauchy-Schwarz on the rounding of each operand, plus the rounding of the tile itself. c = 4 for integers, whose sum
 // is exact; for the others c 2^-23 is twice the bound d 2^-24 of a float32 sum. e at d = 384:
 //     8-bit integers   16-bit integers   bf16 (AMX)   float32 (no SIMD, NEON)
 //          .014            2.5e-4           3e-3              5e-5
-// s~ then settles most documents (BandThresholds): below the band they are dropped, inside it but worse than the
-// current k-th best they are counted. The others are appended to the query's pending list. There the document's own |y
-// - y'| narrows e, and what is still in doubt gets its float64 score before its block leaves the cache.
+// s~ then settles most documents (BandThresholds): below the band they are dropped, inside it but certainly worse than
+// the k-th best they are counted. The others wait in the query's list until the end of their block.
+//
+// Settling (core/band_settle.cc). A list is looked through at the end of a block, or when it is full: each document's
+// own e narrows its doubt, and bisection over the lower bounds s~ - e raises that of the last that is kept
+// (Query::worst) without a float64 score. What is still in doubt is rescored while its block is in cache.
 //
 // What is kept: k + skip hits for each query. The number of documents above the band (a count that saturates at skip)
-// decides at the end how many of them to drop. A pending list that fills up is flushed at once, so a band that holds
+// decides at the end how many of them to drop. A list that would stay full is rescored at once, so a band that holds
 // everything costs time but no memory. select = random keeps the smallest hashes instead, which do not depend on the
 // order of arrival, and beside them the `skip` most similar.
 //
 // Groups. A document may be a group of rows, its score that of its best row. The maximum of screened scores errs by no
 // more than the worst of them, so a strip's scores are folded into those of its documents before the thresholds, with
-// the largest residual of a document's rows for its own; a document that the strip cuts waits in Query::open.
+// the largest norm and residual of a document's rows for its own; a document that the strip cuts waits in Query::open.
 //
 // Roofline. 2 B N d operations against N d elements, read once for each block of queries: the product is the limit for
 // B beyond a few dozen. Documents are packed once for each block of queries, into a buffer that stays in L3; a strip of
@@ -34,9 +37,15 @@
 //     384        5.92        3.62    1.93       1.26
 //       product              2.97    1.57        .67
 //     768       11.9         7.46    4.12       2.53
-// Profile of avx512_bf16: tile 54%, rescoring 16%, flush 14%, append 9%, packing 1%. Rescoring waits for its rows,
-// which come from L3; float64 copies of the queries, a longer prefetch, and blocks that fit L2 did not make it faster.
-// Memory beyond the outputs: 40 MiB.
+//
+// AMX (ScreenKernels::run, isa/amx_screen.h) compares a tile's scores while they are in L1, between the multiplications
+// of the next tile. On a Xeon with AMX whose cores other work shared, this took 1.02 to 1.36 CPU seconds at d = 384
+// where strips and a heap took 1.57 to 1.80 in the same minutes. Profile: run 45% (1,700 to 1,900 of the 2,000 to 2,100
+// GFLOP/s that tiles streamed from L2 then reached), float64 sums 28%, settling 12%, packing 3%. Tried there:
+//   - Rescoring at the end of all documents: 262 a query instead of 394, but at 500 ns each from memory against 190.
+//   - Rescoring by document, the queries' rows from L3: as many bytes, and the state of every query besides.
+//   - Blocks of half the size: no change; of a quarter: more to look through than the nearer rows gained.
+//   - The list's hits one by one, without compression: 40 cycles each, since stores and loads of its size alternate.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -107,38 +116,43 @@ class BandSearch {
   // Sizes, from the shape and the kernels.
   struct Plan {
     Plan(const BandSpec& spec, const ScreenKernels& screen);
+    bool runs;                 // by ScreenKernels::run: the rows of a document need a strip to be folded
     int64_t panel_a, panel_b;  // bytes of a packed panel of queries, of documents
     int64_t strip;  // rows of documents in L2 at a time; a panel of queries times a strip gives scores that fit L1
     int64_t block;  // rows of documents packed at a time, all those of a document among them
     int64_t kept, drawn;  // entries of a query: most similar hits, random hits
-    int64_t pending;      // entries of a query: documents that wait for their float64 score
+    int64_t may_wait;     // entries of a query's list: documents that wait for their float64 score
+    int64_t waiting;      // and room for those of a strip
     int64_t bytes_per_query, bytes_fixed;
   };
+  // Upper bounds of |y| and |y - y'|: of a row, or the largest of several.
+  struct Bound {
+    float size = 0, residual = 0;
+    void widen(const Bound& other) { size = std::max(size, other.size), residual = std::max(residual, other.residual); }
+  };
   struct Query {
-    double residual, reach;  // upper bounds of |x - x'| of the screen's operand, and of |x| + |x - x'|
-    double norm;             // the divisor of its scores with normalize
-    // bound of |s - s~| for a document of the current block that the screen does not round, and that it rounds by |y -
-    // y'| <= residual
-    double margin;
-    double margin_of(double residual) const { return margin + reach * residual; }
+    double norm;  // the divisor of its scores with normalize
+    // of the bound e of |s - s~|
+    double per_size, per_residual, least;
+    double margin(const Bound& y) const { return per_size * y.size + per_residual * y.residual + least; }
     float open;             // the best score so far of a document whose last rows are in the next strip
-    double worst;           // the smallest score that is kept, -inf until there are `kept`
-    int64_t above, inside;  // documents above the band (saturates) and in the band
+    double worst;           // at least `kept` documents of the band score as much; -inf until they are known
+    int64_t above;          // documents above the band (saturates)
     int64_t next_excluded;  // index of the first excluded id not yet passed
     uint64_t hash;          // of (seed, query)
-    int32_t kept, drawn, pending;
-    BandThresholds thresholds;
+    int32_t kept, drawn;    // of the heaps
   };
   struct Rows {
     const char* data;
     Dtype dtype;
     int64_t row_bytes;
   };
+  // Documents that are packed at a time, and have settled before the next. Lists count them from its first.
   struct Block {
     Rows docs;
     int64_t rows, documents, first_id;
     const int64_t* offsets;  // of its documents, as for push
-    double size, residual;   // maxima over its rows
+    Bound largest;           // of its rows
     // the first row of a document, and the document of a row
     int64_t row_of(int64_t document) const { return offsets == nullptr ? document : offsets[document] - offsets[0]; }
     int64_t document_of(int64_t row) const {
@@ -146,13 +160,18 @@ class BandSearch {
       return std::upper_bound(offsets, offsets + documents + 1, offsets[0] + row) - offsets - 1;
     }
   };
-  struct Doubt {
-    double most;  // an upper bound of its score, +inf if it may lie outside the band
+  // A document that waits for its float64 score.
+  struct Waiting {
+    int64_t row;
     int32_t column;
+    float score;
   };
   struct Scratch {
-    std::vector<float> rows, strip;
-    std::vector<Doubt> doubts;
+    std::vector<float> rows;
+    float* strip;
+    std::vector<float> least;
+    std::vector<Waiting> waiting;
+    std::vector<ExcludedPair> excluded;
   };
   struct Operand {
     double norm, size, residual;
@@ -160,20 +179,33 @@ class BandSearch {
     bool usable() const { return finite && size <= kLargestNorm; }
   };
   static constexpr int kLargestPanel = 64;      // rows; no level has a larger tile
+  static constexpr int64_t kSlack = 16;         // the kernels append up to a vector beyond
   static constexpr double kLargestNorm = 1e18;  // beyond it, a product of two rows could overflow float32
   using PackPanel = decltype(ScreenKernels::pack_a);
 
   void pack(const Rows& rows, int64_t count, PackPanel pack, char* panel, Scratch& scratch, Operand* operands) const;
   Status pack_documents(Block& block);
-  void set_thresholds(Query& query, double hi, const Block& block) const;
+  int64_t tasks_of_runs() const;
   void screen(int64_t panel, int64_t start, const Block& block, Scratch& scratch);
+  void run(int64_t panel, int64_t start, int64_t turn, const Block& block, Scratch& scratch);
   static int64_t fold(float* scores, int64_t start, int64_t columns, int64_t document, const Block& block, float& open);
-  void flush(int64_t row, const Block& block, Scratch& scratch);
+
+  template <class Mark>
+  void for_each_excluded(int64_t row, int64_t first_id, int64_t count, const Mark& mark);
+
+  // core/band_settle.cc
+  void set_thresholds(int64_t row, const Bound& largest);
+  void make_room(int64_t row, const Block& block, Scratch& scratch);
+  void settle(int64_t panel, const Block& block, Scratch& scratch);
+  void look_through(int64_t row, const Block& block, Scratch& scratch);
+  void collect(int64_t row, Scratch& scratch);
+  void raise_worst(int64_t row, Scratch& scratch);
+  void rescore(const Block& block, Scratch& scratch);
+  void rescore(const Waiting& document, const Block& block, Scratch& scratch);
+  double exact(int64_t row, int64_t column, const Block& block, float* converted) const;
   void prefetch(int64_t column, const Block& block) const;
-  double exact(int64_t row, int64_t column, const Block& block, Scratch& scratch) const;
-  uint64_t hash(const Query& query, int64_t id) const;
-  template <class Before>
-  static void offer(Hit* heap, int32_t& size, int64_t limit, Hit hit, Before before);
+  bool is_lucky(int64_t row, int64_t id) const;
+  static uint64_t hash(const Query& query, int64_t id);
 
   const BandSpec spec_;
   const Kernels& kernels_;
@@ -182,14 +214,16 @@ class BandSearch {
   const int64_t first_, rows_;
   const double* const hi_;
   const Ragged exclude_;
-  std::vector<float> queries_;           // (rows, d)
-  std::vector<Query> state_;             // (rows)
-  std::vector<Hit> hits_, drawn_;        // (rows, kept) heaps by score, (rows, drawn) by hash
-  std::vector<int32_t> pending_column_;  // (rows, pending)
-  std::vector<float> pending_score_;
-  std::vector<double> norms_;     // (block)
-  std::vector<float> residuals_;  // (block) |y - y'|, of documents the largest
+  std::vector<float> queries_;      // (rows, d)
+  std::vector<Query> state_;        // (rows)
+  std::vector<BandList> lists_;     // (rows, padded to whole panels)
+  std::vector<Hit> hits_, drawn_;   // (rows, kept) heaps by score, (rows, drawn) by hash
+  Buffer<int32_t> waiting_column_;  // (rows, waiting)
+  Buffer<float> waiting_score_;
+  Buffer<Bound> bounds_;  // (block) of documents; of rows while they are packed
+  Buffer<double> norms_;  // (block) of rows, with normalize
   Buffer<char> packed_queries_, packed_documents_;
+  Buffer<float> strips_;          // per thread, scores
   std::vector<Scratch> scratch_;  // per thread
 };
 

@@ -149,10 +149,9 @@ const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, tr
 
 // --- select: most scores lie below the band, so four comparisons and one branch dismiss 32 of them ---
 
-int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score,
-               int64_t* counted) {
-  const __m256 floor = _mm256_set1_ps(t->floor);
-  int64_t appended = 0;
+void append(const float* scores, int64_t n, int32_t first, BandList* list) {
+  const BandThresholds t = list->thresholds;
+  const __m256 floor = _mm256_set1_ps(t.floor);
   for (int64_t j = 0; j < n; j += 32) {
     uint32_t hits = 0;
     if (n - j >= 32) {
@@ -161,20 +160,19 @@ int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t 
                     _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(scores + j + 8 * v), floor, _CMP_GE_OQ)))
                 << (8 * v);
     } else {
-      for (int64_t i = 0; i < n - j; ++i) hits |= static_cast<uint32_t>(scores[j + i] >= t->floor) << i;
+      for (int64_t i = 0; i < n - j; ++i) hits |= static_cast<uint32_t>(scores[j + i] >= t.floor) << i;
     }
     for (; hits != 0; hits &= hits - 1) {
       const int64_t i = j + __builtin_ctz(hits);
       const float s = scores[i];
-      if (s < t->sure || (s >= t->keep && s <= t->ceil)) {
-        index[appended] = first + static_cast<int32_t>(i);
-        score[appended++] = s;
-      } else if (s < t->keep) {
-        ++*counted;
+      if (s < t.sure || (s >= t.keep && s <= t.ceil)) {
+        list->index[list->size] = first + static_cast<int32_t>(i);
+        list->score[list->size++] = s;
+      } else if (s < t.keep) {
+        ++list->counted;
       }
     }
   }
-  return appended;
 }
 
 // 8 accumulators of 4 lanes

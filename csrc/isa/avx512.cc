@@ -31,12 +31,14 @@ const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack_panel_f32<kMr, true>, pa
 
 // --- select: most scores lie below the band, so four comparisons and one branch dismiss 64 of them ---
 
-int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score,
-               int64_t* counted) {
-  const __m512 floor = _mm512_set1_ps(t->floor), sure = _mm512_set1_ps(t->sure), keep = _mm512_set1_ps(t->keep),
-               ceil = _mm512_set1_ps(t->ceil);
+void append(const float* scores, int64_t n, int32_t first, BandList* list) {
+  const BandThresholds t = list->thresholds;
+  const __m512 floor = _mm512_set1_ps(t.floor), sure = _mm512_set1_ps(t.sure), keep = _mm512_set1_ps(t.keep),
+               ceil = _mm512_set1_ps(t.ceil);
   const __m512 nan = _mm512_set1_ps(__builtin_nanf(""));
   const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  int32_t* const index = list->index + list->size;
+  float* const score = list->score + list->size;
   int64_t appended = 0, between = 0;
   for (int64_t j = 0; j < n; j += 64) {
     __m512 s[4];
@@ -63,8 +65,7 @@ int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t 
       appended += __builtin_popcount(chosen);
     }
   }
-  *counted += between;
-  return appended;
+  list->size += appended, list->counted += between;
 }
 
 // 4 accumulators of 8 lanes

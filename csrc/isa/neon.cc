@@ -61,10 +61,8 @@ const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<kMr, true>, pack<kNr, tr
 
 // --- select: most scores lie below the band, so four comparisons and one branch dismiss 16 of them ---
 
-int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score,
-               int64_t* counted) {
-  const float32x4_t floor = vdupq_n_f32(t->floor);
-  int64_t appended = 0;
+void append(const float* scores, int64_t n, int32_t first, BandList* list) {
+  const float32x4_t floor = vdupq_n_f32(list->thresholds.floor);
   for (int64_t begin = 0; begin < n; begin += 16) {
     const float* s = scores + begin;
     if (n - begin >= 16) {
@@ -73,10 +71,8 @@ int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t 
       if (vmaxvq_u32(vorrq_u32(low, high)) == 0) continue;
     }
     const int64_t left = n - begin < 16 ? n - begin : 16;
-    appended += scalar_kernels.select->append(s, left, t, first + static_cast<int32_t>(begin), index + appended,
-                                              score + appended, counted);
+    scalar_kernels.select->append(s, left, first + static_cast<int32_t>(begin), list);
   }
-  return appended;
 }
 
 // 16 accumulators of 2 lanes

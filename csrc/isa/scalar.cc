@@ -112,20 +112,18 @@ const MatmulKernels matmul_bf16 = {kMr, kNr, 1, 4, pack<true>, pack<true>, tile}
 
 // --- select --------------------------------------------------------------------------------------
 
-int64_t append(const float* scores, int64_t n, const BandThresholds* t, int32_t first, int32_t* index, float* score,
-               int64_t* counted) {
-  int64_t appended = 0;
+void append(const float* scores, int64_t n, int32_t first, BandList* list) {
+  const BandThresholds t = list->thresholds;
   for (int64_t j = 0; j < n; ++j) {
     const float s = scores[j];
-    if (!(s >= t->floor)) continue;
-    if (s < t->sure || (s >= t->keep && s <= t->ceil)) {
-      index[appended] = first + static_cast<int32_t>(j);
-      score[appended++] = s;
-    } else if (s < t->keep) {
-      ++*counted;
+    if (!(s >= t.floor)) continue;
+    if (s < t.sure || (s >= t.keep && s <= t.ceil)) {
+      list->index[list->size] = first + static_cast<int32_t>(j);
+      list->score[list->size++] = s;
+    } else if (s < t.keep) {
+      ++list->counted;
     }
   }
-  return appended;
 }
 
 double dot(const float* x, const float* y, int64_t d) {

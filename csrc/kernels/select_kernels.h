@@ -16,11 +16,19 @@ struct BandThresholds {
   float floor, sure, keep, ceil;
 };
 
+// The documents of one query that wait for their float64 score.
+struct BandList {
+  BandThresholds thresholds;
+  int32_t* index;
+  float* score;     // screened
+  int64_t size;     // of index and score
+  int64_t counted;  // documents in the band that wait no more
+};
+
 struct SelectKernels {
-  // For j in [0, n): appends (first + j, scores[j]) to (index, score), adds to *counted or drops, as the table above
-  // says. Returns how many were appended. index and score have room for n + 16 entries.
-  int64_t (*append)(const float* scores, int64_t n, const BandThresholds* thresholds, int32_t first, int32_t* index,
-                    float* score, int64_t* counted);
+  // For j in [0, n): appends (first + j, scores[j]) to the list, counts or drops, as the table above says. The list has
+  // room for n + 16 more entries.
+  void (*append)(const float* scores, int64_t n, int32_t first, BandList* list);
   // The sum of x[i] y[i] in float64. A product of two floats is exact there, so only the order of the sum matters, and
   // every level uses the same: lane l of 32 sums the i = l (mod 32) in ascending order; then the lanes are folded,
   // fold[i] = (l[i] + l[i+8]) + (l[i+16] + l[i+24]), and the eight results by i + 4, i + 2 and i + 1.
