@@ -25,7 +25,7 @@ namespace {
 // A panel: for every 32 of k, the pieces h, m and l of 32 rows (columns), each 32 lines of 64 bytes. Word i of a line
 // pairs k = i with k = i + 16, not two neighbours: the order of k is free as long as A and B agree, and this one needs
 // no shuffles. Of A a line is a row; of B line i has word i of 16 columns, columns 16-31 follow in lines 16-31.
-constexpr int kPieces = 3, kPieceBytes = kMr * kKr * 2, kStepBytes = kPieces * kPieceBytes;
+constexpr int kPieces = 3, kPieceBytes = kMr * kKr * 2, kWideStepBytes = kPieces * kPieceBytes;
 
 // 32 bits rounded to their upper 16, ties away from zero: a float to bf16
 inline __m512i upper_half(__m512i x) {
@@ -78,7 +78,7 @@ inline void pack_lines(const float* src, int64_t upper, int64_t line_stride, int
 
 void pack_a_f32(const float* src, int64_t stride, int64_t k_stride, int64_t rows, int64_t k, void* panel) {
   char* out = static_cast<char*>(panel);
-  for (int64_t p = 0; p < k; p += kKr, out += kStepBytes)
+  for (int64_t p = 0; p < k; p += kKr, out += kWideStepBytes)
     for (int64_t r = 0; r < kMr; r += 16)
       pack_lines(src + r * stride + p * k_stride, 16 * k_stride, stride, k_stride, rows - r, k - p, rows - r,
                  k - p - 16, out + r * 64);
@@ -86,7 +86,7 @@ void pack_a_f32(const float* src, int64_t stride, int64_t k_stride, int64_t rows
 
 void pack_b_f32(const float* src, int64_t stride, int64_t k_stride, int64_t cols, int64_t k, void* panel) {
   char* out = static_cast<char*>(panel);
-  for (int64_t p = 0; p < k; p += kKr, out += kStepBytes)
+  for (int64_t p = 0; p < k; p += kKr, out += kWideStepBytes)
     for (int64_t c = 0; c < kNr; c += 16)
       pack_lines(src + c * stride + p * k_stride, 16 * k_stride, k_stride, stride, k - p, cols - c, k - p - 16,
                  cols - c, out + c * 64);
@@ -120,7 +120,7 @@ void tile_f32(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bo
   // some unit has gone to sleep. One multiplication a step keeps it awake.
   __m128i awake = _mm_setzero_si128();
   int64_t line = 0;
-  for (int64_t p = 0; p < k; p += kKr, pa += kStepBytes, pb += kStepBytes) {
+  for (int64_t p = 0; p < k; p += kKr, pa += kWideStepBytes, pb += kWideStepBytes) {
     // C comes from L3 meanwhile, a few lines a step: all at once they would take the fill buffers from A and B
     for (; line < kMr && line * k < (p + kKr) * kMr; ++line) {
       __builtin_prefetch(c + line * ldc);
