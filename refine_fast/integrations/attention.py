@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -35,10 +36,17 @@ LEAD = 1.5
 training that resumes, decides alike."""
 
 
-class WideBackward(TorchFunctionMode):
+def wide_backward(device: torch.device) -> AbstractContextManager[Any]:
     """Within it, ``scaled_dot_product_attention`` of bf16 tensors on a CPU has its backward pass in
-    float32, where that is faster. Every other call is torch's own."""
+    float32, where that is faster. Every other call is torch's own.
 
+    Args:
+        device: that the encoder is on; on others than a CPU, nothing changes.
+    """
+    return _WideBackward() if device.type == "cpu" else nullcontext()
+
+
+class _WideBackward(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -46,7 +54,7 @@ class WideBackward(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and not torch.compiler.is_compiling():
             return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -61,23 +69,26 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    given = query, key, value
-    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        given = tuple(x.to(torch.get_autocast_dtype("cpu")) for x in given)
-    options = {"is_causal": is_causal, "scale": scale}
+    def narrow(x: Tensor) -> Tensor:
+        autocast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        return x.to(torch.get_autocast_dtype("cpu")) if autocast else x
+
+    q, k, v = narrow(query), narrow(key), narrow(value)
     if (
         torch.is_grad_enabled()
-        and any(x.requires_grad for x in given)
-        and all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in given)
+        and (q.requires_grad or k.requires_grad or v.requires_grad)
+        and all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in (q, k, v))
         and dropout_p == 0
         and not enable_gqa
-        and torch._fused_sdp_choice(*given, attn_mask, **options)
+        and not (attn_mask is not None and attn_mask.requires_grad)
+        and torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, is_causal, scale=scale)
         == SDPBackend.FLASH_ATTENTION.value
-        and wide_is_faster(query.shape[-1])
+        and wide_is_faster(q.shape[-1])
     ):
-        return _Attention.apply(*given, attn_mask, is_causal, scale)
+        out: Tensor = _Attention.apply(q, k, v, attn_mask, is_causal, scale)
+        return out
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, enable_gqa=enable_gqa, **options
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 

@@ -6,11 +6,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from torch import Tensor, nn
 
 from ...collectives import gather_rows, ranks
-from ...integrations.attention import WideBackward
+from ...integrations.attention import wide_backward
 from ...integrations.sentence_transformers.twin import fuse_embeddings
 from ...nn import InfoNCELoss
 from ..encoder.encode import compares_by_cosine
@@ -29,11 +29,12 @@ class NonFiniteEmbeddingsError(ArithmeticError):
 class BatchLoss(CachedLossMixin, nn.Module):
     """InfoNCE over a batch of the collator, in the model's own similarity and dimensions.
 
-    With ``mini_batch``, that many of the longest sequences are encoded at a time, and more of shorter
-    ones: as many tokens. With ``cached`` as well, gradient caching (Gao et al., arXiv 2101.06983): encode without a graph, take the loss's
-    gradient at the embeddings, encode again and push it through. The activations of one mini-batch
-    live at a time, and the loss still sees the whole batch. With ``twin_weight``, the loss is that
-    of the embeddings fused with the frozen ones in the batch.
+    With ``mini_batch``, that many of the longest sequences are encoded at a time, and as many
+    tokens of others. With ``cached`` as well, gradient caching (Gao et al., arXiv 2101.06983):
+    encode without a graph, take the loss's gradient at the embeddings, encode again and push it
+    through. The activations of one mini-batch live at a time, and the loss still sees the whole
+    batch. With ``twin_weight``, the loss is that of the embeddings fused with the frozen ones in
+    the batch.
     With teachers, the loss is (1 - distill) InfoNCE + distill times the mean of their
     cross-entropies.
 
@@ -93,20 +94,16 @@ class BatchLoss(CachedLossMixin, nn.Module):
         parts = [part for side, _ in cuts for part in side]
         if self.uses_gradient_cache:
             return self.forward_cached(parts, labels)
-        return self.calculate_loss([[self._embeddings(part)] for part in parts], labels)
+        with wide_backward(self.model.device):
+            reps = [[self.model(part)["sentence_embedding"]] for part in parts]
+        return self.calculate_loss(reps, labels)
 
     def embed_minibatch(
-        self, sentence_feature: dict[str, Any], *_: Any, with_grad: bool, **__: Any
-    ) -> tuple[Tensor, None]:
-        """The embeddings of a part. Without dropout there is no random state to repeat."""
-        with torch.set_grad_enabled(with_grad):
-            return self._embeddings(sentence_feature), None
-
-    def _embeddings(self, part: dict[str, Any]) -> Tensor:
-        with WideBackward():
-            # a copy: the model adds what it computes
-            embeddings: Tensor = self.model(dict(part))["sentence_embedding"]
-        return embeddings
+        self, sentence_feature: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, RandContext | None]:
+        """The embeddings of a mini-batch, with the random state that gradient caching restores."""
+        with wide_backward(self.model.device):
+            return super().embed_minibatch(sentence_feature, *args, **kwargs)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

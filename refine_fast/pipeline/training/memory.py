@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ...errors import RefineFastError
+from ...integrations.attention import wide_backward
 from ..encoder.encode import Role
 from .batches import features_of
 
@@ -47,9 +48,23 @@ WHOLE_BATCH_OVERHEAD = 1.1
 queries and 128 documents at a time; benchmarks/memory.py)."""
 
 
-def return_free_memory() -> None:
-    """Returns malloc's free pages to the system: steps of other lengths leave gaps that no other
-    tensor fits into. It needs glibc and does nothing elsewhere."""
+KEPT_SHARE = 0.85
+"""Share of the planned memory up to which malloc keeps what is free: to get 3 GB anew takes a step
+of MiniLM a tenth of its time (a virtual machine)."""
+
+
+def return_free_memory(planned: int | None) -> None:
+    """Returns malloc's free pages to the system where the process is about to outgrow its plan:
+    steps of other lengths leave gaps that no other tensor fits into. It needs glibc and does
+    nothing elsewhere.
+
+    Args:
+        planned: bytes that the process is to stay under; None: it has no plan, and keeps nothing.
+    """
+    import psutil
+
+    if planned is not None and psutil.Process().memory_info().rss < KEPT_SHARE * planned:
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
@@ -79,6 +94,7 @@ def activation_bytes(
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
             torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+            wide_backward(device),
         ):
             model(batch)
         return sum(storage.nbytes() for storage in storages.values())
