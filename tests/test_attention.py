@@ -76,7 +76,7 @@ def test_the_gradients_are_no_worse_than_torchs(case: str) -> None:
     found = attended(torch.bfloat16, wide, **options)
     assert torch.equal(found[0], theirs[0])
     for ours, other, right in zip(found[1:], theirs[1:], gold[1:], strict=True):
-        assert distance(ours, right) <= distance(other, right)
+        assert distance(ours, right) < 0.9 * distance(other, right)
         assert distance(ours, right) < 2**-8
 
 
