@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from refine_fast.cli import main
+from refine_fast.integrations import attention
 from refine_fast.pipeline.encoder.load import load_encoder
-from refine_fast.pipeline.training import batches
+from refine_fast.pipeline.training import batches, memory
 from refine_fast.pipeline.training.loss import BatchLoss
 from refine_fast.pipeline.training.memory import activation_bytes
+from refine_fast.pipeline.training.mini_batches import cut, longest
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
 
@@ -60,6 +62,91 @@ def test_mini_batches_change_nothing_but_memory(tiny: Path) -> None:
         assert gradients[0].keys() == other.keys()
         for name, grad in gradients[0].items():
             torch.testing.assert_close(other[name], grad, rtol=1e-6, atol=float(1e-8 * largest))
+
+
+def texts(widths: list[int], *, left: bool = False) -> dict[str, object]:
+    """What an encoder reads of texts of so many tokens: each token is the number of its text."""
+    ids = torch.zeros(len(widths), max(widths), dtype=torch.int64)
+    for i, width in enumerate(widths):
+        ids[i, -width if left else 0 : None if left else width] = i + 1
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "prompt_length": 1}
+
+
+def test_mini_batches_hold_as_many_tokens() -> None:
+    """The longest texts first, each mini-batch as wide as its longest text, and every text once."""
+    widths = [3, 9, 2, 4, 10, 2, 5, 2]
+    side, other = texts(widths), texts([12, 1])
+    assert longest([side, other]) == 12
+    parts, places = cut(side, 20)
+    assert [part["attention_mask"].sum(1).tolist() for part in parts] == [
+        [10, 9], [5, 4, 3, 2], [2, 2],
+    ]  # fmt: skip
+    assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 10), (4, 5), (2, 2)]
+    rows = torch.cat([part["input_ids"][:, 0] for part in parts])
+    assert rows[places].tolist() == list(range(1, 9))
+    assert {part["prompt_length"] for part in parts} == {1}
+
+
+def test_mini_batches_of_texts_padded_on_the_left() -> None:
+    """Their padding stays, since positions count from it."""
+    parts, places = cut(texts([3, 1, 2], left=True), 6)
+    assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 3), (1, 3)]
+    assert torch.cat([part["input_ids"][:, -1] for part in parts])[places].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("side", [texts([3, 1]), {"input_ids": torch.arange(4)}])
+def test_a_side_at_once(side: dict[str, object]) -> None:
+    """Without a limit, and where one list holds the tokens of all texts."""
+    limit = None if "attention_mask" in side else 2
+    assert cut(side, limit) == ([side], slice(None))
+    assert longest([side]) == (1 if limit else 3)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("mini_batch", [None, 3])
+def test_training_in_bf16_widens_attention(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, mini_batch: int | None, cached: bool
+) -> None:
+    """Each layer's, in each forward pass that has a backward pass."""
+    tried = []
+    monkeypatch.setattr(attention, "wide_is_faster", lambda width: tried.append(width) or True)
+    model = load_encoder(tiny).bfloat16()
+    pages = [topics[name][:300] for name in sorted(topics)[:4]]
+    examples = [
+        batches.Example(page[:60], i, (), frozenset({i}), i) for i, page in enumerate(pages)
+    ]
+    batch = batches.Collator(model, examples, pages)([{"row": i} for i in range(4)])
+    sides = [
+        {k.removeprefix(f"{side}_"): v for k, v in batch.items() if k.startswith(f"{side}_")}
+        for side in ("query", "document")
+    ]
+    loss = BatchLoss(model, 0.05, mini_batch or (4 if cached else None), cached)
+    loss(sides, batch["label"]).backward()
+    layers = model[0].auto_model.config.num_hidden_layers
+    assert len(tried) >= 2 * layers
+    assert len(tried) % layers == 0
+
+
+@pytest.mark.parametrize(
+    ("planned", "resident", "returned"), [(None, 1, 1), (1000, 849, 0), (1000, 851, 1)]
+)
+def test_free_memory_is_kept_within_the_plan(
+    monkeypatch: pytest.MonkeyPatch, planned: int | None, resident: int, returned: int
+) -> None:
+    class Process:
+        def memory_info(self) -> Process:
+            return self
+
+        rss = resident
+
+    trimmed: list[int] = []
+    monkeypatch.setattr("psutil.Process", Process)
+    monkeypatch.setattr(memory.os, "name", "posix")
+    monkeypatch.setattr(
+        memory.ctypes, "CDLL", lambda name: type("C", (), {"malloc_trim": trimmed.append})
+    )
+    memory.return_free_memory(planned)
+    assert len(trimmed) == returned
 
 
 def test_a_memory_budget(copied: Path, capsys) -> None:

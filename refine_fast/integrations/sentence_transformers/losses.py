@@ -14,9 +14,11 @@ so on, as for sentence-transformers' DistillKLDivLoss.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from sentence_transformers.base.losses.gradcache import RandContext
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from ...collectives import gather_rows, ranks, row_counts
 from ...ops.info_nce import info_nce
+from ..attention import wide_backward
 
 COVERED = {
     ("joint", ("query_to_doc",)),
@@ -102,6 +105,10 @@ def _teacher_shares(settings: Any, labels: Tensor | None, shape: tuple[int, int]
     return settings.distill * (labels.float() / settings.distill_temperature).softmax(1)
 
 
+def _device(features: dict[str, Tensor]) -> torch.device:
+    return next(x.device for x in features.values() if isinstance(x, Tensor))
+
+
 class _Distilling:
     """The arguments of distillation, beside those of the loss that is the other parent."""
 
@@ -133,6 +140,12 @@ class FusedMultipleNegativesRankingLoss(_Distilling, MultipleNegativesRankingLos
         distill_temperature: positive; of the teacher's scores.
     """
 
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar."""
+        columns = list(sentence_features)
+        with wide_backward(_device(columns[0])):
+            return super().forward(columns, labels)
+
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """The loss over (queries, positives, negatives, ...), each (B, D)."""
         loss = _loss(self, embeddings, labels)
@@ -149,6 +162,13 @@ class CachedFusedMultipleNegativesRankingLoss(_Distilling, CachedMultipleNegativ
         distill: share of the loss that the teacher's scores in the labels set.
         distill_temperature: positive; of the teacher's scores.
     """
+
+    def embed_minibatch(
+        self, sentence_feature: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, RandContext | None]:
+        """The embeddings of one mini-batch, with what repeats its random numbers."""
+        with wide_backward(_device(sentence_feature)):
+            return super().embed_minibatch(sentence_feature, *args, **kwargs)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

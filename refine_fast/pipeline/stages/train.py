@@ -106,6 +106,7 @@ def run(
             mini_batch=fit.mini_batch,
             cached=fit.cached,
             bf16=bf16,
+            memory=fit.peak,
             seed=config.seed,
             grouped_by=_positives(context, examples) if similar_batches else None,
             twin=twin,

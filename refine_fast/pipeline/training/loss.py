@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from torch import Tensor, nn
 
 from ...collectives import gather_rows, ranks
+from ...integrations.attention import wide_backward
 from ...integrations.sentence_transformers.twin import fuse_embeddings
 from ...nn import InfoNCELoss
 from ..encoder.encode import compares_by_cosine
 from .batches import TARGETS
+from .mini_batches import cut, longest
 from .teachers import HYBRID_TEMPERATURE
 
 if TYPE_CHECKING:
@@ -26,11 +29,12 @@ class NonFiniteEmbeddingsError(ArithmeticError):
 class BatchLoss(CachedLossMixin, nn.Module):
     """InfoNCE over a batch of the collator, in the model's own similarity and dimensions.
 
-    With ``mini_batch``, that many sequences are encoded at a time. With ``cached`` as well,
-    gradient caching (Gao et al., arXiv 2101.06983): encode without a graph, take the loss's
-    gradient at the embeddings, encode again and push it through. The activations of one mini-batch
-    live at a time, and the loss still sees the whole batch. With ``twin_weight``, the loss is that
-    of the embeddings fused with the frozen ones in the batch.
+    With ``mini_batch``, that many of the longest sequences are encoded at a time, and as many
+    tokens of others. With ``cached`` as well, gradient caching (Gao et al., arXiv 2101.06983):
+    encode without a graph, take the loss's gradient at the embeddings, encode again and push it
+    through. The activations of one mini-batch live at a time, and the loss still sees the whole
+    batch. With ``twin_weight``, the loss is that of the embeddings fused with the frozen ones in
+    the batch.
     With teachers, the loss is (1 - distill) InfoNCE + distill times the mean of their
     cross-entropies.
 
@@ -54,8 +58,9 @@ class BatchLoss(CachedLossMixin, nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.mini_batch_size = mini_batch or 0
+        self.mini_batch = mini_batch
         self.uses_gradient_cache = cached
+        self.mini_batch_size = sys.maxsize  # gradient caching gets its mini-batches as they are
         self.twin_weight = twin_weight
         self.distill = distill
         cosine = compares_by_cosine(model)
@@ -82,25 +87,38 @@ class BatchLoss(CachedLossMixin, nn.Module):
         self.frozen = (
             [side.pop("frozen") for side in features] if self.twin_weight is not None else []
         )
+        most = None if self.mini_batch is None else self.mini_batch * longest(features)
+        cuts = [cut(side, most) for side in (queries, documents)]
+        self.places = [places for _, places in cuts]
+        self.query_parts = len(cuts[0][0])
+        parts = [part for side, _ in cuts for part in side]
         if self.uses_gradient_cache:
-            return self.forward_cached(features, labels)
-        return self.calculate_loss([self._encoded(side) for side in (queries, documents)], labels)
+            return self.forward_cached(parts, labels)
+        with wide_backward(self.model.device):
+            reps = [[self.model(part)["sentence_embedding"]] for part in parts]
+        return self.calculate_loss(reps, labels)
 
-    def _encoded(self, side: dict[str, Any]) -> list[Tensor]:
-        if not self.mini_batch_size:
-            return [self.model(side)["sentence_embedding"]]
-        parts = self.embed_minibatch_iter(side, with_grad=True, copy_random_state=False)
-        return [embeddings for embeddings, _ in parts]
+    def embed_minibatch(
+        self, sentence_feature: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, RandContext | None]:
+        """The embeddings of a mini-batch, with the random state that gradient caching restores."""
+        with wide_backward(self.model.device):
+            return super().embed_minibatch(sentence_feature, *args, **kwargs)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The loss of embeddings that come in parts, (n, d) each, of the queries and documents.
+        """The loss of the embeddings of all parts, (n, d) each: first those of the queries.
 
         Raises:
             NonFiniteEmbeddingsError: if an embedding holds NaN or infinity.
         """
-        q, d = (torch.cat(parts)[:, : self.model.truncate_dim] for parts in reps)
+        parts = [embeddings for column in reps for embeddings in column]
+        sides = parts[: self.query_parts], parts[self.query_parts :]
+        q, d = (
+            torch.cat(side)[places, : self.model.truncate_dim]
+            for side, places in zip(sides, self.places, strict=True)
+        )
         if self.twin_weight is not None:
             q, d = (
                 fuse_embeddings(tuned, frozen, self.twin_weight)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ...errors import RefineFastError
+from ...integrations.attention import wide_backward
 from ..encoder.encode import Role
 from .batches import features_of
 
@@ -26,7 +27,7 @@ PROCESS = 900 << 20
 """Bytes: Python, torch, transformers and the data (650 MiB), and heap fragmentation from
 short-lived tensors."""
 
-FRAGMENTATION = 1.5
+FRAGMENTATION = 1.75
 """Resident memory per byte of saved activations, for mini-batches of different lengths under
 glibc's malloc.
 
@@ -34,7 +35,9 @@ Gradient caching, one thread, encoders of 6 layers and width 384 that read 256 t
 512; measured and planned peak in MiB. With a factor of 1.4: MiniLM in fp32, 15 sequences at a time,
 2,012 of 2,017; in bf16, 23 at a time, 2,032 of 2,028; MPNet, whose attention keeps its scores, 9 at
 a time, 1,825 of 1,930. With 1.3: MPNet 2,075 of 1,951, BERT 1,885 of 1,960, ModernBERT 1,630 of
-1,649, in bf16 1,667 of 1,695."""
+1,649, in bf16 1,667 of 1,695. Since then every mini-batch holds as many tokens as the first, and
+attention's backward pass in bf16 widens what it reads: MiniLM, 3 at a time 1,568 and 16 at a time
+2,090, 1.75 bytes per byte between the two (Intel Xeon with AMX, where ``PROCESS`` is 150 short)."""
 
 _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
@@ -47,9 +50,23 @@ WHOLE_BATCH_OVERHEAD = 1.1
 queries and 128 documents at a time; benchmarks/memory.py)."""
 
 
-def return_free_memory() -> None:
-    """Returns malloc's free pages to the system: steps of other lengths leave gaps that no other
-    tensor fits into. It needs glibc and does nothing elsewhere."""
+KEPT_SHARE = 0.85
+"""Share of the planned memory up to which malloc keeps what is free: to get 3 GB anew takes a step
+of MiniLM a tenth of its time (a virtual machine)."""
+
+
+def return_free_memory(planned: int | None) -> None:
+    """Returns malloc's free pages to the system where the process is about to outgrow its plan:
+    steps of other lengths leave gaps that no other tensor fits into. It needs glibc and does
+    nothing elsewhere.
+
+    Args:
+        planned: bytes that the process is to stay under; None: it has no plan, and keeps nothing.
+    """
+    import psutil
+
+    if planned is not None and psutil.Process().memory_info().rss < KEPT_SHARE * planned:
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
@@ -79,6 +96,7 @@ def activation_bytes(
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
             torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+            wide_backward(device),
         ):
             model(batch)
         return sum(storage.nbytes() for storage in storages.values())

@@ -82,6 +82,7 @@ def train(
     mini_batch: int | None = None,
     cached: bool = False,
     bf16: bool = False,
+    memory: int | None = None,
     seed: int = 0,
     grouped_by: np.ndarray | None = None,
     twin: Twin | None = None,
@@ -109,9 +110,11 @@ def train(
         lr: peak learning rate.
         warmup: share of the steps over which the learning rate rises.
         temperature: of the loss.
-        mini_batch: sequences encoded at a time; None: each side of a batch at once.
+        mini_batch: sequences encoded at a time where they are as long as the longest of the batch,
+            and as many tokens of others; None: each side of a batch at once.
         cached: gradient caching, so that the activations of one mini-batch live at a time.
         bf16: whether the forward pass runs under bf16 autocast.
+        memory: bytes that the process is planned to take at most; None: as few as it can.
         seed: order of the examples.
         grouped_by: (examples, d) float32, a vector for each: similar ones share batches
             (``grouped_order``); None: batches are random.
@@ -186,7 +189,7 @@ def train(
             None if twin is None else twin.weight,
             0.0 if teachers is None else distill,
         ),
-        callbacks=[_Callback(steps, progress, saves=rank == 0)],
+        callbacks=[_Callback(steps, progress, memory, saves=rank == 0)],
     )
     trainer.remove_callback(PrinterCallback)
     try:
@@ -260,14 +263,22 @@ def _last_complete_checkpoint(folder: Path) -> str | None:
 class _Callback(TrainerCallback):
     """Watches the loss, reports progress and decides when to save."""
 
-    def __init__(self, steps: int, progress: Callable[..., None] | None, *, saves: bool) -> None:
+    def __init__(
+        self,
+        steps: int,
+        progress: Callable[..., None] | None,
+        memory: int | None,
+        *,
+        saves: bool,
+    ) -> None:
         self.steps = steps
+        self.memory = memory
         self.saves = saves
         self.progress = progress
         self.saved = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        return_free_memory()
+        return_free_memory(self.memory)
         due = self.saves and time.monotonic() - self.saved >= CHECKPOINT_SECONDS
         control.should_save = state.global_step < self.steps and due
 
