@@ -25,7 +25,7 @@ namespace {
 // A panel: for every 32 of k, the pieces h, m and l of 32 rows (columns), each 32 lines of 64 bytes. Word i of a line
 // pairs k = i with k = i + 16, not two neighbours: the order of k is free as long as A and B agree, and this one needs
 // no shuffles. Of A a line is a row; of B line i has word i of 16 columns, columns 16-31 follow in lines 16-31.
-constexpr int kPieces = 3, kPieceBytes = kMr * kKr * 2, kWideStepBytes = kPieces * kPieceBytes;
+constexpr int kPieces = 3, kPieceBytes = kStepBytes, kWideStepBytes = kPieces * kPieceBytes;
 
 // 32 bits rounded to their upper 16, ties away from zero: a float to bf16
 inline __m512i upper_half(__m512i x) {
@@ -112,10 +112,7 @@ inline void multiply_next_b(const char* b) {
 
 void tile_f32(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate) {
   const char *pa = static_cast<const char*>(a), *pb = static_cast<const char*>(b);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_tiles();
   // After 128 products (2,048 cycles) without a multiplication in vectors, storing a tile takes 300 ns instead of 5:
   // some unit has gone to sleep. One multiplication a step keeps it awake.
   __m128i awake = _mm_setzero_si128();
@@ -137,10 +134,10 @@ void tile_f32(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bo
     multiply_next_b(pb + 2 * kPieceBytes);  // h l
     multiply_next_b(pb);                    // h h
   }
-  if (!accumulate) return store_sums(c, ldc);
+  if (!accumulate) return store_tiles(c, ldc);
   alignas(64) float sums[kMr * kNr];
-  store_sums(sums, kNr);
-  asm volatile("" ::: "memory");
+  store_tiles(sums, kNr);
+  fence();
 #pragma GCC unroll 4
   for (int i = 0; i < kMr; ++i, c += ldc) {
     _mm512_storeu_ps(c, _mm512_add_ps(_mm512_loadu_ps(c), _mm512_load_ps(sums + i * kNr)));

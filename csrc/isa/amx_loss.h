@@ -3,15 +3,16 @@
 // A panel of 32 rows meets a chunk of up to 256 columns in two matrix products:
 //     S = rows columns^T     one 32 x 32 tile after the other: width / 32 steps of 4 TDPBF16PS
 //     sums += E columns      one block of 32 of the width after the other: columns / 32 steps
-// Both are bound by their streaming operand, which comes from L2 while the other one stays in L1. Rates of TDPBF16PS on
-// one Xeon core (GFLOP/s): 3,400 with operands in tiles, 2,550 streaming from L2, 2,330 with a tile's stores every 12
-// steps, 930 streaming from L3. Hence, each as measured there:
-//   - The streaming operand is loaded by TILELOADDT1, which spares L1: 52 to 57% of the peak at width 384.
+// Both are bound by their streaming operand, which comes from L2 while the other one stays in L1. TDPBF16PS on one core
+// of a Xeon with AMX, GFLOP/s: 3,400 with operands in tiles, 2,500 streaming from L2, 2,300 with a tile's stores every
+// 12 steps, 930 streaming from L3; the two passes of B = 8,192 reach 1,370 at width 384, 1,190 at 768. Hence, each
+// tried there (seconds of both passes at width 384):
+//   - The streaming operand is loaded by TILELOADDT1, which spares L1: .147 instead of .166.
 //   - Rows wider than 384 are multiplied in slices, so that the panel's slice stays in L1; the scores wait in L2.
 //   - The exponentials of a tile run between the multiplications of the next one, and cost nothing.
-//   - A block's products start from zero and are added to `sums` between the multiplications of the next block: loading
-//     and storing `sums` as tiles stalls at both ends, 12% of the whole.
-//   - Software prefetches, into L1 or L2, gained nothing.
+//   - A block's products start from zero and are added to `sums` between the multiplications of the next block: .138
+//     instead of .153 with `sums` loaded and stored as tiles, which stalls at both ends.
+//   - Software prefetches of the next chunk, into L1 or L2, gained nothing within the noise.
 //   - Results that become denormal cost an assist each (tau = .003: seven times the time), so they are flushed.
 #pragma once
 #include <immintrin.h>
@@ -27,9 +28,6 @@ constexpr int kMaxColumns = 256, kTileFloats = kMr * kNr, kDepth = 384;
 // smaller weights keep their digits, and sums of millions of weights do not overflow.
 constexpr float kLargestSum = 0x1p60f;
 constexpr float kLowest = -127.0f;  // of y: 2^-127 is flushed to 0
-
-// Compilers let a store of a vector and a load of a tile pass each other.
-inline void fence() { asm volatile("" ::: "memory"); }
 
 // Denormal results and operands are zeros while it lives.
 class FlushDenormals {
@@ -165,43 +163,6 @@ struct DocumentWeights {
 
 // --- products ------------------------------------------------------------------------------------
 
-// One step: a 32 x 32 block of sums in tiles 0-3 += 32 x 32 of the kept operand times 32 x 32 of the streaming one.
-// `work` runs between the multiplications.
-template <class Work>
-inline void step(const char* kept, const char* streaming, const Work& work) {
-  _tile_loadd(4, kept, 64);
-  _tile_stream_loadd(6, streaming, 128);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_stream_loadd(7, streaming + 64, 128);
-  _tile_dpbf16ps(1, 4, 7);
-  work();
-  _tile_loadd(5, kept + 1024, 64);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
-}
-
-inline void zero_tiles() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-// A tile of scores is kept row by row, so that a row's 32 scores are neighbours.
-inline void load_scores(const float* s) {
-  _tile_loadd(0, s, 128);
-  _tile_loadd(1, s + 16, 128);
-  _tile_loadd(2, s + 512, 128);
-  _tile_loadd(3, s + 528, 128);
-}
-inline void store_scores(float* s) {
-  _tile_stored(0, s, 128);
-  _tile_stored(1, s + 16, 128);
-  _tile_stored(2, s + 512, 128);
-  _tile_stored(3, s + 528, 128);
-  fence();
-}
-
 // Sums are kept tile by tile, each without gaps.
 inline void store_sums(float* sums) {
   _tile_stored(0, sums, 64);
@@ -212,6 +173,9 @@ inline void store_sums(float* sums) {
 }
 
 int64_t padded(int64_t width) { return (width + kKr - 1) / kKr * kKr; }
+
+// where `sums` has column c of a row
+int64_t place(int64_t row, int64_t c) { return c / kNr * kTileFloats + row / 16 * 512 + c % kNr * 16 + row % 16 * 16; }
 
 // Calls work(tile, row) for every row of every tile of scores but those of the last, whose rows follow at the end:
 // tile t's while tile t + 1 is multiplied. scores has room for all tiles if the width is cut into slices, else for two.
@@ -227,17 +191,17 @@ void multiply_scores(const FusedOperands& o, float* scores, const Work& work) {
     const bool last = begin + depth >= width;
     for (int64_t t = 0; t < tiles; ++t) {
       if (begin > 0)
-        load_scores(tile(t));
+        load_tiles(tile(t), kNr);
       else
         zero_tiles();
       const char *kept = rows + begin * 64, *streaming = columns + t * width * 64 + begin * 64;
       int64_t r = last && t > 0 ? 0 : kMr;
-      for (int64_t p = 0; p < steps; ++p, kept += 2048, streaming += 2048)
-        step(kept, streaming, [&] {
+      for (int64_t p = 0; p < steps; ++p, kept += kStepBytes, streaming += kStepBytes)
+        step<true>(kept, streaming, [&] {
           for (const int64_t end = r + share < kMr ? r + share : kMr; r < end; ++r)
             work(t - 1, static_cast<int>(r), tile(t - 1));
         });
-      store_scores(tile(t));
+      store_tiles(tile(t), kNr);
       if (!last) continue;
       for (; excluded < excluded_end && *excluded < (t + 1) * kTileFloats; ++excluded)
         tile(t)[*excluded - t * kTileFloats] = -__builtin_inff();
@@ -267,7 +231,7 @@ void multiply_weights(const FusedOperands& o, const uint16_t* weights) {
     }
     zero_tiles();
     const char* kept = reinterpret_cast<const char*>(weights);
-    for (int64_t t = 0; t < tiles; ++t, kept += 2048, streaming += 2048) step(kept, streaming, add);
+    for (int64_t t = 0; t < tiles; ++t, kept += kStepBytes, streaming += kStepBytes) step<true>(kept, streaming, add);
     store_sums(products[block % 2]);
   }
 }
@@ -296,7 +260,7 @@ bool raise(const FusedOperands& o, const QueryTerms& t, const Weights& weights, 
     t.b[r] -= by;
     t.moment[r] = (t.moment[r] - by * t.total[r]) * scale, t.total[r] *= scale;
     for (int64_t c = 0; o.sums != nullptr && c < padded(o.width); c += 16) {
-      float* sums = o.sums + c / kNr * kTileFloats + r / 16 * 512 + c % kNr * 16 + r % 16 * 16;
+      float* sums = o.sums + place(r, c);
       _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(scale)));
     }
   }
@@ -370,16 +334,14 @@ void pack_products(const uint16_t* src, int64_t stride, int64_t columns, int64_t
 void score_pairs(const void* rows, const void* columns, int64_t width, float* scores) {
   alignas(64) float tile[kTileFloats];
   const char *kept = static_cast<const char*>(rows), *streaming = static_cast<const char*>(columns);
-  for (int64_t p = 0; p < width; p += kKr, kept += 2048, streaming += 2048) {
+  for (int64_t p = 0; p < width; p += kKr, kept += kStepBytes, streaming += kStepBytes) {
     // as multiply_scores, which leaves tiles 0-3 between its slices: the same bits
     if (p == 0) zero_tiles();
-    step(kept, streaming, [] {});
+    step<true>(kept, streaming, [] {});
   }
-  store_scores(tile);
+  store_tiles(tile, kNr);
   for (int r = 0; r < kMr; ++r) scores[r] = tile[r * kNr + r];
 }
-
-int64_t place(int64_t row, int64_t c) { return c / kNr * kTileFloats + row / 16 * 512 + c % kNr * 16 + row % 16 * 16; }
 
 void read_sums(const float* sums, int64_t row, int64_t width, float factor, float* out) {
   for (int64_t c = 0; c < width; c += 16)

@@ -31,7 +31,6 @@ void screen_tile(const void* a, const void* b, int64_t d, float* scores, int64_t
 
 // --- run -----------------------------------------------------------------------------------------
 
-constexpr int64_t kStepBytes = kMr * kKr * 2;  // of either panel
 constexpr int64_t kTile = kMr * kNr;
 // of k: 32 KB of the panel of queries, two thirds of L1, which the documents' panels stream past
 constexpr int64_t kStationary = 16;
@@ -68,38 +67,21 @@ uint32_t compare(Compared& tile, int64_t row, int32_t* counted) {
 template <bool kCompare>
 uint32_t multiply(const char* a, const char* b, int64_t steps, float* c, bool accumulate, Compared& before,
                   int32_t* counted, const char* ahead) {
-  if (accumulate) {
-    _tile_loadd(0, c, kNr * 4);
-    _tile_loadd(1, c + 16, kNr * 4);
-    _tile_loadd(2, c + 16 * kNr, kNr * 4);
-    _tile_loadd(3, c + 16 * kNr + 16, kNr * 4);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  if (accumulate)
+    load_tiles(c, kNr);
+  else
+    zero_tiles();
   const int64_t early = steps - steps / 4, share = (kMr + early - 1) / early;
   int64_t row = 0;
   uint32_t none = 0;
   for (int64_t p = 0; p < steps; ++p, a += kStepBytes, b += kStepBytes, ahead += 128) {
-    _tile_loadd(4, a, 64);
-    _tile_stream_loadd(6, b, 128);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_stream_loadd(7, b + 64, 128);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + 1024, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    step<true>(a, b, [] {});
     _mm_prefetch(ahead, _MM_HINT_T1);
     _mm_prefetch(ahead + 64, _MM_HINT_T1);
     if (kCompare)
       for (int64_t i = 0; i < share && row < kMr; ++i) none = 2 * none + (compare(before, row++, counted) == 0);
   }
-  _tile_stored(0, c, kNr * 4);
-  _tile_stored(1, c + 16, kNr * 4);
-  _tile_stored(2, c + 16 * kNr, kNr * 4);
-  _tile_stored(3, c + 16 * kNr + 16, kNr * 4);
+  store_tiles(c, kNr);
   return none;
 }
 

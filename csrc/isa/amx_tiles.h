@@ -17,6 +17,7 @@ namespace {
 // a line.
 
 constexpr int kMr = 32, kNr = 32, kKr = 32;
+constexpr int kStepBytes = kMr * kKr * 2;  // of either panel, for 32 of k
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -49,38 +50,60 @@ void pack_a(const float* src, int64_t stride, int64_t k_stride, int64_t rows, in
 void begin_tiles() { _tile_loadconfig(&kConfig); }
 void end_tiles() { _tile_release(); }
 
-inline void store_sums(float* c, int64_t ldc) {
+// --- 32 x 32 sums in tiles 0-3 --------------------------------------------------------------------
+
+inline void zero_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+inline void load_tiles(const float* c, int64_t ldc) {
+  _tile_loadd(0, c, ldc * 4);
+  _tile_loadd(1, c + 16, ldc * 4);
+  _tile_loadd(2, c + 16 * ldc, ldc * 4);
+  _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+}
+
+inline void store_tiles(float* c, int64_t ldc) {
   _tile_stored(0, c, ldc * 4);
   _tile_stored(1, c + 16, ldc * 4);
   _tile_stored(2, c + 16 * ldc, ldc * 4);
   _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
 }
 
+// gcc 12 lets a store of a vector and a load of a tile pass each other.
+inline void fence() { asm volatile("" ::: "memory"); }
+
+// Adds the products of 32 of k. kStreaming: B passes by, and need not stay in L1. `work` runs between them.
+template <bool kStreaming, class Work>
+inline void step(const char* a, const char* b, const Work& work) {
+  _tile_loadd(4, a, 64);
+  if constexpr (kStreaming)
+    _tile_stream_loadd(6, b, 128);
+  else
+    _tile_loadd(6, b, 128);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kStreaming)
+    _tile_stream_loadd(7, b + 64, 128);
+  else
+    _tile_loadd(7, b + 64, 128);
+  _tile_dpbf16ps(1, 4, 7);
+  work();
+  _tile_loadd(5, a + 1024, 64);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
 void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool accumulate) {
   const char *pa = static_cast<const char*>(a), *pb = static_cast<const char*>(b);
-  const int64_t pitch = ldc * 4;
-  if (accumulate) {
-    _tile_loadd(0, c, pitch);
-    _tile_loadd(1, c + 16, pitch);
-    _tile_loadd(2, c + 16 * ldc, pitch);
-    _tile_loadd(3, c + 16 * ldc + 16, pitch);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t p = 0; p < k; p += kKr, pa += 2048, pb += 2048) {
-    _tile_loadd(4, pa, 64);
-    _tile_loadd(6, pb, 128);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, pb + 64, 128);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, pa + 1024, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  store_sums(c, ldc);
+  if (accumulate)
+    load_tiles(c, ldc);
+  else
+    zero_tiles();
+  for (int64_t p = 0; p < k; p += kKr, pa += kStepBytes, pb += kStepBytes) step<false>(pa, pb, [] {});
+  store_tiles(c, ldc);
 }
 
 }  // namespace
