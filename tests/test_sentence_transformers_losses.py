@@ -27,6 +27,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.util import cos_sim, dot_score
 
 import refine_fast as rf
+from refine_fast.integrations import attention
 from refine_fast.integrations import sentence_transformers as ours
 from refine_fast.integrations.sentence_transformers import losses
 
@@ -235,6 +236,27 @@ def test_cached_gradients_through_the_encoder(minilm: Path, scaler: float) -> No
     with torch.no_grad():
         value = loss([model.preprocess(list(column)) for column in texts], torch.zeros(5)) * scaler
     torch.testing.assert_close(value, gold, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", [FUSED, CACHED_FUSED])
+def test_attention_of_a_bf16_encoder_goes_back_in_float32(
+    kind: type[nn.Module], minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each layer, where that is faster."""
+    seen = []
+
+    def backward(gradient: Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(gradient.dtype)
+        return torchs(gradient, *args, **options)
+
+    torchs = attention._backward
+    monkeypatch.setattr(attention, "_backward", backward)
+    monkeypatch.setattr(attention, "wide_is_faster", lambda width: True)
+    model = SentenceTransformer(str(minilm), device="cpu").eval()
+    texts = ["a river", "boiling", "Hamlet"], ["the Loire", "100 degrees", "Shakespeare"]
+    with torch.autocast("cpu", torch.bfloat16):
+        kind(model)([model.preprocess(column) for column in texts], torch.zeros(3)).backward()
+    assert seen == [torch.float32] * 12  # 6 layers, both columns
 
 
 WORKER = '''
