@@ -39,9 +39,9 @@
 //     768       11.9         7.46    4.12       2.53
 //
 // AMX (ScreenKernels::run, isa/amx_screen.h) compares a tile's scores while they are in L1, between the multiplications
-// of the next tile. On a Xeon with AMX whose cores other work shared, this took 1.02 to 1.36 CPU seconds at d = 384
-// where strips and a heap took 1.57 to 1.80 in the same minutes. Profile: run 45% (1,700 to 1,900 of the 2,000 to 2,100
-// GFLOP/s that tiles streamed from L2 then reached), float64 sums 28%, settling 12%, packing 3%. Tried there:
+// of the next tile. On one core of a Xeon with AMX, CPU seconds in one run: 1.03 at d = 384 and 1.82 at 768, faiss 4.70
+// and 8.91; strips and a heap took 1.6 at 384. Profile: run 45% (1,700 to 1,900 of the 2,000 to 2,300 GFLOP/s of tiles
+// streamed from L2), float64 sums 28%, settling 12%, packing 3%. Tried there:
 //   - Rescoring at the end of all documents: 262 a query instead of 394, but at 500 ns each from memory against 190.
 //   - Rescoring by document, the queries' rows from L3: as many bytes, and the state of every query besides.
 //   - Blocks of half the size: no change; of a quarter: more to look through than the nearer rows gained.
