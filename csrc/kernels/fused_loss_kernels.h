@@ -11,14 +11,14 @@
 
 namespace refine_fast {
 
-// Operands in bf16, packed; all are padded with zeros to multiples of 32.
+// Operands in bf16, packed; all are padded with zeros to multiples of 32. Arrays by column can be read up to one.
 struct FusedOperands {
   const void* rows;      // pack_rows
   const void* columns;   // pack_columns of every 32 columns of the chunk, one after the other
   const void* products;  // pack_products of the chunk
   int64_t width;         // of a row
   int64_t count;         // columns, at most max_columns
-  // Pairs that take no part, ascending: column / 32 * 1024 + row * 32 + column % 32
+  // Pairs that take no part, tile after tile: column / 32 * 1024 + row * 32 + column % 32
   const int32_t* excluded;
   int64_t excluded_count;
   float* sums;  // in the tiles' order, see read_sums: added to; null to leave the products out
