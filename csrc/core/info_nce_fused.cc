@@ -44,8 +44,8 @@ InfoNCEFused::InfoNCEFused(const InfoNCE& t)
       group_(std::max<int64_t>(kPackedBytes / (4 * padded_) / fused_.max_columns, 1) * fused_.max_columns),
       scratch_of_(std::max(t.threads, 1)) {
   group_ = std::min(group_, round_up(std::max(t.rows, t.columns), fused_.rows));
-  columns_ = PageBuffer(group_ * padded_ * 2);
-  if (gradients_) products_ = PageBuffer(group_ * padded_ * 2);
+  columns_ = WorkBuffer(group_ * padded_ * 2);
+  if (gradients_) products_ = WorkBuffer(group_ * padded_ * 2);
 }
 
 // The scores of the queries with their positives, from the product that scores the columns: a query that occurs twice
@@ -53,7 +53,7 @@ InfoNCEFused::InfoNCEFused(const InfoNCE& t)
 void InfoNCEFused::score_positives() {
   const StageScope scores(Stage::scores);
   const int64_t height = fused_.rows, bytes = padded_ * 64;
-  std::vector<PageBuffer> panels;
+  std::vector<WorkBuffer> panels;
   for (int thread = 0; thread < std::max(t_.threads, 1); ++thread) panels.emplace_back(3 * bytes);
   parallel_for(ceil_div(t_.rows, height), t_.threads, [&](int64_t task, int thread) {
     const int64_t begin = task * height, n = std::min(height, t_.rows - begin);
@@ -113,8 +113,8 @@ void InfoNCEFused::sweep(const Side& rows, const Side& columns, const ListOf& li
       if (stopped(thread)) return;
       Scratch& s = scratch_of_[thread];
       if (s.cursors.empty()) {
-        s.rows = PageBuffer(task_rows * padded_ * 2);
-        if (gradients_) s.sums = PageBuffer(task_rows * padded_ * 4);
+        s.rows = WorkBuffer(task_rows * padded_ * 2);
+        if (gradients_) s.sums = WorkBuffer(task_rows * padded_ * 4);
       }
       const int64_t begin = task * task_rows, n = std::min(task_rows, rows.count - begin);
       s.cursors.resize(std::max<size_t>(s.cursors.size(), n));

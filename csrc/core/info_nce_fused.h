@@ -57,7 +57,7 @@ class InfoNCEFused : InfoNCEBatch {
     const int32_t *next, *end;
   };
   struct Scratch {  // of a thread
-    PageBuffer rows, sums;
+    WorkBuffer rows, sums;
     std::vector<Cursor> cursors;
     std::vector<int32_t> excluded, active;
   };
@@ -89,7 +89,7 @@ class InfoNCEFused : InfoNCEBatch {
   Buffer<float> own_;  // G of the positive
   Buffer<double> total_, moment_;
   Buffer<float> norms_;  // of the documents, padded
-  PageBuffer columns_, products_;
+  WorkBuffer columns_, products_;
   int64_t group_;  // columns packed at a time
   std::vector<Scratch> scratch_of_;
 };

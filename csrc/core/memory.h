@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <new>
 #include <utility>
 
@@ -55,6 +56,26 @@ class PageBuffer {
   void* map_ = nullptr;
   size_t map_bytes_ = 0;
   char* data_ = nullptr;
+};
+
+// Bytes in huge pages of their own, or on the heap if they do not fill one: a mapping would cost a small task more than
+// its work.
+class WorkBuffer {
+ public:
+  WorkBuffer() = default;
+  explicit WorkBuffer(int64_t bytes) {
+    if (bytes < kHugePage)
+      heap_ = std::make_unique<Buffer<char>>(bytes);
+    else
+      pages_ = PageBuffer(bytes);
+  }
+
+  char* data() const { return heap_ ? heap_->data() : pages_.data(); }
+  float* floats() const { return reinterpret_cast<float*>(data()); }
+
+ private:
+  std::unique_ptr<Buffer<char>> heap_;
+  PageBuffer pages_;
 };
 
 }  // namespace refine_fast
