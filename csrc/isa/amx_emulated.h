@@ -2,6 +2,8 @@
 // -DREFINE_FAST_EMULATE_AMX=ON). Semantics as in Intel's SDM, volume 2, for full tiles of 16 rows x 64 bytes.
 // Using tiles that are not configured traps, as it does on the CPU.
 #pragma once
+#include <immintrin.h>
+
 #include <cstdint>
 
 namespace refine_fast {
@@ -32,32 +34,28 @@ inline void emulated_stored(int tile, void* base, int64_t stride) {
   for (int i = 0; i < 16; ++i) __builtin_memcpy(static_cast<char*>(base) + i * stride, emulated_tile(tile).word[i], 64);
 }
 
-inline float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x; }
-
-// The upper half of a float, which is a bf16; the lower if it is shifted there.
-inline float emulated_bf16(uint32_t word) {
-  float x;
-  word &= 0xffff0000u;
-  __builtin_memcpy(&x, &word, 4);
-  return flushed(x);
-}
-
 // The products of the even and of the odd k are summed apart, from zero; then their sum is added to C. Each step rounds
-// once, and denormals are zeros.
+// once, and denormals are zeros: so does AVX-512 with the two flags set. No MXCSR of the caller matters to the CPU's
+// tiles.
 inline void emulated_dpbf16ps(int sum, int a, int b) {
   EmulatedTile &c = emulated_tile(sum), &x = emulated_tile(a), &y = emulated_tile(b);
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) {
-      float even = 0, odd = 0, old;
-      for (int p = 0; p < 16; ++p) {
-        const uint32_t u = x.word[i][p], v = y.word[p][j];
-        even = flushed(__builtin_fmaf(emulated_bf16(u << 16), emulated_bf16(v << 16), even));
-        odd = flushed(__builtin_fmaf(emulated_bf16(u), emulated_bf16(v), odd));
-      }
-      __builtin_memcpy(&old, &c.word[i][j], 4);
-      old = flushed(flushed(old) + flushed(even + odd));
-      __builtin_memcpy(&c.word[i][j], &old, 4);
+  const unsigned mode = _mm_getcsr();
+  _mm_setcsr(0x9fc0);             // round to nearest, no exceptions, denormals are zeros
+  asm volatile("" ::: "memory");  // the sums stay between the two modes
+  const __m512i upper = _mm512_set1_epi32(~0xffff);
+  for (int i = 0; i < 16; ++i) {
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    for (int p = 0; p < 16; ++p) {
+      const __m512i u = _mm512_set1_epi32(static_cast<int>(x.word[i][p])), v = _mm512_loadu_si512(y.word[p]);
+      even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(u, 16)),
+                             _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), even);
+      odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(u, upper)),
+                            _mm512_castsi512_ps(_mm512_and_si512(v, upper)), odd);
     }
+    _mm512_storeu_ps(c.word[i], _mm512_add_ps(_mm512_loadu_ps(c.word[i]), _mm512_add_ps(even, odd)));
+  }
+  asm volatile("" ::: "memory");
+  _mm_setcsr(mode);
 }
 
 }  // namespace
