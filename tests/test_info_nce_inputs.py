@@ -140,6 +140,36 @@ def test_an_interrupt_is_heard() -> None:
     assert float(done.stdout) < 5, done.stderr
 
 
+HANDLED = """
+import signal, sys, torch, refine_fast as rf
+torch.set_num_threads(1)
+torch.manual_seed(0)
+x = torch.nn.functional.normalize(torch.randn(30_000, 256), dim=1)
+q, d = x[:6_000].bfloat16(), x[6_000:20_000].bfloat16()
+calls = []
+def handler(*_):
+    calls.append(torch.randn(64, 64).bfloat16() @ torch.randn(64, 64).bfloat16())
+def both():
+    return (
+        rf.info_nce(q, d, temperature=0.05, reduction="none"),
+        *rf.band_topk(x[:6_000], x, 5, band=(0.1, 0.3)),
+    )
+before = both()
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.06, 0.06)
+after = both()
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert calls
+assert all(torch.equal(one, other) for one, other in zip(before, after))
+"""
+
+
+def test_a_signal_handler_may_multiply() -> None:
+    """On AMX a kernel holds the tiles of its thread, and so does oneDNN, which multiplies bf16: the
+    kernel must have let go of them when it asks for signals."""
+    subprocess.run([sys.executable, "-c", HANDLED], check=True, timeout=300)
+
+
 @pytest.mark.parametrize("bad", [-1, 6])
 def test_a_gpu_asserts_that_positives_are_rows_of_d(bad: int, triton_path: torch.device) -> None:
     """On the device, without a host synchronization, so not as a ValueError."""

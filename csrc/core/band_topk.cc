@@ -311,16 +311,14 @@ Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64
       const int64_t first_panel = task * group, last_panel = std::min(panels, first_panel + group);
       for (int64_t row = first_panel * screen_.mr; row < std::min(rows_, last_panel * screen_.mr); ++row)
         set_thresholds(row, block.largest);
-      {
-        const TileScope scope(screen_);
-        for (int64_t start = 0; start < block.rows && !stopped.load(std::memory_order_relaxed); start += plan_.strip) {
-          if (thread == 0 && poll.go_on != nullptr && Clock::now() - asked > std::chrono::milliseconds(50)) {
-            if (!poll.go_on(poll.context)) stopped = true;
-            asked = Clock::now();
-          }
-          for (int64_t panel = first_panel; panel < last_panel; ++panel)
-            plan_.runs ? run(panel, start, panel - first_panel, block, scratch) : screen(panel, start, block, scratch);
+      for (int64_t start = 0; start < block.rows && !stopped.load(std::memory_order_relaxed); start += plan_.strip) {
+        if (thread == 0 && poll.go_on != nullptr && Clock::now() - asked > std::chrono::milliseconds(50)) {
+          if (!poll.go_on(poll.context)) stopped = true;
+          asked = Clock::now();
         }
+        const TileScope scope(screen_);  // not around go_on: a signal's handler may use tiles of its own
+        for (int64_t panel = first_panel; panel < last_panel; ++panel)
+          plan_.runs ? run(panel, start, panel - first_panel, block, scratch) : screen(panel, start, block, scratch);
       }
       for (int64_t panel = first_panel; panel < last_panel; ++panel) settle(panel, block, scratch);
     });

@@ -1,10 +1,6 @@
 #include "core/info_nce.h"
 
 #include <algorithm>
-#include <atomic>
-#include <bit>
-#include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <new>
 #include <numeric>

@@ -35,7 +35,7 @@ class InfoNCEBatch {
   // What a query's gradients are made of under one prefix, for c = its coefficient times the prefix's weight.
   struct Weights {
     float factor, positive;  // G_ij = factor exp((s_ij - top) / tau) of a negative; G of the positive
-    float moment;            // tau sum_j G_ij s_ij, less the part of the positive's score, which is 0
+    float moment;            // sum_j G_ij s_ij
   };
 
   // scratch_floats: what load, score_private and finish_private may use, for each thread

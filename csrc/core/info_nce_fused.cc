@@ -41,8 +41,7 @@ InfoNCEFused::InfoNCEFused(const InfoNCE& t)
       total_(round_up(t.rows, fused_.rows), 0.0),
       moment_(round_up(t.rows, fused_.rows), 0.0),
       norms_(t.normalize ? round_up(t.columns, fused_.rows) : 0, 1.0f),
-      group_(std::max<int64_t>(kPackedBytes / (4 * padded_) / fused_.max_columns, 1) * fused_.max_columns),
-      scratch_of_(std::max(t.threads, 1)) {
+      group_(std::max<int64_t>(kPackedBytes / (4 * padded_) / fused_.max_columns, 1) * fused_.max_columns) {
   group_ = std::min(group_, round_up(std::max(t.rows, t.columns), fused_.rows));
   columns_ = WorkBuffer(group_ * padded_ * 2);
   if (gradients_) products_ = WorkBuffer(group_ * padded_ * 2);
@@ -97,6 +96,7 @@ void InfoNCEFused::sweep(const Side& rows, const Side& columns, const ListOf& li
   const int64_t most = std::max(round_down(kTaskBytes / (6 * padded_), height), height);  // rows of a task
   const int64_t tasks = round_up(ceil_div(rows.count, most), std::max(t_.threads, 1));
   const int64_t task_rows = round_up(ceil_div(rows.count, tasks), height);
+  std::vector<Scratch> scratch_of(std::max(t_.threads, 1));
   for (int64_t first = 0; first < columns.count && !stopped(0); first += group_) {
     const int64_t end = std::min(first + group_, columns.count);
     const bool last = end == columns.count;
@@ -111,13 +111,13 @@ void InfoNCEFused::sweep(const Side& rows, const Side& columns, const ListOf& li
     });
     parallel_for(ceil_div(rows.count, task_rows), t_.threads, [&](int64_t task, int thread) {
       if (stopped(thread)) return;
-      Scratch& s = scratch_of_[thread];
+      Scratch& s = scratch_of[thread];
       if (s.cursors.empty()) {
         s.rows = WorkBuffer(task_rows * padded_ * 2);
         if (gradients_) s.sums = WorkBuffer(task_rows * padded_ * 4);
+        s.cursors.resize(task_rows);
       }
       const int64_t begin = task * task_rows, n = std::min(task_rows, rows.count - begin);
-      s.cursors.resize(std::max<size_t>(s.cursors.size(), n));
       {
         const StageScope pack(Stage::pack);
         for (int64_t r = 0; r < n; r += height)
@@ -134,8 +134,8 @@ void InfoNCEFused::sweep(const Side& rows, const Side& columns, const ListOf& li
       }
       {
         const StageScope multiply_stage(Stage::multiply);
-        const TileScope scope(fused_);
         for (int64_t c = first; c < end && !stopped(thread); c += chunk) {
+          const TileScope scope(fused_);  // not around stopped(): a signal's handler may use tiles of its own
           const int64_t count = std::min(chunk, end - c), offset = (c - first) * padded_ * 2;
           for (int64_t r = 0; r < n; r += height) {
             collect(s, r, std::min(height, n - r), c, count);
@@ -173,7 +173,8 @@ void InfoNCEFused::finish_query(int64_t i, const Read& read, int thread) {
   const int64_t positive = t_.positives[i];
   std::vector<float> memory(2 * private_pitch_);
   const Private own{memory.data(), memory.data() + private_pitch_, private_pitch_};
-  float *q = scratch(thread) + t_.width, *d = q + t_.width;  // the first row is score_private's
+  float* rows = scratch(thread) + t_.width;  // the first is score_private's
+  const float* q = t_.hards > 0 || t_.normalize ? load(t_.q, i, 1, rows) : nullptr;
   // sums over the negatives relative to y = 0, from base 2 to base e
   constexpr double kLog2 = std::numbers::ln2;
   double sums[2] = {total_[i], moment_[i] * kLog2}, scale = 1;
@@ -181,7 +182,6 @@ void InfoNCEFused::finish_query(int64_t i, const Read& read, int thread) {
   const ScoreRow hard = {own.scores, nullptr, private_pitch_, 0, kInfinity};
   float top = 0;
   if (t_.hards > 0) {  // the score of y = 0, or the largest private one
-    isa_.to_f32(row_of(t_.q, i), t_.dtype, t_.width, q);
     score_private(i, q, own, thread);
     const double zero = -static_cast<double>(b_[i]) / rate_;
     top = std::max(static_cast<float>(zero), loss_.top(hard));
@@ -196,13 +196,12 @@ void InfoNCEFused::finish_query(int64_t i, const Read& read, int thread) {
   factor_[i] = factor, own_[i] = weights.positive * norm;
   ceiling_[i] = std::fma(positive_[i], k_[i], b_[i]) + t_.margin * rate_;
   float* gradient = read(factor);
-  loss_.axpy(own_[i] * norm_d(0, positive), load(t_.d, positive, 1, d), gradient, t_.width);
+  loss_.axpy(own_[i] * norm_d(0, positive), load(t_.d, positive, 1, rows + t_.width), gradient, t_.width);
   if (t_.hards > 0) {
     loss_.weights(hard, scale_, top, weights.factor, own.weights);
     finish_private(i, q, own, thread);
   }
   if (!t_.normalize) return;
-  isa_.to_f32(row_of(t_.q, i), t_.dtype, t_.width, q);
   loss_.axpy(-radial_part(loss_.dot(gradient, q, t_.width), norm), q, gradient, t_.width);
 }
 
@@ -249,7 +248,6 @@ Status InfoNCEFused::run() {
   if (gradients_ && !stopped(0)) {
     queries_of_ = group(t_.rows, t_.columns, id_of_query);
     owners_ = group(t_.rows, t_.columns, [&](int64_t i) { return t_.positives[i]; });
-    for (Scratch& s : scratch_of_) s.cursors.clear();  // the other side's tasks have another size
     sweep(
         d, q, [&](int64_t j) { return list(queries_of_, ids_[j]); },
         [&](const FusedOperands& operands, int64_t row, int64_t column) {

@@ -91,7 +91,6 @@ class InfoNCEFused : InfoNCEBatch {
   Buffer<float> norms_;  // of the documents, padded
   WorkBuffer columns_, products_;
   int64_t group_;  // columns packed at a time
-  std::vector<Scratch> scratch_of_;
 };
 
 }  // namespace refine_fast

@@ -2,7 +2,6 @@
 #include "core/info_nce_solver.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "core/parallel.h"
 
