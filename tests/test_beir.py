@@ -123,7 +123,7 @@ def test_forms_of_qrels(tmp_path: Path, text: str, qrels: dict[str, dict[str, fl
         ),
         (
             "corpus.jsonl.gz",
-            gzip.compress(b'{"_id": "d1", "text": "x"}\n' * 9)[:-12],
+            gzip.compress(b'{"_id": "d1", "text": "x"}\n' * 9, mtime=0)[:-12],
             r"corpus\.jsonl\.gz cannot be read after line \d+",
         ),
         ("qrels/test.tsv", None, r"test\.tsv does not exist; the splits of this set are: none"),

@@ -143,6 +143,7 @@ def normalized(requirement: str) -> str:
     return str(doctor.Requirement(requirement))
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_doctor_names_what_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"pypdf": "4.9", "openai": None}
 

@@ -134,6 +134,7 @@ def test_too_few_queries(tmp_path: Path, tiny: Path, docs: Path, capsys) -> None
         )
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_doctor(tiny: Path, docs: Path, capsys) -> None:
     assert main(["doctor", "--model", str(tiny), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -121,22 +121,22 @@ torch.set_num_threads(1)
 q, d = torch.randn(60_000, 64, requires_grad=True), torch.randn(60_000, 64)
 def interrupt():
     global asked
-    asked = time.monotonic()
+    asked = time.process_time()
     _thread.interrupt_main()
 rf.info_nce(q[:8], d[:8], symmetric=True)
-threading.Timer(0.5, interrupt).start()
 try:
+    threading.Timer(0.5, interrupt).start()
     rf.info_nce(q, d, symmetric=True)
 except KeyboardInterrupt:
-    print(time.monotonic() - asked)
+    print(time.process_time() - asked)
 """
 
 
 def test_an_interrupt_is_heard() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=500
     )
-    # 0.1 s on an idle machine; the whole call takes longer than the process may
+    # seconds of the CPU, the same on a busy machine: 0.1, of the 25 or more of the whole call
     assert float(done.stdout) < 5, done.stderr
 
 

@@ -35,6 +35,7 @@ def damaged(tmp_path: Path, tiny: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_an_encoder_that_cannot_end_well(docs: Path, damaged: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     flags = [str(docs), "--out", str(out), "--model", str(damaged), "--quiet"]

@@ -221,9 +221,16 @@ def test_the_bytes_of_a_run_whose_worker_is_killed(
     assert not list((tmp_path / "spread").rglob("shards"))
 
 
-def test_doctor_finds_the_cluster() -> None:
+def test_doctor_finds_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     found = ray_workers.found_cluster()
     assert found == f"Ray {ray.__version__}; a cluster with 1 node, 2 cores and 0 GPUs"
+
+    def none(**_: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", none)
+    assert "; no cluster runs here, --engine ray starts one" in ray_workers.found_cluster()
 
 
 def test_the_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

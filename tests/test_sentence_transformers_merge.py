@@ -177,7 +177,7 @@ def test_other_classes(model_class: Any, network: str, tmp_path: Path, minilm: P
         {"dtype": "float16"},
         {"dtype": "int8"},
         {"out_dtype": "unknown"},
-        {"batch_options": object()},
+        {"batch_options": ...},
         {"device": "cpu", "dtype": torch.float64, "token": False},
     ],
     ids=lambda arguments: str(list(arguments.items())),

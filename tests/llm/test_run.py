@@ -244,6 +244,7 @@ def test_prompt_is_printed_and_taken_back(
     assert endpoint.stats()["calls"]["none"] == 1 + 36
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_doctor_tells_of_the_endpoint(
     endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +258,7 @@ def test_doctor_tells_of_the_endpoint(
     )
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_doctor_asks_with_the_fields_of_the_run(
     endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -396,6 +398,7 @@ def test_the_same_queries_make_the_same_model_over_http_and_from_a_file(
     assert f"{len(rows)} in the replies, {len(rows)} kept" in report
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_the_key_is_nowhere(
     endpoint: Endpoint,
     docs: Path,
