@@ -7,11 +7,13 @@ ties are real ties.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -45,6 +47,43 @@ def tied(rows: int, count: int, width: int) -> tuple[Tensor, Tensor, list[Tensor
             for i in range(rows)
         ],
     )
+
+
+INFINITE = (-float("inf"), float("inf"))
+BANDS = [(-0.2, 0.4), (0.1, 0.3), (-2.0, 2.0), (0.99, 1.0), INFINITE]
+COUNTS = [(0, 0), (0, 5), (1, 0), (10, 5), (400, 600), (1, 2**31 - 1)]
+# (k, skip, band, with exclude, with ceiling): everything on a CPU, a few on a GPU, whose emulation
+# takes seconds for each
+CPU_RULES = [
+    (k, skip, band, both, both)
+    for band, (k, skip), both in itertools.product(BANDS, COUNTS, (False, True))
+]
+GPU_RULES = [
+    (10, 5, (-0.2, 0.4), False, False),
+    (10, 5, (0.1, 0.3), True, True),
+    (400, 600, (-2.0, 2.0), True, False),
+    (1, 0, INFINITE, False, False),
+    (0, 0, (0.0, 0.2), False, True),
+]
+
+
+@cache
+def sorted_once(
+    shape: tuple[int, int, int], order: str, select: str, gpu: bool
+) -> list[tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor]]]:
+    """Arguments of a search and what the sort gives, which takes longer than every level's search;
+    it is the same for each."""
+    queries, docs, exclude = tied(*shape)
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for k, skip, band, with_exclude, with_ceiling in GPU_RULES if gpu else CPU_RULES:
+        ceiling = torch.rand(len(queries), generator=generator)
+        asked: dict[str, Any] = {"queries": queries, "docs": docs, "k": k, "band": band}
+        asked |= {"skip": skip, "order": order, "select": select, "seed": 7}
+        asked["exclude"] = exclude if with_exclude else None
+        asked["ceiling"] = ceiling if with_ceiling else None
+        found.append((asked, reference.band_topk(**asked)))
+    return found
 
 
 def near_an_edge(edge: float, count: int) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:

@@ -20,7 +20,7 @@ from banded import (
     near_an_edge,
     search,
     searches,
-    tied,
+    sorted_once,
     unit_rows,
 )
 from hypothesis import HealthCheck, given, settings
@@ -54,22 +54,6 @@ SHAPES = [
     (1, 1, 1), (33, 333, 33), (7, 1500, 16), (13, 97, 384), (131, 520, 70), (5, 97, 384),
     (34, 150, 600), (3, 0, 8), (0, 5, 8),
 ]  # fmt: skip
-INFINITE = (-float("inf"), float("inf"))
-BANDS = [(-0.2, 0.4), (0.1, 0.3), (-2.0, 2.0), (0.99, 1.0), INFINITE]
-COUNTS = [(0, 0), (0, 5), (1, 0), (10, 5), (400, 600), (1, 2**31 - 1)]
-# (k, skip, band, with exclude, with ceiling): everything on a CPU, a few on a GPU, whose emulation
-# takes seconds for each
-CPU_RULES = [
-    (k, skip, band, both, both)
-    for band, (k, skip), both in itertools.product(BANDS, COUNTS, (False, True))
-]
-GPU_RULES = [
-    (10, 5, (-0.2, 0.4), False, False),
-    (10, 5, (0.1, 0.3), True, True),
-    (400, 600, (-2.0, 2.0), True, False),
-    (1, 0, INFINITE, False, False),
-    (0, 0, (0.0, 0.2), False, True),
-]
 
 
 @pytest.mark.parametrize("select", ["hardest", "random"])
@@ -78,15 +62,8 @@ GPU_RULES = [
 def test_equals_the_sort(
     band_backend: Backend, shape: tuple[int, int, int], order: str, select: str
 ) -> None:
-    queries, docs, exclude = tied(*shape)
-    generator = torch.Generator().manual_seed(3)
-    rules = GPU_RULES if band_backend.name == "cuda" else CPU_RULES
-    for k, skip, band, with_exclude, with_ceiling in rules:
-        ceiling = torch.rand(len(queries), generator=generator)
-        rule: dict[str, Any] = {"band": band, "skip": skip, "order": order, "select": select}
-        rule["exclude"] = exclude if with_exclude else None
-        rule["ceiling"] = ceiling if with_ceiling else None
-        check(band_backend, queries, docs, k, seed=7, **rule)
+    for asked, gold in sorted_once(shape, order, select, band_backend.name == "cuda"):
+        assert_same(search(band_backend, **asked), gold)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
