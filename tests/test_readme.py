@@ -20,23 +20,30 @@ BLOCKS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """MiniLM with other weights."""
+    torch.manual_seed(0)
+    folder = shutil.copytree(minilm, tmp_path_factory.mktemp("readme") / "tuned")
+    changed = {
+        name: w + 0.01 * torch.randn_like(w) if w.is_floating_point() else w
+        for name, w in load_file(minilm / "model.safetensors").items()
+    }
+    save_file(changed, folder / "model.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize(
     "block",
     BLOCKS,
     ids=[re.sub(r"\W+", "-", block.strip().splitlines()[-1])[:40] for block in BLOCKS],
 )
 def test_block_runs(
-    block: str, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block: str, minilm: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    shutil.copytree(minilm, tmp_path / "base")
-    shutil.copytree(minilm, tmp_path / "tuned")
-    weights = load_file(minilm / "model.safetensors")
-    changed = {
-        name: w + 0.01 * torch.randn_like(w) if w.is_floating_point() else w
-        for name, w in weights.items()
-    }
-    save_file(changed, tmp_path / "tuned" / "model.safetensors")
+    (tmp_path / "base").symlink_to(minilm)
+    (tmp_path / "tuned").symlink_to(tuned)
     (tmp_path / "docs").mkdir()
     for name in sorted(topics)[:20]:
         (tmp_path / "docs" / f"{name}.md").write_text(topics[name][:600], encoding="utf-8")
