@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -35,6 +36,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Prepared copies of encoders stay out of the user's cache."""
     os.environ["REFINE_FAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _languages_are_read_once() -> None:
+    """Each run and each index reads py3langid's model, which takes longer than they need it."""
+    if find_spec("py3langid") is not None:
+        from py3langid.langid import LanguageIdentifier
+
+        LanguageIdentifier.from_model_file = cache(LanguageIdentifier.from_model_file)
 
 
 @pytest.fixture(params=rf.available_isas())
