@@ -56,7 +56,8 @@ from keyed_table import save
 
 import refine_fast as rf
 from refine_fast.bench.machine import commit, device_name
-from refine_fast.pipeline.cluster.ray_workers import OBJECT_STORE, RayWorkers
+from refine_fast.pipeline.cluster.ray_cluster import OBJECT_STORE
+from refine_fast.pipeline.cluster.ray_workers import RayWorkers
 from refine_fast.pipeline.encoder import encode
 from refine_fast.pipeline.encoder.load import encoder_folder, load_encoder
 from refine_fast.pipeline.sharded_search import search_in_shards

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +19,16 @@ import psutil
 import pytest
 import torch
 from banded import assert_same, unit_rows
+from safetensors.torch import load_file
 from shard_work import done_by, doubling
 from small_runs import SMALL, results
 
 import refine_fast as rf
+from refine_fast.cli import main
 from refine_fast.errors import RefineFastError
 from refine_fast.mine import mine
 from refine_fast.pipeline import RunConfig, run, sharded_search
-from refine_fast.pipeline.cluster import ray_workers
+from refine_fast.pipeline.cluster import ray_cluster, ray_ranks, ray_workers
 from refine_fast.pipeline.cluster.exchange import FolderExchange
 from refine_fast.pipeline.cluster.ray_workers import RayWorkers
 from refine_fast.pipeline.cluster.shards import FolderShards
@@ -162,10 +168,24 @@ class Killing(FolderExchange):
 
 
 def kill_a_worker() -> None:
-    family = psutil.Process().children(recursive=True)
-    actors = [p for p in family if "ShardWorker" in p.name() + " ".join(p.cmdline())]
+    actors = actors_of("RayShardWo")
     assert actors
     actors[0].kill()
+
+
+def actors_of(name: str) -> list[psutil.Process]:
+    """The living ones of a class; of its name, Linux keeps ten letters."""
+    family = psutil.Process().children(recursive=True)
+    found = [process for process in family if process.name() == f"ray::{name}"]
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def all_ranks_end() -> bool:
+    """Within 20 s."""
+    end = time.monotonic() + 20
+    while (left := actors_of("RankActor")) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not left
 
 
 @pytest.mark.filterwarnings("ignore::refine_fast.errors.RefineFastWarning")
@@ -221,8 +241,138 @@ def test_the_bytes_of_a_run_whose_worker_is_killed(
     assert not list((tmp_path / "spread").rglob("shards"))
 
 
+def impatient(work: Callable[..., None], dies: dict[str, int], died: Path) -> Callable[..., None]:
+    """What a rank does, with a checkpoint at every step; a rank that ``dies`` is killed at the
+    step that is given for it, once. It travels by value."""
+
+    def changed(folder: Path, hear: Callable[..., None], save: Callable[[], None]) -> None:
+        from refine_fast.pipeline.training import trainer
+
+        def heard(kind: str, *news: Any) -> None:
+            hear(kind, *news)
+            rank = os.environ["RANK"]
+            if kind == "progress" and news[0] == dies.get(rank) and not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        trainer.CHECKPOINT_SECONDS = 0.0
+        work(folder, heard, save)
+
+    return changed
+
+
+def test_a_killed_rank_costs_the_step_in_progress(
+    whole: Path,
+    copied: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two ranks train what one process trains, although one is killed."""
+    shutil.rmtree(copied / "tuned")
+    heard: list[tuple[Any, ...]] = []
+    train_on_ranks = ray_ranks.train_on_ranks
+
+    def watched(
+        work: Callable[..., None], shared: Any, threads: int, most: int, hear: Callable[..., None]
+    ) -> None:
+        def both(*news: Any) -> None:
+            heard.append(news)
+            hear(*news)
+
+        work = impatient(work, {"1": 4}, tmp_path / "died")
+        train_on_ranks(work, shared, threads, most, both)
+
+    monkeypatch.setattr(ray_workers, "train_on_ranks", watched)
+    train = ["train", "--out", str(copied)]
+    assert main([*train, "--engine", "ray", "--train-workers", "2"]) == 0
+    facts, gold = (json.loads((run / "training.json").read_text()) for run in (copied, whole))
+    assert {**facts, "loss": 0} == {**gold, "loss": 0}
+    losses = [[loss for _, loss in each["loss"]] for each in (facts, gold)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # float32, after 11 steps of Adam
+    weights = [load_file(next((run / "tuned").rglob("*.safetensors"))) for run in (copied, whole)]
+    for name, expected in weights[1].items():
+        torch.testing.assert_close(weights[0][name], expected, rtol=0, atol=2e-3, msg=name)
+    assert (tmp_path / "died").exists()
+    steps = [news[1] for news in heard if news[0] == "progress"]
+    assert steps == [*range(1, gold["steps"] + 1)]
+    said = [news[1] for news in heard if news[0] == "say"]
+    assert said.count("  2 processes share each batch of 8 queries") == 2
+    assert "  a training process died; training resumes from its last checkpoint" in said
+    assert all_ranks_end()
+    assert main(train) == 0
+    assert "train: up to date" in capsys.readouterr().err  # also for one process
+
+
+def test_ranks_end_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By themselves: they leave nothing behind."""
+    monkeypatch.setattr(ray_ranks, "LINGER", 100.0)  # this machine may be busy
+    workers = RayWorkers("ray", lambda line: None, trainers=2)
+
+    def waits(folder: Path, hear: Callable[..., None], save: Callable[[], None]) -> None:
+        from refine_fast.pipeline.ranks import launched
+
+        found = launched()
+        assert found is not None
+        hear("say", f"rank {found.rank} of {found.size}, {found.local_size} here")
+        (folder / str(found.rank)).touch()
+        try:
+            time.sleep(100)
+        finally:
+            (folder / f"ended {os.environ['RANK']}").touch()
+
+    def hear(*news: Any) -> None:
+        assert news == ("say", "rank 0 of 2, 2 here")
+        while not (tmp_path / "1").exists():
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.train(tmp_path, "key", partial(waits), (), most=8, hear=hear)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "ended 0", "ended 1"}
+    workers.close()
+    assert all_ranks_end()
+
+
+def test_a_training_that_cannot_be_done_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_ranks, "RETRIES", 0)
+    workers = RayWorkers("ray", lambda line: None, trainers=2)
+
+    def train(work: Callable[..., None]) -> None:
+        workers.train(tmp_path, "key", partial(work), (), most=8, hear=lambda *news: None)
+
+    def dies(folder: Path, hear: Callable[..., None], save: Callable[[], None]) -> None:
+        hear("progress", 3, 5, "")
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RefineFastError, match=r"training process died 1 times, .*; give .* resume"):
+        train(dies)
+
+    def refuses(folder: Path, hear: Callable[..., None], save: Callable[[], None]) -> None:
+        if os.environ["RANK"] == "1":
+            raise RefineFastError("train: 2 processes cannot share a batch of 1 queries")
+        raise ray_ranks.RankLostError
+
+    with pytest.raises(RefineFastError, match=r"^train: 2 processes cannot share a batch"):
+        train(refuses)
+    more = RayWorkers("ray", print, trainers=3)
+    room = r"^train_workers: the cluster has room for 2 .* \(got 3\); give --train-workers 2"
+    with pytest.raises(RefineFastError, match=room):
+        more.train(tmp_path, "key", partial(dies), (), most=8, hear=print)
+    workers.close()
+
+
+def test_the_process_of_the_command_trains_unless_there_are_gpus(tmp_path: Path) -> None:
+    for trainers in (0, "auto"):
+        workers = RayWorkers("ray", lambda line: None, trainers=trainers)
+        assert not workers.train(tmp_path, "key", partial(print), (), most=8, hear=print)
+
+
 def test_doctor_finds_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ray_workers.found_cluster()
+    found = ray_cluster.found_cluster()
     assert found == f"Ray {ray.__version__}; a cluster with 1 node, 2 cores and 0 GPUs"
 
     def none(**_: object) -> None:
@@ -230,7 +380,7 @@ def test_doctor_finds_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", none)
-    assert "; no cluster runs here, --engine ray starts one" in ray_workers.found_cluster()
+    assert "; no cluster runs here, --engine ray starts one" in ray_cluster.found_cluster()
 
 
 def test_the_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,8 +132,9 @@ class RunConfig(BaseModel):
     )
     engine: Engine = _option(
         "local",
-        "where texts are encoded and negatives mined: local, this process; ray, a Ray cluster on "
-        "this machine, started if there is none; ray://HOST:PORT, that cluster",
+        "where texts are encoded and negatives mined, and on GPUs the encoder trained: local, this "
+        "process; ray, a Ray cluster on this machine, started if there is none; ray://HOST:PORT, "
+        "that cluster",
         "ENGINE",
     )
     shards: ShardPlace | None = _option(
@@ -141,6 +142,12 @@ class RunConfig(BaseModel):
         "object storage through which --engine ray exchanges files with its workers, such as "
         "s3://BUCKET/PREFIX (default: folders that all nodes see)",
         "URL",
+    )
+    train_workers: Rank | Literal["auto"] = _option(
+        "auto",
+        "how many workers of --engine ray train, sharing each batch; 0: the process that runs the "
+        "command trains; auto: one for each GPU of the cluster, 0 if it has none",
+        "N",
     )
     seed: int = _option(
         0, "the same inputs and seed give the same outputs", "N", ge=0, le=2**32 - 1

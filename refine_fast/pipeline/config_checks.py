@@ -34,6 +34,16 @@ def check_together(config: Any) -> None:
         )
     if config.shards is not None and config.engine == "local":
         raise RefineFastError("shards: needs workers; add --engine ray or omit --shards.")
+    if config.train_workers != "auto":
+        if config.engine == "local":
+            raise RefineFastError(
+                "train_workers: needs workers; add --engine ray or omit --train-workers."
+            )
+        if config.train_workers > config.batch_size:
+            raise RefineFastError(
+                f"train_workers: {config.train_workers} processes cannot share a batch of "
+                f"{config.batch_size} queries; give a larger --batch-size or fewer --train-workers."
+            )
     if config.lora is not None and config.train_layers is not None:
         raise RefineFastError(
             "train_layers: --lora trains adapters in every layer; give one of the two."

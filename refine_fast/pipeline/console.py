@@ -22,6 +22,7 @@ from rich.table import Table
 
 from ..errors import RefineFastWarning
 from .ranks import may_report
+from .workers import Hear
 
 
 def facts_table(facts: Mapping[str, Any]) -> Table:
@@ -118,3 +119,24 @@ class Console:
         elif not self.quiet:
             for table in tables:
                 self.out.print(table)
+
+
+class DistantConsole(Console):
+    """The console of a worker: another process shows what it is told here."""
+
+    def __init__(self, hear: Hear) -> None:
+        super().__init__(quiet=True)
+        self._hear = hear
+
+    def say(self, line: str) -> None:
+        """See ``Console.say``."""
+        self._hear("say", line)
+
+    def warn(self, line: str) -> None:
+        """See ``Console.warn``."""
+        self._hear("warn", line)
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Callable[..., None]]:
+        """See ``Console.progress``."""
+        yield lambda done, total, note="": self._hear("progress", done, total, note)

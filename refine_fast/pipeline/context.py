@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,13 +14,13 @@ from ..integrations.sentence_transformers.twin import TwinEncoder
 from .artifacts import FUSION_FACTS, MODEL
 from .config import RunConfig
 from .config_values import LLM_TEACHER
-from .console import Console
+from .console import Console, DistantConsole
 from .corpus.beir import is_beir
 from .corpus.nanobeir import nanobeir_folder
 from .encoder.load import DEFAULT_ENCODER, encoder_folder
 from .encoder.options import EncoderOptions
 from .engine import key_digest
-from .workers import Spread, Workers
+from .workers import Hear, Part, Spread, Workers
 
 SHARES = (0.0, 0.5, 1.0)
 """The teachers' shares of the loss that ``--distill choose`` trains with."""
@@ -72,6 +73,43 @@ class RunContext:
             return None
         there = None if load is None else self.workers.share_loader(load)
         return Spread(self.workers, folder / "shards" / key_digest(folder), there, name)
+
+    def train_by_workers(
+        self,
+        folder: Path,
+        work: Callable[..., None],
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        *,
+        most: int,
+    ) -> bool:
+        """Has workers of the run do a training, if it has any for that.
+
+        Args:
+            folder: the stage's folder; or one under it.
+            work: what each worker does: called with a context, a folder and ``saved``, which it
+                calls after each checkpoint. A function of a module, or a ``partial`` of one.
+            inputs: what it reads in the run folder.
+            outputs: what it leaves in ``folder``.
+            most: how many workers can share a batch.
+
+        Returns:
+            Whether the training is done.
+        """
+        if self.workers is None:
+            return False
+        out: Any = Part(self.out, inputs)  # a folder when it gets there
+        as_rank = partial(_as_rank, work, self.config, self.encoder_options, self.encoder, out)
+        with self.console.progress("training") as progress:
+            show = {"say": self.console.say, "warn": self.console.warn, "progress": progress}
+            return self.workers.train(
+                folder,
+                key_digest(folder),
+                as_rank,
+                outputs,
+                most=most,
+                hear=lambda kind, *news: show[kind](*news),
+            )
 
     @property
     def model(self) -> Path:
@@ -257,6 +295,23 @@ class RunContext:
         if self.written_beforehand:
             return "written by a large language model for this package"
         return "made from the documents without an LLM"
+
+
+def _as_rank(
+    work: Callable[..., None],
+    config: RunConfig,
+    options: EncoderOptions,
+    encoder: Path,
+    out: Path,
+    folder: Path,
+    hear: Hear,
+    saved: Callable[[], None],
+) -> None:
+    """What a worker does in a training. ``out`` holds what it reads of the run folder."""
+    console = DistantConsole(hear)
+    with console.warnings():
+        here = config.model_copy(update={"out": out})
+        work(RunContext(here, encoder, console, options), folder, saved=saved)
 
 
 def _short(model: str) -> str:

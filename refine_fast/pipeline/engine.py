@@ -206,9 +206,11 @@ class RunFolder:
 
 
 def key_digest(folder: Path) -> str:
-    """Of the key of the stage that is being done in ``folder``: another for any other input,
-    setting or code."""
-    return hashlib.sha256(json.dumps(read_json(folder / "key.json")).encode()).hexdigest()[:16]
+    """Of the key of the stage that is being done in ``folder``, or in a folder above it: another
+    for any other input, setting or code."""
+    keys = (read_json(each / "key.json") for each in (folder, *folder.parents))
+    key = next(key for key in keys if key is not None)
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

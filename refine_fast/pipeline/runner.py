@@ -54,7 +54,9 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
     with (
         RunFolder(config.out) as folder,
         console.warnings(),
-        open_workers(config.engine, console.say, config.shards, folder.work) as workers,
+        open_workers(
+            config.engine, console.say, config.shards, folder.work, config.train_workers
+        ) as workers,
     ):
         options = config.encoder_options()
         encoder = prepare_encoder(encoder_folder(config.model), options, say=console.say)

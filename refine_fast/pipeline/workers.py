@@ -1,7 +1,8 @@
 """The seam between a stage and the processes that share its work.
 
 A stage cuts its work into shards: item i of ``count`` gives file i. Where the shards are done is
-not part of a stage's key, since it does not change a byte of the result.
+not part of a stage's key, since it does not change a byte of the result. Nor is it where training
+is done, which changes no more than the rounding of sums.
 """
 
 from __future__ import annotations
@@ -16,6 +17,18 @@ import numpy as np
 
 Work = Callable[[Any, Path], None]
 """Called with (item, file): writes the result of one item into the file."""
+
+
+Hear = Callable[..., None]
+"""Called with ("say", line), ("warn", line) or ("progress", step, steps, note)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A folder of which only some files and subfolders are needed."""
+
+    folder: Path
+    names: tuple[str, ...]
 
 
 class SharedRows(Protocol):
@@ -69,11 +82,47 @@ class Workers(Protocol):
         """
         ...
 
-    def share_loader(self, load: partial[Any]) -> Callable[[], Any]:
+    def share_loader(self, load: partial[Any]) -> Callable[..., Any]:
         """Makes what loads an encoder here load it in every worker; picklable.
 
         Args:
-            load: its arguments of type ``Path`` are folders of this machine.
+            load: its arguments of type ``Path`` are folders of this machine. Those of type ``Part``
+                become the path of a folder that holds the part.
+        """
+        ...
+
+    def train(
+        self,
+        folder: Path,
+        key: str,
+        work: partial[Any],
+        outputs: Sequence[str],
+        *,
+        most: int,
+        hear: Hear,
+    ) -> bool:
+        """Trains in several of the workers, unless there is none for it.
+
+        Workers that die are replaced, as far as there is room, and training resumes from its last
+        checkpoint.
+
+        Args:
+            folder: the stage's folder; or one under it.
+            key: of the stage; what was saved for another is not resumed.
+            work: called in each worker, in torchrun's environment, with (folder, hear, save)
+                besides its own arguments, which are those of ``share_loader``: the folder to train
+                in; what to call with news, which only those of rank 0 reach; what rank 0 must call
+                when it has written something there that is to survive the worker.
+            outputs: files and folders that rank 0 leaves in its folder.
+            most: how many workers have use, at most, unless the user asked for a number.
+            hear: is told the news.
+
+        Returns:
+            Whether ``folder`` holds the outputs. Otherwise this process is to train.
+
+        Raises:
+            RefineFastError: if there are fewer workers than the user asked for, or if they died
+                too often; the message names the remedy.
         """
         ...
 

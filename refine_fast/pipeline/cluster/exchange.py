@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..workers import SharedRows
+from ..workers import Part, SharedRows
 from .shards import FolderShards, Shards
+
+
+class SharedFolder(Protocol):
+    """A folder in which workers work; picklable."""
+
+    def opened(self) -> AbstractContextManager[Path]:
+        """Of a worker: the folder with what was saved last, until the context ends."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Of a worker: keeps what the opened ``folder`` holds now, all of it or what was saved
+        before."""
+        ...
+
+    def fetch(self, names: Sequence[str], folder: Path) -> None:
+        """Of the driver: copies what was saved under these names into ``folder``."""
+        ...
 
 
 class Exchange(Protocol):
@@ -28,8 +46,17 @@ class Exchange(Protocol):
         """See ``Workers.share_rows``."""
         ...
 
-    def share_loader(self, load: partial[Any]) -> Callable[[], Any]:
+    def share_loader(self, load: partial[Any]) -> Callable[..., Any]:
         """See ``Workers.share_loader``."""
+        ...
+
+    def share_folder(self, folder: Path, key: str) -> SharedFolder:
+        """Makes a folder of the driver one in which workers work.
+
+        Args:
+            folder: the stage's folder.
+            key: what was saved under another is not seen.
+        """
         ...
 
     def discard(self, folder: Path) -> None:
@@ -62,9 +89,18 @@ class FolderExchange:
         np.save(folder / "rows.npy", rows)
         return RowsOfFile(folder / "rows.npy")
 
-    def share_loader(self, load: partial[Any]) -> Callable[[], Any]:
+    def share_loader(self, load: partial[Any]) -> Callable[..., Any]:
         """See ``Workers.share_loader``."""
-        return load
+
+        def whole(value: Any) -> Any:
+            return value.folder if isinstance(value, Part) else value
+
+        options = {name: whole(value) for name, value in load.keywords.items()}
+        return partial(load.func, *map(whole, load.args), **options)
+
+    def share_folder(self, folder: Path, key: str) -> SharedFolder:
+        """See ``Exchange.share_folder``."""
+        return SameFolder(folder)
 
     def discard(self, folder: Path) -> None:
         """See ``Exchange.discard``: the run folder holds the shards."""
@@ -83,3 +119,20 @@ class RowsOfFile:
         """See ``SharedRows.read``."""
         rows: np.ndarray = np.load(self.path, mmap_mode="r")
         return rows[begin:end]
+
+
+@dataclass(frozen=True)
+class SameFolder:
+    """A folder that driver and workers see under the same path."""
+
+    folder: Path
+
+    def opened(self) -> AbstractContextManager[Path]:
+        """See ``SharedFolder.opened``."""
+        return nullcontext(self.folder)
+
+    def save(self, folder: Path) -> None:
+        """See ``SharedFolder.save``: it is there."""
+
+    def fetch(self, names: Sequence[str], folder: Path) -> None:
+        """See ``SharedFolder.fetch``: it is there."""

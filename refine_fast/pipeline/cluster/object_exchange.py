@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import RefineFastError
-from ..workers import SharedRows
+from ..workers import Part, SharedRows
+from .exchange import SharedFolder
 from .object_path import ObjectPath
 from .shards import Shards, sha256
 
@@ -46,11 +47,15 @@ class ObjectExchange:
                 published[begin] = self._publish(path)
         return RowsOfObjects(published)
 
-    def share_loader(self, load: partial[Any]) -> Callable[[], Any]:
+    def share_loader(self, load: partial[Any]) -> Callable[..., Any]:
         """See ``Workers.share_loader``. Publishes the folders, each file once."""
         arguments = [self._shared(value) for value in load.args]
         options = {name: self._shared(value) for name, value in load.keywords.items()}
         return partial(_load, load.func, arguments, options)
+
+    def share_folder(self, folder: Path, key: str) -> SharedFolder:
+        """See ``Exchange.share_folder``."""
+        return ObjectFolder(self._under(folder) / key)
 
     def discard(self, folder: Path) -> None:
         """See ``Exchange.discard``."""
@@ -64,11 +69,12 @@ class ObjectExchange:
         return self.place / folder.relative_to(self.root).as_posix().replace(" ", "_")
 
     def _shared(self, value: Any) -> Any:
-        if not isinstance(value, Path) or not value.is_dir():
+        if isinstance(value, Path) and value.is_dir():
+            value = Part(value, ("",))
+        if not isinstance(value, Part):
             return value
-        files = (path for path in sorted(value.rglob("*")) if path.is_file())
-        published = ((str(path.relative_to(value)), self._publish(path)) for path in files)
-        return FolderOfObjects(tuple(published))
+        files = _files(value.folder, value.names)
+        return FolderOfObjects(tuple((name, self._publish(path)) for name, path in files))
 
     def _publish(self, path: Path) -> ObjectPath:
         target = self.place / SHARED / sha256(path)
@@ -137,15 +143,71 @@ class FolderOfObjects:
     def copied(self) -> Iterator[Path]:
         """A local copy, until the context ends."""
         with _temporary_folder() as temporary:
-            for name, source in self.files:
-                path = temporary / "folder" / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _fetch(source, path)
-            yield temporary / "folder"
+            self.copy(temporary)
+            yield temporary
+
+    def copy(self, folder: Path) -> None:
+        """Copies the files into a folder."""
+        for name, source in self.files:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _fetch(source, path)
 
 
-def _load(function: Callable[..., Any], arguments: list[Any], options: dict[str, Any]) -> Any:
-    """Calls the function with copies of the folders, which it does not need afterwards."""
+@dataclass(frozen=True)
+class ObjectFolder:
+    """A folder as objects, each under the SHA-256 of its content, and the list of its files, which
+    is replaced last."""
+
+    place: ObjectPath
+
+    def opened(self) -> AbstractContextManager[Path]:
+        """See ``SharedFolder.opened``: a copy of its own for each worker."""
+        return self._holding(self._saved()).copied()
+
+    def save(self, folder: Path) -> None:
+        """See ``SharedFolder.save``."""
+        before = self._saved()
+        files = dict(_files(folder, ("",)))
+        now = {name: sha256(path) for name, path in files.items()}
+        for name, digest in now.items():
+            if digest not in before.values():
+                (self.place / digest).upload(files[name])
+        self._list().write(json.dumps(now).encode())
+        for digest in {*before.values()} - {*now.values()}:
+            (self.place / digest).remove()
+
+    def fetch(self, names: Sequence[str], folder: Path) -> None:
+        """See ``SharedFolder.fetch``."""
+        saved = self._saved().items()
+        wanted = {name: digest for name, digest in saved if Path(name).parts[0] in names}
+        self._holding(wanted).copy(folder)
+
+    def _list(self) -> ObjectPath:
+        return self.place / "files.json"
+
+    def _saved(self) -> dict[str, str]:
+        """File -> SHA-256."""
+        return dict(json.loads(self._list().read() or b"{}"))
+
+    def _holding(self, files: dict[str, str]) -> FolderOfObjects:
+        return FolderOfObjects(tuple((name, self.place / sha) for name, sha in files.items()))
+
+
+def _files(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """(path in the folder, file), for every file of these names and of these subfolders."""
+    for name in names:
+        top = folder / name
+        for path in [top] if top.is_file() else sorted(top.rglob("*")):
+            if path.is_file():
+                yield path.relative_to(folder).as_posix(), path
+
+
+def _load(
+    function: Callable[..., Any], arguments: list[Any], options: dict[str, Any], *more: Any
+) -> Any:
+    """Calls the function with copies of the folders, which it does not need afterwards, and with
+    what the worker adds."""
     with ExitStack() as copies:
 
         def local(value: Any) -> Any:
@@ -153,7 +215,7 @@ def _load(function: Callable[..., Any], arguments: list[Any], options: dict[str,
             return copies.enter_context(value.copied()) if shared else value
 
         here = {name: local(value) for name, value in options.items()}
-        return function(*map(local, arguments), **here)
+        return function(*map(local, arguments), *more, **here)
 
 
 def _fetch(source: ObjectPath, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ray actors as the workers of a run. The only module that imports ray, and only when it is used.
+"""Ray actors as the workers of a run, of its shards and of its training.
 
 Each actor takes as many cores as this process has threads, because their number decides how torch
 rounds: the files of a run are then the very bytes of a run without an engine on such cores. On a
@@ -7,8 +7,6 @@ cluster with GPUs each actor takes one.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,15 +14,17 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ...errors import RefineFastError
-from ..workers import SharedRows, Work
+from ..workers import Hear, SharedRows, Work
 from .exchange import Exchange, FolderExchange
 from .object_exchange import ObjectExchange
 from .object_path import ObjectPath
+from .ray_cluster import connect, line_of, room_for, size
+from .ray_ranks import train_on_ranks
 from .shards import Shards, ShardWorker, digest_of
 
 LOCAL = "local"
@@ -34,13 +34,15 @@ RETRIES = 3
 may die while they start."""
 AHEAD = 2
 """Shards that are sent to an actor at a time: one waits while one is done."""
-OBJECT_STORE = 512 << 20
-"""Bytes of shared memory of a Ray that is started here; it holds the shards' texts on their way."""
 
 
 @contextmanager
 def open_workers(
-    engine: str, say: Callable[[str], None], shards: str | None = None, root: Path = Path()
+    engine: str,
+    say: Callable[[str], None],
+    shards: str | None = None,
+    root: Path = Path(),
+    trainers: int | Literal["auto"] = "auto",
 ) -> Iterator[RayWorkers | None]:
     """The workers of an engine, until the context ends; None for "local".
 
@@ -51,6 +53,7 @@ def open_workers(
         shards: the URL under which driver and workers exchange files; None: they see the same
             folders.
         root: the folder that holds the stages' folders.
+        trainers: how many workers train; "auto": one for each GPU of the cluster.
 
     Raises:
         RefineFastError: if Ray is not installed, or the URL cannot be used.
@@ -65,7 +68,7 @@ def open_workers(
         place = ObjectPath(shards)
         place.check()
         exchange = ObjectExchange(place, root)
-    workers = RayWorkers(engine, say, exchange)
+    workers = RayWorkers(engine, say, exchange, trainers)
     try:
         yield workers
         exchange.close()
@@ -103,9 +106,13 @@ class RayWorkers:
     """A pool of actors, which connects and starts when the first shard needs it."""
 
     def __init__(
-        self, engine: str, say: Callable[[str], None], exchange: Exchange | None = None
+        self,
+        engine: str,
+        say: Callable[[str], None],
+        exchange: Exchange | None = None,
+        trainers: int | Literal["auto"] = "auto",
     ) -> None:
-        self._engine, self._say = engine, say
+        self._engine, self._say, self._trainers = engine, say, trainers
         self._exchange = exchange or FolderExchange()
         self._actors: dict[Any, str] = {}  # actor -> its node
         self._starting: dict[Any, Any] = {}  # reference to the node -> actor
@@ -153,9 +160,31 @@ class RayWorkers:
         """See ``Workers.share_rows``."""
         return self._exchange.share_rows(folder, rows, spans)
 
-    def share_loader(self, load: partial[Any]) -> Callable[[], Any]:
+    def share_loader(self, load: partial[Any]) -> Callable[..., Any]:
         """See ``Workers.share_loader``."""
         return self._exchange.share_loader(load)
+
+    def train(
+        self,
+        folder: Path,
+        key: str,
+        work: partial[Any],
+        outputs: Sequence[str],
+        *,
+        most: int,
+        hear: Hear,
+    ) -> bool:
+        """See ``Workers.train``."""
+        import torch
+
+        if (count := self._count_trainers(most)) == 0:
+            return False
+        self._end_actors()  # they hold the cores and GPUs that the ranks need
+        shared = self._exchange.share_folder(folder, key)
+        there = self._exchange.share_loader(work)
+        train_on_ranks(there, shared, torch.get_num_threads(), count, hear)
+        shared.fetch(outputs, folder)
+        return True
 
     def discard(self, folder: Path) -> None:
         """Deletes the shards of a stage that is done. See ``Exchange.discard``."""
@@ -167,11 +196,36 @@ class RayWorkers:
             return
         import ray
 
-        for actor in [*self._actors, *self._starting.values()]:
-            ray.kill(actor)
+        self._end_actors()
         if self._ours:
             ray.shutdown()
-        self._actors, self._starting, self._ours = {}, {}, None
+        self._ours = None
+
+    def _end_actors(self) -> None:
+        import ray
+
+        for actor in [*self._actors, *self._starting.values()]:
+            ray.kill(actor)
+        self._actors, self._starting = {}, {}
+
+    def _count_trainers(self, most: int) -> int:
+        """How many ranks train; 0: this process does."""
+        import ray
+        import torch
+
+        if self._trainers == 0:
+            return 0
+        self._connect()
+        if self._trainers == "auto":
+            return min(most, int(ray.cluster_resources().get("GPU", 0)))
+        needs, room = room_for(torch.get_num_threads())
+        if self._trainers > room:
+            what = "1 GPU" if "num_gpus" in needs else f"{needs['num_cpus']} cores"
+            raise RefineFastError(
+                f"train_workers: the cluster has room for {room} training processes of {what} each "
+                f"(got {self._trainers}); give --train-workers {room}."
+            )
+        return self._trainers
 
     def _free(self, running: dict[Any, tuple[_Shard, Any]], shards: int) -> Any:
         """The actor with the fewest shards; None if that has enough."""
@@ -202,7 +256,7 @@ class RayWorkers:
                 if self._failures > RETRIES:
                     raise RefineFastError(
                         f"engine: {self._failures} workers in a row died while they started "
-                        f"({_line(error)}); install what this process has on every node, and "
+                        f"({line_of(error)}); install what this process has on every node, and "
                         "give the workers enough memory."
                     ) from None
             return
@@ -218,7 +272,7 @@ class RayWorkers:
             if shard.deaths > RETRIES:
                 raise RefineFastError(
                     f"engine: the worker of shard {shard.i + 1} of {count} ({where}) died "
-                    f"{shard.deaths} times ({_line(error)}); give the workers more memory, then "
+                    f"{shard.deaths} times ({line_of(error)}); give the workers more memory, then "
                     "run the same command again: finished shards are kept."
                 ) from None
             again.append(shard)
@@ -236,7 +290,7 @@ class RayWorkers:
         if self._ours is not None:
             return
         self._ours = connect(self._engine)
-        self._say(f"engine: Ray with {_size()}")
+        self._say(f"engine: Ray with {size()}")
 
     def _grow(self, shards: int) -> None:
         """Starts the actors that the cluster has room for, as many as there are shards, and drops
@@ -245,21 +299,10 @@ class RayWorkers:
         import torch
 
         threads = torch.get_num_threads()
-        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        for actor in [actor for actor, node in self._actors.items() if node not in nodes]:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for actor in [actor for actor, node in self._actors.items() if node not in alive]:
             self._drop(actor)
-        having = nodes.values()
-        needs: dict[str, int] = {"num_cpus": threads}
-        room = sum(int(node.get("CPU", 0)) // threads for node in having)
-        if gpus := sum(int(node.get("GPU", 0)) for node in having):
-            needs, room = {"num_cpus": 1, "num_gpus": 1}, gpus
-        if room == 0:
-            cores = max((int(node.get("CPU", 0)) for node in having), default=0)
-            raise RefineFastError(
-                f"engine: no node of the cluster has {threads} cores, the threads of this process "
-                f"that each worker needs too (the largest has {cores}); set OMP_NUM_THREADS to at "
-                "most that."
-            )
+        needs, room = room_for(threads)
         actor_class = ray.remote(RayShardWorker).options(**needs)
         while len(self._actors) + len(self._starting) < min(room, shards):
             started: Any = actor_class.remote(threads)
@@ -277,78 +320,3 @@ def _items(key: Any, count: int, item: Callable[[int], Any]) -> Iterator[_Shard]
     for i in range(count):
         asked = item(i)
         yield _Shard(i, asked, digest_of(key, asked))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _last_line(error: Exception) -> str:
-    """Of an error whose text may be a traceback."""
-    return str(error).strip().rpartition("\n")[2][:200]
-
-
-def connect(engine: str) -> bool:
-    """Connects this process to Ray: to the given address, else to the cluster that runs on this
-    machine, else to one that is started here.
-
-    Returns:
-        Whether this call connected; False if the process was connected already.
-
-    Raises:
-        RefineFastError: if there is no cluster at the address.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if "://" in engine:
-        try:
-            ray.init(address=engine, **quiet)
-        except Exception as error:
-            raise RefineFastError(
-                f"engine: no Ray cluster answers at {engine} ({type(error).__name__}: "
-                f"{_last_line(error)}); check the address and its port, 10001 unless it was "
-                "changed."
-            ) from None
-        return True
-    try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
-        ray.init(
-            address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet
-        )
-    return True
-
-
-def found_cluster() -> str:
-    """The cluster that ``--engine ray`` would use, in words; starts none."""
-    import ray
-
-    ours = not ray.is_initialized()
-    try:
-        if ours:
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError:
-        return (
-            f"Ray {ray.__version__}; no cluster runs here, --engine ray starts one with "
-            f"{os.cpu_count()} cores"
-        )
-    try:
-        return f"Ray {ray.__version__}; a cluster with {_size()}"
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def _size() -> str:
-    """What the cluster that this process is connected to has."""
-    import ray
-
-    resources, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
-    return (
-        f"{nodes} node{'s' * (nodes != 1)}, {resources.get('CPU', 0):g} cores and "
-        f"{resources.get('GPU', 0):g} GPUs"
-    )

@@ -20,7 +20,7 @@ from rich.text import Text
 from ..._native import available_isas, cuda_module, isa
 from ...errors import RefineFastError
 from ..cluster.object_path import found_drivers
-from ..cluster.ray_workers import found_cluster
+from ..cluster.ray_cluster import found_cluster
 from ..console import Console
 from ..encoder.encode import has_fast_bf16
 from ..encoder.load import device, encoder_folder

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,13 @@ import torch
 from ...files import as_argument, write_json
 from ..artifacts import (
     ADAPTER,
+    CHUNKS,
+    DEV,
+    EMBEDDINGS,
+    HELD_OUT,
+    NEGATIVES,
+    QUERIES,
+    TAUGHT,
     TRAINING_FACTS,
     TUNED,
     Judgements,
@@ -25,8 +33,10 @@ from ..artifacts import (
     training_view,
 )
 from ..corpus.chunk import Chunk
+from ..corpus.jsonl import read_records
 from ..encoder.encode import has_fast_bf16
 from ..encoder.load import load_encoder
+from ..queries.query import Query
 from ..ranks import Ranks, launched
 from ..training.batches import Example, Twin
 from ..training.memory import Fit, fit_training
@@ -37,6 +47,11 @@ from ..training.trainer import epochs_of, train
 if TYPE_CHECKING:
     from ..context import RunContext
 
+_READ = (CHUNKS, QUERIES, DEV, HELD_OUT, NEGATIVES, EMBEDDINGS)
+"""What a rank reads in the run folder, with TAUGHT where there is a teacher."""
+_WRITTEN = (TUNED, ADAPTER, TRAINING_FACTS)
+"""What rank 0 writes, ADAPTER with ``--lora``."""
+
 
 def run(
     context: RunContext,
@@ -46,13 +61,26 @@ def run(
     negatives: int,
     similar_batches: bool,
     taught: Literal["cross-encoder", "llm"] | None,
+    saved: Callable[[], None] | None = None,
 ) -> None:
     """Writes the fine-tuned encoder, and the steps and losses of its training. With ``--lora`` also
     the adapter, whose product is part of the fine-tuned encoder's weights.
 
-    Every rank of the run calls it; rank 0 writes."""
-    config = context.config
-    ranks = launched()
+    Every rank of the run calls it; rank 0 writes, and calls ``saved`` after each checkpoint. Where
+    workers of the run train, each calls it too, as a rank."""
+    config, ranks = context.config, launched()
+    if ranks is None and context.workers is not None:
+        as_rank = partial(
+            run,
+            distill=distill,
+            negatives=negatives,
+            similar_batches=similar_batches,
+            taught=taught,
+        )
+        most = min(config.batch_size, len(read_records(context.path(QUERIES), Query)))
+        read = _READ if taught is None else (*_READ, TAUGHT)
+        if context.train_by_workers(folder, as_rank, read, _WRITTEN, most=most):
+            return
     if ranks is not None and ranks.rank == 0:
         ranks.announce_training(folder)
     chunks, queries = training_view(context.out)
@@ -114,6 +142,7 @@ def run(
             distill=distill,
             progress=progress,
             ranks=ranks,
+            saved=saved,
         )
     if ranks is not None:
         ranks.leave()

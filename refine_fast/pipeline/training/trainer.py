@@ -90,6 +90,7 @@ def train(
     distill: float = 0.0,
     progress: Callable[..., None] | None = None,
     ranks: Ranks | None = None,
+    saved: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes ``model`` in place: AdamW, linear warm-up and decay, on one device a process.
 
@@ -123,6 +124,7 @@ def train(
         distill: between 0, InfoNCE alone, and 1, the teachers alone.
         progress: called with (step, steps, note=...).
         ranks: the processes that train together, joined; None: this one alone.
+        saved: called after each checkpoint.
 
     Returns:
         {"steps": number of steps, "epochs": passes over the examples, "loss": [[step, loss], ...]}.
@@ -189,7 +191,7 @@ def train(
             None if twin is None else twin.weight,
             0.0 if teachers is None else distill,
         ),
-        callbacks=[_Callback(steps, progress, memory, saves=rank == 0)],
+        callbacks=[_Callback(steps, progress, memory, saved, saves=rank == 0)],
     )
     trainer.remove_callback(PrinterCallback)
     try:
@@ -268,12 +270,14 @@ class _Callback(TrainerCallback):
         steps: int,
         progress: Callable[..., None] | None,
         memory: int | None,
+        tell_saved: Callable[[], None] | None,
         *,
         saves: bool,
     ) -> None:
         self.steps = steps
         self.memory = memory
         self.saves = saves
+        self.tell_saved = tell_saved
         self.progress = progress
         self.saved = time.monotonic()
 
@@ -297,4 +301,6 @@ class _Callback(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         fsync_all(checkpoint)
         (checkpoint / CHECKPOINT_COMPLETE).touch()
+        if self.tell_saved is not None:
+            self.tell_saved()
         self.saved = time.monotonic()

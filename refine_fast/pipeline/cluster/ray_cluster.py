@@ -1,0 +1,113 @@
+"""The Ray cluster of a run: the connection to it, and what it has. The only modules that import ray
+are this one, ``ray_workers`` and ``ray_ranks``, and only when it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from ...errors import RefineFastError
+
+OBJECT_STORE = 512 << 20
+"""Bytes of shared memory of a Ray that is started here; it holds the shards' texts on their way."""
+
+
+def room_for(threads: int) -> tuple[dict[str, int], int]:
+    """What a worker takes: a GPU if the cluster has any, else as many cores as it has threads; and
+    how many workers find room in the cluster, were nothing else there.
+
+    Raises:
+        RefineFastError: if there is none.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if gpus := sum(int(node.get("GPU", 0)) for node in nodes):
+        return {"num_cpus": 1, "num_gpus": 1}, gpus
+    room = sum(int(node.get("CPU", 0)) // threads for node in nodes)
+    if room == 0:
+        cores = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+        raise RefineFastError(
+            f"engine: no node of the cluster has {threads} cores, the threads of this process "
+            f"that each worker needs too (the largest has {cores}); set OMP_NUM_THREADS to at "
+            "most that."
+        )
+    return {"num_cpus": threads}, room
+
+
+def connect(engine: str) -> bool:
+    """Connects this process to Ray: to the given address, else to the cluster that runs on this
+    machine, else to one that is started here.
+
+    Returns:
+        Whether this call connected; False if the process was connected already.
+
+    Raises:
+        RefineFastError: if there is no cluster at the address.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if "://" in engine:
+        try:
+            ray.init(address=engine, **quiet)
+        except Exception as error:
+            raise RefineFastError(
+                f"engine: no Ray cluster answers at {engine} ({type(error).__name__}: "
+                f"{_last_line(error)}); check the address and its port, 10001 unless it was "
+                "changed."
+            ) from None
+        return True
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        ray.init(
+            address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet
+        )
+    return True
+
+
+def found_cluster() -> str:
+    """The cluster that ``--engine ray`` would use, in words; starts none."""
+    import ray
+
+    ours = not ray.is_initialized()
+    try:
+        if ours:
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError:
+        return (
+            f"Ray {ray.__version__}; no cluster runs here, --engine ray starts one with "
+            f"{os.cpu_count()} cores"
+        )
+    try:
+        return f"Ray {ray.__version__}; a cluster with {size()}"
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def size() -> str:
+    """What the cluster that this process is connected to has, in words."""
+    import ray
+
+    resources, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+    return (
+        f"{nodes} node{'s' * (nodes != 1)}, {resources.get('CPU', 0):g} cores and "
+        f"{resources.get('GPU', 0):g} GPUs"
+    )
+
+
+def line_of(error: Exception) -> str:
+    """The beginning of an error's message."""
+    return " ".join(str(error).split())[:200]
+
+
+def _last_line(error: Exception) -> str:
+    """Of an error whose text may be a traceback."""
+    return str(error).strip().rpartition("\n")[2][:200]
