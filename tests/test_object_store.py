@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +22,7 @@ import refine_fast as rf
 from refine_fast.cli import main
 from refine_fast.errors import RefineFastError
 from refine_fast.pipeline import RunConfig, run, sharded_search
+from refine_fast.pipeline.cluster import ray_ranks, ray_workers
 from refine_fast.pipeline.cluster.object_exchange import ObjectExchange
 from refine_fast.pipeline.cluster.object_path import ObjectPath, found_drivers
 from refine_fast.pipeline.cluster.ray_workers import RayWorkers, open_workers
@@ -256,6 +260,62 @@ def test_the_bytes_of_a_run(
     assert results(tmp_path / "run") == results(whole)
     assert stages >= {"chunk", "embed", "mine", "curve 0.35", "score base", "score fused"}
     assert store.count("PUT", "/embed/") > 0
+    assert s3fs.S3FileSystem(skip_instance_cache=True).find(place.url) == []
+
+
+def test_training_whose_first_rank_is_killed(
+    workers: RayWorkers,
+    copied: Path,
+    whole: Path,
+    tiny: Path,
+    place: ObjectPath,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its checkpoints are in the store; it leaves nothing there, and names no folder of the
+    driver."""
+    workers.close()
+    shutil.rmtree(copied / "tuned")
+    died = tmp_path / "died"
+    nowhere = [os.fsencode(path) for path in (copied, tiny)]
+    train_on_ranks = ray_ranks.train_on_ranks
+
+    steps: list[int] = []
+
+    def changed(
+        work: Callable[..., None], shared: Any, threads: int, most: int, hear: Callable[..., None]
+    ) -> None:
+        def dying(folder: Path, hear: Callable[..., None], save: Callable[[], None]) -> None:
+            from refine_fast.pipeline.training import trainer
+
+            def saved() -> None:
+                save()
+                if (folder / "checkpoints" / "checkpoint-3").is_dir() and not died.exists():
+                    died.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            trainer.CHECKPOINT_SECONDS = 0.0
+            work(folder, hear, saved)
+
+        sent = ray.cloudpickle.dumps([work.args[2:], shared])  # without the configuration
+        assert not any(path in sent for path in nowhere)
+
+        def heard(kind: str, *news: Any) -> None:
+            hear(kind, *news)
+            if kind == "progress":
+                steps.append(news[0])
+
+        train_on_ranks(dying, shared, threads, most, heard)
+
+    monkeypatch.setattr(ray_workers, "train_on_ranks", changed)
+    flags = ["--engine", "ray", "--shards", place.url, "--train-workers", "2", "--json"]
+    assert main(["train", "--out", str(copied), *flags]) == 0
+    facts, gold = (json.loads((run / "training.json").read_text()) for run in (copied, whole))
+    assert {**facts, "loss": 0} == {**gold, "loss": 0}
+    losses = [[loss for _, loss in each["loss"]] for each in (facts, gold)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert died.exists()
+    assert steps == [*range(1, gold["steps"] + 1)]
     assert s3fs.S3FileSystem(skip_instance_cache=True).find(place.url) == []
 
 

@@ -388,6 +388,12 @@ def test_the_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         RefineFastError, match="engine: spark must be local, ray or ray://HOST:PORT"
     ):
         RunConfig(out=tmp_path / "run", engine="spark")
+    with pytest.raises(RefineFastError, match="train_workers: needs workers; add --engine ray"):
+        RunConfig(out=tmp_path / "run", train_workers=2)
+    with pytest.raises(
+        RefineFastError, match="9 processes cannot share a batch of 8 queries; give a larger"
+    ):
+        RunConfig(out=tmp_path / "run", engine="ray", train_workers=9, batch_size=8)
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(RefineFastError, match=r"pip install 'refine-fast\[ray\]'"),

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ def second(cluster: Cluster) -> Iterator[Callable[..., Any]]:
     """Adds a node, which is gone after the test."""
     nodes = []
 
-    def add(cores: int = 1) -> Any:
-        nodes.append(cluster.add_node(num_cpus=cores, include_dashboard=False))
+    def add(cores: int = 1, gpus: int = 0) -> Any:
+        nodes.append(cluster.add_node(num_cpus=cores, num_gpus=gpus, include_dashboard=False))
         return nodes[-1]
 
     yield add
@@ -179,6 +180,58 @@ def test_a_node_that_leaves_between_two_stages_costs_no_shard(
     wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
     here = cluster.head_node.node_id
     assert done("one", lambda item, node: None) == {0: ["0", here], 1: ["1", here]}
+
+
+def meets(waits: bool, folder: Path, hear: Callable[..., None], save: Callable[[], None]) -> None:
+    """What a rank does: it says who is there; among others it waits then, to be killed."""
+    from refine_fast.pipeline.ranks import launched
+
+    found = launched()
+    if found is None:
+        hear("say", "alone")
+        return
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    (folder / f"{found.rank}").write_text(f"{found.size} {found.local_size} {gpu}")
+    if waits:
+        hear("say", "together")
+        time.sleep(SECONDS)
+
+
+def test_training_goes_on_with_the_nodes_that_remain(
+    cluster: Cluster, second: Callable[..., Any], tmp_path: Path
+) -> None:
+    workers, leaving = RayWorkers("ray", lambda line: None, trainers=2), second()
+    heard = []
+
+    def hear(kind: str, line: str) -> None:
+        heard.append(line)
+        if line == "together":
+            wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+            cluster.remove_node(leaving, allow_graceful=False)
+
+    assert workers.train(tmp_path, "key", partial(meets, True), (), most=8, hear=hear)
+    died = "  a training process died; training resumes from its last checkpoint"
+    assert heard == ["together", died, "alone"]
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"2 1 "}
+    workers.close()
+
+
+def test_a_rank_for_each_gpu(second: Callable[..., Any], address: str, tmp_path: Path) -> None:
+    """Which the cluster only claims to have. It is the one that its rank sees, as if the rank were
+    alone on its node."""
+    second(2, gpus=2)
+    workers = RayWorkers(address, lambda line: None)
+    for most, ranks in ((8, {"2 1 0", "2 1 1"}), (1, set())):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        heard: list[str] = []
+        assert workers.train(
+            tmp_path, "key", partial(meets, False), (), most=most,
+            hear=lambda kind, line, heard=heard: heard.append(line),
+        )  # fmt: skip
+        assert {path.read_text() for path in tmp_path.iterdir()} == ranks
+        assert heard == [] if ranks else ["alone"]
+    workers.close()
 
 
 def test_the_client_gives_the_same(
