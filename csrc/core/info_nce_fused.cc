@@ -41,10 +41,10 @@ InfoNCEFused::InfoNCEFused(const InfoNCE& t)
       total_(round_up(t.rows, fused_.rows), 0.0),
       moment_(round_up(t.rows, fused_.rows), 0.0),
       norms_(t.normalize ? round_up(t.columns, fused_.rows) : 0, 1.0f),
-      group_(std::max<int64_t>(kPackedBytes / (4 * padded_) / fused_.max_columns, 1) * fused_.max_columns) {
+      group_(std::max<int64_t>(kPackedBytes / (2 * padded_) / fused_.max_columns, 1) * fused_.max_columns),
+      scratch_(std::max(t.threads, 1)) {
   group_ = std::min(group_, round_up(std::max(t.rows, t.columns), fused_.rows));
   columns_ = WorkBuffer(group_ * padded_ * 2);
-  if (gradients_) products_ = WorkBuffer(group_ * padded_ * 2);
 }
 
 // The scores of the queries with their positives, from the product that scores the columns: a query that occurs twice
@@ -72,6 +72,15 @@ void InfoNCEFused::score_positives() {
   });
 }
 
+void InfoNCEFused::Scratch::reserve(int64_t most_rows, int64_t chunk, int64_t padded, bool gradients) {
+  const int64_t row_bytes = most_rows * padded * 2, bytes = gradients ? 3 * row_bytes + chunk * padded * 2 : row_bytes;
+  if (bytes > size) memory = WorkBuffer(bytes), size = bytes;
+  rows = memory.data();
+  sums = gradients ? reinterpret_cast<float*>(rows + row_bytes) : nullptr;
+  products = gradients ? rows + 3 * row_bytes : nullptr;
+  cursors.resize(most_rows);
+}
+
 // The excluded pairs of a panel and the chunk of columns begin .. begin + count, and those of the columns that fill up
 // the last tile.
 void InfoNCEFused::collect(Scratch& s, int64_t first_row, int64_t rows, int64_t begin, int64_t count) const {
@@ -83,79 +92,73 @@ void InfoNCEFused::collect(Scratch& s, int64_t first_row, int64_t rows, int64_t 
   for (int64_t column = 0; column < count && !s.active.empty(); column += 32)
     for (const int32_t r : s.active)
       for (Cursor& c = cursors[r]; c.next < c.end && *c.next < begin + std::min(column + 32, count); ++c.next)
-        s.excluded.push_back(static_cast<int32_t>(column * 32 + r * 32 + (*c.next - begin) % 32));
+        s.excluded.push_back(static_cast<int32_t>((*c.next - begin) * 32 + r));
   for (int64_t column = count; column % 32 != 0; ++column)
-    for (int64_t r = 0; r < fused_.rows; ++r)
-      s.excluded.push_back(static_cast<int32_t>(column / 32 * 1024 + r * 32 + column % 32));
+    for (int64_t r = 0; r < fused_.rows; ++r) s.excluded.push_back(static_cast<int32_t>(column * 32 + r));
 }
 
 template <class ListOf, class Multiply, class Finish>
 void InfoNCEFused::sweep(const Side& rows, const Side& columns, const ListOf& list_of, const Multiply& multiply,
                          const Finish& finish) {
-  const int64_t height = fused_.rows, width = t_.width, chunk = fused_.max_columns, panel = padded_ * height;
+  const int64_t height = fused_.rows, width = t_.width, panel = padded_ * height;
+  const int64_t chunk = std::min<int64_t>(fused_.max_columns, group_);
   const int64_t most = std::max(round_down(kTaskBytes / (6 * padded_), height), height);  // rows of a task
   const int64_t tasks = round_up(ceil_div(rows.count, most), std::max(t_.threads, 1));
   const int64_t task_rows = round_up(ceil_div(rows.count, tasks), height);
-  std::vector<Scratch> scratch_of(std::max(t_.threads, 1));
   for (int64_t first = 0; first < columns.count && !stopped(0); first += group_) {
     const int64_t end = std::min(first + group_, columns.count);
     const bool last = end == columns.count;
     parallel_for(ceil_div(end - first, chunk), t_.threads, [&](int64_t index, int) {
       const StageScope pack(Stage::pack);
-      const int64_t begin = first + index * chunk, count = std::min(chunk, end - begin);
-      const int64_t offset = index * chunk * padded_ * 2;
-      for (int64_t c = 0; c < count; c += 32)
-        fused_.pack_columns(row_of(columns.rows, begin + c), width, std::min<int64_t>(32, count - c), width,
-                            columns_.data() + offset + c * padded_ * 2);
-      if (gradients_) fused_.pack_products(row_of(columns.rows, begin), width, count, width, products_.data() + offset);
+      for (int64_t c = first + index * chunk; c < std::min(first + (index + 1) * chunk, end); c += height)
+        fused_.pack_columns(row_of(columns.rows, c), width, std::min(height, end - c), width,
+                            columns_.data() + (c - first) * padded_ * 2);
     });
     parallel_for(ceil_div(rows.count, task_rows), t_.threads, [&](int64_t task, int thread) {
       if (stopped(thread)) return;
-      Scratch& s = scratch_of[thread];
-      if (s.cursors.empty()) {
-        s.rows = WorkBuffer(task_rows * padded_ * 2);
-        if (gradients_) s.sums = WorkBuffer(task_rows * padded_ * 4);
-        s.cursors.resize(task_rows);
-      }
+      Scratch& s = scratch_[thread];
+      s.reserve(task_rows, chunk, padded_, gradients_);
       const int64_t begin = task * task_rows, n = std::min(task_rows, rows.count - begin);
       {
         const StageScope pack(Stage::pack);
         for (int64_t r = 0; r < n; r += height)
           fused_.pack_rows(row_of(rows.rows, begin + r), width, std::min(height, n - r), width,
-                           s.rows.data() + r * padded_ * 2);
-        if (gradients_ && first == 0) std::fill_n(s.sums.floats(), round_up(n, height) * padded_, 0.0f);
+                           s.rows + r * padded_ * 2);
+        if (gradients_ && first == 0) std::fill_n(s.sums, round_up(n, height) * padded_, 0.0f);
         for (int64_t r = 0; r < n; ++r) {
           const auto [items, items_end] = list_of(begin + r);
           s.cursors[r] = {std::lower_bound(items, items_end, static_cast<int32_t>(first)), items_end};
           if (gradients_ && first > 0)
-            fused_.write_sums(rows.gradient + (begin + r) * width, r % height, width,
-                              s.sums.floats() + r / height * panel);
+            fused_.write_sums(rows.gradient + (begin + r) * width, r % height, width, s.sums + r / height * panel);
         }
       }
-      {
+      for (int64_t c = first; c < end && !stopped(thread); c += chunk) {
+        const int64_t count = std::min(chunk, end - c);
+        const char* packed = columns_.data() + (c - first) * padded_ * 2;
+        if (gradients_) {
+          const StageScope pack(Stage::pack);
+          fused_.pair_columns(packed, count, width, s.products);
+        }
         const StageScope multiply_stage(Stage::multiply);
-        for (int64_t c = first; c < end && !stopped(thread); c += chunk) {
-          const TileScope scope(fused_);  // not around stopped(): a signal's handler may use tiles of its own
-          const int64_t count = std::min(chunk, end - c), offset = (c - first) * padded_ * 2;
-          for (int64_t r = 0; r < n; r += height) {
-            collect(s, r, std::min(height, n - r), c, count);
-            multiply({.rows = s.rows.data() + r * padded_ * 2,
-                      .columns = columns_.data() + offset,
-                      .products = gradients_ ? products_.data() + offset : nullptr,
-                      .width = width,
-                      .count = count,
-                      .excluded = s.excluded.data(),
-                      .excluded_count = static_cast<int64_t>(s.excluded.size()),
-                      .sums = gradients_ ? s.sums.floats() + r * padded_ : nullptr},
-                     begin + r, c);
-          }
+        const TileScope scope(fused_);  // not around stopped(): a signal's handler may use tiles of its own
+        for (int64_t r = 0; r < n; r += height) {
+          collect(s, r, std::min(height, n - r), c, count);
+          multiply({.rows = s.rows + r * padded_ * 2,
+                    .columns = packed,
+                    .products = s.products,
+                    .width = width,
+                    .count = count,
+                    .excluded = s.excluded.data(),
+                    .excluded_count = static_cast<int64_t>(s.excluded.size()),
+                    .sums = gradients_ ? s.sums + r * padded_ : nullptr},
+                   begin + r, c);
         }
       }
       const StageScope finish_stage(Stage::finish);
       for (int64_t r = 0; r < n; ++r) {
         const auto read = [&](float factor) {
           float* gradient = rows.gradient + (begin + r) * width;
-          fused_.read_sums(s.sums.floats() + r / height * panel, r % height, width, factor, gradient);
+          fused_.read_sums(s.sums + r / height * panel, r % height, width, factor, gradient);
           return gradient;
         };
         if (last)

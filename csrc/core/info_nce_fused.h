@@ -39,7 +39,7 @@ class InfoNCEFused : InfoNCEBatch {
 
  private:
   static constexpr int64_t kTaskBytes = 1200 << 10;
-  static constexpr int64_t kPackedBytes = 26 << 20;
+  static constexpr int64_t kPackedBytes = 13 << 20;
 
   // q or d
   struct Side {
@@ -56,10 +56,17 @@ class InfoNCEFused : InfoNCEBatch {
   struct Cursor {
     const int32_t *next, *end;
   };
-  struct Scratch {  // of a thread
-    WorkBuffer rows, sums;
+  // Of a thread: the rows and sums of a task, and the second layout of a chunk of columns; in one piece, so that it
+  // lies in a huge page and its lines spread evenly over the sets of L2.
+  struct Scratch {
+    WorkBuffer memory;
+    int64_t size = 0;
+    char *rows, *products;
+    float* sums;
     std::vector<Cursor> cursors;
     std::vector<int32_t> excluded, active;
+
+    void reserve(int64_t most_rows, int64_t chunk, int64_t padded, bool gradients);
   };
 
   template <class KeyOf>
@@ -89,8 +96,9 @@ class InfoNCEFused : InfoNCEBatch {
   Buffer<float> own_;  // G of the positive
   Buffer<double> total_, moment_;
   Buffer<float> norms_;  // of the documents, padded
-  WorkBuffer columns_, products_;
-  int64_t group_;  // columns packed at a time
+  WorkBuffer columns_;
+  int64_t group_;                 // columns packed at a time
+  std::vector<Scratch> scratch_;  // by thread
 };
 
 }  // namespace refine_fast

@@ -61,9 +61,12 @@ inline __m512 exp2(__m512 y) {
   return _mm512_scalef_ps(p, y);
 }
 
-inline __m512i to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+// --- weights: of one unit of a tile of scores ----------------------------------------------------
 
-// --- weights: of one row of a tile of scores -----------------------------------------------------
+// A tile has a line for each column and a lane for each row of the panel. A unit is a quarter of 16 lines, in pairs
+// that are 16 lines apart, and 16 lanes. The weights leave as the left operand of `sums`: a line for each row of the
+// panel, word i with the columns i and i + 16, an order of k that needs no shuffle on the other side.
+constexpr int kUnits = 16, kPairsOfUnit = 2;
 
 // NaN stays NaN: vmaxps returns its second operand then.
 template <bool kNormalize>
@@ -73,91 +76,145 @@ inline __m512 exponent(const float* s, __m512 norm, __m512 k, __m512 b) {
   return _mm512_max_ps(_mm512_set1_ps(kLowest), _mm512_fmadd_ps(x, k, b));
 }
 
+// The weights of a tile on their way from lines to lanes.
+class Transposition {
+ public:
+  // of the columns i and i + 16
+  void put(int i, __m512 first, __m512 second) {
+    _mm512_store_si512(lines_[i], (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
+  // A line for each lane. Its columns are in the order 0-7, 16-23, 8-15, 24-31.
+  void finish(uint16_t* out) const {
+    __m512i x[16], y[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      const __m512i u = _mm512_load_si512(lines_[i]), v = _mm512_load_si512(lines_[i + 1]);
+      x[i] = _mm512_unpacklo_epi16(u, v), x[i + 1] = _mm512_unpackhi_epi16(u, v);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        y[i + 2 * h] = _mm512_unpacklo_epi32(x[i + h], x[i + 2 + h]);
+        y[i + 2 * h + 1] = _mm512_unpackhi_epi32(x[i + h], x[i + 2 + h]);
+      }
+#pragma GCC unroll 2
+    for (int i = 0; i < 16; i += 8)
+#pragma GCC unroll 4
+      for (int h = 0; h < 4; ++h) {
+        x[i + 2 * h] = _mm512_unpacklo_epi64(y[i + h], y[i + 4 + h]);
+        x[i + 2 * h + 1] = _mm512_unpackhi_epi64(y[i + h], y[i + 4 + h]);
+      }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      _mm512_store_si512(out + i * 32, _mm512_shuffle_i32x4(x[i], x[i + 8], 0x88));
+      _mm512_store_si512(out + (i + 8) * 32, _mm512_shuffle_i32x4(x[i], x[i + 8], 0xdd));
+    }
+  }
+
+ private:
+  alignas(64) uint16_t lines_[16][32];
+};
+
 template <bool kNormalize, bool kMargin>
 struct QueryWeights {
   const QueryTerms& t;
-  float ceiling[kMr];                                           // of y
-  alignas(64) float total[kMr][16] = {}, moment[kMr][16] = {};  // of the chunk, by lanes
+  alignas(64) float ceiling[kMr];                       // of y
+  alignas(64) float total[kMr] = {}, moment[kMr] = {};  // of the chunk
+  alignas(64) float tile_total[16], tile_moment[16];    // of the tile's lanes at hand: short sums round less
+  Transposition words;
 
   explicit QueryWeights(const QueryTerms& terms) : t(terms) {
     for (int r = 0; r < kMr && kMargin; ++r) ceiling[r] = __builtin_fmaf(t.positive[r], t.k[r], t.b[r]) + t.margin;
   }
 
-  __m512 y(int r, const float* s, int column) const {
-    __m512 norm;
-    if constexpr (kNormalize) norm = _mm512_loadu_ps(t.norms + column);
-    return exponent<kNormalize>(s, norm, _mm512_set1_ps(t.k[r]), _mm512_set1_ps(t.b[r]));
+  // of the rows from `lane` on with one column
+  __m512 y(int lane, const float* s, int column) const {
+    return exponent<kNormalize>(s + lane, norm(column), _mm512_loadu_ps(t.k + lane), _mm512_loadu_ps(t.b + lane));
+  }
+  __m512 norm(int column) const {
+    if constexpr (!kNormalize) return _mm512_set1_ps(1);
+    return _mm512_set1_ps(t.norms[column]);
   }
 
-  __mmask16 counted(int r, __m512 y) const {
+  __mmask16 counted(int lane, __m512 y) const {
     if constexpr (!kMargin) return 0xffff;
-    return _mm512_cmp_ps_mask(y, _mm512_set1_ps(ceiling[r]), _CMP_NGT_UQ);  // and NaN
+    return _mm512_cmp_ps_mask(y, _mm512_load_ps(ceiling + lane), _CMP_NGT_UQ);  // and NaN
   }
 
-  // Row r of the tile s, whose first column is `column`.
-  void row(int r, const float* s, int column, uint16_t* out) {
-    __m512 e[2], sum = _mm512_load_ps(total[r]), weighted = _mm512_load_ps(moment[r]);
+  // Unit `unit` of the tile s, whose first column is `column`.
+  void work(int unit, const float* s, int column, uint16_t* out) {
+    const int lane = unit / 8 * 16;
+    const bool first = unit % 8 == 0;
+    __m512 sum = first ? _mm512_setzero_ps() : _mm512_load_ps(tile_total);
+    __m512 weighted = first ? _mm512_setzero_ps() : _mm512_load_ps(tile_moment);
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const __m512 z = y(r, s + r * kNr + 16 * h, column + 16 * h);
-      e[h] = exp2<5>(z);
-      if constexpr (kMargin) e[h] = _mm512_maskz_mov_ps(counted(r, z), e[h]);
-      sum = _mm512_add_ps(sum, e[h]);
-      weighted = _mm512_fmadd_ps(e[h], z, weighted);
-      if constexpr (kNormalize) e[h] = _mm512_mul_ps(e[h], _mm512_loadu_ps(t.norms + column + 16 * h));
+    for (int p = 0; p < kPairsOfUnit; ++p) {
+      const int i = unit % 8 * kPairsOfUnit + p;
+      __m512 e[2], z[2];
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        z[h] = y(lane, s + (i + 16 * h) * kNr, column + i + 16 * h);
+        e[h] = exp2<5>(z[h]);
+        if constexpr (kMargin) e[h] = _mm512_maskz_mov_ps(counted(lane, z[h]), e[h]);
+      }
+      sum = _mm512_add_ps(sum, _mm512_add_ps(e[0], e[1]));
+      weighted = _mm512_fmadd_ps(e[0], z[0], _mm512_fmadd_ps(e[1], z[1], weighted));
+      if constexpr (kNormalize)
+        for (int h = 0; h < 2; ++h) e[h] = _mm512_mul_ps(e[h], norm(column + i + 16 * h));
+      words.put(i, e[0], e[1]);
     }
-    _mm512_store_ps(total[r], sum);
-    _mm512_store_ps(moment[r], weighted);
-    _mm512_store_si512(out + r * kNr, to_bf16(e[0], e[1]));
+    if (unit % 8 < 7) {
+      _mm512_store_ps(tile_total, sum), _mm512_store_ps(tile_moment, weighted);
+      return;
+    }
+    _mm512_store_ps(total + lane, _mm512_add_ps(_mm512_load_ps(total + lane), sum));
+    _mm512_store_ps(moment + lane, _mm512_add_ps(_mm512_load_ps(moment + lane), weighted));
+    words.finish(out + lane * kNr);
   }
 
-  bool is_small(int r) const {
-    return _mm512_cmp_ps_mask(_mm512_load_ps(total[r]), _mm512_set1_ps(kLargestSum), _CMP_LE_OQ) == 0xffff;
-  }
-  bool all_small() const {
-    for (int r = 0; r < kMr; ++r)
-      if (!is_small(r)) return false;
-    return true;
+  // a bit for each row
+  uint32_t large() const {
+    const __m512 most = _mm512_set1_ps(kLargestSum);
+    return _mm512_cmp_ps_mask(_mm512_load_ps(total), most, _CMP_NLE_UQ) |
+           static_cast<uint32_t>(_mm512_cmp_ps_mask(_mm512_load_ps(total + 16), most, _CMP_NLE_UQ)) << 16;
   }
 
-  static void add_lanes(const float lanes[kMr][16], double* sums) {
-    for (int r = 0; r < kMr; r += 16) {
-      __m512i words[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) words[i] = _mm512_load_si512(lanes[r + i]);
-      transpose16(words);
-      __m512 sum = _mm512_castsi512_ps(words[0]);
-#pragma GCC unroll 16
-      for (int i = 1; i < 16; ++i) sum = _mm512_add_ps(sum, _mm512_castsi512_ps(words[i]));
-      double* out = sums + r;
-      _mm512_storeu_pd(out, _mm512_add_pd(_mm512_loadu_pd(out), _mm512_cvtps_pd(_mm512_castps512_ps256(sum))));
-      _mm512_storeu_pd(out + 8,
-                       _mm512_add_pd(_mm512_loadu_pd(out + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1))));
-    }
+  static void add(const float* sums, double* to) {
+    for (int r = 0; r < kMr; r += 8)
+      _mm512_storeu_pd(to + r, _mm512_add_pd(_mm512_loadu_pd(to + r), _mm512_cvtps_pd(_mm256_load_ps(sums + r))));
   }
   void finish() const {
-    add_lanes(total, t.total);
-    add_lanes(moment, t.moment);
+    add(total, t.total);
+    add(moment, t.moment);
   }
 };
 
 template <bool kNormalize, bool kMargin>
 struct DocumentWeights {
   const DocumentTerms& t;
+  Transposition words;
 
-  void row(int r, const float* s, int column, uint16_t* out) {
-    __m512 g[2], norm;
-    if constexpr (kNormalize) norm = _mm512_set1_ps(t.norms[r]);
+  void work(int unit, const float* s, int column, uint16_t* out) {
+    const int lane = unit / 8 * 16;
+    __m512 norm;
+    if constexpr (kNormalize) norm = _mm512_loadu_ps(t.norms + lane);
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const int c = column + 16 * h;
-      const __m512 y =
-          exponent<kNormalize>(s + r * kNr + 16 * h, norm, _mm512_loadu_ps(t.k + c), _mm512_loadu_ps(t.b + c));
-      g[h] = _mm512_mul_ps(exp2<3>(y), _mm512_loadu_ps(t.factor + c));
-      if constexpr (kMargin)
-        g[h] = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_loadu_ps(t.ceiling + c), _CMP_NGT_UQ), g[h]);
+    for (int p = 0; p < kPairsOfUnit; ++p) {
+      const int i = unit % 8 * kPairsOfUnit + p;
+      __m512 g[2];
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const int line = i + 16 * h, c = column + line;
+        const __m512 y =
+            exponent<kNormalize>(s + line * kNr + lane, norm, _mm512_set1_ps(t.k[c]), _mm512_set1_ps(t.b[c]));
+        g[h] = _mm512_mul_ps(exp2<3>(y), _mm512_set1_ps(t.factor[c]));
+        if constexpr (kMargin)
+          g[h] = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_set1_ps(t.ceiling[c]), _CMP_NGT_UQ), g[h]);
+      }
+      words.put(i, g[0], g[1]);
     }
-    _mm512_store_si512(out + r * kNr, to_bf16(g[0], g[1]));
+    if (unit % 8 == 7) words.finish(out + lane * kNr);
   }
 };
 
@@ -174,11 +231,12 @@ inline void store_sums(float* sums) {
 
 int64_t padded(int64_t width) { return (width + kKr - 1) / kKr * kKr; }
 
-// where `sums` has column c of a row
-int64_t place(int64_t row, int64_t c) { return c / kNr * kTileFloats + row / 16 * 512 + c % kNr * 16 + row % 16 * 16; }
+// where `sums` has the even columns c .. c + 30 of a row, for c a multiple of 32; the odd ones are kOdd further
+int64_t place(int64_t row, int64_t c) { return c / kNr * kTileFloats + row / 16 * 512 + row % 16 * 16; }
+constexpr int64_t kOdd = 256;
 
-// Calls work(tile, row) for every row of every tile of scores but those of the last, whose rows follow at the end:
-// tile t's while tile t + 1 is multiplied. scores has room for all tiles if the width is cut into slices, else for two.
+// Calls work(tile, unit) for every unit of every tile of scores: tile t's while tile t + 1 is multiplied, the last
+// one's at the end. scores has room for all tiles if the width is cut into slices, else for two.
 template <class Work>
 void multiply_scores(const FusedOperands& o, float* scores, const Work& work) {
   const int64_t tiles = (o.count + kNr - 1) / kNr, width = padded(o.width), slices = (width + kDepth - 1) / kDepth,
@@ -187,7 +245,7 @@ void multiply_scores(const FusedOperands& o, float* scores, const Work& work) {
   const char *rows = static_cast<const char*>(o.rows), *columns = static_cast<const char*>(o.columns);
   const int32_t *excluded = o.excluded, *excluded_end = excluded + o.excluded_count;
   for (int64_t begin = 0; begin < width; begin += depth) {
-    const int64_t steps = (width - begin < depth ? width - begin : depth) / kKr, share = (kMr + steps - 1) / steps;
+    const int64_t steps = (width - begin < depth ? width - begin : depth) / kKr;
     const bool last = begin + depth >= width;
     for (int64_t t = 0; t < tiles; ++t) {
       if (begin > 0)
@@ -195,11 +253,11 @@ void multiply_scores(const FusedOperands& o, float* scores, const Work& work) {
       else
         zero_tiles();
       const char *kept = rows + begin * 64, *streaming = columns + t * width * 64 + begin * 64;
-      int64_t r = last && t > 0 ? 0 : kMr;
+      int64_t unit = last && t > 0 ? 0 : kUnits;
       for (int64_t p = 0; p < steps; ++p, kept += kStepBytes, streaming += kStepBytes)
-        step<true>(kept, streaming, [&] {
-          for (const int64_t end = r + share < kMr ? r + share : kMr; r < end; ++r)
-            work(t - 1, static_cast<int>(r), tile(t - 1));
+        step<Streaming::a>(streaming, kept, [&] {
+          for (const int64_t end = (p + 1) * kUnits / steps; unit < end; ++unit)
+            work(t - 1, static_cast<int>(unit), tile(t - 1));
         });
       store_tiles(tile(t), kNr);
       if (!last) continue;
@@ -207,7 +265,7 @@ void multiply_scores(const FusedOperands& o, float* scores, const Work& work) {
         tile(t)[*excluded - t * kTileFloats] = -__builtin_inff();
     }
   }
-  for (int r = 0; r < kMr; ++r) work(tiles - 1, r, tile(tiles - 1));
+  for (int unit = 0; unit < kUnits; ++unit) work(tiles - 1, unit, tile(tiles - 1));
   fence();
 }
 
@@ -231,7 +289,8 @@ void multiply_weights(const FusedOperands& o, const uint16_t* weights) {
     }
     zero_tiles();
     const char* kept = reinterpret_cast<const char*>(weights);
-    for (int64_t t = 0; t < tiles; ++t, kept += kStepBytes, streaming += kStepBytes) step<true>(kept, streaming, add);
+    for (int64_t t = 0; t < tiles; ++t, kept += kStepBytes, streaming += kStepBytes)
+      step<Streaming::b>(kept, streaming, add);
     store_sums(products[block % 2]);
   }
 }
@@ -242,27 +301,30 @@ void multiply_weights(const FusedOperands& o, const uint16_t* weights) {
 // them. False if that cannot help: a score is not finite.
 template <class Weights>
 bool raise(const FusedOperands& o, const QueryTerms& t, const Weights& weights, float* scores) {
-  float top[kMr];
+  alignas(64) float top[kMr];
   for (float& y : top) y = kLowest;
-  multiply_scores(o, scores, [&](int64_t tile, int r, const float* s) {
-    for (int h = 0; h < 2; ++h) {
-      const __m512 y = weights.y(r, s + r * kNr + 16 * h, static_cast<int>(tile) * kNr + 16 * h);
-      const float most = _mm512_mask_reduce_max_ps(weights.counted(r, y), y);
-      if (most > top[r]) top[r] = most;
+  multiply_scores(o, scores, [&](int64_t tile, int unit, const float* s) {
+    const int lane = unit / 8 * 16;
+    __m512 most = _mm512_load_ps(top + lane);
+    for (int i = unit % 8 * 4; i < unit % 8 * 4 + 4; ++i) {
+      const __m512 y = weights.y(lane, s + i * kNr, static_cast<int>(tile) * kNr + i);
+      most = _mm512_mask_max_ps(most, weights.counted(lane, y), most, y);
     }
+    _mm512_store_ps(top + lane, most);
   });
-  for (int r = 0; r < kMr; ++r) {
-    if (weights.is_small(r)) continue;
+  for (uint32_t large = weights.large(); large != 0; large &= large - 1) {
+    const int r = __builtin_ctz(large);
     if (!(top[r] > 0 && top[r] < 0x1p30f)) return false;
     const float by = static_cast<float>(static_cast<int32_t>(top[r]) + 1);
     const float scale =
         by < 127 ? _mm_cvtss_f32(_mm_castsi128_ps(_mm_set1_epi32((127 - static_cast<int32_t>(by)) << 23))) : 0;
     t.b[r] -= by;
     t.moment[r] = (t.moment[r] - by * t.total[r]) * scale, t.total[r] *= scale;
-    for (int64_t c = 0; o.sums != nullptr && c < padded(o.width); c += 16) {
-      float* sums = o.sums + place(r, c);
-      _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(scale)));
-    }
+    for (int64_t c = 0; o.sums != nullptr && c < padded(o.width); c += 32)
+      for (int64_t odd = 0; odd <= kOdd; odd += kOdd) {
+        float* sums = o.sums + place(r, c) + odd;
+        _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(scale)));
+      }
   }
   return true;
 }
@@ -274,10 +336,10 @@ void queries(const FusedOperands& o, const QueryTerms& terms) {
   alignas(64) uint16_t weights[kMaxColumns * kMr];
   for (;;) {
     QueryWeights<kNormalize, kMargin> query(terms);
-    multiply_scores(o, scores, [&](int64_t tile, int r, const float* s) {
-      query.row(r, s, static_cast<int>(tile) * kNr, weights + tile * kTileFloats);
+    multiply_scores(o, scores, [&](int64_t tile, int unit, const float* s) {
+      query.work(unit, s, static_cast<int>(tile) * kNr, weights + tile * kTileFloats);
     });
-    if (query.all_small() || !raise(o, terms, query, scores)) {
+    if (query.large() == 0 || !raise(o, terms, query, scores)) {
       query.finish();
       break;
     }
@@ -290,9 +352,9 @@ void documents(const FusedOperands& o, const DocumentTerms& terms) {
   const FlushDenormals flush;
   alignas(64) float scores[kMaxColumns * kMr];
   alignas(64) uint16_t weights[kMaxColumns * kMr];
-  DocumentWeights<kNormalize, kMargin> document{terms};
-  multiply_scores(o, scores, [&](int64_t tile, int r, const float* s) {
-    document.row(r, s, static_cast<int>(tile) * kNr, weights + tile * kTileFloats);
+  DocumentWeights<kNormalize, kMargin> document{terms, {}};
+  multiply_scores(o, scores, [&](int64_t tile, int unit, const float* s) {
+    document.work(unit, s, static_cast<int>(tile) * kNr, weights + tile * kTileFloats);
   });
   multiply_weights(o, weights);
 }
@@ -313,22 +375,36 @@ void any_documents(const FusedOperands& o, const DocumentTerms& t) {
 // --- operands and sums ---------------------------------------------------------------------------
 
 void pack_rows(const uint16_t* src, int64_t stride, int64_t rows, int64_t width, void* panel) {
+  pack_panel_words<kNr, kKr>(src, stride, 1, rows, width, panel);
+}
+
+// For every 32 of the width, a line for each of 32 columns.
+void pack_columns(const uint16_t* src, int64_t stride, int64_t columns, int64_t width, void* panel) {
   char* out = static_cast<char*>(panel);
   for (int64_t p = 0; p < width; p += kKr)
-    for (int64_t r = 0; r < kMr; ++r, out += 64) {
+    for (int64_t c = 0; c < kNr; ++c, out += 64) {
       const __mmask32 within = width - p >= kKr ? 0xffffffffu : (1u << (width - p)) - 1u;
-      _mm512_store_si512(out, _mm512_maskz_loadu_epi16(r < rows ? within : 0, src + r * stride + p));
+      _mm512_store_si512(out, _mm512_maskz_loadu_epi16(c < columns ? within : 0, src + c * stride + p));
     }
 }
 
-void pack_columns(const uint16_t* src, int64_t stride, int64_t columns, int64_t width, void* panel) {
-  pack_panel_words<kNr, kKr>(src, stride, 1, columns, width, panel);
-}
-
-void pack_products(const uint16_t* src, int64_t stride, int64_t columns, int64_t width, void* panel) {
-  char* out = static_cast<char*>(panel);
-  for (int64_t c = 0; c < width; c += kNr, out += padded(columns) * kNr * 2)
-    pack_panel_words<kNr, kKr>(src + c, 1, stride, width - c, columns, out);
+// For every 32 of the width and of the columns, lines of words that pair two columns, in the order of a line of
+// weights: first the even places of the width, then the odd ones.
+void pair_columns(const void* columns, int64_t count, int64_t width, void* products) {
+  const int64_t tiles = (count + kNr - 1) / kNr, steps = padded(width) / kKr;
+  const __m512i upper = _mm512_set1_epi32(~0xffff);
+  const char* from = static_cast<const char*>(columns);
+  for (int64_t t = 0; t < tiles; ++t)
+    for (int64_t p = 0; p < steps; ++p, from += kStepBytes) {
+      char* out = static_cast<char*>(products) + (p * tiles + t) * kStepBytes;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 16; ++i, out += 128) {
+        const int64_t column = 2 * (i < 4 || i >= 12 ? i : i < 8 ? i + 4 : i - 4);
+        const __m512i x = _mm512_load_si512(from + column * 64), y = _mm512_load_si512(from + column * 64 + 64);
+        _mm512_store_si512(out, _mm512_or_si512(_mm512_andnot_si512(upper, x), _mm512_slli_epi32(y, 16)));
+        _mm512_store_si512(out + 64, _mm512_or_si512(_mm512_srli_epi32(x, 16), _mm512_and_si512(upper, y)));
+      }
+    }
 }
 
 void score_pairs(const void* rows, const void* columns, int64_t width, float* scores) {
@@ -337,21 +413,33 @@ void score_pairs(const void* rows, const void* columns, int64_t width, float* sc
   for (int64_t p = 0; p < width; p += kKr, kept += kStepBytes, streaming += kStepBytes) {
     // as multiply_scores, which leaves tiles 0-3 between its slices: the same bits
     if (p == 0) zero_tiles();
-    step<true>(kept, streaming, [] {});
+    step<Streaming::a>(streaming, kept, [] {});
   }
   store_tiles(tile, kNr);
   for (int r = 0; r < kMr; ++r) scores[r] = tile[r * kNr + r];
 }
 
 void read_sums(const float* sums, int64_t row, int64_t width, float factor, float* out) {
-  for (int64_t c = 0; c < width; c += 16)
-    _mm512_mask_storeu_ps(out + c, first(width - c),
-                          _mm512_mul_ps(_mm512_set1_ps(factor), _mm512_load_ps(sums + place(row, c))));
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int64_t c = 0; c < width; c += 32) {
+    const float* from = sums + place(row, c);
+    const __m512 even = _mm512_mul_ps(_mm512_set1_ps(factor), _mm512_load_ps(from)),
+                 odd = _mm512_mul_ps(_mm512_set1_ps(factor), _mm512_load_ps(from + kOdd));
+    _mm512_mask_storeu_ps(out + c, first(width - c), _mm512_permutex2var_ps(even, low, odd));
+    _mm512_mask_storeu_ps(out + c + 16, first(width - c - 16), _mm512_permutex2var_ps(even, high, odd));
+  }
 }
 
 void write_sums(const float* values, int64_t row, int64_t width, float* sums) {
-  for (int64_t c = 0; c < width; c += 16)
-    _mm512_store_ps(sums + place(row, c), _mm512_maskz_loadu_ps(first(width - c), values + c));
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+                odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  for (int64_t c = 0; c < width; c += 32) {
+    const __m512 x = _mm512_maskz_loadu_ps(first(width - c), values + c),
+                 y = _mm512_maskz_loadu_ps(first(width - c - 16), values + c + 16);
+    _mm512_store_ps(sums + place(row, c), _mm512_permutex2var_ps(x, even, y));
+    _mm512_store_ps(sums + place(row, c) + kOdd, _mm512_permutex2var_ps(x, odd, y));
+  }
 }
 
 const FusedLossKernels fused_loss = {
@@ -359,7 +447,7 @@ const FusedLossKernels fused_loss = {
     .max_columns = kMaxColumns,
     .pack_rows = pack_rows,
     .pack_columns = pack_columns,
-    .pack_products = pack_products,
+    .pair_columns = pair_columns,
     .score_pairs = score_pairs,
     .queries = any_queries,
     .documents = any_documents,

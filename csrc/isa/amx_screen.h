@@ -75,7 +75,7 @@ uint32_t multiply(const char* a, const char* b, int64_t steps, float* c, bool ac
   int64_t row = 0;
   uint32_t none = 0;
   for (int64_t p = 0; p < steps; ++p, a += kStepBytes, b += kStepBytes, ahead += 128) {
-    step<true>(a, b, [] {});
+    step<Streaming::b>(a, b, [] {});
     _mm_prefetch(ahead, _MM_HINT_T1);
     _mm_prefetch(ahead + 64, _MM_HINT_T1);
     if (kCompare)

@@ -76,22 +76,31 @@ inline void store_tiles(float* c, int64_t ldc) {
 // gcc 12 lets a store of a vector and a load of a tile pass each other.
 inline void fence() { asm volatile("" ::: "memory"); }
 
-// Adds the products of 32 of k. kStreaming: B passes by, and need not stay in L1. `work` runs between them.
-template <bool kStreaming, class Work>
+// The operand that passes by, and need not stay in L1.
+enum class Streaming { none, a, b };
+
+// Adds the products of 32 of k. `work` runs between them.
+template <Streaming kStreaming, class Work>
 inline void step(const char* a, const char* b, const Work& work) {
-  _tile_loadd(4, a, 64);
-  if constexpr (kStreaming)
+  if constexpr (kStreaming == Streaming::a)
+    _tile_stream_loadd(4, a, 64);
+  else
+    _tile_loadd(4, a, 64);
+  if constexpr (kStreaming == Streaming::b)
     _tile_stream_loadd(6, b, 128);
   else
     _tile_loadd(6, b, 128);
   _tile_dpbf16ps(0, 4, 6);
-  if constexpr (kStreaming)
+  if constexpr (kStreaming == Streaming::b)
     _tile_stream_loadd(7, b + 64, 128);
   else
     _tile_loadd(7, b + 64, 128);
   _tile_dpbf16ps(1, 4, 7);
   work();
-  _tile_loadd(5, a + 1024, 64);
+  if constexpr (kStreaming == Streaming::a)
+    _tile_stream_loadd(5, a + 1024, 64);
+  else
+    _tile_loadd(5, a + 1024, 64);
   _tile_dpbf16ps(2, 5, 6);
   _tile_dpbf16ps(3, 5, 7);
 }
@@ -102,7 +111,7 @@ void tile(const void* a, const void* b, int64_t k, float* c, int64_t ldc, bool a
     load_tiles(c, ldc);
   else
     zero_tiles();
-  for (int64_t p = 0; p < k; p += kKr, pa += kStepBytes, pb += kStepBytes) step<false>(pa, pb, [] {});
+  for (int64_t p = 0; p < k; p += kKr, pa += kStepBytes, pb += kStepBytes) step<Streaming::none>(pa, pb, [] {});
   store_tiles(c, ldc);
 }
 

@@ -15,10 +15,10 @@ namespace refine_fast {
 struct FusedOperands {
   const void* rows;      // pack_rows
   const void* columns;   // pack_columns of every 32 columns of the chunk, one after the other
-  const void* products;  // pack_products of the chunk
+  const void* products;  // pair_columns of these
   int64_t width;         // of a row
   int64_t count;         // columns, at most max_columns
-  // Pairs that take no part, tile after tile: column / 32 * 1024 + row * 32 + column % 32
+  // Pairs that take no part, tile after tile: column * 32 + row
   const int32_t* excluded;
   int64_t excluded_count;
   float* sums;  // in the tiles' order, see read_sums: added to; null to leave the products out
@@ -42,11 +42,11 @@ struct DocumentTerms {
 
 struct FusedLossKernels {
   int32_t rows, max_columns;
-  // Bytes of a packed panel of rows or of columns are round_up(width, 32) * 64, of `products` round_up(width, 32) *
-  // round_up(count, 32) * 2; sums take round_up(width, 32) * 32 floats.
+  // Bytes of a packed panel of rows or of columns are round_up(width, 32) * 64, those of `products` as many for every
+  // 32 columns; sums take round_up(width, 32) * 32 floats.
   void (*pack_rows)(const uint16_t* src, int64_t stride, int64_t rows, int64_t width, void* panel);
   void (*pack_columns)(const uint16_t* src, int64_t stride, int64_t columns, int64_t width, void* panel);
-  void (*pack_products)(const uint16_t* src, int64_t stride, int64_t columns, int64_t width, void* panel);
+  void (*pair_columns)(const void* columns, int64_t count, int64_t width, void* products);
   // The scores of row r with column r, for `rows` pairs of a panel of rows and a panel of columns.
   void (*score_pairs)(const void* rows, const void* columns, int64_t width, float* scores);
   void (*queries)(const FusedOperands& operands, const QueryTerms& terms);
