@@ -40,7 +40,7 @@ InfoNCESolver::InfoNCESolver(const InfoNCE& t)
       blocks_(ceil_div(t.columns, kBlock)),
       pitch_(round_up(t.columns, 64) + 16),  // not a power of two: neighbouring rows get different cache sets
       strip_rows_(rows_of_strip(t, pitch_, private_pitch_, mm_)),
-      panel_bytes_(bytes_b(mm_, kBlock, t.width)),
+      document_bytes_(std::max(bytes_b(mm_, kBlock, t.width), bytes_b(mm_, t.width, kBlock))),
       column_moment_(t.normalize ? prefixes_ * t.columns : 0, 0.0f),
       strip_(prefixes_ * strip_rows_ * pitch_),
       hard_(prefixes_ * strip_rows_ * private_pitch_),
@@ -49,12 +49,9 @@ InfoNCESolver::InfoNCESolver(const InfoNCE& t)
       rows_(prefixes_ * strip_rows_),
       packed_q_(prefixes_ * bytes_a(mm_, strip_rows_, mm_.kr) + bytes_a(mm_, strip_rows_, t.width)),
       packed_rows_(gradients_ ? bytes_b(mm_, t.width + prefixes_ * mm_.nr, strip_rows_) : 0),
-      g_(gradients_ ? strip_rows_ * kBlock : 0),
-      moments_(kTasks * kBlock),
-      packed_g_(gradients_ ? bytes_a(mm_, strip_rows_, kBlock) : 0),
-      packed_g_transposed_(gradients_ ? bytes_a(mm_, kBlock, strip_rows_) : 0),
-      packed_d_(gradients_ ? bytes_b(mm_, t.width, kBlock) : 0),
-      panels_(t.threads * panel_bytes_) {
+      g_(gradients_ ? t.threads * strip_rows_ * kBlock : 0),
+      packed_g_(gradients_ ? t.threads * g_bytes() : 0),
+      documents_(t.threads * document_bytes_) {
   int64_t packed_q = 0, packed_rows = 0;
   for (const Range& range : ranges_) {
     slices_.push_back({range, packed_q, packed_rows});

@@ -2,12 +2,22 @@
 #include "core/info_nce_solver.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "core/parallel.h"
 
 namespace refine_fast {
 
-// Adds G of row r under prefix m to the block's G, and its part of sum_i G_ij s_ij to the task's column_moments.
+namespace {
+
+void wait_for(const std::atomic<int64_t>& turn, int64_t index) {
+  const StageScope wait(Stage::wait);
+  for (int64_t now; (now = turn) != index;) turn.wait(now);
+}
+
+}  // namespace
+
+// Adds G of row r under prefix m to the block's G, and its part of sum_i G_ij s_ij to column_moments.
 void InfoNCESolver::make_weights(const Strip& s, const Block& b, int64_t m, int64_t r, float* column_moments,
                                  int thread) const {
   alignas(64) float weights[kBlock];
@@ -27,58 +37,65 @@ void InfoNCESolver::make_weights(const Strip& s, const Block& b, int64_t m, int6
       weights[j] *= norm * norms[j];
     }
   }
-  float* g = g_ + r * kBlock;
+  float* g = work(thread).g + r * kBlock;
   if (m == prefixes_ - 1)
     std::copy_n(weights, kBlock, g);
   else
     loss_.axpy(1.0f, weights, g, kBlock);
 }
 
-// Step 3 of a strip.
+// Step 3 of a strip. A task is a block of columns: it owns dD's rows, and adds to dQ in its turn, after the block
+// before it, one group of rows at a time; before or after dD, so that it rarely waits. Barriers after each of the
+// products of a block would cost two threads a tenth of the time, and far more where another process takes a core now
+// and then.
 void InfoNCESolver::accumulate_gradients(const Strip& s) {
-  const int64_t rows = round_up(ceil_div(s.rows, kTasks), mm_.mr), tasks = ceil_div(s.rows, rows);  // rows of a task
-  for (int64_t index = 0; index < blocks_ && !stopped(0); ++index) {
+  const int64_t rows = group_rows(s), groups = ceil_div(s.rows, rows);
+  std::vector<std::atomic<int64_t>> turns(prefixes_ * groups);  // of dQ: the block that adds next
+  const StageScope gradients(Stage::gradients);
+  parallel_for(blocks_, t_.threads, [&](int64_t index, int thread) {
     const Block b = block(index);
-    const int64_t step_g = panel_bytes(mm_, mm_.mr, b.columns), step_t = panel_bytes(mm_, mm_.mr, s.rows);
+    const Work w = work(thread);
+    const int64_t step_g = panel_bytes(mm_, mm_.mr, b.columns);
+    const bool go_on = !stopped(thread);
     for (int64_t m = prefixes_ - 1; m >= 0; --m) {
       const Slice& slice = slices_[m];
-      const StageScope gradients(Stage::gradients);
-      parallel_for(1 + tasks, t_.threads, [&](int64_t task, int thread) {
-        if (task == 0) return pack_documents(b, slice, true, packed_d_ + 0, scratch(thread));
-        const StageScope weights(Stage::weights);
-        const int64_t first = (task - 1) * rows, last = std::min(first + rows, s.rows);
-        float* moments = moments_ + (task - 1) * kBlock;
-        std::fill_n(moments, kBlock, 0.0f);
-        for (int64_t r = first; r < last; ++r) make_weights(s, b, m, r, moments, thread);
-        const StageScope pack(Stage::pack);
-        pack_a(mm_, g_ + first * kBlock, kBlock, 1, last - first, b.columns, packed_g_ + first / mm_.mr * step_g);
-      });
-      constexpr int64_t columns = kBlock / 2;  // of a task that packs G^T: a multiple of every level's mr
-      parallel_for(tasks + 2, t_.threads, [&](int64_t task, int) {
-        if (task < tasks) {
-          const int64_t first = task * rows, last = std::min(first + rows, s.rows);
-          matmul(mm_, packed_g_ + first / mm_.mr * step_g, packed_d_ + 0, last - first, slice.width, b.columns,
-                 t_.grad_q + (s.begin + first) * t_.width + slice.begin, t_.width, index > 0);
-          return;
+      if (go_on) {
+        pack_documents(b, slice, true, w.documents, scratch(thread));
+        for (int64_t first = 0; first < s.rows; first += rows) {
+          const StageScope weights(Stage::weights);
+          const int64_t last = std::min(first + rows, s.rows);
+          float moments[kBlock] = {};
+          for (int64_t r = first; r < last; ++r) make_weights(s, b, m, r, moments, thread);
+          for (int64_t j = 0; j < b.columns && t_.normalize; ++j)
+            column_moment_[m * t_.columns + b.begin + j] += moments[j];
+          const StageScope pack(Stage::pack);
+          pack_a(mm_, w.g + first * kBlock, kBlock, 1, last - first, b.columns, w.g_rows + first / mm_.mr * step_g);
         }
-        const int64_t first = (task - tasks) * columns, last = std::min(first + columns, b.columns);
-        if (first >= last) return;
-        const StageScope pack(Stage::pack);
-        pack_a(mm_, g_ + first, 1, kBlock, last - first, s.rows, packed_g_transposed_ + first / mm_.mr * step_t);
-        if (t_.normalize)
-          for (int64_t lane = 0; lane < tasks; ++lane)
-            for (int64_t j = first; j < last; ++j)
-              column_moment_[m * t_.columns + b.begin + j] += moments_[lane * kBlock + j];
-      });
-      const int64_t panels = 2;  // of a task of dD
-      parallel_for(ceil_div(slice.width, panels * mm_.nr), t_.threads, [&](int64_t task, int) {
-        const int64_t first = task * panels * mm_.nr, width = std::min(panels * mm_.nr, slice.width - first);
-        const char* q = packed_rows_ + slice.packed_rows + task * panels * panel_bytes(mm_, mm_.nr, s.rows);
-        matmul(mm_, packed_g_transposed_ + 0, q, b.columns, width, s.rows,
-               t_.grad_d + b.begin * t_.width + slice.begin + first, t_.width, s.begin > 0);
-      });
+      }
+      std::atomic<int64_t>* turn = turns.data() + m * groups;
+      const auto add_to_documents = [&] {
+        if (!go_on) return;
+        {
+          const StageScope pack(Stage::pack);
+          pack_a(mm_, w.g, 1, kBlock, b.columns, s.rows, w.g_columns);
+        }
+        matmul(mm_, w.g_columns, packed_rows_ + slice.packed_rows, b.columns, slice.width, s.rows,
+               t_.grad_d + b.begin * t_.width + slice.begin, t_.width, s.begin > 0);
+      };
+      const bool last = turn[0] != index;
+      if (last) add_to_documents();
+      for (int64_t group = 0; group < groups; ++group) {
+        wait_for(turn[group], index);
+        const int64_t first = group * rows, n = std::min(rows, s.rows - first);
+        if (go_on)
+          matmul(mm_, w.g_rows + first / mm_.mr * step_g, w.documents, n, slice.width, b.columns,
+                 t_.grad_q + (s.begin + first) * t_.width + slice.begin, t_.width, index > 0);
+        turn[group] = index + 1;  // also of a task that stopped: the next one waits for it
+        turn[group].notify_all();
+      }
+      if (!last) add_to_documents();
     }
-  }
+  });
 }
 
 // Completes the gradient of query i (row r of the strip) and writes those of its own negatives.

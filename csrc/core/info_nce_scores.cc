@@ -31,22 +31,36 @@ void InfoNCESolver::pack_documents(const Block& b, const Slice& slice, bool tran
   pack_b(mm_, rows, transposed ? 1 : pitch, transposed ? pitch : 1, cols, k, out);
 }
 
+// The strip's queries as operands.
+void InfoNCESolver::pack_queries(const Strip& s) {
+  const StageScope pack(Stage::pack);
+  const int64_t rows = group_rows(s);
+  queries_ = t_.dtype == Dtype::f32 ? static_cast<const float*>(t_.q) + s.begin * t_.width : q_ + 0;
+  parallel_for(ceil_div(s.rows, rows), t_.threads, [&](int64_t group, int) {
+    const int64_t first = group * rows, n = std::min(rows, s.rows - first);
+    const float* q = load(t_.q, s.begin + first, n, q_ + (t_.dtype == Dtype::f32 ? 0 : first * t_.width));
+    for (const Slice& slice : slices_)
+      pack_a(mm_, q + slice.begin, t_.width, 1, n, slice.width,
+             packed_q_ + slice.packed_q + first / mm_.mr * panel_bytes(mm_, mm_.mr, slice.width));
+  });
+  if (!gradients_) return;
+  const int64_t columns = 2 * mm_.nr;  // of a task
+  for (const Slice& slice : slices_)
+    parallel_for(ceil_div(slice.width, columns), t_.threads, [&](int64_t task, int) {
+      const int64_t first = task * columns;
+      pack_b(mm_, queries_ + slice.begin + first, 1, t_.width, std::min(columns, slice.width - first), s.rows,
+             packed_rows_ + slice.packed_rows + first / mm_.nr * panel_bytes(mm_, mm_.nr, s.rows));
+    });
+}
+
 // Step 1: the strip's scores under every prefix.
 void InfoNCESolver::score_strip(const Strip& s) {
-  {
-    const StageScope pack(Stage::pack);
-    queries_ = load(t_.q, s.begin, s.rows, q_ + 0);
-    for (const Slice& slice : slices_) {
-      pack_a(mm_, queries_ + slice.begin, t_.width, 1, s.rows, slice.width, packed_q_ + slice.packed_q);
-      if (gradients_)
-        pack_b(mm_, queries_ + slice.begin, 1, t_.width, slice.width, s.rows, packed_rows_ + slice.packed_rows);
-    }
-  }
+  pack_queries(s);
   const StageScope scores_stage(Stage::scores);
   parallel_for(blocks_, t_.threads, [&](int64_t index, int thread) {
     if (stopped(thread)) return;
     const Block b = block(index);
-    char* d = panels_ + thread * panel_bytes_;
+    char* d = work(thread).documents;
     for (int64_t m = 0; m < prefixes_; ++m) {
       if (m > 0)
         for (int64_t r = 0; r < s.rows; ++r) std::copy_n(scores(m - 1, r) + b.begin, b.columns, scores(m, r) + b.begin);

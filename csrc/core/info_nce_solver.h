@@ -57,7 +57,7 @@ class InfoNCESolver : InfoNCEBatch {
 
  private:
   static constexpr int64_t kBlock = 192;            // columns at a time, D's panels in L2; a multiple of 16, mr and nr
-  static constexpr int64_t kTasks = 16;             // parts of a strip's rows in step 3
+  static constexpr int64_t kGroups = 16;            // of a strip's rows, which take turns in step 3
   static constexpr int64_t kMaxRows = 640;          // of a strip: beyond, packing D and adding to dD no longer matter
   static constexpr int64_t kStripBytes = 24 << 20;  // all that grows with a strip's rows
   static constexpr int64_t kPairs = 12;             // queries of a task that scores them with their positives
@@ -72,6 +72,11 @@ class InfoNCESolver : InfoNCEBatch {
   // with the offsets of its panels among the strip's
   struct Slice : Range {
     int64_t packed_q, packed_rows;
+  };
+  // Of a thread: G of a block of columns, packed as the left operand of dQ and of dD; the block's documents, packed.
+  struct Work {
+    float* g;
+    char *g_rows, *g_columns, *documents;
   };
   struct Row : Weights {  // of a strip, under one prefix
     float top, ceiling;   // the largest score, and the largest that a negative may have
@@ -96,10 +101,18 @@ class InfoNCESolver : InfoNCEBatch {
   Private own_negatives(int64_t r) const {
     return {hard_ + r * private_pitch_, hard_weight_ + r * private_pitch_, strip_rows_ * private_pitch_};
   }
+  int64_t group_rows(const Strip& s) const { return round_up(ceil_div(s.rows, kGroups), mm_.mr); }
+  int64_t g_bytes() const { return bytes_a(mm_, strip_rows_, kBlock) + bytes_a(mm_, kBlock, strip_rows_); }
+  Work work(int thread) const {
+    char* g = packed_g_ + (gradients_ ? thread * g_bytes() : 0);
+    return {g_ + (gradients_ ? thread * strip_rows_ * kBlock : 0), g, g + bytes_a(mm_, strip_rows_, kBlock),
+            documents_ + thread * document_bytes_};
+  }
   float* slot_scratch(int thread) const { return slot_scratch_.get() + thread * 2 * max_slots_; }
 
   // --- scores (info_nce_scores.cc)
   void pack_documents(const Block& b, const Slice& slice, bool transposed, char* out, float* scratch) const;
+  void pack_queries(const Strip& s);
   void score_strip(const Strip& s);
   void row_softmax(const Strip& s, int64_t r, int thread);
 
@@ -120,7 +133,7 @@ class InfoNCESolver : InfoNCEBatch {
   const MatmulKernels& mm_;
   const bool direct_;  // D is packed without a float32 copy
   const int64_t blocks_, pitch_, strip_rows_;
-  const int64_t panel_bytes_;  // of a thread
+  const int64_t document_bytes_;  // of a block, packed
   std::vector<Slice> slices_;
 
   // of the whole batch
@@ -139,12 +152,9 @@ class InfoNCESolver : InfoNCEBatch {
   Buffer<char> packed_q_, packed_rows_;  // the strip's queries as the left operand of S and as the right operand of dD
   const float* queries_ = nullptr;       // as float32
 
-  // of a block
-  Buffer<float> g_, moments_;
-  Buffer<char> packed_g_, packed_g_transposed_, packed_d_;
-
   // of a thread
-  Buffer<char> panels_;
+  Buffer<float> g_;
+  Buffer<char> packed_g_, documents_;
   std::unique_ptr<float[]> slot_scratch_;
 };
 

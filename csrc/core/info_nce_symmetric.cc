@@ -44,7 +44,7 @@ void InfoNCESolver::score_pairs() {
     float *d = scratch(thread), *s = d + kPairs * width, *rows = s + kPairs * kPairs;
     for (int64_t k = 0; k < n; ++k) std::copy_n(load(t_.d, t_.positives[begin + k], 1, rows), width, d + k * width);
     const float* q = load(t_.q, begin, n, rows);
-    char *packed_q = panels_ + thread * panel_bytes_, *packed_d = packed_q + bytes_a(mm_, kPairs, width);
+    char *packed_q = work(thread).documents, *packed_d = packed_q + bytes_a(mm_, kPairs, width);
     for (int64_t m = 0; m < prefixes_; ++m) {
       pack_a(mm_, q + slices_[m].begin, width, 1, n, slices_[m].width, packed_q);
       pack_b(mm_, d + slices_[m].begin, width, 1, n, slices_[m].width, packed_d);

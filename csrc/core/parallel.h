@@ -22,9 +22,9 @@ namespace refine_fast {
 // a fork: its threads are gone, and libgomp would wait for them for ever.
 bool in_forked_child();
 
-// body(task, thread) for each task in [0, tasks), handed out one at a time; thread 0 is the caller's. The result must
-// not depend on which thread runs a task. A forked child runs every task on the calling thread. The threads are in the
-// stage that the caller is in; after its share of the tasks, the caller waits for the others.
+// body(task, thread) for each task in [0, tasks), handed out one at a time, in order; thread 0 is the caller's. The
+// result must not depend on which thread runs a task. A forked child runs every task on the calling thread. The threads
+// are in the stage that the caller is in; after its share of the tasks, the caller waits for the others.
 template <class Body>
 void parallel_for(int64_t tasks, int threads, const Body& body) {
   if (threads <= 1 || tasks <= 1 || in_forked_child()) {
@@ -38,7 +38,7 @@ void parallel_for(int64_t tasks, int threads, const Body& body) {
   {
     const int thread = omp_get_thread_num();
     const StageScope work(stage);
-#pragma omp for schedule(dynamic, 1) nowait
+#pragma omp for schedule(monotonic : dynamic, 1) nowait
     for (int64_t t = 0; t < tasks; ++t) body(t, thread);
   }
 #else
