@@ -231,15 +231,17 @@ def test_log_sum_exp(info_nce_backend: Backend) -> None:
         assert not lse.requires_grad
 
 
-@pytest.mark.parametrize("case", ["plain", "all"])
+@pytest.mark.parametrize("case", ["plain", "all", "several blocks"])
 def test_deterministic_whatever_the_thread_count(case: str) -> None:
-    tensors, before, found = batch(B, N, D, K if case == "all" else 0), torch.get_num_threads(), []
+    """Several blocks of columns add to the same gradients of the queries, in their order."""
+    several = {"several blocks": {"normalize": True, "widths": [24, D], "reduction": "sum"}}
+    options = {**OPTIONS, **several}[case]
+    shape = (300, 1500, D) if case in several else (B, N, D, K if case == "all" else 0)
+    tensors, before, found = batch(*shape), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            found.append(
-                value_and_gradients(rf.info_nce, tensors, torch.float32, 0.1, **OPTIONS[case])
-            )
+            found.append(value_and_gradients(rf.info_nce, tensors, torch.float32, 0.1, **options))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

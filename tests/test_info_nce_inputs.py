@@ -115,29 +115,49 @@ def test_bad_input(options: dict[str, Any], kind: type[Exception], message: str)
         rf.info_nce(**{"q": q, "d": d, **options})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_values_that_are_not_finite(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    rows = torch.zeros(6, 40, dtype=dtype)
+    rows[:, 33] = torch.tensor([1, -1]).repeat(3) * largest
+    assert math.isclose(rf.info_nce(rows, torch.zeros_like(rows)), math.log(6), rel_tol=1e-6)
+    for wrong in (math.inf, -math.inf, math.nan):
+        rows[4, 38] = wrong
+        with pytest.raises(ValueError, match="row 4 of q holds NaN or infinity"):
+            rf.info_nce(rows, torch.zeros_like(rows))
+
+
 INTERRUPTED = """
 import _thread, threading, time, torch, refine_fast as rf
-torch.set_num_threads(1)
+torch.set_num_threads({threads})
 q, d = torch.randn(60_000, 64, requires_grad=True), torch.randn(60_000, 64)
 def interrupt():
     global asked
     asked = time.process_time()
     _thread.interrupt_main()
 rf.info_nce(q[:8], d[:8], symmetric=True)
-try:
-    threading.Timer(0.5, interrupt).start()
-    rf.info_nce(q, d, symmetric=True)
-except KeyboardInterrupt:
-    print(time.process_time() - asked)
+for _ in range({times}):
+    try:
+        threading.Timer(0.5, interrupt).start()
+        rf.info_nce(q, d, symmetric={symmetric})
+    except KeyboardInterrupt:
+        print(time.process_time() - asked)
 """
 
 
-def test_an_interrupt_is_heard() -> None:
+@pytest.mark.parametrize(
+    ("threads", "symmetric", "times"),
+    # before the gradients; most likely among them, where threads wait for each other
+    [(1, True, 1), (2, False, 4)],
+)
+def test_an_interrupt_is_heard(threads: int, symmetric: bool, times: int) -> None:
+    script = INTERRUPTED.format(threads=threads, symmetric=symmetric, times=times)
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=500
     )
     # seconds of the CPU, the same on a busy machine: 0.1, of the 25 or more of the whole call
-    assert float(done.stdout) < 5, done.stderr
+    waited = [float(line) for line in done.stdout.split()]
+    assert len(waited) == times and max(waited) < 5, done.stderr
 
 
 HANDLED = """

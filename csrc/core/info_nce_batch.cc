@@ -75,11 +75,21 @@ Status InfoNCEBatch::check_inputs() const {
 Status InfoNCEBatch::check_rows(const char* name, const void* x, int64_t n, const uint8_t* mask) const {
   const StageScope check(Stage::check);
   std::atomic<int64_t> found{n};
-  parallel_for(n, t_.threads, [&](int64_t i, int thread) {
+  parallel_for(n, t_.threads, [&](int64_t i, int) {
     if (mask && !mask[i]) return;
-    const float* row = load(x, i, 1, scratch(thread));
-    uint32_t not_finite = 0;  // integer tests, which the compiler vectorizes
-    for (int64_t j = 0; j < t_.width; ++j) not_finite |= (std::bit_cast<uint32_t>(row[j]) & 0x7f800000u) == 0x7f800000u;
+    // integer tests, which the compiler vectorizes
+    uint32_t not_finite = 0;
+    if (t_.dtype == Dtype::f32) {
+      const float* row = static_cast<const float*>(x) + i * t_.width;
+      for (int64_t j = 0; j < t_.width; ++j)
+        not_finite |= (std::bit_cast<uint32_t>(row[j]) & 0x7f800000u) == 0x7f800000u;
+    } else {
+      const uint16_t* row = static_cast<const uint16_t*>(x) + i * t_.width;
+      const uint16_t exponent = t_.dtype == Dtype::bf16 ? 0x7f80 : 0x7c00;
+      uint16_t any = 0;
+      for (int64_t j = 0; j < t_.width; ++j) any |= static_cast<uint16_t>((row[j] & exponent) == exponent);
+      not_finite = any;
+    }
     // the first row, whatever the threads
     for (int64_t known = found; not_finite && i < known && !found.compare_exchange_weak(known, i);) continue;
   });

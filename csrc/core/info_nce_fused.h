@@ -16,8 +16,8 @@
 // the others, is added in float32 at the end.
 //
 // Blocks. A task's rows and sums (6 bytes an element) and one chunk of columns in its two layouts stay in L2 (2 MB);
-// the columns stream from L3 once a task. Columns are packed once a pass, kPackedBytes at a time: beyond, the sums wait
-// in the gradient.
+// the columns come from L3 once a task, in one layout. They are packed once a pass, kPackedBytes at a time: beyond, the
+// sums wait in the gradient.
 //
 // Results depend neither on the number of threads nor on the blocks: a panel meets the chunks in order.
 #pragma once

@@ -79,8 +79,11 @@ void InfoNCESolver::accumulate_gradients(const Strip& s) {
           const StageScope pack(Stage::pack);
           pack_a(mm_, w.g, 1, kBlock, b.columns, s.rows, w.g_columns);
         }
-        matmul(mm_, w.g_columns, packed_rows_ + slice.packed_rows, b.columns, slice.width, s.rows,
-               t_.grad_d + b.begin * t_.width + slice.begin, t_.width, s.begin > 0);
+        const int64_t panels = 2;  // of the queries at a time: G^T, smaller than all of them, stays in L2
+        for (int64_t c = 0; c < slice.width; c += panels * mm_.nr)
+          matmul(mm_, w.g_columns, packed_rows_ + slice.packed_rows + c / mm_.nr * panel_bytes(mm_, mm_.nr, s.rows),
+                 b.columns, std::min(panels * mm_.nr, slice.width - c), s.rows,
+                 t_.grad_d + b.begin * t_.width + slice.begin + c, t_.width, s.begin > 0);
       };
       const bool last = turn[0] != index;
       if (last) add_to_documents();
