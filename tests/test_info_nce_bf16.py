@@ -102,6 +102,14 @@ def test_negatives_far_above_the_positive(isa: str, first: float, last: float) -
         assert_exact(tensors, temperature, positives=torch.zeros(40, dtype=torch.int64))
 
 
+def test_a_margin_after_the_shift_is_raised(isa: str) -> None:
+    """The first chunk raises the rows' shifts by 87 to 145; in the last one the margin cuts."""
+    cosines = torch.cat([torch.full((300,), 0.5), torch.linspace(0.3, 1, 300)]).double()
+    cosines[0] = 0
+    tensors = {"q": towards(torch.linspace(1, 0.98, 40).double()), "d": towards(cosines)}
+    assert_exact(tensors, 0.005, positives=torch.zeros(40, dtype=torch.int64), margin=0.7)
+
+
 def test_a_private_negative_above_all(isa: str) -> None:
     tensors = batch(40, 300, 16, 2)
     tensors["d"][:40] = -tensors["q"]
@@ -119,7 +127,7 @@ def test_a_product_that_overflows(isa: str) -> None:
 
 @pytest.mark.parametrize("sides", ["documents", "queries"])
 def test_more_columns_than_are_packed_at_a_time(sides: str) -> None:
-    """26 MB of packed rows of width 8 are 212,992: sums and shifts wait for the next ones."""
+    """13 MB of packed rows of width 8 are 212,992: sums and shifts wait for the next ones."""
     many, few = 213_100, 40
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(many, 8, generator=generator, dtype=torch.float64)
