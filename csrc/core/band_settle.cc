@@ -1,6 +1,6 @@
 // The second half of BandSearch: what becomes of the documents in a query's list. They may wait until the end of their
 // block; a list that fills up before is looked through at once. Most leave it then without a float64 score, because
-// better ones have arrived since.
+// better ones have arrived since. The others get theirs document by document, for many queries at a time.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -19,14 +19,20 @@ constexpr size_t kAhead = 4;  // prefetch distance while rescoring
 // Adds a hit to a heap of the `limit` first hits, whose top is the last of them.
 template <class Before>
 void offer(Hit* heap, int32_t& size, int64_t limit, Hit hit, Before before) {
-  if (size == limit) {
-    if (size == 0 || !before(hit, heap[0])) return;
-    std::pop_heap(heap, heap + size, before);
-    heap[size - 1] = hit;
-  } else {
+  if (size < limit) {
     heap[size++] = hit;
+    std::push_heap(heap, heap + size, before);
+    return;
   }
-  std::push_heap(heap, heap + size, before);
+  if (size == 0 || !before(hit, heap[0])) return;
+  // in place of the top, which std::pop_heap and push_heap would do in twice as many steps
+  int64_t at = 0;
+  for (int64_t below; (below = 2 * at + 1) < size; at = below) {
+    below += below + 1 < size && before(heap[below], heap[below + 1]);
+    if (!before(hit, heap[below])) break;
+    heap[at] = heap[below];
+  }
+  heap[at] = hit;
 }
 
 }  // namespace
@@ -108,38 +114,55 @@ void BandSearch::raise_worst(int64_t row, Scratch& scratch) {
 void BandSearch::make_room(int64_t row, const Block& block, Scratch& scratch) {
   look_through(row, block, scratch);
   // a quarter of the room is to be gained, or looking through the list would come too often
-  if (lists_[row].size > plan_.may_wait * 3 / 4) {
-    scratch.waiting.clear();
-    collect(row, scratch);
-    rescore(block, scratch);
-  }
+  if (lists_[row].size > plan_.may_wait * 3 / 4) rescore(row, row + 1, block, scratch);
   set_thresholds(row, block.largest);
 }
 
-// Settles all documents that wait, for a panel of queries at a time, so that rows are fetched while others are scored.
-void BandSearch::settle(int64_t panel, const Block& block, Scratch& scratch) {
-  scratch.waiting.clear();
-  for (int64_t row = panel * screen_.mr; row < std::min<int64_t>(rows_, (panel + 1) * screen_.mr); ++row) {
+// Settles all documents of a block that wait for queries first_row .. last_row.
+void BandSearch::settle(int64_t first_row, int64_t last_row, const Block& block, Scratch& scratch) {
+  for (int64_t begin = first_row, row = first_row, waiting = 0; begin < last_row;) {
     look_through(row, block, scratch);
-    collect(row, scratch);
+    waiting += lists_[row++].size;
+    if (row < last_row && waiting < kBatch) continue;
+    rescore(begin, row, block, scratch);
+    begin = row, waiting = 0;
   }
-  rescore(block, scratch);
 }
 
-// Moves a query's list to those that are rescored next.
-void BandSearch::collect(int64_t row, Scratch& scratch) {
-  BandList& list = lists_[row];
-  for (int64_t i = 0; i < list.size; ++i) scratch.waiting.push_back({row, list.index[i], list.score[i]});
-  list.size = 0;
-}
-
-void BandSearch::rescore(const Block& block, Scratch& scratch) {
+// Takes the float64 scores of all documents that wait, document by document: their rows pass by in ascending order,
+// each once for all the queries, whose rows stay in L2. The scores come back in the order of the lists.
+void BandSearch::rescore(int64_t first_row, int64_t last_row, const Block& block, Scratch& scratch) {
   const StageScope stage(Stage::rescore);
-  const std::vector<Waiting>& waiting = scratch.waiting;
-  for (size_t i = 0; i < waiting.size(); ++i) {
-    if (i + kAhead < waiting.size()) prefetch(waiting[i + kAhead].column, block);
-    rescore(waiting[i], block, scratch);
+  std::vector<int32_t>& next = scratch.next;
+  next.assign(static_cast<size_t>(block.documents) + 1, 0);
+  for (int64_t row = first_row; row < last_row; ++row)
+    for (int64_t i = 0; i < lists_[row].size; ++i) ++next[lists_[row].index[i] + 1];
+  for (int64_t column = 0; column < block.documents; ++column) next[column + 1] += next[column];
+  const auto count = static_cast<size_t>(next[block.documents]);
+  std::vector<Waiting>& waiting = scratch.waiting;
+  waiting.resize(count), scratch.scores.resize(count);
+  int32_t place = 0;
+  for (int64_t row = first_row; row < last_row; ++row)
+    for (int64_t i = 0; i < lists_[row].size; ++i, ++place) {
+      const int32_t column = lists_[row].index[i];
+      waiting[next[column]++] = {column, static_cast<int32_t>(row), place};
+    }
+  for (size_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) prefetch(waiting[i + kAhead].column, block);
+    scratch.scores[waiting[i].place] = exact(waiting[i].row, waiting[i].column, block, scratch.rows.data());
   }
+  const double* score = scratch.scores.data();
+  for (int64_t row = first_row; row < last_row; ++row) {
+    BandList& list = lists_[row];
+    if (row + 1 < last_row) prefetch_hits(row + 1);
+    for (int64_t i = 0; i < list.size; ++i) take(row, {*score++, block.first_id + list.index[i]});
+    list.size = 0;
+  }
+}
+
+void BandSearch::prefetch_hits(int64_t row) const {
+  const Hit* hits = hits_.data() + row * plan_.kept;
+  for (int32_t i = 0; i < state_[row].kept; i += 64 / sizeof(Hit)) __builtin_prefetch(hits + i, 1);
 }
 
 void BandSearch::prefetch(int64_t column, const Block& block) const {
@@ -164,25 +187,14 @@ double BandSearch::exact(int64_t row, int64_t column, const Block& block, float*
   return best;
 }
 
-// Settles a document by its float64 score, unless the bounds of its screened score do by now.
-void BandSearch::rescore(const Waiting& document, const Block& block, Scratch& scratch) {
-  const int64_t row = document.row;
+// Counts a document by its float64 score, and keeps it if it is among the best.
+void BandSearch::take(int64_t row, const Hit& hit) {
   Query& query = state_[row];
-  const double lo = spec_.lo, hi = hi_[row], s = document.score, e = query.margin(bounds_[document.column]);
-  const bool inside = s >= lo + e && s <= hi - e;
-  Hit hit{0, block.first_id + document.column};
-  if (inside) {
-    ++lists_[row].counted;
-    if (s + e < query.worst && !is_lucky(row, hit.id)) return;
-  }
-  hit.score = exact(row, document.column, block, scratch.rows.data());
-  if (!inside) {
-    if (hit.score > hi) ++query.above;
-    if (hit.score > hi || hit.score < lo) return;
-    ++lists_[row].counted;
-  }
+  if (hit.score > hi_[row]) ++query.above;
+  if (hit.score > hi_[row] || hit.score < spec_.lo) return;
+  ++lists_[row].counted;
   Hit* const hits = hits_.data() + row * plan_.kept;
-  offer(hits, query.kept, plan_.kept, hit, better);
+  offer(hits, query.kept, plan_.kept, hit, [](const Hit& a, const Hit& b) { return better(a, b); });
   offer(drawn_.data() + row * plan_.drawn, query.drawn, plan_.drawn, hit,
         [&](const Hit& a, const Hit& b) { return hash(query, a.id) < hash(query, b.id); });
   if (plan_.kept > 0 && query.kept == plan_.kept) query.worst = std::max(query.worst, hits[0].score);

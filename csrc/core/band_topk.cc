@@ -45,7 +45,8 @@ BandSearch::Plan::Plan(const BandSpec& spec, const ScreenKernels& screen) {
   waiting = may_wait + (runs ? screen.nr : strip) + kSlack;
   bytes_per_query = spec.d * 4 + panel_a / screen.mr + (kept + drawn) * static_cast<int64_t>(sizeof(Hit)) +
                     waiting * 8 + static_cast<int64_t>(sizeof(Query) + sizeof(BandList));
-  const int64_t scratch = (std::max(screen.nr, screen.mr) * spec.d + screen.mr * strip) * 4 + (waiting + kept) * 4;
+  const int64_t scratch = (std::max(screen.nr, screen.mr) * spec.d + screen.mr * strip + waiting + kept + block) * 4 +
+                          (kBatch + waiting) * static_cast<int64_t>(sizeof(Waiting) + sizeof(double));
   bytes_fixed = block / screen.nr * panel_b + block * (spec.normalize ? 16 : 8) + scratch * spec.threads;
 }
 
@@ -129,7 +130,8 @@ Status BandSearch::set_queries(const void* queries, Dtype dtype, int64_t row_str
     if (lane < screen_.mr - 1 && row < rows_ - 1) continue;
     const int64_t begin = row - lane;
     const Rows rows{reinterpret_cast<const char*>(queries_.data() + begin * d), Dtype::f32, d * 4};
-    pack(rows, lane + 1, screen_.pack_a, packed_queries_ + begin / screen_.mr * plan_.panel_a, scratch_[0], operands);
+    pack(rows, lane + 1, screen_.pack_a, packed_queries_.data() + begin / screen_.mr * plan_.panel_a, scratch_[0],
+         operands);
     for (int64_t r = begin; r <= row; ++r) {
       const Operand& operand = operands[r - begin];
       if (!operand.usable()) return bad_row("row", first_ + r, "queries", operand.finite);
@@ -162,7 +164,7 @@ Status BandSearch::pack_documents(Block& block) {
     Operand operands[kLargestPanel];
     const int64_t begin = index * screen_.nr, rows = std::min<int64_t>(screen_.nr, block.rows - begin);
     const Rows source{block.docs.data + begin * block.docs.row_bytes, block.docs.dtype, block.docs.row_bytes};
-    pack(source, rows, screen_.pack_b, packed_documents_ + index * plan_.panel_b, scratch_[thread], operands);
+    pack(source, rows, screen_.pack_b, packed_documents_.data() + index * plan_.panel_b, scratch_[thread], operands);
     Panel& panel = panels[index] = {{}, -1, true};
     for (int64_t r = rows; r-- > 0;) {
       const Operand& operand = operands[r];
@@ -219,12 +221,13 @@ void BandSearch::screen(int64_t panel, int64_t start, const Block& block, Scratc
   const int64_t columns = std::min(plan_.strip, block.rows - start), first_row = panel * screen_.mr;
   const int64_t first = block.document_of(start);
   const int64_t last_row = std::min<int64_t>(first_row + screen_.mr, rows_);
-  const char* a = packed_queries_ + panel * plan_.panel_a;
+  const char* a = packed_queries_.data() + panel * plan_.panel_a;
   float* scores = scratch.strip;
   {
     const StageScope multiply(Stage::multiply);
     for (int64_t j = 0; j < columns; j += screen_.nr)
-      screen_.tile(a, packed_documents_ + (start + j) / screen_.nr * plan_.panel_b, spec_.d, scores + j, plan_.strip);
+      screen_.tile(a, packed_documents_.data() + (start + j) / screen_.nr * plan_.panel_b, spec_.d, scores + j,
+                   plan_.strip);
   }
   for (int64_t row = first_row; row < last_row; ++row, scores += plan_.strip) {
     const int64_t documents =
@@ -260,8 +263,8 @@ void BandSearch::run(int64_t panel, int64_t start, int64_t turn, const Block& bl
   // the next strip, in turns: as much of it as a run fetches ahead
   const int64_t ahead = start + plan_.strip + turn * plan_.strip / kTurns;
   screen_.run({
-      .a = packed_queries_ + panel * plan_.panel_a,
-      .b = packed_documents_ + start / screen_.nr * plan_.panel_b,
+      .a = packed_queries_.data() + panel * plan_.panel_a,
+      .b = packed_documents_.data() + start / screen_.nr * plan_.panel_b,
       .d = spec_.d,
       .columns = columns,
       .first = static_cast<int32_t>(start),
@@ -274,7 +277,7 @@ void BandSearch::run(int64_t panel, int64_t start, int64_t turn, const Block& bl
             c.search.make_room(c.first_row + row, c.block, c.scratch);
           },
       .context = &context,
-      .ahead = packed_documents_ + std::min(ahead, block.rows) / screen_.nr * plan_.panel_b,
+      .ahead = packed_documents_.data() + std::min(ahead, block.rows) / screen_.nr * plan_.panel_b,
       .scores = scratch.strip,
   });
 }
@@ -320,7 +323,7 @@ Status BandSearch::push(const void* docs, Dtype dtype, int64_t row_stride, int64
         for (int64_t panel = first_panel; panel < last_panel; ++panel)
           plan_.runs ? run(panel, start, panel - first_panel, block, scratch) : screen(panel, start, block, scratch);
       }
-      for (int64_t panel = first_panel; panel < last_panel; ++panel) settle(panel, block, scratch);
+      settle(first_panel * screen_.mr, std::min(rows_, last_panel * screen_.mr), block, scratch);
     });
     if (stopped) return Status{Code::interrupted};
   }

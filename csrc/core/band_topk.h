@@ -160,17 +160,17 @@ class BandSearch {
       return std::upper_bound(offsets, offsets + documents + 1, offsets[0] + row) - offsets - 1;
     }
   };
-  // A document that waits for its float64 score.
+  // A document that waits for its float64 score. `place`: in the lists of its batch, one after the other.
   struct Waiting {
-    int64_t row;
-    int32_t column;
-    float score;
+    int32_t column, row, place;
   };
   struct Scratch {
     std::vector<float> rows;
     float* strip;
     std::vector<float> least;
-    std::vector<Waiting> waiting;
+    std::vector<int32_t> next;     // of each document, where the next pair with it goes
+    std::vector<Waiting> waiting;  // by document
+    std::vector<double> scores;    // by place
     std::vector<ExcludedPair> excluded;
   };
   struct Operand {
@@ -179,6 +179,7 @@ class BandSearch {
     bool usable() const { return finite && size <= kLargestNorm; }
   };
   static constexpr int kLargestPanel = 64;      // rows; no level has a larger tile
+  static constexpr int64_t kBatch = 1 << 15;    // documents of all lists that are rescored at a time, or a list more
   static constexpr int64_t kSlack = 16;         // the kernels append up to a vector beyond
   static constexpr double kLargestNorm = 1e18;  // beyond it, a product of two rows could overflow float32
   using PackPanel = decltype(ScreenKernels::pack_a);
@@ -196,13 +197,13 @@ class BandSearch {
   // core/band_settle.cc
   void set_thresholds(int64_t row, const Bound& largest);
   void make_room(int64_t row, const Block& block, Scratch& scratch);
-  void settle(int64_t panel, const Block& block, Scratch& scratch);
+  void settle(int64_t first_row, int64_t last_row, const Block& block, Scratch& scratch);
   void look_through(int64_t row, const Block& block, Scratch& scratch);
-  void collect(int64_t row, Scratch& scratch);
   void raise_worst(int64_t row, Scratch& scratch);
-  void rescore(const Block& block, Scratch& scratch);
-  void rescore(const Waiting& document, const Block& block, Scratch& scratch);
+  void rescore(int64_t first_row, int64_t last_row, const Block& block, Scratch& scratch);
+  void take(int64_t row, const Hit& hit);
   double exact(int64_t row, int64_t column, const Block& block, float* converted) const;
+  void prefetch_hits(int64_t row) const;
   void prefetch(int64_t column, const Block& block) const;
   bool is_lucky(int64_t row, int64_t id) const;
   static uint64_t hash(const Query& query, int64_t id);
@@ -222,7 +223,7 @@ class BandSearch {
   Buffer<float> waiting_score_;
   Buffer<Bound> bounds_;  // (block) of documents; of rows while they are packed
   Buffer<double> norms_;  // (block) of rows, with normalize
-  Buffer<char> packed_queries_, packed_documents_;
+  WorkBuffer packed_queries_, packed_documents_;
   Buffer<float> strips_;          // per thread, scores
   std::vector<Scratch> scratch_;  // per thread
 };

@@ -77,17 +77,19 @@ double dot(const float* x, const float* y, int64_t d) {
     for (int v = 0; v < 4; ++v)
       lane[v] = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm256_loadu_ps(x + i + 8 * v)),
                                 _mm512_cvtps_pd(_mm256_loadu_ps(y + i + 8 * v)), lane[v]);
-  for (int v = 0; v < 4 && i + 8 * v < d; ++v) {
-    const int64_t left = d - i - 8 * v;
-    const __mmask8 mask = static_cast<__mmask8>(left >= 8 ? 0xff : (1u << left) - 1);
-    const __m256 a = _mm256_maskz_loadu_ps(mask, x + i + 8 * v), b = _mm256_maskz_loadu_ps(mask, y + i + 8 * v);
-    lane[v] = _mm512_fmadd_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b), lane[v]);
+  if (i < d) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const int64_t left = d - i - 8 * v;
+      const __mmask8 mask = static_cast<__mmask8>(left >= 8 ? 0xff : left <= 0 ? 0 : (1u << left) - 1);
+      const __m256 a = _mm256_maskz_loadu_ps(mask, x + i + 8 * v), b = _mm256_maskz_loadu_ps(mask, y + i + 8 * v);
+      lane[v] = _mm512_fmadd_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b), lane[v]);
+    }
   }
-  double fold[8];
-  _mm512_storeu_pd(fold, _mm512_add_pd(_mm512_add_pd(lane[0], lane[1]), _mm512_add_pd(lane[2], lane[3])));
-  for (int half = 4; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) fold[j] += fold[j + half];
-  return fold[0];
+  const __m512d fold = _mm512_add_pd(_mm512_add_pd(lane[0], lane[1]), _mm512_add_pd(lane[2], lane[3]));
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(fold), _mm512_extractf64x4_pd(fold, 1));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
 const SelectKernels select_kernels = {append, dot};
