@@ -51,7 +51,8 @@ InfoNCESolver::InfoNCESolver(const InfoNCE& t)
       packed_rows_(gradients_ ? bytes_b(mm_, t.width + prefixes_ * mm_.nr, strip_rows_) : 0),
       g_(gradients_ ? t.threads * strip_rows_ * kBlock : 0),
       packed_g_(gradients_ ? t.threads * g_bytes() : 0),
-      documents_(t.threads * document_bytes_) {
+      documents_(t.threads * document_bytes_),
+      parts_(gradients_ && t.symmetric ? t.threads * strip_rows_ : 0) {
   int64_t packed_q = 0, packed_rows = 0;
   for (const Range& range : ranges_) {
     slices_.push_back({range, packed_q, packed_rows});

@@ -44,10 +44,10 @@ void InfoNCESolver::make_weights(const Strip& s, const Block& b, int64_t m, int6
     loss_.axpy(1.0f, weights, g, kBlock);
 }
 
-// Step 3 of a strip. A task is a block of columns: it owns dD's rows, and adds to dQ in its turn, after the block
-// before it, one group of rows at a time; before or after dD, so that it rarely waits. Barriers after each of the
-// products of a block would cost two threads a tenth of the time, and far more where another process takes a core now
-// and then.
+// Step 3 of a strip. A task is a block of columns: it owns dD's rows, and adds to dQ and the rows' other sums in its
+// turn, after the block before it, one group of rows at a time; before or after dD, so that it rarely waits. Barriers
+// after each of the products of a block would cost two threads a tenth of the time, and far more where another process
+// takes a core now and then.
 void InfoNCESolver::accumulate_gradients(const Strip& s) {
   const int64_t rows = group_rows(s), groups = ceil_div(s.rows, rows);
   std::vector<std::atomic<int64_t>> turns(prefixes_ * groups);  // of dQ: the block that adds next
@@ -93,6 +93,8 @@ void InfoNCESolver::accumulate_gradients(const Strip& s) {
         if (go_on)
           matmul(mm_, w.g_rows + first / mm_.mr * step_g, w.documents, n, slice.width, b.columns,
                  t_.grad_q + (s.begin + first) * t_.width + slice.begin, t_.width, index > 0);
+        for (int64_t r = first; r < first + n && go_on && t_.symmetric; ++r)
+          tau_[s.begin + r] -= w.parts[r].tau, row(m, r).moment += w.parts[r].moment;
         turn[group] = index + 1;  // also of a task that stopped: the next one waits for it
         turn[group].notify_all();
       }

@@ -73,10 +73,16 @@ class InfoNCESolver : InfoNCEBatch {
   struct Slice : Range {
     int64_t packed_q, packed_rows;
   };
-  // Of a thread: G of a block of columns, packed as the left operand of dQ and of dD; the block's documents, packed.
+  struct RowPart {  // what a block's pairs add to a row's part of the temperature's gradient and to its moment
+    double tau;
+    float moment;
+  };
+  // Of a thread: G of a block of columns, packed as the left operand of dQ and of dD; the block's documents, packed;
+  // the other direction's parts of the strip's rows.
   struct Work {
     float* g;
     char *g_rows, *g_columns, *documents;
+    RowPart* parts;
   };
   struct Row : Weights {  // of a strip, under one prefix
     float top, ceiling;   // the largest score, and the largest that a negative may have
@@ -106,7 +112,7 @@ class InfoNCESolver : InfoNCEBatch {
   Work work(int thread) const {
     char* g = packed_g_ + (gradients_ ? thread * g_bytes() : 0);
     return {g_ + (gradients_ ? thread * strip_rows_ * kBlock : 0), g, g + bytes_a(mm_, strip_rows_, kBlock),
-            documents_ + thread * document_bytes_};
+            documents_ + thread * document_bytes_, parts_ + (gradients_ && t_.symmetric ? thread * strip_rows_ : 0)};
   }
   float* slot_scratch(int thread) const { return slot_scratch_.get() + thread * 2 * max_slots_; }
 
@@ -155,6 +161,7 @@ class InfoNCESolver : InfoNCEBatch {
   // of a thread
   Buffer<float> g_;
   Buffer<char> packed_g_, documents_;
+  Buffer<RowPart> parts_;
   std::unique_ptr<float[]> slot_scratch_;
 };
 

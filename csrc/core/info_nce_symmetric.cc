@@ -95,7 +95,7 @@ void InfoNCESolver::finish_columns() {
     }
 }
 
-// Adds the other direction's weights of query i, row r of the strip.
+// Adds the other direction's weights of query i, row r of the strip, and notes what they add to the row's sums.
 void InfoNCESolver::add_column_weights(int64_t i, int64_t r, const Block& b, int64_t m, float* weights,
                                        int thread) const {
   const int64_t begin = first_slot_[b.begin / kBlock], n = first_slot_[b.begin / kBlock + 1] - begin,
@@ -103,11 +103,12 @@ void InfoNCESolver::add_column_weights(int64_t i, int64_t r, const Block& b, int
   const Pairs& p = pairs_[m];
   float *pair_scores = slot_scratch(thread), *added = pair_scores + max_slots_;
   gather(m, r, begin, n, pair_scores);
-  tau_[i] -= loss_.column_weights(pair_scores, n, scale_, slot_ids_.data() + begin, ids_[t_.positives[i]],
+  RowPart& part = work(thread).parts[r];
+  part.tau = loss_.column_weights(pair_scores, n, scale_, slot_ids_.data() + begin, ids_[t_.positives[i]],
                                   margin_ ? p.ceiling.data() + begin : nullptr, p.top.data() + begin,
                                   p.weight.data() + begin, p.positive.data() + begin, added);
   if (own >= 0 && own < n) added[own] = -p.weight[begin + own] * p.sum[begin + own];
-  if (t_.normalize) row(m, r).moment += loss_.dot(added, pair_scores, n);
+  part.moment = t_.normalize ? loss_.dot(added, pair_scores, n) : 0.0f;
   for (int64_t k = 0; k < n; ++k) weights[column_[begin + k] - b.begin] += added[k];
 }
 
