@@ -278,6 +278,11 @@ def test_what_is_kept_fits_whatever_k(band_backend: Backend, k: int) -> None:
         assert 1 <= step <= module.MEMORY // (16 * k)
 
 
+def test_more_documents_wait_than_are_rescored_at_a_time(isa: str) -> None:
+    """200 queries keep 405 of one block: on AMX they are one task, and a batch takes 32,768."""
+    check(HERE, unit_rows(200, 16, 0), unit_rows(2000, 16, 1), 400, band=(-1.0, 1.0))
+
+
 def test_ascending_scores_flush_the_list_often(band_backend: Backend) -> None:
     """Each document beats all before it: the worst order of arrival."""
     docs = (torch.arange(5000) * 2.0**-13)[:, None] * torch.tensor([[1.0, 0.0]])
