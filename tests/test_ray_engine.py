@@ -176,7 +176,7 @@ def kill_a_worker() -> None:
 def actors_of(name: str) -> list[psutil.Process]:
     """The living ones of a class; of its name, Linux keeps ten letters."""
     family = psutil.Process().children(recursive=True)
-    found = [process for process in family if process.name() == f"ray::{name}"]
+    found = [process for process in family if process.name().startswith(f"ray::{name}")]
     return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
 
 
