@@ -207,9 +207,9 @@ class RunFolder:
 
 def key_digest(folder: Path) -> str:
     """Of the key of the stage that is being done in ``folder``, or in a folder above it: another
-    for any other input, setting or code."""
+    for any other input, setting or code. A stage that is done outside of a run has no key."""
     keys = (read_json(each / "key.json") for each in (folder, *folder.parents))
-    key = next(key for key in keys if key is not None)
+    key = next((key for key in keys if key is not None), None)
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
