@@ -150,6 +150,29 @@ def test_normalize(band_backend: Backend) -> None:
     assert found.ids.eq(17).all()
 
 
+def test_scores_are_added_in_the_documented_order(band_backend: Backend) -> None:
+    """Documents of the same numbers in other places tie but for the rounding of float64 sums, which
+    decides their ranks: 32 lanes, folded in three steps, and a fourth within the last."""
+    generator = torch.Generator().manual_seed(0)
+    width, query = 70, float(np.float32(0.1))  # two sums of a lane or three; 48 bits a product
+    values = torch.randn(width, generator=generator) ** 5
+    values -= values.mean()  # the sum is smaller than its parts by far
+    docs = torch.stack([values[torch.randperm(width, generator=generator)] for _ in range(300)])
+    products = np.zeros((len(docs), 96))
+    products[:, :width] = docs.double().numpy() * query
+    first, second, third = products.reshape(-1, 3, 32).transpose(1, 0, 2)
+    sums = (first + second) + third
+    sums = (sums[:, :8] + sums[:, 8:16]) + (sums[:, 16:24] + sums[:, 24:])
+    for half in (4, 2, 1):
+        sums = sums[:, :half] + sums[:, half:]
+    order = np.argsort(-sums[:, 0], kind="stable")
+    assert len(set(sums[:, 0])) > 5
+    found = search(
+        band_backend, torch.full((1, width), query), docs, 300, band=(-99.0, 99.0), skip=0
+    )
+    assert found.ids[0].tolist() == order.tolist()
+
+
 def test_an_outlier_row_stays_exact(band_backend: Backend) -> None:
     """One row of norm 1e4 widens the margin of its whole block; the answer stays exact."""
     queries, docs = unit_rows(30, 64, 0), unit_rows(900, 64, 1)

@@ -17,7 +17,8 @@
 //
 // Settling (core/band_settle.cc). A list is looked through at the end of a block, or when it is full: each document's
 // own e narrows its doubt, and bisection over the lower bounds s~ - e raises that of the last that is kept
-// (Query::worst) without a float64 score. What is still in doubt is rescored while its block is in cache.
+// (Query::worst) without a float64 score. What is still in doubt is rescored while its block is in cache, in the order
+// of the documents, for up to kBatch pairs at a time: each row passes by once for many queries, whose rows stay in L2.
 //
 // What is kept: k + skip hits for each query. The number of documents above the band (a count that saturates at skip)
 // decides at the end how many of them to drop. A list that would stay full is rescored at once, so a band that holds
@@ -39,12 +40,14 @@
 //     768       11.9         7.46    4.12       2.53
 //
 // AMX (ScreenKernels::run, isa/amx_screen.h) compares a tile's scores while they are in L1, between the multiplications
-// of the next tile. On one core of a Xeon with AMX, CPU seconds in one run: 1.03 at d = 384 and 1.82 at 768, faiss 4.70
-// and 8.91; strips and a heap took 1.6 at 384. Profile: run 45% (1,700 to 1,900 of the 2,000 to 2,300 GFLOP/s of tiles
-// streamed from L2), float64 sums 28%, settling 12%, packing 3%. Tried there:
-//   - Rescoring at the end of all documents: 262 a query instead of 394, but at 500 ns each from memory against 190.
-//   - Rescoring by document, the queries' rows from L3: as many bytes, and the state of every query besides.
-//   - Blocks of half the size: no change; of a quarter: more to look through than the nearer rows gained.
+// of the next tile. On one core of a Xeon with AMX, CPU seconds in one run: .83 at d = 384 and 1.92 at 768, faiss 4.50
+// and 9.03; it was .96 and 2.05 with pairs rescored query by query. About 400 documents a query are rescored, 128 of
+// them at the band's edges: 90 to 110 ns each at d = 384, 46 of them arithmetic, where query by query took 185. Tried
+// there without gain:
+//   - A float32 sum that settles most documents at the edges before the float64 one: its branch costs what it saves.
+//   - Rescoring at the end of all documents: 262 a query, but at 500 ns each from memory.
+//   - Blocks of half the size, or of 2 to 8 times: fewer are rescored, but from farther away.
+//   - Prefetches at other distances and into other levels; rows fetched while documents are packed.
 //   - The list's hits one by one, without compression: 40 cycles each, since stores and loads of its size alternate.
 #pragma once
 #include <algorithm>
