@@ -196,7 +196,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             name,
             train,
             trained,
-            made(CHUNKS, *split, NEGATIVES, EMBEDDINGS) | taught | encoder,
+            made(*train.READ) | taught | encoder,
             "epochs max_steps batch_size lr warmup temperature precision memory seed fusion "
             "lora train_layers"
             + (" weight" if context.twin else "")

@@ -47,8 +47,8 @@ from ..training.trainer import epochs_of, train
 if TYPE_CHECKING:
     from ..context import RunContext
 
-_READ = (CHUNKS, QUERIES, DEV, HELD_OUT, NEGATIVES, EMBEDDINGS)
-"""What a rank reads in the run folder, with TAUGHT where there is a teacher."""
+READ = (CHUNKS, QUERIES, DEV, HELD_OUT, NEGATIVES, EMBEDDINGS)
+"""What training reads in the run folder, with TAUGHT where there is a teacher."""
 _WRITTEN = (TUNED, ADAPTER, TRAINING_FACTS)
 """What rank 0 writes, ADAPTER with ``--lora``."""
 
@@ -78,7 +78,7 @@ def run(
             taught=taught,
         )
         most = min(config.batch_size, len(read_records(context.path(QUERIES), Query)))
-        read = _READ if taught is None else (*_READ, TAUGHT)
+        read = READ if taught is None else (*READ, TAUGHT)
         if context.train_by_workers(folder, as_rank, read, _WRITTEN, most=most):
             return
     if ranks is not None and ranks.rank == 0:
