@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -143,3 +146,22 @@ def test_doctor(tiny: Path, docs: Path, capsys) -> None:
         "found": f"{tiny}: 32 dimensions, 96 tokens, prompts: query, document, cosine similarity",
     }
     assert main(["doctor", "--model", str(docs), "--quiet"]) == 2
+
+
+def test_an_export_to_a_folder_that_is_not_writable(whole: Path, capsys) -> None:
+    """As another user where root runs it, who may write everywhere."""
+    me = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:  # others see it, unlike tmp_path
+        folder = Path(name)
+        folder.chmod(0o755)
+        run = shutil.copytree(whole, folder / "run")
+        flags = ["export", str(run), "--format", "triplets", "--out"]
+        assert main([*flags, str(folder / "a.jsonl")]) == 0  # and nothing is left to import
+        folder.chmod(0o555)
+        try:
+            os.seteuid(65534 if me == 0 else me)
+            assert main([*flags, str(folder / "b.jsonl")]) == 1
+        finally:
+            os.seteuid(me)
+            folder.chmod(0o755)
+    assert "Permission denied" in capsys.readouterr().err
