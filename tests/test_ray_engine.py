@@ -19,13 +19,14 @@ import psutil
 import pytest
 import torch
 from banded import assert_same, unit_rows
+from document_files import bad_folder, pdf
 from safetensors.torch import load_file
 from shard_work import done_by, doubling
 from small_runs import SMALL, results
 
 import refine_fast as rf
 from refine_fast.cli import main
-from refine_fast.errors import RefineFastError
+from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.mine import mine
 from refine_fast.pipeline import RunConfig, run, sharded_search
 from refine_fast.pipeline.cluster import ray_cluster, ray_ranks, ray_workers
@@ -34,7 +35,8 @@ from refine_fast.pipeline.cluster.ray_workers import RayWorkers
 from refine_fast.pipeline.cluster.shards import FolderShards
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.context import RunContext
-from refine_fast.pipeline.corpus import chunking, near_duplicates
+from refine_fast.pipeline.corpus import chunking, extraction, near_duplicates
+from refine_fast.pipeline.corpus.documents import load_documents
 from refine_fast.pipeline.encoder import encode
 from refine_fast.pipeline.stages import chunk
 from refine_fast.pipeline.workers import Spread, Work
@@ -153,15 +155,16 @@ def test_a_sharded_search_is_the_search(
 
 
 class Killing(FolderExchange):
-    """Workers of which one is killed as soon as the first sketches are there."""
+    """Workers of which one is killed as soon as the first of the shards called ``name`` is
+    there."""
 
-    def __init__(self, workers: RayWorkers) -> None:
-        self._workers = workers
+    def __init__(self, workers: RayWorkers, name: str) -> None:
+        self._workers, self._name = workers, name
         self.done: dict[str, int] = {}
 
     def map(self, folder: Path, *rest: Any) -> Iterator[tuple[int, Path]]:
         for i, path in self._workers.map(folder, *rest):
-            if folder.name == "sketch" and "sketch" not in self.done:
+            if folder.name == self._name not in self.done:
                 kill_a_worker()
             self.done[folder.name] = self.done.get(folder.name, 0) + 1
             yield i, path
@@ -188,6 +191,33 @@ def all_ranks_end() -> bool:
     return not left
 
 
+def test_the_text_of_files_whose_worker_is_killed(
+    workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documents and the warnings, in order, of files good and bad."""
+    monkeypatch.setattr(extraction, "BYTES_PER_SHARD", 200)
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.pdf").write_bytes(pdf(f"Glacier {i} feeds the river."))
+        (folder / f"{i}.htm").write_text(
+            f"<title>Lake {i}</title><p>It is <b>deep</b>, number {i}."
+        )
+        (folder / f"{i}.txt").write_text(f"Pond {i} is shallow.")
+    (folder / "latin.html").write_bytes("<p>Où est la rivière ? Près du château.".encode("latin-1"))
+    bad = bad_folder(folder)
+    killing, loaded = Killing(workers, "extract"), []
+    for spread in (None, Spread(killing, tmp_path / "shards")):
+        with pytest.warns(RefineFastWarning) as caught:
+            documents = load_documents(folder, spread=spread)
+        loaded.append((documents, [str(warning.message) for warning in caught]))
+    assert loaded[0] == loaded[1]
+    documents, warned = loaded[0]
+    assert len(documents) == 19
+    assert len(warned) == len(bad) + 1  # the encoding of latin.html
+    assert killing.done["extract"] > 2
+
+
 @pytest.mark.filterwarnings("ignore::refine_fast.errors.RefineFastWarning")
 def test_the_chunks_of_a_corpus_whose_worker_is_killed(
     workers: RayWorkers, tiny: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -200,7 +230,7 @@ def test_the_chunks_of_a_corpus_whose_worker_is_killed(
             (tmp_path / "docs").mkdir(exist_ok=True)
             (tmp_path / "docs" / f"{name}-{path.name}").write_text(text + end)
     config = RunConfig(out=tmp_path, docs=tmp_path / "docs", model=str(tiny), chunk_tokens=64)
-    killing, left = Killing(workers), []
+    killing, left = Killing(workers, "sketch"), []
     for shared in (None, killing):
         folder = tmp_path / type(shared).__name__
         folder.mkdir()

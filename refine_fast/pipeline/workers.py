@@ -7,7 +7,7 @@ is done, which changes no more than the rounding of sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,6 +125,14 @@ class Workers(Protocol):
                 too often; the message names the remedy.
         """
         ...
+
+
+def shard_starts(sizes: Iterable[int], size: int) -> list[int]:
+    """Where shards of consecutive items start, then the number of items. A shard ends once its
+    items and those before it pass a multiple of ``size``."""
+    before = np.cumsum([0, *sizes], dtype=np.int64)
+    starts = np.flatnonzero(np.diff(before[:-1] // size, prepend=-1))
+    return [*starts.tolist(), len(before) - 1]
 
 
 @dataclass(frozen=True)

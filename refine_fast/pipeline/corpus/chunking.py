@@ -11,11 +11,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ...errors import RefineFastError
 from ..progress import Progress
-from ..workers import Spread, Work
+from ..workers import Spread, Work, shard_starts
 from .chunk import Chunk
 from .documents import Document
 from .formats.markdown import markdown_headings
@@ -178,9 +176,7 @@ def _in_shards(
     """(i, shard i, its file) of every shard of whole documents, in the order in which they are
     done."""
     assert spread.load is not None
-    ends = np.cumsum([len(document.text) for document in documents], dtype=np.int64)
-    number = np.concatenate([[0], ends])[:-1] // CHARACTERS_PER_SHARD
-    cuts = [*np.flatnonzero(np.diff(number, prepend=-1)).tolist(), len(documents)]
+    cuts = shard_starts((len(document.text) for document in documents), CHARACTERS_PER_SHARD)
     shards = spread.workers.map(
         spread.folder / name,
         [spread.name, limit],

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 from ...errors import RefineFastError, RefineFastWarning
 from ...files import name_of, walk
 from ..progress import Progress
+from ..workers import Spread
 from .columns import SAMPLE_ROWS, STANDARD_IDS, Columns, Fields, RowReader
+from .extraction import Extracted, extract_in_shards
 from .formats import files, tables
-from .formats.content import Markup, Unreadable
+from .formats.content import Content, Markup, Unreadable
 from .jsonl import read_jsonl, text_field
 from .python_docs import python_docs
 
@@ -56,7 +59,11 @@ class Reading:
 
 
 def load_documents(
-    path: Path | None, progress: Progress | None = None, *, reading: Reading | None = None
+    path: Path | None,
+    progress: Progress | None = None,
+    *,
+    reading: Reading | None = None,
+    spread: Spread | None = None,
 ) -> list[Document]:
     """The documents at ``path``, in a fixed order.
 
@@ -73,6 +80,8 @@ def load_documents(
         path: a folder, a file or None.
         progress: counts files.
         reading: how to read it.
+        spread: the workers that find the text in the PDF, Word, PowerPoint and HTML files of a
+            folder; None: this process. The documents are the same.
 
     Raises:
         RefineFastError: if nothing is left, or for a malformed row: file, line, field.
@@ -92,7 +101,7 @@ def load_documents(
     elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         documents = _dataset(path, reading)
     else:
-        documents = _folder(path, reading, progress)
+        documents = _folder(path, reading, progress, spread)
     if not documents:
         raise RefineFastError(
             f"{path} holds no usable text; give a folder of {', '.join(SUFFIXES)} files, one such "
@@ -118,27 +127,37 @@ def _single_file(path: Path, reading: Reading) -> list[Document]:
             f"{path} is of a kind that is not read; give a file of {', '.join(SUFFIXES)}."
         )
     try:
-        return _file(path, path.parent, name_of(path.name), reading)
+        read = partial(files.read_file, encoding=reading.encoding)
+        return _file(path, path.parent, name_of(path.name), reading, read)
     except Unreadable as reason:
         raise RefineFastError(f"{path} cannot be read: {reason}.") from None
 
 
-def _folder(root: Path, reading: Reading, progress: Progress | None) -> list[Document]:
+def _folder(
+    root: Path, reading: Reading, progress: Progress | None, spread: Spread | None
+) -> list[Document]:
     documents: list[Document] = []
     ids: set[str] = set()
     other: Counter[str] = Counter()
     excluded = None if reading.exclude is None else reading.exclude.resolve()
-    paths = list(walk(root, _closed))
+    paths = [entry for entry in walk(root, _closed) if entry[0].resolve() != excluded]
+    extracted: dict[Path, Extracted] = {}
+    if spread is not None:
+        wanted = [path for path, _ in paths if path.suffix.lower() in files.EXTRACTED]
+        extracted = extract_in_shards(spread, wanted, reading.encoding, progress)
+
+    def read(path: Path) -> Content:
+        found = extracted.pop(path, None)
+        return files.read_file(path, reading.encoding) if found is None else found.get()
+
     for number, (path, name) in enumerate(paths):
         if progress is not None:
             progress(number, len(paths))
-        if path.resolve() == excluded:
-            continue
         if _suffix(path) is None:
             other[path.suffix.lower() or "no suffix"] += 1
             continue
         try:
-            found = _file(path, root, name, reading)
+            found = _file(path, root, name, reading, read)
         except (Unreadable, RefineFastError) as reason:
             message = f"{path} is skipped: {str(reason).removesuffix('.')}."
             warnings.warn(message, RefineFastWarning, stacklevel=3)
@@ -164,15 +183,18 @@ def _suffix(path: Path) -> str | None:
     return suffix if suffix in files.SUFFIXES else tables.table_suffix(path)
 
 
-def _file(path: Path, root: Path, name: str, reading: Reading) -> list[Document]:
-    """The documents in one file, called ``name`` in ``root``.
+def _file(
+    path: Path, root: Path, name: str, reading: Reading, read: Callable[[Path], Content]
+) -> list[Document]:
+    """The documents in one file, called ``name`` in ``root``: the rows of a table, or what ``read``
+    gives.
 
     Raises:
         Unreadable: if the file cannot be read.
         RefineFastError: for a malformed row of a table.
     """
     if tables.table_suffix(path) is None:
-        content = files.read_file(path, reading.encoding)
+        content = read(path)
         return [Document(name, content.title, content.text, name, content.markup)]
     rows = tables.read_table(path, reading.encoding)
     return _guessed(((f"{name}:{place}", row) for place, row in rows), root, reading)

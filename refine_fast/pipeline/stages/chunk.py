@@ -67,7 +67,7 @@ def cut_corpus(
     say = context.console.say
     reading = Reading(config.encoding, columns, exclude=config.queries, say=say)
     with context.console.progress("reading documents") as progress:
-        documents = load_documents(config.docs, progress, reading=reading)
+        documents = load_documents(config.docs, progress, reading=reading, spread=spread)
     encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     if config.model == DEFAULT_ENCODER:
         _check_language(documents)

@@ -38,19 +38,27 @@ _TEXT: dict[str, Callable[[Path, str], Content]] = {
 SUFFIXES = (*_TEXT, *_BINARY)
 """Suffixes of the files that are one document each."""
 
+EXTRACTED = (".html", ".htm", *_BINARY)
+"""Those whose text takes longer to find than to read."""
+
 
 def read_file(path: Path, encoding: str | None = None) -> Content:
+    """The text of one file. See ``read_bytes`` and ``parse``."""
+    return parse(path, read_bytes(path), encoding)
+
+
+def parse(path: Path, data: bytes, encoding: str | None = None) -> Content:
     """The text of one file by its suffix, one of SUFFIXES.
 
     Args:
         path: the file.
+        data: its content.
         encoding: of a text file; None: find it.
 
     Raises:
-        Unreadable: if the file cannot be read or holds no text.
+        Unreadable: if the file holds no text that can be read.
     """
     suffix = path.suffix.lower()
-    data = read_bytes(path)
     if suffix in _BINARY:
         content = _BINARY[suffix](path, data)
     else:
