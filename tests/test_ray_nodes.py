@@ -20,8 +20,9 @@ from banded import assert_same, unit_rows
 from small_runs import SMALL, results
 
 import refine_fast as rf
+from refine_fast.errors import RefineFastError
 from refine_fast.pipeline import RunConfig, run, sharded_search
-from refine_fast.pipeline.cluster import ray_workers
+from refine_fast.pipeline.cluster import ray_cluster, ray_workers
 from refine_fast.pipeline.cluster.ray_workers import RayWorkers
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.encoder import encode
@@ -30,6 +31,7 @@ from refine_fast.pipeline.workers import Spread, Work
 ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
 pytest.importorskip("grpc", reason="needs the client of Ray: pip install '.[ray]'")
 from ray.cluster_utils import Cluster  # noqa: E402
+from ray.util.client import worker as client_worker  # noqa: E402
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not see this file
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the workers, of one core each
@@ -62,6 +64,8 @@ def cluster(address: str) -> Iterator[Cluster]:
         patch.setenv("RAY_TMPDIR", folder)  # other clusters of this machine are not touched
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S", str(SECONDS))
+        # With it, now and then a process that the client server forks dies.
+        patch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")
         made = Cluster(
             initialize_head=True,
             head_node_args={
@@ -232,6 +236,31 @@ def test_a_rank_for_each_gpu(second: Callable[..., Any], address: str, tmp_path:
         assert {path.read_text() for path in tmp_path.iterdir()} == ranks
         assert heard == [] if ranks else ["alone"]
     workers.close()
+
+
+@pytest.mark.filterwarnings("ignore:Ray Client connection timed out")
+def test_a_client_whose_server_dies_connects_again(
+    cluster: Cluster, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connects, left = ray.init, 2
+
+    def init(**options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise ConnectionAbortedError("Initialization failure from server:\nSee x.err for logs.")
+        return connects(**options)
+
+    monkeypatch.setattr(ray, "init", init)
+    assert ray_cluster.connect(address)
+    ray.shutdown()
+    left = 3
+    with pytest.raises(RefineFastError, match=r"answers, but .* \(See x.err for logs.\); look"):
+        ray_cluster.connect(address)
+    monkeypatch.undo()
+    monkeypatch.setattr(client_worker, "INITIAL_TIMEOUT_SEC", 0.1)
+    with pytest.raises(RefineFastError, match=r"no Ray cluster answers at ray://127.0.0.1:1 \("):
+        ray_cluster.connect("ray://127.0.0.1:1")
 
 
 def test_the_client_gives_the_same(

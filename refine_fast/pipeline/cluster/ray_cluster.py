@@ -13,6 +13,9 @@ from ...errors import RefineFastError
 OBJECT_STORE = 512 << 20
 """Bytes of shared memory of a Ray that is started here; it holds the shards' texts on their way."""
 
+CONNECTIONS = 3
+"""How often a connection is tried to a cluster that answers."""
+
 
 def room_for(threads: int) -> tuple[dict[str, int], int]:
     """What a worker takes: a GPU if the cluster has any, else as many cores as it has threads; and
@@ -54,14 +57,7 @@ def connect(engine: str) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if "://" in engine:
-        try:
-            ray.init(address=engine, **quiet)
-        except Exception as error:
-            raise RefineFastError(
-                f"engine: no Ray cluster answers at {engine} ({type(error).__name__}: "
-                f"{_last_line(error)}); check the address and its port, 10001 unless it was "
-                "changed."
-            ) from None
+        _connect_to(engine, quiet)
         return True
     try:
         ray.init(address="auto", **quiet)
@@ -70,6 +66,29 @@ def connect(engine: str) -> bool:
             address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet
         )
     return True
+
+
+def _connect_to(address: str, options: dict[str, Any]) -> None:
+    """Connects to a cluster, whose head starts a process for each client. Now and then that process
+    dies as it is forked (by gRPC's threads, in Ray 2.x), so that is tried again."""
+    import ray
+
+    for attempt in range(CONNECTIONS):
+        try:
+            ray.init(address=address, **options)
+            return
+        except ConnectionAbortedError as error:
+            if attempt + 1 == CONNECTIONS:
+                raise RefineFastError(
+                    f"engine: the Ray cluster at {address} answers, but starts no server for this "
+                    f"client ({_last_line(error)}); look into that log on the cluster's head node."
+                ) from None
+        except Exception as error:
+            raise RefineFastError(
+                f"engine: no Ray cluster answers at {address} ({type(error).__name__}: "
+                f"{_last_line(error)}); check the address and its port, 10001 unless it was "
+                "changed."
+            ) from None
 
 
 def found_cluster() -> str:
