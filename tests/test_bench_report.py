@@ -58,6 +58,36 @@ def test_a_missing_marker_is_named(tmp_path: Path) -> None:
         tables.with_tables("no markers", RESULTS)
 
 
+def test_an_adapted_encoder_is_the_mean_over_the_seeds_of_one_machine() -> None:
+    def recipe_row(device: str, seed: int, system: str, gain: str) -> dict[str, str]:
+        return {
+            "device": device,
+            "seed": str(seed),
+            "judged_on": "in_domain",
+            "system": system,
+            "passages": "100",
+            "recall@3": f"0.{80 + seed}",
+            "recall@3_gain": gain,
+            "gain_low": gain,
+            "gain_high": gain,
+        }
+
+    measured = [
+        recipe_row("AMD EPYC, 2 cores", 0, "fused", "0.5"),
+        *(recipe_row("Intel(R) Xeon(R) Processor, 2 cores", i, "fused", f"0.{i}") for i in (1, 3)),
+        recipe_row("Intel(R) Xeon(R) Processor, 2 cores", 3, "BM25", ""),
+    ]
+    kept, where = tables.best_measured(measured)
+    assert (kept, where) == (measured[1:], "Intel Xeon, 2 seeds")
+    mean = tables.means(kept)["in_domain", "fused"]
+    assert {name: round(mean[name], 9) for name in ("recall@3", "recall@3_gain", "gain_low")} == {
+        "recall@3": 0.82,
+        "recall@3_gain": 0.2,
+        "gain_low": 0.2,
+    }
+    assert tables.best_measured(measured[:2])[1] == "AMD EPYC, 1 seed"
+
+
 def row(op: str, mode: str, provider: str, metric: str, value: float, **shape: float) -> Row:
     """A row of float32 on one thread."""
     (made,) = rows.rows(
