@@ -13,11 +13,16 @@ from typing import Any
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, writer: str = "") -> Iterator[Path]:
     """Yields a temporary path next to ``path`` to write to. On success it is flushed and renamed to
-    ``path``; on an exception it is removed."""
-    # always the same name, so that a rerun overwrites what a kill left
-    temporary = path.with_name(f".{path.name}.tmp")
+    ``path``; on an exception it is removed.
+
+    Args:
+        path: the file.
+        writer: tells the processes apart that may write it at the same time. A temporary file has
+            the same name otherwise, so that a rerun overwrites what a kill left.
+    """
+    temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:
         yield temporary
         fsync(temporary)
@@ -94,9 +99,9 @@ def fsync_all(path: Path) -> None:
         fsync(item)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as JSON, all of the file or nothing."""
-    with atomic(path) as temporary:
+def write_json(path: Path, value: Any, writer: str = "") -> None:
+    """Writes ``value`` as JSON, all of the file or nothing. ``writer`` is that of ``atomic``."""
+    with atomic(path, writer) as temporary:
         text = json.dumps(value, indent=1, ensure_ascii=False)
         # A path that is not UTF-8 has lone surrogates, whose replacement is JSON's own escape.
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")

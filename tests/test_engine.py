@@ -17,6 +17,7 @@ from refine_fast.errors import RefineFastError
 from refine_fast.files import atomic
 from refine_fast.pipeline import engine
 from refine_fast.pipeline.artifacts import stage_costs
+from refine_fast.pipeline.cluster.shards import FolderShards
 from refine_fast.pipeline.code_version import CodeVersion
 from refine_fast.pipeline.engine import LockedError, RunFolder, Stage
 
@@ -202,6 +203,23 @@ def run_twins(run: Path, kill_at: int) -> int:
         os._exit(status)
 
 
+def test_what_a_kill_left_after_the_moves_does_not_stand_for_outputs(
+    tmp_path: Path, source: Path
+) -> None:
+    with RunFolder(tmp_path / "run") as run:
+        left = tmp_path / "run" / ".work" / "upper"
+        stage = copy_upper(source)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.shutil, "rmtree", lambda *arguments, **options: None)
+            run.do(stage)  # as if killed while it removes the folder
+        assert (left / "done.json").exists()
+        assert run.reasons(stage) == []
+        (tmp_path / "run" / "upper.txt").unlink()
+        run.do(stage)
+        assert (tmp_path / "run" / "upper.txt").read_text() == "ONE"
+        assert not left.exists()
+
+
 def test_kill_at_every_write(tmp_path: Path) -> None:
     """SIGKILL before each rename and fsync in turn: the rerun ends with whole outputs and repeats
     no work that was finished."""
@@ -249,6 +267,22 @@ def test_the_second_run_stops_and_names_the_first(tmp_path: Path) -> None:
         RunFolder(tmp_path).__enter__()
     with RunFolder(tmp_path):
         pass
+
+
+def test_two_writers_of_one_shard(tmp_path: Path) -> None:
+    """A worker that was given up finishes while its successor writes the same shard."""
+    shards = FolderShards(tmp_path)
+
+    def write(path: Path) -> None:
+        path.write_text("same")
+        if len(list(tmp_path.iterdir())) < 3:
+            shards.write("000000", "digest", write)
+
+    shards.write("000000", "digest", write)
+    with shards.found("000000", "digest") as path:
+        assert path is not None
+        assert path.read_text() == "same"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["000000", "000000.json"]
 
 
 def test_atomic_leaves_nothing_behind(tmp_path: Path) -> None:

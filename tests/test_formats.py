@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 from pathlib import Path
@@ -192,10 +193,13 @@ def as_csv(delimiter: str) -> bytes:
 TABLES = {
     "a.csv": as_csv(","),
     "b.csv": b"\xef\xbb\xbf" + as_csv(";"),
+    "named.csv": b'"sep=;"\r\n' + as_csv(";"),
     "a.tsv": as_csv("\t"),
     "list.json": json.dumps(ROWS).encode(),
     "inside.json": json.dumps({"version": 1, "data": ROWS}).encode(),
     "lines.ndjson": "\n".join(map(json.dumps, ROWS)).encode(),
+    "marked.jsonl": "\n".join(map(json.dumps, ROWS)).encode("utf-16"),
+    "PACKED.JSONL.GZ": gzip.compress("\n".join(map(json.dumps, ROWS)).encode("utf-16")),
 }
 
 
@@ -300,7 +304,7 @@ def test_tables_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "queries.jsonl").write_text('{"text": "one?", "doc_id": "1"}')
     (tmp_path / "d.csv").write_text("size\n3\n")
     with pytest.warns(RefineFastWarning, match=r'd.csv is skipped: .*d.csv:2 has no field "text"'):
-        documents = load_documents(tmp_path, reading=Reading(exclude=tmp_path / "queries.jsonl"))
+        documents = load_documents(tmp_path, reading=Reading(exclude=[tmp_path / "queries.jsonl"]))
     assert documents == [
         Document("1", "", "One.", "a.csv:2"),
         Document("2", "", "Two.", "a.csv:3"),

@@ -80,6 +80,37 @@ def test_a_killed_worker_costs_its_shard_and_a_rerun_only_what_is_missing(
     assert sorted(log.read_text().split()) == ["0", "1"]  # another input
 
 
+def test_steps_of_a_stage_may_share_a_key(workers: RayWorkers, tmp_path: Path) -> None:
+    def naming(step: str) -> Callable[[], Work]:
+        return lambda: lambda item, path: path.write_text(f"{step} {item}")
+
+    for step in ("sketch", "compare"):
+        shards = workers.map(tmp_path / step, "the key", naming(step), 3, lambda i: i)
+        assert {path.read_text() for _, path in shards} == {f"{step} {i}" for i in range(3)}
+
+
+def test_a_busy_cluster_is_waited_for(
+    workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the user is told, once."""
+    monkeypatch.setattr(workers, "_patience", 0.1)
+    holder = ray.remote(num_cpus=2)(SimpleNamespace).remote()
+    ray.get(holder.__ray_ready__.remote())
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "no worker" in line:
+            ray.kill(holder)
+
+    monkeypatch.setattr(workers, "_say", say)
+    assert done_by(workers, tmp_path / "shards", doubling(tmp_path / "log"), 2) == {0: "0", 1: "2"}
+    assert [line for line in said if "engine" not in line] == [
+        "  no worker has started yet: the cluster is busy with other work, or has no node with "
+        "1 core to spare; waiting"
+    ]
+
+
 def test_what_cannot_be_done_is_named(
     workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +235,7 @@ def test_the_text_of_files_whose_worker_is_killed(
             f"<title>Lake {i}</title><p>It is <b>deep</b>, number {i}."
         )
         (folder / f"{i}.txt").write_text(f"Pond {i} is shallow.")
+    (folder / os.fsdecode(b"K\xe4se.html")).write_text("<p>Cheese, from Windows.")
     (folder / "latin.html").write_bytes("<p>Où est la rivière ? Près du château.".encode("latin-1"))
     bad = bad_folder(folder)
     killing, loaded = Killing(workers, "extract"), []
@@ -213,9 +245,13 @@ def test_the_text_of_files_whose_worker_is_killed(
         loaded.append((documents, [str(warning.message) for warning in caught]))
     assert loaded[0] == loaded[1]
     documents, warned = loaded[0]
-    assert len(documents) == 19
+    assert len(documents) == 20
     assert len(warned) == len(bad) + 1  # the encoding of latin.html
     assert killing.done["extract"] > 2
+    monkeypatch.setattr(extraction, "_packages", lambda: {"pypdf": "0.1"})
+    other = r"^engine: a worker has other packages .* pypdf [\d.]+ \(there 0.1\).* again\.$"
+    with pytest.raises(RefineFastError, match=other):
+        load_documents(folder, spread=Spread(workers, tmp_path / "other"))
 
 
 @pytest.mark.filterwarnings("ignore::refine_fast.errors.RefineFastWarning")
@@ -389,7 +425,9 @@ def test_a_training_that_cannot_be_done_is_named(
     with pytest.raises(RefineFastError, match=r"^train: 2 processes cannot share a batch"):
         train(refuses)
     more = RayWorkers("ray", print, trainers=3)
-    room = r"^train_workers: the cluster has room for 2 .* \(got 3\); give --train-workers 2"
+    room = (
+        r"^train_workers: the cluster has room for 2 .* \(got 3\); give --train-workers 2, or"
+    )
     with pytest.raises(RefineFastError, match=room):
         more.train(tmp_path, "key", partial(dies), (), most=8, hear=print)
     workers.close()

@@ -39,6 +39,16 @@ def test_every_kind_of_index_states_its_recall(kind: ann.Kind, tmp_path: Path) -
     assert ann.recall(exact, vectors, vectors[:20]) > 0.99
 
 
+def test_too_few_vectors_for_product_codes_are_scanned(tmp_path: Path) -> None:
+    for n, kind in ((255, "flat"), (256, "ivfpq")):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        np.save(folder / "product.npy", RNG.standard_normal((n, 4), np.float32))
+        facts = finish_segment(folder, "ivfpq")
+        assert facts["indexes"]["product"]["kind"] == kind
+        assert (folder / "product.faiss").exists() == (kind != "flat")
+
+
 def test_the_recall_counts_the_exact_neighbours_of_every_block() -> None:
     """An exact index has recall 1, over two blocks of vectors, and with fewer vectors than 10."""
     import faiss

@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from refine_fast.cli import main
+from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.commands.search import open_searcher, printable
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.corpus.chunk import Chunk
@@ -33,8 +35,9 @@ from refine_fast.pipeline.serving.blend import (
     standard,
 )
 from refine_fast.pipeline.serving.dense import Moments, rows_of_groups
+from refine_fast.pipeline.serving.encoders import Encoders
 from refine_fast.pipeline.serving.lexical import Lexical, Postings
-from refine_fast.pipeline.serving.search import Searcher
+from refine_fast.pipeline.serving.search import Index, Searcher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -393,6 +396,24 @@ def test_a_kill_at_each_step_leaves_the_old_index(
     kept = {"index.json", after["dead"], *after["segments"]} - {None}
     assert set(os.listdir(run / "index")) == kept
     assert list((run / "index").glob("*/*.faiss")) or change == "--add"
+
+
+def test_an_index_that_is_replaced_while_it_is_opened_is_opened_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a writer had committed, and deleted files, after index.json was read."""
+    folder, opens = storage.IndexFolder(run), vars(Index)["open"]
+    before = (run / "index" / "index.json").read_bytes()
+
+    def opened(_: type[Index], where: storage.IndexFolder, manifest: storage.Manifest) -> Index:
+        monkeypatch.setattr(Index, "open", opens)
+        folder.commit(replace(manifest, edited=(*manifest.edited, "x")))
+        raise RefineFastError("index: s1 is damaged (FileNotFoundError)")
+
+    monkeypatch.setattr(Index, "open", classmethod(opened))
+    searcher = Searcher(run, Encoders({}))
+    assert searcher.manifest.edited[-1] == "x"
+    (run / "index" / "index.json").write_bytes(before)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"[]", None])

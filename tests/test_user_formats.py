@@ -13,8 +13,9 @@ import pytest
 
 from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.corpus.documents import Reading, load_documents
 from refine_fast.pipeline.queries.user import load_queries
-from refine_fast.pipeline.queries.user_formats import read_judgements
+from refine_fast.pipeline.queries.user_formats import query_files, query_texts, read_judgements
 
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 
@@ -261,6 +262,31 @@ def test_encodings(tmp_path: Path, name: str) -> None:
         path = encoded(tmp_path, name, encoding)
         found = [(item.query, item.doc_id) for item in read_judgements(path, encoding=given)]
         assert found == [("first", "kiln"), (RUSSIAN, "lathe")]
+
+
+def test_the_files_that_hold_queries(tmp_path: Path) -> None:
+    """GPL's, and an exported BEIR folder's negatives, have the texts of their queries beside
+    them."""
+    (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "What holds water?"}\n')
+    by_id, own = tmp_path / "hard-negatives.jsonl", tmp_path / "own.jsonl"
+    by_id.write_text('{"qid": "1", "pos": ["lathe"], "neg": {}}\n')
+    own.write_text('{"text": "What holds water?", "doc_id": "lathe"}\n')
+    assert query_texts(by_id) == tmp_path / "queries.jsonl"
+    assert query_files(by_id) == [by_id, tmp_path / "queries.jsonl"]
+    for path in (own, tmp_path / "missing.jsonl", tmp_path):
+        assert query_texts(path) is None
+    assert query_files(own) == [own]
+    assert [item.query for item in read_judgements(by_id)] == ["What holds water?"]
+
+    (tmp_path / "lathe.txt").write_text("A lathe holds no water.")
+    (tmp_path / "corpus.txt").write_text("A kiln is dry.")
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n1\tlathe.txt\t1\n")
+    own.unlink()
+    by_id.unlink()
+    reading = Reading(exclude=query_files(tmp_path))
+    documents = load_documents(tmp_path, reading=reading)
+    assert [document.id for document in documents] == ["corpus.txt", "lathe.txt"]
 
 
 def test_json_lines_in_another_encoding_name_line_and_remedy(tmp_path: Path) -> None:

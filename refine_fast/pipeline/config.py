@@ -132,9 +132,9 @@ class RunConfig(BaseModel):
     )
     engine: Engine = _option(
         "local",
-        "where texts are encoded and negatives mined, and on GPUs the encoder trained: local, this "
-        "process; ray, a Ray cluster on this machine, started if there is none; ray://HOST:PORT, "
-        "that cluster",
+        "where documents are cut, texts encoded and negatives mined, and on GPUs the encoder "
+        "trained: local, this process; ray, a Ray cluster on this machine, started if there is "
+        "none; ray://HOST:PORT, that cluster",
         "ENGINE",
     )
     shards: ShardPlace | None = _option(

@@ -133,11 +133,12 @@ class RunFolder:
         """
         key = self._key(stage)
         folder = self.work / stage.name
-        if read_json(folder / "key.json") != key:
+        record = read_json(folder / "done.json")
+        if read_json(folder / "key.json") != key or not self._publishable(folder, record):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_json(folder / "key.json", key)
-        record = read_json(folder / "done.json")
+            record = None
         if record is None:
             reset_peak()
             start = time.monotonic()
@@ -150,6 +151,14 @@ class RunFolder:
             write_json(folder / "done.json", record)
         self._publish(stage, folder, record)
         return record["seconds"]
+
+    def _publishable(self, folder: Path, record: dict[str, Any] | None) -> bool:
+        """Whether each output of a finished stage is in its folder or in place already. One may be
+        gone since a kill that came after the moves and left the folder."""
+        return record is None or all(
+            digest in (self._digest(folder / name), self._digest(self.path / name))
+            for name, digest in record["outputs"].items()
+        )
 
     def _publish(self, stage: Stage, folder: Path, record: dict[str, Any]) -> None:
         manifest = self._manifest()

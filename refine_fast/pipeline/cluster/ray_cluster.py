@@ -40,6 +40,12 @@ def room_for(threads: int) -> tuple[dict[str, int], int]:
     return {"num_cpus": threads}, room
 
 
+def needs_in_words(needs: dict[str, int]) -> str:
+    """What ``room_for`` says that a worker takes: "1 GPU", "2 cores"."""
+    cores = needs["num_cpus"]
+    return "1 GPU" if "num_gpus" in needs else f"{cores} core{'s' if cores > 1 else ''}"
+
+
 def connect(engine: str) -> bool:
     """Connects this process to Ray: to the given address, else to the cluster that runs on this
     machine, else to one that is started here.

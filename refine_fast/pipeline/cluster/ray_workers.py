@@ -23,7 +23,7 @@ from ..workers import Hear, SharedRows, Work
 from .exchange import Exchange, FolderExchange
 from .object_exchange import ObjectExchange
 from .object_path import ObjectPath
-from .ray_cluster import connect, line_of, room_for, size
+from .ray_cluster import connect, line_of, needs_in_words, room_for, size
 from .ray_ranks import train_on_ranks
 from .shards import Shards, ShardWorker, digest_of
 
@@ -34,6 +34,8 @@ RETRIES = 3
 may die while they start."""
 AHEAD = 2
 """Shards that are sent to an actor at a time: one waits while one is done."""
+PATIENCE = 60.0
+"""Seconds without any actor after which the user is told what is waited for."""
 
 
 @contextmanager
@@ -117,6 +119,7 @@ class RayWorkers:
         self._actors: dict[Any, str] = {}  # actor -> its node
         self._starting: dict[Any, Any] = {}  # reference to the node -> actor
         self._failures = 0  # actors in a row that died before they had started
+        self._patience: float | None = PATIENCE  # None: the user was told
         self._ours: bool | None = None  # whether this connected the process; None: not yet
 
     def map(
@@ -149,9 +152,8 @@ class RayWorkers:
                 shared = ray.put(prepare)
             while (actor := self._free(running, count - shard.i + len(running))) is None:
                 yield from self._next(shards, running, again, count)
-            ref = actor.do.remote(
-                digest_of(key, None), shared, shard.item, shards, shard.name, shard.digest
-            )
+            prepared = digest_of([folder.name, key], None)  # steps of a stage may share a key
+            ref = actor.do.remote(prepared, shared, shard.item, shards, shard.name, shard.digest)
             running[ref] = shard, actor
 
     def share_rows(
@@ -220,10 +222,11 @@ class RayWorkers:
             return min(most, int(ray.cluster_resources().get("GPU", 0)))
         needs, room = room_for(torch.get_num_threads())
         if self._trainers > room:
-            what = "1 GPU" if "num_gpus" in needs else f"{needs['num_cpus']} cores"
+            fewer = "" if "num_gpus" in needs else ", or set OMP_NUM_THREADS to less"
             raise RefineFastError(
-                f"train_workers: the cluster has room for {room} training processes of {what} each "
-                f"(got {self._trainers}); give --train-workers {room}."
+                f"train_workers: the cluster has room for {room} training processes of "
+                f"{needs_in_words(needs)} each (got {self._trainers}); give --train-workers "
+                f"{room}{fewer}."
             )
         return self._trainers
 
@@ -244,9 +247,20 @@ class RayWorkers:
     ) -> Iterator[tuple[int, Path]]:
         """Waits until a shard is done, or an actor has started or died."""
         import ray
+        import torch
         from ray.exceptions import RayError, RayTaskError
 
-        [ref], _ = ray.wait([*running, *self._starting], num_returns=1)
+        timeout = None if self._actors else self._patience
+        ready, _ = ray.wait([*running, *self._starting], num_returns=1, timeout=timeout)
+        if not ready:
+            self._patience = None
+            self._say(
+                "  no worker has started yet: the cluster is busy with other work, or has "
+                f"no node with {needs_in_words(room_for(torch.get_num_threads())[0])} to spare; "
+                "waiting"
+            )
+            return
+        [ref] = ready
         if actor := self._starting.pop(ref, None):
             try:
                 self._actors[actor] = ray.get(ref)

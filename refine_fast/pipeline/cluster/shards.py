@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -86,14 +87,14 @@ class FolderShards(Shards):
         return read_json(self._folder / f"{name}.json")
 
     def _write_record(self, name: str, facts: dict[str, Any]) -> None:
-        write_json(self._folder / f"{name}.json", facts)
+        write_json(self._folder / f"{name}.json", facts, _this_writer())
 
     def _existing(self, name: str) -> AbstractContextManager[Path | None]:
         path = self._folder / name
         return nullcontext(path if path.is_file() else None)
 
     def _new(self, name: str) -> AbstractContextManager[Path]:
-        return atomic(self._folder / name)
+        return atomic(self._folder / name, _this_writer())
 
 
 class ShardWorker:
@@ -122,6 +123,11 @@ class ShardWorker:
         if self._key != key:
             self._work, self._key = prepare(), key
         shards.write(name, digest, lambda path: self._work(item, path))
+
+
+def _this_writer() -> str:
+    """A worker that was given up may still be alive, and write the same bytes as its successor."""
+    return f".{uuid.uuid4().hex}"
 
 
 def _facts(digest: str, path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
@@ -48,13 +48,14 @@ class Document:
 class Reading:
     """How to read what the documents do not say themselves.
 
-    encoding: of text files and tables; None: find it. columns: of tables. exclude: a file that is
-    not a document, although it lies in the folder. say: told in one line what was guessed.
+    encoding: of text files and tables; None: find it. columns: of tables. exclude: files and
+    folders that are no documents, although they lie in the folder. say: told in one line what was
+    guessed.
     """
 
     encoding: str | None = None
     columns: Columns = field(default_factory=Columns)
-    exclude: Path | None = None
+    exclude: Sequence[Path] = ()
     say: Callable[[str], None] | None = None
 
 
@@ -139,8 +140,13 @@ def _folder(
     documents: list[Document] = []
     ids: set[str] = set()
     other: Counter[str] = Counter()
-    excluded = None if reading.exclude is None else reading.exclude.resolve()
-    paths = [entry for entry in walk(root, _closed) if entry[0].resolve() != excluded]
+    excluded = {path.resolve() for path in reading.exclude}
+
+    def is_document(path: Path) -> bool:
+        real = path.resolve()
+        return excluded.isdisjoint([real, *real.parents])
+
+    paths = [entry for entry in walk(root, _closed) if is_document(entry[0])]
     extracted: dict[Path, Extracted] = {}
     if spread is not None:
         wanted = [path for path, _ in paths if path.suffix.lower() in files.EXTRACTED]

@@ -2,23 +2,27 @@
 
 The process that runs the command reads the files, so that the workers need not see them, and sends
 their bytes; parsing takes far longer than that (PDF: about a second per MB).
+
+A worker must have the packages of that process: without pypdf it would skip every PDF, and with
+another version it may find another text.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
-from ...errors import RefineFastWarning
+from ...errors import RefineFastError, RefineFastWarning
+from ..code_version import code_version
 from ..progress import Progress
 from ..workers import Spread, Work, shard_starts
+from .formats import files
 from .formats.content import Content, Unreadable
-from .formats.files import parse, read_bytes
-from .jsonl import read_records, write_records
 
 BYTES_PER_SHARD = 1 << 20
 """Bytes from which a shard of files is complete."""
@@ -28,7 +32,6 @@ BYTES_PER_SHARD = 1 << 20
 class Extracted:
     """What became of one file."""
 
-    path: str
     content: Sequence[str] | None
     """Title, text and markup; None if it is unreadable."""
     reason: str = ""
@@ -37,16 +40,16 @@ class Extracted:
     """The warnings about it."""
 
     @classmethod
-    def of(cls, path: str, data: bytes, encoding: str | None) -> Extracted:
-        """What ``parse`` makes of a file."""
+    def of(cls, path: Path, data: bytes, encoding: str | None) -> Extracted:
+        """What ``files.parse`` makes of a file."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", RefineFastWarning)
             try:
-                content, reason = parse(Path(path), data, encoding), ""
+                content, reason = files.parse(path, data, encoding), ""
             except Unreadable as error:
                 content, reason = None, str(error)
         ours = [str(each.message) for each in caught if each.category is RefineFastWarning]
-        return cls(path, content, reason, ours)
+        return cls(content, reason, ours)
 
     def get(self) -> Content:
         """The content, after the warnings about it.
@@ -64,31 +67,39 @@ class Extracted:
 def extract_in_shards(
     spread: Spread, paths: Sequence[Path], encoding: str | None, progress: Progress | None = None
 ) -> dict[Path, Extracted]:
-    """What became of each of ``paths``, files of a suffix in ``EXTRACTED``.
+    """What became of each of ``paths``, files of a suffix in ``files.EXTRACTED``.
 
     Args:
         spread: the workers.
         paths: the files.
         encoding: of HTML files; None: find it.
         progress: counts files.
+
+    Raises:
+        RefineFastError: if a worker has other packages.
     """
     found: dict[Path, Extracted] = {}
 
     def item(i: int) -> list[tuple[str, str]]:
-        files = []
+        read = []
         for path in paths[cuts[i] : cuts[i + 1]]:
             try:
-                files.append((str(path), b64encode(read_bytes(path)).decode()))
+                read.append((str(path), b64encode(files.read_bytes(path)).decode()))
             except Unreadable as error:
-                found[path] = Extracted(str(path), None, str(error))
-        return files
+                found[path] = Extracted(None, str(error))
+        return read
 
+    packages = _packages()
     cuts = shard_starts(map(_size, paths), BYTES_PER_SHARD)
     shards = spread.workers.map(
-        spread.folder / "extract", encoding, partial(_extractor, encoding), len(cuts) - 1, item
+        spread.folder / "extract",
+        [encoding, packages],
+        partial(_extractor, encoding, packages),
+        len(cuts) - 1,
+        item,
     )
     for _, file in shards:
-        found |= {Path(each.path): each for each in read_records(file, Extracted)}
+        found |= {Path(name): Extracted(*each) for name, each in json.loads(file.read_text())}
         if progress is not None:
             progress(len(found), len(paths))
     return found
@@ -102,8 +113,31 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _extractor(encoding: str | None) -> Work:
+def _packages() -> dict[str, str]:
+    """The versions of the packages that read files, in this process."""
+    return code_version(files.__name__).packages
+
+
+def _extractor(encoding: str | None, packages: dict[str, str]) -> Work:
+    here = _packages()
+    if here != packages:
+        other = sorted(name for name in here.keys() | packages.keys()
+                       if here.get(name) != packages.get(name))  # fmt: skip
+        differences = ", ".join(
+            f"{name} {here.get(name, 'missing')} (there {packages.get(name, 'missing')})"
+            for name in other
+        )
+        raise RefineFastError(
+            f"engine: a worker has other packages to read files with than the process of the "
+            f"command: {differences}; install the same on every node, then run the same command "
+            "again."
+        )
+
     def work(item: list[tuple[str, str]], path: Path) -> None:
-        write_records(path, (Extracted.of(name, b64decode(data), encoding) for name, data in item))
+        found = (Extracted.of(Path(name), b64decode(data), encoding) for name, data in item)
+        # as ASCII: a path that is not UTF-8 has lone surrogates
+        path.write_text(
+            json.dumps([(name, astuple(each)) for (name, _), each in zip(item, found, strict=True)])
+        )
 
     return work

@@ -32,7 +32,7 @@ def read_jsonl(
     Raises:
         RefineFastError: for a malformed line; the message names file, line and remedy.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
     number = 0
     try:
         with opener(path, "rt", encoding=encoding) as lines:
@@ -66,7 +66,7 @@ def read_jsonl(
 def _invalid_line(path: Path, encoding: str, first: int) -> int:
     """The first line from ``first`` on that is not valid in ``encoding``: text is decoded block by
     block, so the error comes before the lines ahead of it are read."""
-    opener = gzip.open if path.suffix == ".gz" else open
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:

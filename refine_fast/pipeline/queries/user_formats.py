@@ -78,6 +78,9 @@ QUERY_FILES = ("qgen-queries.jsonl", "queries.jsonl")
 """Where files that name their queries by id find them; the first that exists counts."""
 
 
+_QRELS = ("qrels", "qgen-qrels")
+
+
 @dataclass(frozen=True)
 class Judgement:
     """A query, and a document or passage that answers it."""
@@ -118,9 +121,42 @@ def read_judgements(
         raise RefineFastError(f"{path} cannot be read: {reason}.") from None
 
 
+def query_texts(path: Path) -> Path | None:
+    """The file beside ``path`` that holds the texts of its queries; None if it holds them itself,
+    or cannot be read."""
+    if not path.is_file() or table_suffix(path) in (None, ".json"):
+        return None
+    with contextlib.suppress(RefineFastError, Unreadable, ValueError):
+        if _names_by_id(path, next(read_table(path), None)):
+            return _text_file(path.parent)
+    return None
+
+
+def query_files(path: Path) -> list[Path]:
+    """What ``read_judgements`` reads of a file or folder besides passages; some may not exist."""
+    if path.is_dir():
+        texts = [f"{name}{packed}" for name in QUERY_FILES for packed in ("", ".gz")]
+        return [path / name for name in (*texts, *_QRELS)]
+    texts_beside = query_texts(path)
+    return [path] if texts_beside is None else [path, texts_beside]
+
+
+def _names_by_id(path: Path, first: tuple[int | str, Row] | None) -> bool:
+    """Whether a table, with its first row, names its queries by id."""
+    if table_suffix(path) == ".tsv" and (path.parent / QUERY_FILES[0]).is_file():
+        return True
+    return first is not None and "qid" in first[1] and "pos" in first[1]
+
+
+def _text_file(folder: Path) -> Path | None:
+    """The file of the queries' texts."""
+    return next((folder / name for name in QUERY_FILES if (folder / name).is_file()), None)
+
+
 def _folder(folder: Path, split: str) -> Iterator[Judgement]:
-    if (folder / "qgen-qrels").is_dir() and not (folder / "qrels").is_dir():
-        yield from _gpl(folder / "qgen-qrels" / f"{split}.tsv", folder)
+    own, gpl = _QRELS
+    if (folder / gpl).is_dir() and not (folder / own).is_dir():
+        yield from _gpl(folder / gpl / f"{split}.tsv", folder)
         return
     judged = load_beir(folder, split)
     row_of = {doc: row for row, doc in enumerate(judged.doc_ids)}
@@ -132,7 +168,7 @@ def _folder(folder: Path, split: str) -> Iterator[Judgement]:
 
 def _file(path: Path, encoding: str | None) -> Iterator[Judgement]:
     suffix = table_suffix(path)
-    if suffix == ".tsv" and (path.parent / QUERY_FILES[0]).is_file():
+    if _names_by_id(path, None):
         yield from _gpl(path, path.parent, encoding)
         return
     if suffix == ".json":
@@ -146,7 +182,7 @@ def _file(path: Path, encoding: str | None) -> Iterator[Judgement]:
     first = next(rows, None)
     if first is None:
         return
-    if "qid" in first[1] and "pos" in first[1]:
+    if _names_by_id(path, first):
         yield from _gpl(path, path.parent, encoding)
         return
     for place, row in chain([first], rows):
@@ -162,7 +198,7 @@ def _gpl(path: Path, folder: Path, encoding: str | None = None) -> Iterator[Judg
 
     ``path``: hard-negatives.jsonl, gpl-training-data.tsv (no header) or qgen-qrels/<split>.tsv.
     """
-    source = next((folder / name for name in QUERY_FILES if (folder / name).is_file()), None)
+    source = _text_file(folder)
     if source is None:
         raise RefineFastError(
             f"{path} names its queries by id; put {' or '.join(QUERY_FILES)} beside it."

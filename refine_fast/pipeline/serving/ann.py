@@ -16,6 +16,9 @@ FLAT_UP_TO, SQ8_UP_TO = 50_000, 2_000_000
 scans of both encoders' vectors, 40 ms with inverted lists). Beyond the second, 8-bit vectors take
 gigabytes of memory."""
 
+CENTRES = 256
+"""Of a product code: fewer vectors cannot train them."""
+
 PROBES = 32
 """Inverted lists that are searched for each query."""
 
@@ -31,6 +34,11 @@ def kind_for(vectors: int) -> Kind:
     if vectors <= FLAT_UP_TO:
         return "flat"
     return "sq8" if vectors <= SQ8_UP_TO else "ivfpq"
+
+
+def possible(kind: Kind, vectors: int) -> Kind:
+    """The kind that was asked for; flat where there are too few vectors to train it."""
+    return "flat" if kind == "ivfpq" and vectors < CENTRES else kind
 
 
 def build(vectors: np.ndarray, kind: Kind, *, seed: int = 0) -> Any:

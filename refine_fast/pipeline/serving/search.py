@@ -116,7 +116,7 @@ class Index:
         }
 
     def _moments_of(self, side: str) -> Moments:
-        first, *rest = (segment.moments(side) for segment in self.segments)
+        first, *rest = (segment.moments[side] for segment in self.segments)
         for moments in rest:
             first = first.plus(moments)
         if not len(self._dead):
@@ -250,7 +250,7 @@ class Searcher:
                 )
             try:
                 return manifest, Index.open(self._folder, manifest)
-            except FileNotFoundError:
+            except RefineFastError:
                 if self._folder.manifest() == manifest:
                     raise
                 # A writer has replaced the index since index.json was read.

@@ -82,7 +82,7 @@ def finish_segment(
 
     Args:
         folder: of the segment.
-        kind: of every faiss index; None: by the number of vectors.
+        kind: of every faiss index that has enough vectors for it; None: by their number.
         queries: (Q, d) of the product, to measure the recall with; None: vectors of the segment.
 
     Returns:
@@ -95,7 +95,7 @@ def finish_segment(
             continue
         vectors = np.load(path, mmap_mode="r").view(np.ndarray)
         facts[name] = len(vectors)
-        own_kind = ann.kind_for(len(vectors)) if kind is None else kind
+        own_kind = ann.possible(kind or ann.kind_for(len(vectors)), len(vectors))
         about: dict[str, Any] = {"kind": own_kind, "recall@10": 1.0}
         if own_kind != "flat":
             index = ann.build(vectors, own_kind)
@@ -138,6 +138,9 @@ class Segment:
                 for name in ("product", "base", "sentences")
                 if name in self.facts
             }
+            self.moments = {
+                side: self._moments_of(side) for side in self.vectors.keys() - {"sentences"}
+            }
             self.postings = Postings.load(folder / "postings")
             self.indexes = {
                 name: ann.load(folder / f"{name}.faiss")
@@ -152,10 +155,8 @@ class Segment:
     def _array(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
 
-    def moments(self, side: str) -> Moments:
-        """Those of the passages under "product" or "base"."""
-        with readable(self.folder):
-            total, *second = np.load(self.folder / f"moments-{side}.npy")
+    def _moments_of(self, side: str) -> Moments:
+        total, *second = np.load(self.folder / f"moments-{side}.npy")
         return Moments(len(self), total, np.array(second))
 
     def ids(self) -> list[str]:

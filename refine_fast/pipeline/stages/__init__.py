@@ -49,6 +49,7 @@ from ..artifacts import (
 )
 from ..context import RunContext
 from ..engine import Stage
+from ..queries.user_formats import query_texts
 
 NAMES = "model queries query_kinds llm llm_model teacher distill"
 """Settings that the model card and the report quote."""
@@ -111,6 +112,9 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
     def given(**paths: Path | None) -> dict[str, Path]:
         return {name.replace("_", " "): path for name, path in paths.items() if path is not None}
 
+    asked = {}
+    if config.queries is not None:
+        asked = given(queries=config.queries, query_texts=query_texts(config.queries))
     encoder = {"encoder": context.encoder}
     judged = given(docs=context.judged_corpus)
     built_in = {"docs": f"the language reference of Python {platform.python_version()}"}
@@ -123,7 +127,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         "chunk",
         chunk,
         (CHUNKS, CHUNK_FACTS, TWINS),
-        encoder | given(docs=config.docs, queries=config.queries),
+        encoder | given(docs=config.docs) | asked,
         "chunk_tokens limit seed encoding text_column title_column id_column dedup model",
         facts=built_in,
     )
@@ -132,7 +136,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             "query",
             query,
             split,
-            made(CHUNKS, TWINS) | given(queries=config.queries) | judged,
+            made(CHUNKS, TWINS) | asked | judged,
             "queries_per_chunk query_kinds llm held_out seed encoding",
             facts=built_in,
         )

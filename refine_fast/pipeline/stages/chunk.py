@@ -22,7 +22,7 @@ from ..corpus.documents import Document, Reading, beir_corpus, load_documents
 from ..corpus.jsonl import write_records
 from ..corpus.language import other_language
 from ..encoder.load import DEFAULT_ENCODER, document_tokenizer, load_encoder
-from ..queries.user_formats import read_judgements
+from ..queries.user_formats import query_files, read_judgements
 from ..workers import Spread
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def cut_corpus(
     config = context.config
     columns = Columns(config.text_column, config.title_column, config.id_column)
     say = context.console.say
-    reading = Reading(config.encoding, columns, exclude=config.queries, say=say)
+    exclude = () if config.queries is None else query_files(config.queries)
+    reading = Reading(config.encoding, columns, exclude=exclude, say=say)
     with context.console.progress("reading documents") as progress:
         documents = load_documents(config.docs, progress, reading=reading, spread=spread)
     encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)

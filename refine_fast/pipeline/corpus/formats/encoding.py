@@ -55,7 +55,7 @@ def decode(path: Path, data: bytes, encoding: str | None = None, *, declares: bo
     Raises:
         Unreadable: if the content is binary.
     """
-    marked = next((name for mark, name in _MARKS if data.startswith(mark)), None)
+    marked = marked_encoding(data)
     note = ""
     if encoding is not None:
         encoding = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
@@ -72,6 +72,11 @@ def decode(path: Path, data: bytes, encoding: str | None = None, *, declares: bo
     if note:
         warnings.warn(f"{path} {note}.", RefineFastWarning, stacklevel=2)
     return text
+
+
+def marked_encoding(data: bytes) -> str | None:
+    """The encoding whose byte order mark the data begins with, if any."""
+    return next((name for mark, name in _MARKS if data.startswith(mark)), None)
 
 
 def _unmarked(data: bytes, declares: bool) -> tuple[str, str]:

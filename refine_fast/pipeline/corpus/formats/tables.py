@@ -6,18 +6,22 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ....errors import RefineFastError
 from ..jsonl import read_jsonl
 from .content import Unreadable, missing
-from .encoding import decode
+from .encoding import decode, marked_encoding
 from .files import read_bytes
 
 Row = dict[str, Any]
+_NAMED_DELIMITER = re.compile(r'"?sep=([,;\t|])"?\r?\n', re.IGNORECASE)
+"""The first line by which Excel is told the delimiter of a CSV file."""
 MAX_TABLE_BYTES = 1 << 30
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".parquet")
@@ -85,6 +89,10 @@ def _text(path: Path, encoding: str | None) -> str:
 
 
 def _json_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, Row]]:
+    if encoding is None:
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
+        with suppress(OSError, EOFError, zlib.error), opener(path, "rb") as file:
+            encoding = marked_encoding(file.read(4))
     return read_jsonl(path, encoding or "utf-8-sig", remedy="name its encoding with --encoding")
 
 
@@ -156,9 +164,12 @@ def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[st
 
 def _delimited(path: Path, encoding: str | None) -> Iterator[tuple[int, Row]]:
     text = _text(path, encoding)
-    delimiter = _delimiter(path, text)
+    named = _NAMED_DELIMITER.match(text)
+    delimiter = named[1] if named else _delimiter(path, text)
     names: list[str] = []
     for number, cells in _cells(path, text, delimiter):
+        if named and number == 1:
+            continue
         if not names:
             names = _header(path, cells)
             continue
