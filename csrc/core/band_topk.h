@@ -218,12 +218,13 @@ class BandSearch {
   const int64_t first_, rows_;
   const double* const hi_;
   const Ragged exclude_;
-  std::vector<float> queries_;      // (rows, d)
-  std::vector<Query> state_;        // (rows)
-  std::vector<BandList> lists_;     // (rows, padded to whole panels)
-  std::vector<Hit> hits_, drawn_;   // (rows, kept) heaps by score, (rows, drawn) by hash
-  Buffer<int32_t> waiting_column_;  // (rows, waiting)
-  Buffer<float> waiting_score_;
+  // what a query needs lies apart from what the next one needs: in small pages, each access would miss the TLB
+  WorkArray<float> queries_;           // (rows, d)
+  std::vector<Query> state_;           // (rows)
+  std::vector<BandList> lists_;        // (rows, padded to whole panels)
+  WorkArray<Hit> hits_, drawn_;        // (rows, kept) heaps by score, (rows, drawn) by hash
+  WorkArray<int32_t> waiting_column_;  // (rows, waiting)
+  WorkArray<float> waiting_score_;
   Buffer<Bound> bounds_;  // (block) of documents; of rows while they are packed
   Buffer<double> norms_;  // (block) of rows, with normalize
   WorkBuffer packed_queries_, packed_documents_;

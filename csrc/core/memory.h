@@ -78,4 +78,18 @@ class WorkBuffer {
   PageBuffer pages_;
 };
 
+// n elements in a WorkBuffer, uninitialized.
+template <class T>
+class WorkArray {
+ public:
+  explicit WorkArray(int64_t n) : bytes_(n * static_cast<int64_t>(sizeof(T))) {}
+
+  T* data() const { return reinterpret_cast<T*>(bytes_.data()); }
+  T* operator+(int64_t i) const { return data() + i; }
+  T& operator[](int64_t i) const { return data()[i]; }
+
+ private:
+  WorkBuffer bytes_;
+};
+
 }  // namespace refine_fast
