@@ -40,14 +40,17 @@
 //     768       11.9         7.46    4.12       2.53
 //
 // AMX (ScreenKernels::run, isa/amx_screen.h) compares a tile's scores while they are in L1, between the multiplications
-// of the next tile. On one core of a Xeon with AMX, CPU seconds in one run: .83 at d = 384 and 1.92 at 768, faiss 4.50
-// and 9.03; it was .96 and 2.05 with pairs rescored query by query. About 400 documents a query are rescored, 128 of
-// them at the band's edges: 90 to 110 ns each at d = 384, 46 of them arithmetic, where query by query took 185. Tried
-// there without gain:
+// of the next tile. On one core of a Xeon with AMX, CPU seconds in one run: .84 at d = 384 and 1.60 at 768, faiss 5.01
+// and 9.08; 5 to 9% and 3 to 4% more with lists, heaps and queries in small pages. About 400 documents a query are
+// rescored, 128 of them at the band's edges: 90 to 110 ns each at d = 384, 46 of them arithmetic, where query by query
+// took 185. Tried there without gain:
 //   - A float32 sum that settles most documents at the edges before the float64 one: its branch costs what it saves.
 //   - Rescoring at the end of all documents: 262 a query, but at 500 ns each from memory.
 //   - Blocks of half the size, or of 2 to 8 times: fewer are rescored, but from farther away.
 //   - Prefetches at other distances and into other levels; rows fetched while documents are packed.
+//   - A document widened to float64 once for all its queries; queries prefetched; documents in the order of the
+//   queries.
+//   - Documents that wait for several blocks: a tenth fewer are rescored, each from farther away.
 //   - The list's hits one by one, without compression: 40 cycles each, since stores and loads of its size alternate.
 #pragma once
 #include <algorithm>
