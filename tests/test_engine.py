@@ -19,6 +19,7 @@ from refine_fast.pipeline import engine
 from refine_fast.pipeline.artifacts import stage_costs
 from refine_fast.pipeline.cluster.shards import FolderShards
 from refine_fast.pipeline.code_version import CodeVersion
+from refine_fast.pipeline.corpus.documents import may_be_read
 from refine_fast.pipeline.engine import LockedError, RunFolder, Stage
 
 
@@ -105,6 +106,28 @@ def test_why_names_the_files_of_a_folder(tmp_path: Path) -> None:
         for name in "acde":
             (docs / f"{name}.md").unlink()
         assert run.reasons(stage) == ["docs changed (a.md, b.md, c.md and 2 more)"]
+
+
+def test_of_a_folder_only_some_files_may_count(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+
+    def stage() -> Stage:
+        return Stage(
+            "read", ("out.txt",), lambda to: (to / "out.txt").touch(), {"docs": folder},
+            counts={"docs": may_be_read(folder)},
+        )  # fmt: skip
+
+    with RunFolder(tmp_path / "run") as run:
+        run.do(stage())
+        (folder / "film.mp4").write_text("large")
+        assert run.reasons(stage()) == []
+        (folder / "b.TXT").write_text("b")
+        assert run.reasons(stage()) == ["docs changed (b.TXT)"]
+        run.do(stage())
+        (folder / "dataset_info.json").write_text("{}")  # now all of it is one dataset
+        assert run.reasons(stage()) == ["docs changed (dataset_info.json, film.mp4)"]
 
 
 def test_why_names_files_that_are_linked_in_closed_or_of_another_encoding(

@@ -425,9 +425,7 @@ def test_a_training_that_cannot_be_done_is_named(
     with pytest.raises(RefineFastError, match=r"^train: 2 processes cannot share a batch"):
         train(refuses)
     more = RayWorkers("ray", print, trainers=3)
-    room = (
-        r"^train_workers: the cluster has room for 2 .* \(got 3\); give --train-workers 2, or"
-    )
+    room = r"^train_workers: the cluster has room for 2 .* \(got 3\); give --train-workers 2, or"
     with pytest.raises(RefineFastError, match=room):
         more.train(tmp_path, "key", partial(dies), (), most=8, hear=print)
     workers.close()

@@ -49,6 +49,8 @@ class Stage:
     work: Callable[[Path], None]
     files: Mapping[str, Path] = field(default_factory=dict)
     """Label -> file or folder; of a folder, every file counts."""
+    counts: Mapping[str, Callable[[Path], bool]] = field(default_factory=dict)
+    """Label -> which files of that folder count, if not all."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Label -> text: inputs that are not files."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -180,7 +182,10 @@ class RunFolder:
     def _key(self, stage: Stage) -> dict[str, Any]:
         code = CodeVersion() if stage.module is None else code_version(stage.module)
         return {
-            "files": {label: self._digests_under(path) for label, path in stage.files.items()},
+            "files": {
+                label: self._digests_under(path, stage.counts.get(label))
+                for label, path in stage.files.items()
+            },
             "facts": dict(stage.facts),
             # as it will be read back
             "settings": json.loads(json.dumps(dict(stage.settings), default=str)),
@@ -188,11 +193,15 @@ class RunFolder:
             "packages": code.packages,
         }
 
-    def _digests_under(self, path: Path) -> dict[str, str]:
-        """SHA-256 of a file, or of each file of a folder, by its relative name."""
+    def _digests_under(
+        self, path: Path, counts: Callable[[Path], bool] | None = None
+    ) -> dict[str, str]:
+        """SHA-256 of a file, or of each file of a folder, or of those that count, by its relative
+        name."""
         if path.is_file():
             return {name_of(path.name): self._sha256(path)}
-        return {name: self._sha256(file) for file, name in sorted(walk(path)) if file.is_file()}
+        files = ((file, name) for file, name in sorted(walk(path)) if file.is_file())
+        return {name: self._sha256(file) for file, name in files if counts is None or counts(file)}
 
     def _digest(self, path: Path) -> str | None:
         """One SHA-256 for a file or a folder; None where there is neither."""

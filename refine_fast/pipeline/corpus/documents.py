@@ -99,7 +99,7 @@ def load_documents(
         documents = _single_file(path, reading)
     elif corpus := beir_corpus(path):
         documents = _passages(corpus)
-    elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+    elif _is_dataset(path):
         documents = _dataset(path, reading)
     else:
         documents = _folder(path, reading, progress, spread)
@@ -109,6 +109,18 @@ def load_documents(
             "file or a BEIR folder."
         )
     return documents
+
+
+def may_be_read(path: Path) -> Callable[[Path], bool]:
+    """Which files under ``path`` ``load_documents`` looks into: in a folder of files of any kind,
+    those of SUFFIXES."""
+    if not path.is_dir() or beir_corpus(path) or _is_dataset(path):
+        return lambda file: True
+    return lambda file: _suffix(file) is not None
+
+
+def _is_dataset(folder: Path) -> bool:
+    return (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
 
 
 def beir_corpus(folder: Path) -> Path | None:

@@ -10,20 +10,24 @@ another version it may find another text.
 from __future__ import annotations
 
 import json
+import platform
 import warnings
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ...errors import RefineFastError, RefineFastWarning
-from ..code_version import code_version
 from ..progress import Progress
 from ..workers import Spread, Work, shard_starts
 from .formats import files
 from .formats.content import Content, Unreadable
 
+READERS = ("chardet", "pypdf", "python-docx", "python-pptx")
+"""Packages by which texts may differ; Python reads HTML."""
 BYTES_PER_SHARD = 1 << 20
 """Bytes from which a shard of files is complete."""
 
@@ -114,23 +118,26 @@ def _size(path: Path) -> int:
 
 
 def _packages() -> dict[str, str]:
-    """The versions of the packages that read files, in this process."""
-    return code_version(files.__name__).packages
+    """The versions of what reads files in this process."""
+    found = {"python": platform.python_version()}
+    for name in READERS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _extractor(encoding: str | None, packages: dict[str, str]) -> Work:
     here = _packages()
     if here != packages:
-        other = sorted(name for name in here.keys() | packages.keys()
-                       if here.get(name) != packages.get(name))  # fmt: skip
-        differences = ", ".join(
+        differences = (
             f"{name} {here.get(name, 'missing')} (there {packages.get(name, 'missing')})"
-            for name in other
+            for name in sorted(here | packages)
+            if here.get(name) != packages.get(name)
         )
         raise RefineFastError(
-            f"engine: a worker has other packages to read files with than the process of the "
-            f"command: {differences}; install the same on every node, then run the same command "
-            "again."
+            "engine: a worker has other packages to read files with than the process of the "
+            f"command: {', '.join(differences)}; install the same on every node, then run the same "
+            "command again."
         )
 
     def work(item: list[tuple[str, str]], path: Path) -> None:

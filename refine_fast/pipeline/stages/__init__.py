@@ -48,6 +48,7 @@ from ..artifacts import (
     score_file,
 )
 from ..context import RunContext
+from ..corpus.documents import may_be_read
 from ..engine import Stage
 from ..queries.user_formats import query_texts
 
@@ -89,6 +90,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         files: dict[str, Path],
         settings: str = "",
         *,
+        counts: dict[str, Callable[[Path], bool]] | None = None,
         facts: dict[str, str] | None = None,
         unfinished: Callable[[], list[str]] = list,
         under: str = "",
@@ -100,6 +102,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             tuple(f"{under}/{each}" if under else each for each in names),
             partial(_work, module, context, under, arguments),
             files=files,
+            counts=counts or {},
             facts=facts or {},
             settings={field: getattr(config, field) for field in settings.split()} | arguments,
             module=module.__name__,
@@ -129,6 +132,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         (CHUNKS, CHUNK_FACTS, TWINS),
         encoder | given(docs=config.docs) | asked,
         "chunk_tokens limit seed encoding text_column title_column id_column dedup model",
+        counts={} if config.docs is None else {"docs": may_be_read(config.docs)},
         facts=built_in,
     )
     if not config.llm_writes:
