@@ -437,6 +437,19 @@ def test_the_process_of_the_command_trains_unless_there_are_gpus(tmp_path: Path)
         assert not workers.train(tmp_path, "key", partial(print), (), most=8, hear=print)
 
 
+def test_workers_share_the_cores_of_a_node_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def node(alive: bool = True, **resources: float) -> dict[str, Any]:
+        return {"Alive": alive, "Resources": resources}
+
+    nodes = [node(CPU=64.0), node(CPU=32.0, GPU=8.0), node(CPU=8.0, GPU=2.0), node(False, GPU=90.0)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert [ray_cluster.threads_for(threads) for threads in (64, 4, 2)] == [4, 4, 2]
+    nodes = [node(CPU=2.0, GPU=4.0)]
+    assert ray_cluster.threads_for(2) == 1
+    nodes = [node(CPU=64.0)]
+    assert ray_cluster.threads_for(48) == 48
+
+
 def test_doctor_finds_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     found = ray_cluster.found_cluster()
     assert found == f"Ray {ray.__version__}; a cluster with 1 node, 2 cores and 0 GPUs"

@@ -40,6 +40,19 @@ def room_for(threads: int) -> tuple[dict[str, int], int]:
     return {"num_cpus": threads}, room
 
 
+def threads_for(threads: int) -> int:
+    """The threads of a worker: ``threads``, but on a GPU no more than its share of the cores."""
+    import ray
+
+    with_gpus = [
+        node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")
+    ]
+    if not with_gpus:
+        return threads
+    cores, gpus = (sum(int(node.get(kind, 0)) for node in with_gpus) for kind in ("CPU", "GPU"))
+    return max(1, min(threads, cores // gpus))
+
+
 def needs_in_words(needs: dict[str, int]) -> str:
     """What ``room_for`` says that a worker takes: "1 GPU", "2 cores"."""
     cores = needs["num_cpus"]

@@ -23,7 +23,7 @@ from ..workers import Hear, SharedRows, Work
 from .exchange import Exchange, FolderExchange
 from .object_exchange import ObjectExchange
 from .object_path import ObjectPath
-from .ray_cluster import connect, line_of, needs_in_words, room_for, size
+from .ray_cluster import connect, line_of, needs_in_words, room_for, size, threads_for
 from .ray_ranks import train_on_ranks
 from .shards import Shards, ShardWorker, digest_of
 
@@ -184,7 +184,7 @@ class RayWorkers:
         self._end_actors()  # they hold the cores and GPUs that the ranks need
         shared = self._exchange.share_folder(folder, key)
         there = self._exchange.share_loader(work)
-        train_on_ranks(there, shared, torch.get_num_threads(), count, hear)
+        train_on_ranks(there, shared, threads_for(torch.get_num_threads()), count, hear)
         shared.fetch(outputs, folder)
         return True
 
@@ -319,7 +319,7 @@ class RayWorkers:
         needs, room = room_for(threads)
         actor_class = ray.remote(RayShardWorker).options(**needs)
         while len(self._actors) + len(self._starting) < min(room, shards):
-            started: Any = actor_class.remote(threads)
+            started: Any = actor_class.remote(threads_for(threads))
             self._starting[started.start.remote()] = started
 
     def _drop(self, actor: Any) -> None:
