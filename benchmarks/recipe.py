@@ -45,10 +45,12 @@ SETS = ("squad", "covidqa", "dstc11_travel", "pubmedqa", "scifact")
 QUERIES: dict[str, list[str]] = {
     "none": [],
     "smollm2": ["--llm", "smollm2"],
-    "smollm2 and made": ["--llm", "smollm2", "--query-kinds", "cloze,span,cloze,title"],
+    "smollm2 and made": ["--llm", "smollm2", "--query-kinds", "span,keywords,question"],
     "llm": ["--queries", str(WRITTEN / "{set}.jsonl")],
     "human": ["--queries", str(DATA / "{set}")],
 }
+CLOZES = ["--query-kinds", "cloze,span,cloze,title", "--queries-per-chunk", "2"]
+"""Sentences and titles, once the default."""
 OPTIONS: dict[str, list[str]] = {
     "best": [],
     "paper": ["--recipe", "paper"],
@@ -58,12 +60,19 @@ OPTIONS: dict[str, list[str]] = {
     "random batches": ["--batches", "random"],
     "similar batches": ["--batches", "similar"],
     "lr 3e-4": ["--lr", "3e-4"],
+    "fp32": ["--precision", "fp32"],
     "1 epoch": ["--epochs", "1"],
     "2 epochs": ["--epochs", "2"],
+    "2 queries": ["--queries-per-chunk", "2"],
     "4 queries": ["--queries-per-chunk", "4"],
-    "questions": ["--query-kinds", "question,definition,keywords"],
-    "questions and clozes": ["--query-kinds", "question,cloze,definition,keywords,cloze,title"],
+    "keywords": ["--query-kinds", "keywords"],
+    "spans and keywords": ["--query-kinds", "span,keywords"],
+    "crops": ["--query-kinds", "span,keywords,crop"],
+    "clozes": CLOZES,
+    "clozes, fp32": [*CLOZES, "--precision", "fp32"],
+    "clozes, similar batches": [*CLOZES, "--batches", "similar"],
     "no negatives": ["--negatives", "0"],
+    "1 negative": ["--negatives", "1"],
     "relative margin": ["--relative-margin", "0.05"],
     "fixed band": ["--band", "0.5,0.7"],
     "last 2 layers": ["--train-layers", "2"],

@@ -34,12 +34,12 @@ BAD_FLAGS = [
     (
         "--queries-per-chunk",
         "0",
-        "queries_per_chunk: 0 must be an integer >= 1 and <= 10000.",
+        "queries_per_chunk: 0 must be an integer >= 1 and <= 10000, or auto.",
     ),
     (
         "--queries-per-chunk",
         "10001",
-        "queries_per_chunk: 10001 must be an integer >= 1 and <= 10000.",
+        "queries_per_chunk: 10001 must be an integer >= 1 and <= 10000, or auto.",
     ),
     ("--max-steps", "0", "max_steps: 0 must be an integer >= 1."),
     ("--lr", "0", "lr: 0 must be a number > 0."),

@@ -38,8 +38,8 @@ def test_what_is_prose(text: str, reason: str | None) -> None:
 
 def made(*texts: str) -> set[str]:
     chunks = [Chunk(f"c{i}", t, "", f"f{i}", 0, len(t)) for i, t in enumerate(texts)]
-    queries = synthesize_queries(chunks, seed=0, per_chunk=4)
-    return {query.text for query in queries if query.kind == "cloze"}
+    queries = synthesize_queries(chunks, seed=0, per_chunk=4, kinds=("cloze",))
+    return {query.text for query in queries}
 
 
 def test_clozes_are_prose() -> None:

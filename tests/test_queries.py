@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from retrieval_sets import SMALL, folder_of
 from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.query import Query
-from refine_fast.pipeline.queries.synthetic import KINDS_IN_TURN, synthesize_queries
+from refine_fast.pipeline.queries.synthetic import synthesize_queries
 from refine_fast.pipeline.queries.user import load_queries
 
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 
+SEARCHED = ("cloze", "span", "cloze", "title")
+"""Kinds that any chunk offers."""
 TEXTS = {
     "rivers#0": (
         "Rivers",
@@ -45,9 +48,9 @@ def words(text: str) -> set[str]:
 
 
 def test_synthetic_queries_come_from_their_chunk() -> None:
-    queries = synthesize_queries(CHUNKS, seed=0, per_chunk=4)
+    queries = synthesize_queries(CHUNKS, seed=0, per_chunk=4, kinds=SEARCHED)
     chunks = {chunk.id: chunk for chunk in CHUNKS}
-    assert {query.kind for query in queries} == set(KINDS_IN_TURN)
+    assert {query.kind for query in queries} == set(SEARCHED)
     for query in queries:
         assert words(query.text) <= words(chunks[query.chunk_id].passage), query
         if query.kind == "cloze":
@@ -66,7 +69,7 @@ def test_synthetic_queries_come_from_their_chunk() -> None:
 def test_sentences_of_scripts_without_blanks() -> None:
     sentences = ["春天来了，河水上涨，渔民们在黎明时分出发。", "城市的旧港口建于一八七一年。"]
     queries = synthesize_queries(
-        [Chunk("a", "".join(sentences), "", "a", 0, 35)], seed=0, per_chunk=4
+        [Chunk("a", "".join(sentences), "", "a", 0, 35)], seed=0, per_chunk=4, kinds=SEARCHED
     )
     assert sorted(query.text for query in queries if query.kind == "cloze") == sorted(sentences)
 
@@ -95,7 +98,7 @@ def test_every_language_gets_sentences_and_whole_terms(language: str) -> None:
     sentences = [sentence.strip() for sentence in TWO_SENTENCES[language]]
     text = "".join(TWO_SENTENCES[language])
     chunks = [Chunk(f"c{i}", text, "", f"c{i}", 0, len(text)) for i in range(8)]
-    queries = synthesize_queries(chunks, seed=0, per_chunk=4)
+    queries = synthesize_queries(chunks, seed=0, per_chunk=4, kinds=SEARCHED)
     assert {query.text for query in queries if query.kind == "cloze"} == set(sentences)
     spans = {query.text for query in queries if query.kind == "span"}
     assert spans
@@ -118,16 +121,15 @@ def words_of(text: str) -> list[str]:
 
 
 def test_seeded_per_chunk() -> None:
-    one, again, other = (synthesize_queries(CHUNKS, seed=seed) for seed in (1, 1, 2))
+    make = partial(synthesize_queries, kinds=SEARCHED)
+    one, again, other = (make(CHUNKS, seed=seed) for seed in (1, 1, 2))
     assert one == again != other
-    few = synthesize_queries(CHUNKS[:2], seed=1, per_chunk=1)
+    few = make(CHUNKS[:2], seed=1, per_chunk=1)
     assert few == [
-        query
-        for query in synthesize_queries(CHUNKS, seed=1, per_chunk=1)
-        if query.chunk_id.startswith("rivers")
+        query for query in make(CHUNKS, seed=1, per_chunk=1) if query.chunk_id.startswith("rivers")
     ]
     assert len(few) == 2
-    assert synthesize_queries([], seed=0) == []
+    assert make([], seed=0) == []
 
 
 def test_user_queries(tmp_path: Path) -> None:

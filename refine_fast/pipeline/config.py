@@ -31,6 +31,7 @@ from .config_values import (
     Mix,
     Name,
     Names,
+    PerChunk,
     Positive,
     QueryKinds,
     Rank,
@@ -158,14 +159,16 @@ class RunConfig(BaseModel):
         "your own queries: JSONL {text, doc_id}, a BEIR folder (train), or a file of another tool",
         "FILE",
     )
-    queries_per_chunk: int = _option(
-        2, "synthetic queries made for each chunk", "N", ge=1, le=10_000
+    queries_per_chunk: PerChunk | Literal["auto"] = _option(
+        "auto",
+        "synthetic queries made for each chunk; auto: 2 with a language model, 3 without",
+        "N",
     )
     query_kinds: QueryKinds = _option(
         (),
         "kinds of query to make from the documents, in turn: cloze, title, span, question, "
         "definition, keywords, crop; with --llm they are made besides the model's (default: "
-        "cloze,span,cloze,title, and none with --llm)",
+        "span,keywords,question, and none with --llm)",
         "KIND,...",
     )
     llm: Name | None = _option(
@@ -410,6 +413,13 @@ class RunConfig(BaseModel):
         )
 
     @property
+    def per_chunk(self) -> int:
+        """``queries_per_chunk``, decided."""
+        if self.queries_per_chunk != "auto":
+            return self.queries_per_chunk
+        return 2 if self.llm_writes else 3
+
+    @property
     def llm_writes(self) -> bool:
         """Whether the language model writes the queries; otherwise it may teach."""
         return self.llm is not None and self.queries is None
@@ -430,7 +440,7 @@ class RunConfig(BaseModel):
             key_env=self.llm_key_env,
             prompt=self.prompt,
             mix=dict(self.llm_mix),
-            per_chunk=self.queries_per_chunk,
+            per_chunk=self.per_chunk,
             temperature=self.llm_temperature,
             max_reply_tokens=self.llm_reply_tokens,
             extra=self.llm_extra,

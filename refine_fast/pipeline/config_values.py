@@ -195,6 +195,7 @@ def _memory(value: Any) -> int | None:
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rank = Annotated[int, Field(ge=0)]
+PerChunk = Annotated[int, Field(ge=1, le=10_000)]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 AnyPath = Annotated[Path, BeforeValidator(_path, json_schema_input_type=Path)]
 ExistingPath = Annotated[AnyPath, AfterValidator(_existing)]

@@ -60,9 +60,7 @@ def offline_queries(
 def made_queries(context: RunContext, chunks: Sequence[Chunk], kinds: Sequence[str]) -> list[Query]:
     """Queries of these kinds in turn, as many of each chunk as the configuration says."""
     config = context.config
-    return synthesize_queries(
-        chunks, seed=config.seed, per_chunk=config.queries_per_chunk, kinds=kinds
-    )
+    return synthesize_queries(chunks, seed=config.seed, per_chunk=config.per_chunk, kinds=kinds)
 
 
 def split_queries(
