@@ -160,8 +160,8 @@ def _folder(
 
     paths = [entry for entry in walk(root, _closed) if is_document(entry[0])]
     extracted: dict[Path, Extracted] = {}
-    if spread is not None:
-        wanted = [path for path, _ in paths if path.suffix.lower() in files.EXTRACTED]
+    wanted = [path for path, _ in paths if path.suffix.lower() in files.EXTRACTED]
+    if spread is not None and wanted:
         extracted = extract_in_shards(spread, wanted, reading.encoding, progress)
 
     def read(path: Path) -> Content:
