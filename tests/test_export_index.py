@@ -115,7 +115,7 @@ def test_compact_vectors(
         len((run / name).read_text().splitlines()) for name in ("dev.jsonl", "held_out.jsonl")
     )
     before, after = (loss["metrics"]["ndcg@10"][when] for when in ("before", "after"))
-    assert 0 < after != before
+    assert 0 <= after != before > 0
 
 
 def test_compact_vectors_rank_as_their_distances() -> None:
