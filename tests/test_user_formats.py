@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,9 @@ def test_a_csv_in_another_encoding_is_read_with_a_warning(tmp_path: Path) -> Non
     with pytest.warns(RefineFastWarning, match="q.csv is not UTF-8 .*; .* with --encoding"):
         found = list(read_judgements(tmp_path / "q.csv"))
     assert found[0].query == f"{RUSSIAN} номер 0"
+    with warnings.catch_warnings():  # once is enough
+        warnings.simplefilter("error")
+        assert query_texts(tmp_path / "q.csv") is None
 
 
 def test_a_field_of_llama_index_that_is_no_object(tmp_path: Path) -> None:

@@ -48,8 +48,7 @@
 //   - Rescoring at the end of all documents: 262 a query, but at 500 ns each from memory.
 //   - Blocks of half the size, or of 2 to 8 times: fewer are rescored, but from farther away.
 //   - Prefetches at other distances and into other levels; rows fetched while documents are packed.
-//   - A document widened to float64 once for all its queries; queries prefetched; documents in the order of the
-//   queries.
+//   - A document widened to float64 once for all its queries; queries prefetched; documents in the queries' order.
 //   - Documents that wait for several blocks: a tenth fewer are rescored, each from farther away.
 //   - The list's hits one by one, without compression: 40 cycles each, since stores and loads of its size alternate.
 #pragma once

@@ -317,9 +317,10 @@ class RayWorkers:
         for actor in [actor for actor, node in self._actors.items() if node not in alive]:
             self._drop(actor)
         needs, room = room_for(threads)
+        own_threads = threads_for(threads)
         actor_class = ray.remote(RayShardWorker).options(**needs)
         while len(self._actors) + len(self._starting) < min(room, shards):
-            started: Any = actor_class.remote(threads_for(threads))
+            started: Any = actor_class.remote(own_threads)
             self._starting[started.start.remote()] = started
 
     def _drop(self, actor: Any) -> None:

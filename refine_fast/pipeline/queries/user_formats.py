@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -126,7 +127,8 @@ def query_texts(path: Path) -> Path | None:
     or cannot be read."""
     if not path.is_file() or table_suffix(path) in (None, ".json"):
         return None
-    with contextlib.suppress(RefineFastError, Unreadable, ValueError):
+    with warnings.catch_warnings(), contextlib.suppress(RefineFastError, Unreadable, ValueError):
+        warnings.simplefilter("ignore")  # reading the queries gives them
         if _names_by_id(path, next(read_table(path), None)):
             return _text_file(path.parent)
     return None

@@ -29,16 +29,14 @@ SAMPLE = 100
 """Vectors that the recall is measured with."""
 
 
-def kind_for(vectors: int) -> Kind:
-    """The kind of index for so many vectors."""
+def kind_for(vectors: int, asked: Kind | None = None) -> Kind:
+    """The kind of index for so many vectors: the one that was asked for, unless there are too few
+    to train it."""
+    if asked is not None:
+        return "flat" if asked == "ivfpq" and vectors < CENTRES else asked
     if vectors <= FLAT_UP_TO:
         return "flat"
     return "sq8" if vectors <= SQ8_UP_TO else "ivfpq"
-
-
-def possible(kind: Kind, vectors: int) -> Kind:
-    """The kind that was asked for; flat where there are too few vectors to train it."""
-    return "flat" if kind == "ivfpq" and vectors < CENTRES else kind
 
 
 def build(vectors: np.ndarray, kind: Kind, *, seed: int = 0) -> Any:

@@ -95,7 +95,7 @@ def finish_segment(
             continue
         vectors = np.load(path, mmap_mode="r").view(np.ndarray)
         facts[name] = len(vectors)
-        own_kind = ann.possible(kind or ann.kind_for(len(vectors)), len(vectors))
+        own_kind = ann.kind_for(len(vectors), kind)
         about: dict[str, Any] = {"kind": own_kind, "recall@10": 1.0}
         if own_kind != "flat":
             index = ann.build(vectors, own_kind)
