@@ -221,6 +221,8 @@ PYBIND11_MODULE(_core, m) {
       if (raised) std::rethrow_exception(raised);
     } catch (const rf::IsaSettingError& error) {
       PyErr_SetString(py::module_::import("refine_fast.errors").attr("RefineFastError").ptr(), error.what());
+    } catch (const std::bad_alloc&) {
+      PyErr_SetString(PyExc_MemoryError, "no memory for the working buffers of a refine_fast operation");
     }
   });
   // --- ISA levels
