@@ -355,7 +355,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the workers take over the driver's number
     queries = 0
     if given.job == "run":
-        measured, items = compare_runs(given), " ".join([given.docs, *given.flags])
+        measured, items = compare_runs(given), " ".join([Path(given.docs).name, *given.flags])
     else:
         if given.job == "search":
             items, queries = given.documents, given.queries
