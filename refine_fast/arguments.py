@@ -6,13 +6,20 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 TRAINING_FORMATS = ("triplets", "flagembedding", "tevatron", "llama_index", "beir", "parquet")
 INDEX_FORMATS = ("vectors", "faiss", "lancedb", "qdrant")
 MODEL_FORMATS = ("onnx", "int8", "openvino")
 """Formats of ``export``. The first ones need a run that is mined, the others an index or a product.
 """
+
+
+PASSAGE_FIELDS = ("encoding", "text_column", "title_column", "chunk_tokens", "model")
+"""Fields of RunConfig that decide what the passages of some documents are."""
 
 
 def join_negative_values(arguments: Sequence[str]) -> list[str]:
@@ -42,6 +49,11 @@ def add_llm_flags(command: argparse.ArgumentParser, help: str) -> None:
     )
 
 
+def passage_options(options: argparse.Namespace) -> dict[str, str]:
+    """What was given of ``PASSAGE_FIELDS``."""
+    return {name: value for name, value in vars(options).items() if name in PASSAGE_FIELDS}
+
+
 def llm_options(options: argparse.Namespace) -> dict[str, str]:
     """What was given of ``add_llm_flags``, as fields of RunConfig."""
     names = ("llm", "llm_model", "llm_key_env", "llm_extra")
@@ -50,6 +62,8 @@ def llm_options(options: argparse.Namespace) -> dict[str, str]:
 
 def add_prompt_flags(command: argparse.ArgumentParser) -> None:
     """Which prompt is printed, or which one is tried, on what, and with which model."""
+    from .pipeline.config import RunConfig
+
     command.add_argument(
         "name",
         nargs="?",
@@ -74,6 +88,8 @@ def add_prompt_flags(command: argparse.ArgumentParser) -> None:
         metavar="DOCS",
         help="where they come from (default: Python's language reference)",
     )
+    for name in PASSAGE_FIELDS:
+        _add_field(command, name, RunConfig.model_fields[name])
     add_llm_flags(command, "who is asked: a URL, smollm2 or transformers (default smollm2)")
 
 
@@ -197,29 +213,35 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
     )
     for name, field in RunConfig.model_fields.items():
         extra: Any = field.json_schema_extra
-        help = str(field.description)
         if name == "docs":
             command.add_argument(
                 "docs",
                 nargs="?",
                 default=argparse.SUPPRESS,
                 metavar=extra["metavar"],
-                help=f"{help} (default: the documents of the run at --out if it exists, "
-                "else Python's documentation)",
+                help=f"{field.description} (default: the documents of the run at --out if it "
+                "exists, else Python's documentation)",
             )
-            continue
-        if not field.is_required() and field.default not in (None, ()):
-            help += f" (default {shown(field.default)})"
-        # A switch may be given without a value: --judge, --judge yes and --judge no.
-        switch: Any = {"nargs": "?", "const": "yes"} if field.annotation is bool else {}
-        command.add_argument(
-            f"--{name.replace('_', '-')}",
-            action="append" if name == "ood" else "store",
-            default=argparse.SUPPRESS,
-            metavar=extra["metavar"],
-            help=help.replace("%", "%%"),
-            **switch,
-        )
+        else:
+            _add_field(command, name, field)
+
+
+def _add_field(command: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+    """The flag of one field of RunConfig."""
+    extra: Any = field.json_schema_extra
+    help = str(field.description)
+    if not field.is_required() and field.default not in (None, ()):
+        help += f" (default {shown(field.default)})"
+    # A switch may be given without a value: --judge, --judge yes and --judge no.
+    switch: Any = {"nargs": "?", "const": "yes"} if field.annotation is bool else {}
+    command.add_argument(
+        f"--{name.replace('_', '-')}",
+        action="append" if name == "ood" else "store",
+        default=argparse.SUPPRESS,
+        metavar=extra["metavar"],
+        help=help.replace("%", "%%"),
+        **switch,
+    )
 
 
 def shown(value: Any) -> str:

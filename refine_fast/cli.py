@@ -23,6 +23,7 @@ from .arguments import (
     count,
     join_negative_values,
     llm_options,
+    passage_options,
     weight_of_glob,
 )
 from .bench.flags import add_bench_flags
@@ -391,6 +392,7 @@ def prompt(options: argparse.Namespace, console: Console) -> None:
             out="run",  # nothing is written there
             docs=options.docs,
             prompt=options.tried,
+            **passage_options(options),
             **{"llm": "smollm2", **llm_options(options)},
         )
         try_prompt(config, options.count, console)

@@ -32,8 +32,9 @@ from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.context import RunContext
 from refine_fast.pipeline.encoder import encode
 from refine_fast.pipeline.encoder.load import load_encoder
+from refine_fast.pipeline.engine import RunFolder
 from refine_fast.pipeline.evaluation.general_knowledge import general_knowledge
-from refine_fast.pipeline.stages import systems
+from refine_fast.pipeline.stages import run_stages, systems
 from refine_fast.pipeline.stages.chunk import cut_corpus
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
@@ -205,6 +206,24 @@ def test_a_document_that_changed(
     lines = capsys.readouterr().err
     assert f"chunk: docs changed ({page.name})" in lines
     assert "query: chunks.jsonl changed" in lines
+
+
+def test_a_model_card_that_changed(tiny: Path, docs: Path, tmp_path: Path) -> None:
+    """A hub's README changes without the model: only the fused model's own card quotes it."""
+    encoder = shutil.copytree(tiny, tmp_path / "encoder")
+    config = RunConfig(out=tmp_path / "run", docs=docs, model=str(encoder), **SMALL)
+    context = run(config, console=Console(quiet=True), until="embed")
+
+    def reasons() -> dict[str, list[str]]:
+        with RunFolder(config.out) as folder:
+            return {stage.name: folder.reasons(stage) for stage in run_stages(context)}
+
+    (encoder / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert reasons()["chunk"] == reasons()["embed"] == []
+    card = {stage.name: stage.files for stage in run_stages(context)}["fuse"]["model card"]
+    assert card.read_text().startswith("---")
+    (encoder / "modules.json").write_text((encoder / "modules.json").read_text() + "\n")
+    assert reasons()["chunk"] == reasons()["embed"] == ["encoder changed (modules.json)"]
 
 
 def test_a_run_to_a_stage(tmp_path: Path, tiny: Path, docs: Path) -> None:

@@ -202,6 +202,13 @@ def test_a_prompt_is_tried_on_a_few_passages(
     bodies = endpoint.stats()["bodies"]
     assert len(bodies) == 3
     assert all("Thou writest" in body["messages"][0]["content"] for body in bodies)
+    table = tmp_path / "table.csv"
+    table.write_text("note;said\nx;Le café est fermé.\ny;La mer est calme.\n", encoding="cp1252")
+    command = ["prompt", "--try", str(mine), "--docs", str(table), "--json"]
+    columns = ["--encoding", "cp1252", "--text-column", "said"]
+    assert main([*command, *columns, "--llm", endpoint.url, "--llm-model", "tiny"]) == 0
+    passages = json.loads(capsys.readouterr().out)["passages"]
+    assert [passage["text"] for passage in passages] == ["Le café est fermé.", "La mer est calme."]
 
 
 def test_prompt_is_printed_and_taken_back(

@@ -16,8 +16,6 @@ from ..config_file import load_config
 from ..console import Console
 from ..context import RunContext
 from ..corpus.chunk import Chunk
-from ..corpus.columns import Columns
-from ..corpus.documents import Reading, load_documents
 from ..corpus.jsonl import read_records
 from ..encoder.load import encoder_folder, load_encoder
 from ..encoder.prepare import prepare_encoder
@@ -32,7 +30,7 @@ from ..serving.encoders import Encoders, Side
 from ..serving.judged import JUDGED, Judged
 from ..serving.search import Index
 from ..serving.storage import IndexFolder, Manifest
-from ..stages.chunk import cut
+from ..stages.chunk import cut, read_documents
 
 MIN_JUDGED = 50
 """Marked queries that are enough to choose the blend by; fewer are added to the held-out ones."""
@@ -151,13 +149,8 @@ def held_out_queries(out: Path) -> list[Query]:
 
 def _chunks(context: RunContext, path: Path) -> list[Chunk]:
     """Documents, read and cut as the run's."""
-    config = context.config
-    columns = Columns(config.text_column, config.title_column, config.id_column)
-    reading = Reading(config.encoding, columns, say=context.console.say)
-    with context.console.progress("reading documents") as progress:
-        documents = load_documents(path, progress, reading=reading)
     encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
-    return cut(context, encoder, documents)
+    return cut(context, encoder, read_documents(context, path))
 
 
 def _show(folder: IndexFolder, manifest: Manifest, console: Console) -> None:

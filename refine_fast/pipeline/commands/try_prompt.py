@@ -12,10 +12,10 @@ from rich.text import Text
 
 from ..config import RunConfig
 from ..console import Console
-from ..corpus.chunking import chunk_documents
-from ..corpus.documents import load_documents
-from ..encoder.load import document_tokenizer, encoder_folder, load_encoder
+from ..context import RunContext
+from ..encoder.load import encoder_folder, load_encoder
 from ..queries.llm import generate_queries
+from ..stages.chunk import cut, read_documents
 
 
 def try_prompt(config: RunConfig, count: int, console: Console) -> None:
@@ -33,8 +33,8 @@ def try_prompt(config: RunConfig, count: int, console: Console) -> None:
     """
     settings = config.model_copy(update={"round_trip": 0}).llm_settings()
     assert settings is not None
-    tokenizer = document_tokenizer(load_encoder(encoder_folder(config.model)))
-    chunks = chunk_documents(load_documents(config.docs), tokenizer, max_tokens=config.chunk_tokens)
+    context = RunContext(config, encoder_folder(config.model), console)
+    chunks = cut(context, load_encoder(context.encoder), read_documents(context, config.docs))
     drawn = np.random.default_rng(config.seed).permutation(len(chunks))[:count]
     passages = [chunks[i] for i in sorted(drawn)]
     with TemporaryDirectory() as folder:

@@ -102,7 +102,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             tuple(f"{under}/{each}" if under else each for each in names),
             partial(_work, module, context, under, arguments),
             files=files,
-            counts=counts or {},
+            counts={"encoder": _of_the_model, "teacher": _of_the_model} | (counts or {}),
             facts=facts or {},
             settings={field: getattr(config, field) for field in settings.split()} | arguments,
             module=module.__name__,
@@ -302,7 +302,11 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         "fuse",
         fuse,
         (MODEL,),
-        encoder | made(TUNED, FUSION_FACTS, EMBEDDINGS) | recipe | scores,
+        encoder
+        | given(model_card=context.encoder / "README.md")
+        | made(TUNED, FUSION_FACTS, EMBEDDINGS)
+        | recipe
+        | scores,
         "weight fusion skip relative_margin select mine_by batch_size lr warmup temperature seed "
         f"{NAMES}",
     )
@@ -320,6 +324,12 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         | judged,
         f"weight curve fusion band skip select batch_size lr temperature seed served docs {NAMES}",
     )
+
+
+def _of_the_model(file: Path) -> bool:
+    """Whether a file in the folder of a model may bear on what it computes: a hub's model card
+    changes more often than the model."""
+    return file.suffix.lower() not in (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf")
 
 
 def _work(

@@ -62,13 +62,9 @@ def cut_corpus(
     Raises:
         RefineFastError: if fewer than two chunks are left.
     """
-    config = context.config
-    columns = Columns(config.text_column, config.title_column, config.id_column)
-    say = context.console.say
+    config, say = context.config, context.console.say
     exclude = () if config.queries is None else query_files(config.queries)
-    reading = Reading(config.encoding, columns, exclude=exclude, say=say)
-    with context.console.progress("reading documents") as progress:
-        documents = load_documents(config.docs, progress, reading=reading, spread=spread)
+    documents = read_documents(context, config.docs, exclude=exclude, spread=spread)
     encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     if config.model == DEFAULT_ENCODER:
         _check_language(documents)
@@ -102,6 +98,28 @@ def cut_corpus(
             + (", or keep the duplicates with --dedup keep." if removed else ".")
         )
     return len(documents), kept, duplicates
+
+
+def read_documents(
+    context: RunContext,
+    docs: Path | None,
+    *,
+    exclude: Sequence[Path] = (),
+    spread: Spread | None = None,
+) -> list[Document]:
+    """The documents at ``docs``, read with the run's encoding and columns.
+
+    Args:
+        context: of the run.
+        docs: as ``--docs``; None: Python's language reference.
+        exclude: files there that are no documents.
+        spread: the workers; None: this process.
+    """
+    config = context.config
+    columns = Columns(config.text_column, config.title_column, config.id_column)
+    reading = Reading(config.encoding, columns, exclude=exclude, say=context.console.say)
+    with context.console.progress("reading documents") as progress:
+        return load_documents(docs, progress, reading=reading, spread=spread)
 
 
 def cut(
