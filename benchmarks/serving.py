@@ -34,6 +34,7 @@ from refine_fast.pipeline.encoder.load import encoder_folder, load_encoder
 from refine_fast.pipeline.evaluation.significance import gain
 from refine_fast.pipeline.queries.splits import held_out_set
 from refine_fast.pipeline.queries.synthetic import synthesize_queries
+from refine_fast.pipeline.serving.blend import Choosing
 from refine_fast.pipeline.serving.systems import (
     choose,
     components_of,
@@ -78,8 +79,8 @@ class Encoder:
         return np.load(path)
 
 
-def dev_set(data: RetrievalSet, folder: Path, source: str) -> RetrievalSet:
-    """Held-out queries over the same passages: none of them is a test query."""
+def dev_set(data: RetrievalSet, folder: Path, source: str) -> tuple[RetrievalSet, list[str]]:
+    """Held-out queries over the same passages, none of them a test query; and their kinds."""
     if source == "synthetic":
         titles = data.titles or [""] * len(data.docs)
         chunks = [
@@ -87,8 +88,9 @@ def dev_set(data: RetrievalSet, folder: Path, source: str) -> RetrievalSet:
             for id, doc, title in zip(data.doc_ids, data.docs, titles, strict=True)
         ]
         made = synthesize_queries(chunks, seed=0, per_chunk=1)
-        chosen = np.sort(np.random.default_rng(0).permutation(len(made))[:DEV_QUERIES])
-        return held_out_set(chunks, [made[i] for i in chosen], "dev")
+        rows = np.sort(np.random.default_rng(0).permutation(len(made))[:DEV_QUERIES])
+        chosen = [made[i] for i in rows]
+        return held_out_set(chunks, chosen, "dev"), [query.kind for query in chosen]
     train = load_beir(folder, "train")
     tested = {normalize(text) for text in data.queries}
     fresh = [i for i, text in enumerate(train.queries) if normalize(text) not in tested]
@@ -96,16 +98,16 @@ def dev_set(data: RetrievalSet, folder: Path, source: str) -> RetrievalSet:
     columns = (
         [column[i] for i in kept] for column in (train.query_ids, train.queries, train.qrels)
     )
-    return RetrievalSet(train.name, data.doc_ids, data.docs, *columns, data.titles)
+    held = RetrievalSet(train.name, data.doc_ids, data.docs, *columns, data.titles)
+    return held, ["user"] * len(kept)
 
 
 def measure(name: str, set_name: str, dev: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     folder = Path(os.environ["REFINE_FAST_DATA"]) / set_name
     data, encoder = load_beir(folder), Encoder(name, given.cache)
-    held = dev_set(data, folder, dev)
+    held, kinds = dev_set(data, folder, dev)
     both = (encoder.documents, encoder.queries)
-    parts = components_of(held, *both)
-    choice = choose(parts, relevant_of(held), *both, made=dev == "synthetic")
+    choice = choose(Choosing(components_of(held, *both), relevant_of(held)), kinds, *both)
     scores = score_systems(data, components_of(data, *both), choice)
     blends = {
         "sentences": choice.without["lexical"],

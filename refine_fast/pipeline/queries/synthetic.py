@@ -117,10 +117,10 @@ def synthesize_queries(
     return queries
 
 
-def mostly_made(queries: Sequence[Query]) -> bool:
-    """Whether most of the queries were made by ``synthesize_queries``, and so share their words
-    with the passages."""
-    return 2 * sum(query.kind in MADE_KINDS for query in queries) > len(queries)
+def mostly_made(kinds: Sequence[str]) -> bool:
+    """Whether most of some queries, of these kinds, were made by ``synthesize_queries``, and so
+    share their words with the passages."""
+    return 2 * sum(kind in MADE_KINDS for kind in kinds) > len(kinds)
 
 
 def _sources(chunks: Sequence[Chunk]) -> Iterator[_Source]:

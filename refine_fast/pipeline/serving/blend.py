@@ -95,8 +95,8 @@ class BlendChoice:
     blend: Blend
     queries: int
     gains: Mapping[str, Gain]
-    """"sentences", "lexical": of the best blend over the best one without; "all": of the chosen
-    blend over passage vectors alone."""
+    """"sentences", "lexical": of the best blend over the best one without (``choose_in_turn``: of
+    the part when it was chosen); "all": of the chosen blend over passage vectors alone."""
     without: Mapping[str, Blend] = field(default_factory=dict)
     """"sentences", "lexical": the best blend without."""
     general: int = 0
@@ -109,43 +109,93 @@ class BlendChoice:
         return {**asdict(self.blend), **counts, "metric": METRIC, "gains": gains}
 
 
-def choose_blend(
-    queries: Iterable[Components], relevant: Sequence[Mapping[int, float]]
-) -> BlendChoice:
+class Choosing:
+    """Held-out queries by which blends are compared, in ``METRIC``."""
+
+    def __init__(
+        self, parts: Sequence[Components], relevant: Sequence[Mapping[int, float]]
+    ) -> None:
+        """Takes the queries.
+
+        Args:
+            parts: of each the components, trimmed.
+            relevant: of each: row -> grade.
+        """
+        self.parts, self.relevant = parts, relevant
+        self._known: dict[Blend, Scores] = {}
+
+    def scores(self, blend: Blend) -> Scores:
+        """Of a blend's first ten passages; computed once."""
+        if blend not in self._known:
+            self._known[blend] = score_blend(self.parts, self.relevant, blend, 10)
+        return self._known[blend]
+
+    def best(self, blends: Iterable[Blend]) -> Blend:
+        """The blend with the highest mean, the first of several."""
+        return max(blends, key=lambda blend: self.scores(blend).metrics[METRIC])
+
+    def change(self, before: Blend, after: Blend) -> Gain:
+        """From one blend to another."""
+        return gain(*(self.scores(blend).per_query[METRIC] for blend in (before, after)))
+
+    def drawn(self, rows: Iterable[int]) -> Choosing:
+        """Some of the queries."""
+        kept = list(rows)
+        return Choosing([self.parts[i] for i in kept], [self.relevant[i] for i in kept])
+
+    def plus(self, other: Choosing) -> Choosing:
+        """These queries and those."""
+        return Choosing([*self.parts, *other.parts], [*self.relevant, *other.relevant])
+
+
+def choose_blend(queries: Choosing) -> BlendChoice:
     """The weights with the highest mean of ``METRIC``. A part whose gain is not shown, because its
-    95% interval does not lie above 0, gets the weight 0.
-
-    Args:
-        queries: of each held-out query the components, trimmed.
-        relevant: of each query: row -> grade.
-    """
-    parts = list(queries)
-    if not parts:
+    95% interval does not lie above 0, gets the weight 0."""
+    if not queries.parts:
         return BlendChoice(Blend(), 0, {})
-    grid = {
-        Blend(w, b): score_blend(parts, relevant, Blend(w, b), 10)
-        for w in SENTENCE_SHARES
-        for b in LEXICAL_SHARES
-    }
-
-    def best(keep: Iterable[Blend]) -> Blend:
-        return max(keep, key=lambda blend: grid[blend].metrics[METRIC])
-
-    def change(before: Blend, after: Blend) -> Gain:
-        return gain(grid[before].per_query[METRIC], grid[after].per_query[METRIC])
-
-    chosen = best(grid)
+    chosen = queries.best(Blend(w, b) for w in SENTENCE_SHARES for b in LEXICAL_SHARES)
     without = {
-        "sentences": best(blend for blend in grid if not blend.sentences),
-        "lexical": best(blend for blend in grid if not blend.lexical),
+        "sentences": queries.best(Blend(0, b) for b in LEXICAL_SHARES),
+        "lexical": queries.best(Blend(w, 0) for w in SENTENCE_SHARES),
     }
-    gains = {name: change(blend, chosen) for name, blend in without.items()}
+    gains = {name: queries.change(blend, chosen) for name, blend in without.items()}
     if min(gain.low for gain in gains.values()) <= 0:
         # The part that adds least goes; the other must then be better than passages alone.
         chosen = without[min(gains, key=lambda name: gains[name].mean)]
-        if change(Blend(), chosen).low <= 0:
+        if queries.change(Blend(), chosen).low <= 0:
             chosen = Blend()
-    return BlendChoice(chosen, len(parts), {**gains, "all": change(Blend(), chosen)}, without)
+    gains["all"] = queries.change(Blend(), chosen)
+    return BlendChoice(chosen, len(queries.parts), gains, without)
+
+
+def choose_in_turn(own: Choosing, others: Choosing) -> BlendChoice:
+    """The weights, from queries that share their words with the passages, and others that do not.
+
+    The share of sentences is chosen on the first ones alone, without BM25: like what people ask,
+    they are about one sentence, where a question of general knowledge is about its whole passage.
+    Then the share of BM25 is chosen on both. A part whose gain is not shown gets the weight 0, as
+    in ``choose_blend``.
+
+    Args:
+        own: queries that are made from the documents.
+        others: as many questions of general knowledge.
+    """
+    both = own.plus(others)
+
+    def lexical(dense: Blend) -> Blend:
+        return both.best(replace(dense, lexical=b) for b in LEXICAL_SHARES)
+
+    dense = own.best(Blend(w) for w in SENTENCE_SHARES)
+    gains = {"sentences": own.change(Blend(), dense)}
+    if gains["sentences"].low <= 0:
+        dense = Blend()
+    chosen = lexical(dense)
+    gains["lexical"] = both.change(dense, chosen)
+    if gains["lexical"].low <= 0:
+        chosen = dense
+    gains["all"] = both.change(Blend(), chosen)
+    without = {"sentences": lexical(Blend()), "lexical": dense}
+    return BlendChoice(chosen, len(both.parts), gains, without, len(others.parts))
 
 
 def score_blend(

@@ -18,9 +18,8 @@ from ..corpus.chunk import Chunk, document_id
 from ..corpus.sentences import split_passages
 from ..progress import Progress
 from ..queries.query import Query
-from ..queries.synthetic import mostly_made
 from .ann import Kind
-from .blend import BlendChoice, choose_blend
+from .blend import BlendChoice, Choosing, choose_blend
 from .dense import rows_of_groups
 from .encoders import Encoders, Side
 from .search import Index
@@ -129,7 +128,7 @@ class Builder:
         vectors: np.ndarray | None,
     ) -> BlendChoice:
         if vectors is None:
-            return choose_blend([], [])
+            return choose_blend(Choosing([], []))
 
         def documents(texts: Sequence[str]) -> np.ndarray:
             with self.progress("choosing the blend") as progress:
@@ -142,22 +141,30 @@ class Builder:
             if query.chunk_id in row:
                 relevant[query.text][row[query.chunk_id]] = 1.0
         kept = [(text, v) for text, v in zip(asked, vectors, strict=True) if relevant[text]]
+        kind_of = {query.text: query.kind for query in dev}
         return choose(
-            [index.components(text, vector).trimmed() for text, vector in kept],
-            [relevant[text] for text, _ in kept],
+            Choosing(
+                [index.components(text, vector).trimmed() for text, vector in kept],
+                [relevant[text] for text, _ in kept],
+            ),
+            [kind_of[text] for text, _ in kept],
             documents,
             partial(self.encoders.queries, "product"),
-            made=mostly_made(dev),
         )
 
     def change(
-        self, manifest: Manifest, added: Sequence[Chunk], removed: Iterable[str]
+        self,
+        manifest: Manifest,
+        added: Sequence[Chunk],
+        replaced: Iterable[str],
+        removed: Iterable[str],
     ) -> Manifest:
         """Adds and removes whole documents. Only what is added is encoded.
 
         Args:
             manifest: the index.
             added: the chunks of new documents, and of changed ones, whose old chunks die.
+            replaced: ids of the documents of ``added``.
             removed: ids of documents.
 
         Raises:
@@ -166,8 +173,7 @@ class Builder:
         index = Index.open(self.folder, manifest)
         removed = frozenset(removed)
         ids = index.ids()
-        new = {chunk.id for chunk in added}
-        documents = removed | {document_id(id) for id in new} | new
+        documents = removed | frozenset(replaced)
         live = np.flatnonzero(index.alive)
         owner = {int(row): _owner(ids[row], documents) for row in live}
         if missing := removed - set(owner.values()):

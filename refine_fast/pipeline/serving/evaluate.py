@@ -21,7 +21,7 @@ from ..evaluation.metrics import METRICS
 from ..evaluation.scores import Scores
 from ..evaluation.significance import gain
 from ..progress import Progress
-from .blend import choose_blend
+from .blend import Choosing, choose_blend
 from .systems import SYSTEM_NAMES, Remembered, components_of, relevant_of, score_systems
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def evaluate_systems(
             Remembered(partial(_encode, model, role, bf16, progress))
             for role in ("document", "query")
         )
-        choice = choose_blend(components_of(choosing, documents, queries), relevant_of(choosing))
+        choice = choose_blend(
+            Choosing(components_of(choosing, documents, queries), relevant_of(choosing))
+        )
         blends[label] = choice.facts()
         scores = score_systems(held, components_of(held, documents, queries), choice)
         if not first:

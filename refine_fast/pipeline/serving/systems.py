@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -15,7 +14,17 @@ from ..corpus.text import passage_text
 from ..evaluation.bm25 import score_bm25
 from ..evaluation.general_knowledge import general_knowledge
 from ..evaluation.scores import Scores
-from .blend import Blend, BlendChoice, Components, choose_blend, score_blend, standard
+from ..queries.synthetic import mostly_made
+from .blend import (
+    Blend,
+    BlendChoice,
+    Choosing,
+    Components,
+    choose_blend,
+    choose_in_turn,
+    score_blend,
+    standard,
+)
 from .dense import Moments
 from .lexical import Lexical, Postings
 
@@ -26,6 +35,9 @@ SYSTEM_NAMES = ("passages", "sentences", "BM25", "hybrid", SERVED)
 """Passage vectors alone; with the best sentence; BM25 alone; passages and BM25; all three."""
 
 QUERIES_AT_A_TIME = 64
+
+DRAWN_BY_WEIGHT = ("span",)
+"""Kinds of query whose words are those that weigh most in the passage, as in BM25."""
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 """Texts to float32 vectors."""
@@ -108,36 +120,30 @@ def relevant_of(data: RetrievalSet) -> list[dict[int, float]]:
 
 
 def choose(
-    parts: Sequence[Components],
-    relevant: Sequence[Mapping[int, float]],
-    documents: Encode,
-    queries: Encode,
-    *,
-    made: bool,
-    seed: int = 0,
+    held: Choosing, kinds: Sequence[str], documents: Encode, queries: Encode, *, seed: int = 0
 ) -> BlendChoice:
-    """``choose_blend``, with questions of general knowledge where the queries need them.
+    """The blend for what people will ask, from held-out queries.
 
     Queries that are made from the documents without a language model share their words with the
-    passages, and alone would choose little but BM25. The questions of general knowledge are in
+    passages, and alone would choose little but BM25; terms that were drawn by their weight in the
+    passage would choose nothing else, and are left out. The questions of general knowledge are in
     other words than the passages. What people ask is in between, so as many of those count too.
 
     Args:
-        parts: of each held-out query the components.
-        relevant: of each held-out query: row -> grade.
+        held: the held-out queries.
+        kinds: the kind of each (``Query.kind``).
         documents, queries: encode the passages and the questions of general knowledge.
-        made: whether the queries were made from the documents (``synthetic.mostly_made``).
         seed: of the draws, where one of the two sets is larger.
     """
-    if not (made and parts):
-        return choose_blend(parts, relevant)
+    if not mostly_made(kinds):
+        return choose_blend(held)
+    fair = [i for i, kind in enumerate(kinds) if kind not in DRAWN_BY_WEIGHT] or range(len(kinds))
     guard = general_knowledge("guard")
     rng = np.random.default_rng(seed)
-    size = min(len(parts), len(guard.queries))
-    sets = ((parts, relevant), (components_of(guard, documents, queries), relevant_of(guard)))
-    drawn = [(own[i], grades[i]) for own, grades in sets for i in rng.permutation(len(own))[:size]]
-    choice = choose_blend([part for part, _ in drawn], [grades for _, grades in drawn])
-    return replace(choice, general=size)
+    size = min(len(fair), len(guard.queries))
+    own, others = (rng.permutation(rows)[:size] for rows in (fair, len(guard.queries)))
+    general = Choosing(components_of(guard, documents, queries), relevant_of(guard))
+    return choose_in_turn(held.drawn(own), general.drawn(others))
 
 
 def score_systems(

@@ -20,7 +20,7 @@ from ..encoder.encode import Role, encode
 from ..encoder.weighted import encoder_at
 from ..queries.query import Query
 from ..queries.splits import held_out_set, in_domain_set
-from ..queries.synthetic import mostly_made
+from ..serving.blend import Choosing
 from ..serving.systems import Remembered, choose, components_of, relevant_of, score_systems
 
 if TYPE_CHECKING:
@@ -36,15 +36,16 @@ def run(context: RunContext, folder: Path) -> None:
     which are chosen for each on the queries that choose the fusion weight."""
     asked = read_records(context.path(DEV), Query)
     dev, test = _sets(context, asked)
-    made = mostly_made(asked)
+    kind_of = {query.text: query.kind for query in asked}
+    kinds = [kind_of[text] for text in dev.queries]
     weight = fused_weight(context.out)
     facts = {}
     for side, at in {"base": 0.0, "fused": weight}.items():
         if side == "fused" and not weight:
             continue  # the product is the base
         encoder = _Encoder(context, folder, side, at)
-        held = components_of(dev, encoder.documents, encoder.queries)
-        choice = choose(held, relevant_of(dev), encoder.documents, encoder.queries, made=made)
+        held = Choosing(components_of(dev, encoder.documents, encoder.queries), relevant_of(dev))
+        choice = choose(held, kinds, encoder.documents, encoder.queries)
         parts = components_of(test, encoder.documents, encoder.queries)
         scores = score_systems(test, parts, choice)
         facts[side] = {
