@@ -190,7 +190,7 @@ def _ceiling(
     groups: np.ndarray | None,
 ) -> Tensor:
     """(B,) float64: what a negative's similarity may be; infinity for a query without positives."""
-    ceiling = torch.full((len(positives),), torch.inf, dtype=torch.float64)
+    ceiling = torch.full((len(positives),), torch.inf, dtype=torch.float64, device="cpu")
     for start in range(0, len(positives), CEILINGS):
         block = range(start, min(start + CEILINGS, len(positives)))
         pairs = [(i, row) for i in block for row in positives[i]]
@@ -199,7 +199,7 @@ def _ceiling(
         of, rows = np.array(pairs, np.int64).T
         asked = _picked(queries, of, "queries", normalize)
         similar = _similarity(asked, docs, rows, normalize, groups).double().cpu()
-        ceiling.scatter_reduce_(0, torch.as_tensor(of), similar, "amin")
+        ceiling.scatter_reduce_(0, torch.from_numpy(of), similar, "amin")
     return ceiling - ceiling.abs().nan_to_num(posinf=0.0) * margin
 
 
@@ -217,12 +217,18 @@ def _similarity(
     return similar.new_full((len(sizes),), -torch.inf).scatter_reduce(0, of, similar, "amax")
 
 
+def _row(source: Any, i: int) -> Tensor:
+    """(1, D); torch shares no read-only map."""
+    row = source[i : i + 1]
+    return row if isinstance(row, Tensor) else torch.from_numpy(np.array(row))
+
+
 def _picked(source: Any, rows: np.ndarray, name: str, normalize: bool) -> Tensor:
     """The given rows in float32, as unit vectors with ``normalize``."""
     if isinstance(source, Tensor):
         picked = source[rows].float()
     else:
-        picked = torch.cat([torch.as_tensor(source[int(i) : int(i) + 1]) for i in rows]).float()
+        picked = torch.cat([_row(source, int(i)) for i in rows]).float()
     if normalize:
         picked = torch.nn.functional.normalize(picked, dim=1)
     if (bad := rows[~picked.isfinite().all(1).numpy(force=True)]).size:

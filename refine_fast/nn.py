@@ -110,10 +110,17 @@ class InfoNCELoss(nn.Module):
     ) -> Tensor:
         """The loss of this process's queries against the documents of all of them."""
         rank, size = ranks()
+        # before rows of other processes could be taken for those that are missing here
+        if positives is None:
+            positives = torch.arange(len(q), device=q.device)
+            if len(d) < len(q):
+                raise ValueError(f"d has {len(d)} rows for {len(q)} queries; give positives")
+        elif positives.is_cpu and ((positives < 0) | (positives >= len(d))).any():
+            raise ValueError(f"positives must be rows of this process's d, 0 to {len(d) - 1}")
         counts = row_counts(d)
         start, total = sum(counts[:rank]), sum(counts)
         rows = torch.arange(len(q), device=q.device)
-        own = start + (rows if positives is None else positives)
+        own = start + positives
         ids = None if doc_ids is None else gather_rows(doc_ids, counts)
         documents = gather_rows(d, counts)
         if soft_columns is not None:

@@ -138,7 +138,7 @@ def hash64(seed: int, query: Tensor, doc: Tensor) -> Tensor:
         return x ^ ((x >> 31) & ((1 << 33) - 1))
 
     golden = -7046029254386353131  # 0x9E3779B97F4A7C15
-    start = mix(torch.tensor(seed, dtype=torch.int64) + golden)
+    start = mix(query.new_tensor(seed, dtype=torch.int64) + golden)
     return mix(mix(start + query * golden) + doc * golden) ^ torch.iinfo(torch.int64).min
 
 

@@ -324,6 +324,13 @@ def test_outputs_that_are_refused(folders: tuple[Path, Path], tmp_path: Path) ->
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
 
 
+def test_a_link_does_not_publish_what_it_points_to(folders: tuple[Path, Path]) -> None:
+    secret = folders[0].parent / "secret"
+    secret.write_text("key")
+    (folders[0] / "notes.txt").symlink_to(secret)
+    assert_refused(folders, r"base/notes\.txt is a link that leaves the model's folder")
+
+
 @pytest.mark.parametrize("kind", ["broken link", "pipe"])
 def test_every_file_of_base_can_be_copied(folders: tuple[Path, Path], kind: str) -> None:
     """Known before the weights are written, and not after hours of it."""

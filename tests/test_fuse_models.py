@@ -17,6 +17,7 @@ from transformers import AutoModel, BertConfig, BertModel
 import refine_fast as rf
 from refine_fast import reference
 from refine_fast.errors import RefineFastError
+from refine_fast.ops.lerp import lerp_
 
 
 def assert_fused(
@@ -111,6 +112,32 @@ def test_fuse_into(tmp_path: Path, kind: str) -> None:
         if t.is_floating_point():
             wanted = reference.lerp(t, tuned.state_dict()[name], 0.0 if ".0." in name else WEIGHT)
             assert torch.equal(model.state_dict()[name], wanted), name
+
+
+class Halves(torch.nn.Module):
+    """A buffer that is the first half of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = torch.zeros(8)
+        self.register_buffer("a", whole[:4])
+        self.register_buffer("b", whole)
+
+
+def test_fuse_into_refuses_tensors_that_overlap(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(4), "b": torch.ones(8)}, tmp_path / "t.safetensors")
+    model = Halves()
+    with pytest.raises(RefineFastError, match="'b' of the model shares its memory"):
+        rf.fuse_into(model, tmp_path / "t.safetensors", 1.0)
+    assert not model.b.any()
+
+
+def test_autograd_sees_the_change() -> None:
+    w = torch.ones(3, requires_grad=True)
+    y = (w * w).sum()
+    lerp_(w.detach(), torch.zeros(3), 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_fuse_into_any_module(tmp_path: Path) -> None:

@@ -208,6 +208,26 @@ def test_two_merges_to_one_output(tmp_path: Path) -> None:
     rf.fuse(base, tuned, tmp_path / "out", progress=second)
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_output_that_appears_during_the_merge_stays(tmp_path: Path, kind: str) -> None:
+    base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
+    out = tmp_path / "out"
+    if kind == "file":
+        base, tuned = (next(folder.glob("*.safetensors")) for folder in (base, tuned))
+        out = out.with_suffix(".safetensors")
+
+    def appear(done: int, total: int) -> None:
+        if kind == "folder":
+            out.mkdir(exist_ok=True)
+            (out / "precious").write_text("mine")
+        else:
+            out.write_text("mine")
+
+    with pytest.raises(RefineFastError, match="appeared during the merge: give another output"):
+        rf.fuse(base, tuned, out, progress=appear)
+    assert (out / "precious" if kind == "folder" else out).read_text() == "mine"
+
+
 def test_replacing_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder is exchanged in one step; where the file system cannot, in two."""
     base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)

@@ -66,6 +66,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": math.nan}, ValueError, r"temperature must be a positive number \(got nan\)"),
     ({"margin": math.nan}, ValueError, r"margin must be a number \(got NaN\)"),
     ({"weight": torch.ones(3)}, ValueError, "weight has shape"),
+    ({"weight": torch.ones(4, device="meta")}, ValueError, r"on meta; it must be \(4,\) on cpu"),
     (
         {"widths": (4, 4, 8)},
         ValueError,
@@ -113,6 +114,33 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_input(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         rf.info_nce(**{"q": q, "d": d, **options})
+
+
+def test_autocast_leaves_what_torch_leaves() -> None:
+    """float64 stays, and an integer is refused as outside of it."""
+    wide = {"q": q.double(), "d": d.double()}
+    expected = rf.info_nce(**wide)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(rf.info_nce(**wide), expected)
+        assert not torch.equal(rf.info_nce(q, d), rf.info_nce(q.double(), d.double()).float())
+        with pytest.raises(TypeError):
+            rf.info_nce(q.int(), d.int())
+
+
+def test_a_teacher_without_columns() -> None:
+    none = {"soft_columns": torch.zeros(4, 0, dtype=torch.int64), "soft_targets": torch.ones(4, 0)}
+    assert torch.equal(rf.info_nce(q, d, **none), rf.info_nce(q, d))
+
+
+def test_rows_of_other_processes_are_no_positives_by_mistake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rf.nn, "ranks", lambda: (0, 2))
+    gathered = rf.nn.InfoNCELoss(gather=True)
+    with pytest.raises(ValueError, match="d has 3 rows for 4 queries; give positives"):
+        gathered(q, d[:3])
+    with pytest.raises(ValueError, match="rows of this process's d, 0 to 3"):
+        gathered(q, d[:4], positives=torch.tensor([0, 1, 2, 4]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

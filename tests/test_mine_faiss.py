@@ -33,6 +33,13 @@ def test_all_lists_are_the_exact_answer(clustered: tuple[torch.Tensor, torch.Ten
     ceiling = torch.linspace(0.5, 0.7, 150)
     rule = {"band": (0.4, 0.6), "skip": 3, "exclude": exclude, "ceiling": ceiling}
     everything = approximate_band_topk(index, queries, docs, 7, probes=40, **rule)
+    sets = {**rule, "exclude": [set(ids) for ids in exclude]}
+    as_sets = approximate_band_topk(index, queries, docs, 7, probes=40, **sets)
+    assert torch.equal(as_sets.found.ids, everything.found.ids)
+    nobody = {**rule, "exclude": [], "ceiling": ceiling[:0]}
+    assert approximate_band_topk(
+        index, queries[:0], docs, 7, probes=4, **nobody
+    ).found.ids.shape == (0, 7)
     exact = rf.band_topk(queries, docs, 7, **rule)
     assert everything.recall == 1
     for ours, gold in zip(everything.found, exact, strict=True):

@@ -53,7 +53,9 @@ BandSearch::Plan::Plan(const BandSpec& spec, const ScreenKernels& screen) {
 int64_t BandSearch::queries_within(const BandSpec& spec, int64_t bytes) {
   const ScreenKernels& screen = *kernels().screen;
   const Plan plan(spec, screen);
-  const int64_t rows = std::max<int64_t>((bytes - plan.bytes_fixed) / plan.bytes_per_query, 1);
+  // However much the threads and the largest group take, a search of too few queries would pack all documents for them.
+  const int64_t left = std::max(bytes - plan.bytes_fixed, bytes / 4);
+  const int64_t rows = std::max<int64_t>(left / plan.bytes_per_query, 1);
   return rows < screen.mr ? rows : rows / screen.mr * screen.mr;
 }
 

@@ -52,6 +52,7 @@ void InfoNCESolver::accumulate_gradients(const Strip& s) {
   const int64_t rows = group_rows(s), groups = ceil_div(s.rows, rows);
   std::vector<std::atomic<int64_t>> turns(prefixes_ * groups);  // of dQ: the block that adds next
   const StageScope gradients(Stage::gradients);
+  // The body must not throw: the blocks behind one that is left out would wait for its turn for ever.
   parallel_for(blocks_, t_.threads, [&](int64_t index, int thread) {
     const Block b = block(index);
     const Work w = work(thread);

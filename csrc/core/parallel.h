@@ -5,7 +5,6 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #else
-#include <system_error>
 #include <thread>
 #include <vector>
 #endif
@@ -76,7 +75,7 @@ void parallel_for(int64_t tasks, int threads, const Body& body) {
   std::vector<std::thread> others;
   try {
     for (int thread = 1; thread < std::min<int64_t>(threads, tasks); ++thread) others.emplace_back(work, thread);
-  } catch (const std::system_error&) {  // no more threads to be had: those that started share the work
+  } catch (const std::exception&) {  // no more threads or memory to be had: those that started share the work
   }
   work(0);
   for (std::thread& other : others) other.join();

@@ -31,13 +31,14 @@ class AtomicOutput:
         RefineFastError: another merge is writing ``final``.
     """
 
-    def __init__(self, final: Path, plan: str, *, is_folder: bool) -> None:
+    def __init__(self, final: Path, plan: str, *, is_folder: bool, overwrite: bool) -> None:
         self.final = final
         self.folder = final.parent / f".{final.name}.refine-fast"
         self.content = self.folder / "content"
         self._replaced = self.folder / "replaced"
         self._plan = plan
         self._is_folder = is_folder
+        self._overwrite = overwrite
 
     def __enter__(self) -> AtomicOutput:
         self._made = [parent for parent in self.folder.parents if not parent.exists()]
@@ -86,7 +87,17 @@ class AtomicOutput:
             temporary.write_text(json.dumps({"plan": self._plan, "done": done}))
 
     def publish(self) -> None:
-        """Moves the content to its final name, in place of what was there, and cleans up."""
+        """Moves the content to its final name, in place of what was there, and cleans up.
+
+        Raises:
+            RefineFastError: something is there that may not be overwritten.
+        """
+        empty = self._is_folder and self.final.is_dir() and not any(self.final.iterdir())
+        if self.final.exists() and not (self._overwrite or empty):
+            raise RefineFastError(
+                f"the output {self.final} appeared during the merge: give another output or"
+                " overwrite=True (--overwrite)"
+            )
         if self._is_folder:
             for folder, _, _ in os.walk(self.content):
                 fsync(Path(folder))

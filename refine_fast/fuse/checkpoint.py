@@ -253,8 +253,8 @@ def read_header(path: Path) -> Header:
     return Header(path, length + text, entries, metadata, size)
 
 
-def _check_inside(folder: Path, path: Path) -> None:
-    """Requires a weight file to be in its folder, or where the Hugging Face cache keeps the
+def check_inside(folder: Path, path: Path) -> None:
+    """Requires a model's file to be in its folder, or where the Hugging Face cache keeps the
     folder's files: snapshots/<rev>/x -> ../../blobs/<hash>."""
     homes = [folder.resolve()]
     if homes[0].parent.name == "snapshots":
@@ -291,7 +291,7 @@ def _read_index(index: Path, root: Path) -> Component:
             raise RefineFastError(
                 f"{index} names the shard {file!r}, which is missing: download the model again"
             )
-        _check_inside(root, path)
+        check_inside(root, path)
         shards[file] = read_header(path)
     where: dict[str, str] = {}
     for file, shard in shards.items():
@@ -317,7 +317,7 @@ def _read_component(
     # transformers also prefers one file to an index
     if "model.safetensors" in files or (len(files) == 1 and not indexes):
         name = "model.safetensors" if "model.safetensors" in files else files[0]
-        _check_inside(root, folder / name)
+        check_inside(root, folder / name)
         return Component(folder, [read_header(folder / name)]), {name}
     if len(indexes) == 1:
         component = _read_index(folder / indexes[0], root)

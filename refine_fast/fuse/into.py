@@ -62,10 +62,15 @@ def fuse_into(
     theirs = _partners(model, targets, read_checkpoint(Path(tuned)), notes)
     ours = {} if base is None else _partners(model, targets, read_checkpoint(Path(base)), [])
     pieces: list[tuple[Tensor, tuple[Entry, ...], float]] = []
-    seen = set()
+    seen: dict[int, Tensor] = {}
     for name, target in targets.items():
-        if name in theirs and target.data_ptr() not in seen:  # tied parameters once
-            seen.add(target.data_ptr())
+        if name in theirs and (tied := seen.setdefault(target.data_ptr(), target)) is not target:
+            if target.numel() and (tied.shape, tied.stride()) != (target.shape, target.stride()):
+                raise RefineFastError(
+                    f"{name!r} of the model shares its memory with another tensor in part; give"
+                    " each memory of its own before the merge"
+                )
+        elif name in theirs:  # tied parameters once
             sources = (theirs[name], ours[name]) if name in ours else (theirs[name],)
             pieces.append((target.detach(), sources, own_weights.of(name)[0]))
     own_weights.check_all_used()

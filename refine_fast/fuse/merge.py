@@ -139,7 +139,12 @@ def fuse_sweep(
         with ExitStack() as stack:
             outputs = [
                 stack.enter_context(
-                    AtomicOutput(final, _fingerprint(plan, i, dtype), is_folder=plan.is_folder)
+                    AtomicOutput(
+                        final,
+                        _fingerprint(plan, i, dtype),
+                        is_folder=plan.is_folder,
+                        overwrite=overwrite,
+                    )
                 )
                 for i, final in enumerate(finals)
             ]

@@ -24,6 +24,7 @@ from .checkpoint import (
     Component,
     Entry,
     Header,
+    check_inside,
     parse_json,
     read_checkpoint,
     read_component,
@@ -238,6 +239,7 @@ def make_plan(
             raise RefineFastError(
                 f"{copied} cannot be read, and every file of base is copied; fix or remove it"
             )
+        check_inside(base.root, copied)
     plan = Plan(base, base_path.is_dir())
     adapter_path = find_adapter(tuned_path)
     tuned = _read_tuned(tuned_path, adapter_path)

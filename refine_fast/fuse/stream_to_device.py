@@ -52,7 +52,7 @@ def stream_to_device(chunks: Iterable[Chunk], device: torch.device) -> None:
     count = LANES if on_gpu else min(LANES, torch.get_num_threads())
     streams = [torch.cuda.Stream(device) if on_gpu else None for _ in range(count)]
     for stream in streams:
-        host = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
+        host = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
         there = torch.empty_like(host, device=device) if on_gpu else host
         lanes.put((host, there, stream))
         if stream is not None:

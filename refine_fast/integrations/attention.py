@@ -130,7 +130,7 @@ def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None
     if mask.dtype != torch.bool:
         return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return mask.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 @cache

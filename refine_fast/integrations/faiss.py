@@ -14,6 +14,7 @@ import torch
 
 from ..errors import RefineFastError
 from ..files import atomic
+from ..ops.band_inputs import Excluded
 from ..ops.band_topk import BandTopK, band_topk
 
 CHUNK = 64
@@ -106,19 +107,22 @@ def approximate_band_topk(
             " build_index(docs, lists=...)"
         )
     rows, texts = np.ascontiguousarray(queries, dtype=np.float32), np.asarray(docs)
-    ceiling = None if ceiling is None else torch.as_tensor(ceiling, dtype=torch.float64)
+    if ceiling is not None:
+        ceiling = torch.as_tensor(ceiling, dtype=torch.float64, device="cpu")
     nearest = faiss.SearchParametersIVF()
     nearest.nprobe = probes
-    parts = []
+    excluded = None if exclude is None else Excluded.of(exclude, len(rows))
+    parts = [band_topk(rows[:0], texts[:0], k, band=band)]
     for first in range(0, len(rows), CHUNK):
         chunk = rows[first : first + CHUNK]
         # a float32 score may fall just below an edge that the exact one reaches
         limits, _, ids = index.range_search(chunk, band[0] - 1e-4, params=nearest)
         for i, query in enumerate(chunk):
             own = np.sort(ids[limits[i] : limits[i + 1]])
-            left_out = (
-                None if exclude is None else [np.flatnonzero(np.isin(own, exclude[first + i]))]
-            )
+            left_out = None
+            if excluded is not None:
+                ids_of = slice(*excluded.offsets[first + i : first + i + 2])
+                left_out = [np.flatnonzero(np.isin(own, excluded.ids[ids_of]))]
             found = band_topk(
                 query[None],
                 texts[own],

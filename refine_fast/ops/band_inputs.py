@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,8 +53,11 @@ class Excluded(NamedTuple):
         """From a list, set, array or tensor of ids for each of the ``rows`` queries.
 
         Raises:
-            ValueError: another number of lists. TypeError: an id that is not an integer.
+            ValueError: another number of lists. TypeError: an id that is not an integer; a
+                dictionary.
         """
+        if isinstance(exclude, Mapping):
+            raise TypeError("exclude must be a sequence with one list for each query, in order")
         if len(exclude) != rows:
             raise ValueError(
                 f"exclude must have one list for each of the {rows} queries (got {len(exclude)})"
@@ -234,7 +237,7 @@ def upper_edges(rows: int, rule: Rule) -> Tensor:
     Raises:
         ValueError: a ceiling that is NaN.
     """
-    edges = torch.full((rows,), rule.hi, dtype=torch.float64)
+    edges = torch.full((rows,), rule.hi, dtype=torch.float64, device="cpu")
     if rule.ceiling is None:
         return edges
     if torch.isnan(rule.ceiling).any():
@@ -262,6 +265,12 @@ class Block:
         rows = source[begin:end]
         if not isinstance(rows, Tensor):
             rows = np.asarray(rows)
+        expected = (end - begin, shape(source, name)[1])
+        if tuple(rows.shape) != expected:  # a file may have become shorter
+            raise ValueError(
+                f"rows {begin} to {end} of {name} have shape {tuple(rows.shape)}, where its own"
+                f" shape promises {expected}"
+            )
         dtype = rows.dtype if isinstance(rows, Tensor) else _NUMPY.get(rows.dtype)
         if dtype not in DOC_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16 or float16 (got {rows.dtype})")

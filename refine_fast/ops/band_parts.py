@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,6 +136,7 @@ def band_topk_part(
             its id among all documents. ValueError: id_offset or an excluded id below 0.
     """
     rows, count = shape(queries, "queries")[0], shape(docs, "docs")[0]
+    id_offset = index(id_offset)
     if id_offset < 0:
         raise ValueError(f"id_offset must be an integer >= 0 (got {id_offset})")
     ends = None
@@ -149,9 +151,9 @@ def band_topk_part(
     asked = rule_of(k, band, skip, excluded, ceiling, select, seed, order, normalize)
     check(queries, docs, asked)
     # no more are found than there are documents
-    clipped = asked._replace(k=min(k, count), skip=min(skip, count), groups=ends)
+    clipped = asked._replace(k=min(asked.k, count), skip=min(asked.skip, count), groups=ends)
     kept = search(queries, docs, clipped, progress, id_offset, Kept)
-    rule = BandRule(k, (asked.lo, asked.hi), skip, select, asked.seed, order, normalize)
+    rule = BandRule(asked.k, (asked.lo, asked.hi), asked.skip, select, asked.seed, order, normalize)
     return BandPart(rule, ((id_offset, end),) if count else (), *kept)
 
 

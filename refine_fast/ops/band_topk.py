@@ -6,6 +6,7 @@ Kernels: csrc/core/band_topk.h on CPUs, band_topk_cuda.py on GPUs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,7 +138,7 @@ def band_topk(
         excluded.check(count)
     rule = rule_of(k, band, skip, excluded, ceiling, select, seed, order, normalize)
     # the search allocates room for as many
-    rule = rule._replace(skip=min(skip, count), groups=ends)
+    rule = rule._replace(skip=min(rule.skip, count), groups=ends)
     if isinstance(queries, Tensor) and isinstance(docs, Tensor) and progress is None:
         together = queries.device == docs.device
         if together and queries.device.type in ("cuda", "cpu"):
@@ -160,17 +161,19 @@ def rule_of(
 
     Raises:
         ValueError: another word for ``select`` or ``order``.
+        TypeError: k, skip or seed is not an integer.
     """
     lo, hi = (float(edge) for edge in band)
     if select not in ("hardest", "random"):
         raise ValueError(f'select must be "hardest" or "random" (got {select!r})')
     if order not in ("skip_then_band", "band_then_skip"):
         raise ValueError(f'order must be "skip_then_band" or "band_then_skip" (got {order!r})')
+    k, skip, seed = index(k), index(skip), index(seed)  # also of numpy
     return Rule(
         k, lo, hi, skip,
         None if excluded is None else torch.from_numpy(excluded.offsets),
         None if excluded is None else torch.from_numpy(excluded.ids),
-        None if ceiling is None else torch.as_tensor(ceiling, dtype=torch.float64),
+        None if ceiling is None else torch.as_tensor(ceiling, dtype=torch.float64, device="cpu"),
         select == "random",
         (seed + 2**63) % 2**64 - 2**63,  # the op takes 64 bits, signed
         order == "band_then_skip", normalize,

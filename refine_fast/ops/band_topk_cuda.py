@@ -176,7 +176,8 @@ def _streamed(
             rows = source.rows
             if turn not in lanes:
                 dtype = next(name for name, code in DTYPES.items() if code == source.dtype)
-                host = torch.empty((block, rows.shape[1]), dtype=dtype, pin_memory=on_gpu)
+                shape = (block, rows.shape[1])
+                host = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=on_gpu)
                 with torch.cuda.stream(copies):
                     lanes[turn] = host, torch.empty(host.shape, dtype=dtype, device=device)
             host, there = (buffer[: end - begin] for buffer in lanes[turn])

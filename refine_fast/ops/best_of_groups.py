@@ -61,7 +61,7 @@ def best_of_groups(queries: Any, rows: Any, offsets: Any) -> Tensor:
 def _on_cpu(queries: Any, rows: Any, offsets: np.ndarray) -> Tensor:
     """Over the kernels of this machine's level."""
     count, width = shape(queries, "queries")
-    best = torch.empty((count, len(offsets) - 1), dtype=torch.float32)
+    best = torch.empty((count, len(offsets) - 1), dtype=torch.float32, device="cpu")
     for first, last in ranges(count, QUERIES):
         with Block(queries, first, last, "queries") as block:
             asked = _in_float32(block.rows)

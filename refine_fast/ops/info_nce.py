@@ -122,10 +122,8 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none" (got {reduction!r})')
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, d = q.to(dtype), d.to(dtype)
-        hard = None if hard is None else hard.to(dtype)
+    q, d = autocast(q), autocast(d)
+    hard = None if hard is None else autocast(hard)
     if not isinstance(temperature, Tensor):
         # no math.isinf, here and below: torch.compile does not trace it on a float that varies
         if not 0 < temperature < math.inf:
@@ -140,16 +138,25 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
     )  # fmt: skip
     check(problem)
     check_soft_targets(problem, soft_columns, soft_targets)
-    if weight is not None and weight.shape != (len(q),):
+    if weight is not None and (weight.shape, weight.device) != ((len(q),), q.device):
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; it must be ({len(q)},), one number per row"
-            " of q"
+            f"weight has shape {tuple(weight.shape)} on {weight.device}; it must be ({len(q)},) on"
+            f" {q.device}, one number per row of q"
         )
     loss, losses = _hard_target_loss(problem, weight, reduction, has_kernel=has_kernel)
-    if soft_columns is not None and soft_targets is not None:
+    if soft_columns is not None and soft_targets is not None and soft_columns.shape[1]:
         by_teacher = soft_target_losses(problem, soft_columns, soft_targets)
         loss = loss + _reduced(by_teacher, weight, reduction)
     return (loss, _lse(losses, problem)) if return_lse else loss
+
+
+def autocast(x: Tensor) -> Tensor:
+    """The tensor as torch's autocast gives it to a matrix product: one of ``KERNEL_DTYPES`` in the
+    region's dtype; float64 stays."""
+    place = x.device.type
+    if x.dtype not in KERNEL_DTYPES or not torch.amp.is_autocast_available(place):
+        return x
+    return x.to(torch.get_autocast_dtype(place)) if torch.is_autocast_enabled(place) else x
 
 
 def _hard_target_loss(

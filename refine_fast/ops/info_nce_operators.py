@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,14 +65,16 @@ def _run_cpu(
     check_values(problem)
     q, d = problem.q.contiguous(), problem.d.contiguous()
     B, N, D = len(q), len(d), q.shape[1]
-    positives = torch.arange(B) if problem.positives is None else problem.positives.contiguous()
+    positives = problem.positives
+    positives = torch.arange(B, device="cpu") if positives is None else positives.contiguous()
     hard, doc_ids, hard_mask, g = (
         None if x is None else x.contiguous()
         for x in (problem.hard, problem.doc_ids, problem.hard_mask, g)
     )
     widths, margin = problem.all_widths(), problem.margin
-    losses = torch.empty(len(widths), problem.directions(), B)
-    grads = [] if g is None else [torch.empty(x) for x in (q.shape, d.shape, _shape(hard), ())]
+    shapes: list[Sequence[int]] = [(len(widths), problem.directions(), B)]
+    shapes += [] if g is None else [q.shape, d.shape, _shape(hard), ()]
+    losses, *grads = (torch.empty(x, dtype=torch.float32, device="cpu") for x in shapes)
     if B == 0:
         return losses, [x.zero_() for x in grads]
     tensors = (q, d, hard, positives, doc_ids, hard_mask, g)

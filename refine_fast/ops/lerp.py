@@ -41,6 +41,8 @@ def lerp_(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
             f" (got {base.dtype} and {tuned.dtype})"
         )
     if base.is_contiguous() and tuned.is_contiguous():
+        if not base.is_inference():  # so that autograd sees that what it has saved is another
+            torch.autograd.graph.increment_version(base)
         arguments = (
             base.data_ptr(), DTYPES[base.dtype], tuned.data_ptr(), DTYPES[tuned.dtype],
             base.numel(), weight,

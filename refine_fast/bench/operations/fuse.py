@@ -32,9 +32,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -279,18 +279,14 @@ def device(models: Pair) -> Path:
             os.fsync(fd)
             os.close(fd)
 
-    threads = [
-        threading.Thread(target=move, args=arguments)
-        for arguments in (
-            (models.root / "base", os.O_RDONLY, os.preadv),
-            (models.root / "tuned", os.O_RDONLY, os.preadv),
-            (models.out, os.O_WRONLY | os.O_CREAT, os.pwritev),
-        )
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as threads:
+        moves = [
+            threads.submit(move, models.root / "base", os.O_RDONLY, os.preadv),
+            threads.submit(move, models.root / "tuned", os.O_RDONLY, os.preadv),
+            threads.submit(move, models.out, os.O_WRONLY | os.O_CREAT, os.pwritev),
+        ]
+    for done in moves:
+        done.result()
     return models.out
 
 

@@ -109,7 +109,8 @@ def print_report(
     )
     for name, scores in groups:
         if len(scores):
-            figures = [scores.mean(), *np.quantile(scores.numpy(), [0, 0.25, 0.5, 0.75, 1])]
+            quartiles = np.quantile(scores.numpy(force=True), [0, 0.25, 0.5, 0.75, 1])
+            figures = [scores.mean(), *quartiles]
             print(f"{name:10}{len(scores):>10,}" + "".join(f"{float(x):>10.4f}" for x in figures))
     if missing > 0:
         print(
