@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ._native import isa
@@ -375,8 +376,10 @@ def doctor(options: argparse.Namespace, console: Console) -> None:
     from .pipeline.commands.doctor import show_health
     from .pipeline.config import RunConfig
 
-    # nothing is written to the run folder
-    llm = RunConfig(out="run", **llm_options(options)).llm_settings() if options.llm else None
+    llm = None
+    if options.llm:
+        with TemporaryDirectory() as out:  # nothing is written there
+            llm = RunConfig(out=Path(out), **llm_options(options)).llm_settings()
     show_health(options.model, llm, console, trust_remote_code=options.trust_remote_code)
 
 
@@ -388,14 +391,15 @@ def prompt(options: argparse.Namespace, console: Console) -> None:
         from .pipeline.commands.try_prompt import try_prompt
         from .pipeline.config import RunConfig
 
-        config = RunConfig(
-            out="run",  # nothing is written there
-            docs=options.docs,
-            prompt=options.tried,
-            **passage_options(options),
-            **{"llm": "smollm2", **llm_options(options)},
-        )
-        try_prompt(config, options.count, console)
+        with TemporaryDirectory() as out:
+            config = RunConfig(
+                out=Path(out),
+                docs=options.docs,
+                prompt=options.tried,
+                **passage_options(options),
+                **{"llm": "smollm2", **llm_options(options)},
+            )
+            try_prompt(config, options.count, console)
         return
     text = default_prompt(options.name)
     if options.json:

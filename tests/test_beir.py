@@ -103,6 +103,11 @@ def test_forms_of_qrels(tmp_path: Path, text: str, qrels: dict[str, dict[str, fl
         ),
         (
             "queries.jsonl",
+            b'{"_id": "q1", "text": null}\n',
+            r'queries\.jsonl:1: the field "text" is null; it must be a string',
+        ),
+        (
+            "queries.jsonl",
             b'{"_id": "q1", "text": [7]}\n',
             r'queries\.jsonl:1: the field "text" is \[7\]; it must be a string',
         ),

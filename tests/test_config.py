@@ -242,6 +242,9 @@ def test_a_run_folder_is_resumed_as_it_was_begun(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(begun.to_yaml())
     assert load_config(None, {"out": run}) == begun
     assert load_config(None, {"out": run, "docs": docs}).skip == 5
+    (tmp_path / "mine.yaml").write_text("skip: 2\nband: 0.3,0.5\n")
+    mine = load_config(tmp_path / "mine.yaml", {"out": run, "recipe": "paper"})
+    assert (mine.docs, mine.skip, mine.band, mine.weight) == (docs, 2, (0.3, 0.5), 0.35)
     (run / "config.yaml").write_text("")  # not the defaults, whose documents are others
     with pytest.raises(RefineFastError, match=r"config.yaml is empty; give DOCS and the options"):
         load_config(None, {"out": run})
@@ -397,6 +400,7 @@ def test_recipes(tmp_path: Path) -> None:
     assert (best.band, best.weight, best.distill) == ("auto", "auto", "auto")
     assert {name: getattr(paper, name) for name in RECIPES["paper"]} == RECIPES["paper"]
     assert RunConfig(out=tmp_path, recipe="paper", skip=3).skip == 3
+    assert (best.max_steps, RunConfig(out=tmp_path, epochs=3).max_steps) == (24, None)
     (tmp_path / "config.yaml").write_text(best.model_copy(update={"seed": 7}).to_yaml())
     changed = load_config(None, {"out": str(tmp_path), "recipe": "paper", "band": "0.1,0.2"})
     assert (changed.seed, changed.weight, changed.band) == (7, 0.35, (0.1, 0.2))

@@ -244,6 +244,7 @@ def test_jsonl(tmp_path: Path, name: str) -> None:
             b'{"text": "fine"}\n{"text": ',
             r"docs.jsonl:2 is not JSON .*; write one JSON object a line",
         ),
+        (b"[" * 100_000, r"docs.jsonl:1 is not JSON .*; write one JSON object a line"),
         (b'["text"]', r"docs.jsonl:1 holds a JSON list; each line must be an object"),
         (
             b'{"size": 3}',
@@ -293,6 +294,17 @@ def test_dataset_on_disk(tmp_path: Path) -> None:
         "One.",
         "Two.",
     ]
+
+
+def test_documents_beside_a_corpus_are_named(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "one"}\n')
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").touch()
+    (tmp_path / "README.md").write_text("where it is from")
+    assert len(load_documents(tmp_path)) == 1  # a warning would be an error
+    (tmp_path / "other.md").write_text("another document")
+    with pytest.warns(RefineFastWarning, match=r"other files there \(1, such as other.md\)"):
+        assert len(load_documents(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(("name", "count"), [(SMALL, 150), ("covidqa", 2607)])

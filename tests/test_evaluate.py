@@ -196,6 +196,14 @@ def test_gain_covers_the_truth_95_times_in_100() -> None:
     assert 0.90 <= covered / 400 <= 0.985
 
 
+def test_a_handful_of_queries_shows_nothing() -> None:
+    before = np.zeros(6)
+    assert gain(before, before + 0.3).verdict == "improved"
+    few = gain(before[:5], before[:5] + 0.3)
+    assert (round(few.mean, 9), few.verdict) == (0.3, "no measurable change")
+    assert gain(before[:1], before[:1] - 0.3).verdict == "no measurable change"
+
+
 def test_gain_is_paired_and_seeded() -> None:
     before = np.random.default_rng(0).random(500)
     shifted = gain(before, before + 0.01)
@@ -361,6 +369,21 @@ def test_nothing_leaks_from_held_out_documents(sources: int) -> None:
     assert [data.docs[row] for rows in data.relevant for row in rows] == [
         f"T text {q.chunk_id[1:]}" for q in parts["test"]
     ]
+
+
+def test_a_question_with_several_answers() -> None:
+    """It is one query, and in one part only: what chooses must not be what is reported."""
+    chunks, queries = pieces(40)
+    held = [Query(text, f"c{i}", "user") for text, i in (("a", 3), ("b", 4), ("a", 5))]
+    data = held_out_set(chunks, held)
+    assert data.queries == ["a", "b"]
+    assert data.qrels == [{"c3": 1.0, "c5": 1.0}, {"c4": 1.0}]
+    assert len(set(data.query_ids)) == 2
+    often = [replace(query, text=f"Question {i % 7}") for i, query in enumerate(queries[:160])]
+    parts = split_by_document(often + queries[160:], chunks, {"dev": 0.2, "test": 0.2}, seed=0)
+    texts = [{query.text for query in part} for part in parts.values()]
+    assert sum(map(len, texts)) == len(set().union(*texts))
+    assert {query.text for query in parts["dev"]} & {f"Question {i}" for i in range(7)}
 
 
 def test_all_queries_on_one_document() -> None:

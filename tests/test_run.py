@@ -208,6 +208,24 @@ def test_a_document_that_changed(
     assert "query: chunks.jsonl changed" in lines
 
 
+@pytest.mark.parametrize("flag", ["ood", "docs"])
+def test_a_broken_retrieval_set_is_refused_before_any_work(
+    tiny: Path, docs: Path, tmp_path: Path, flag: str
+) -> None:
+    """Not after the training, where it is scored."""
+    broken = tmp_path / "broken"
+    (broken / "qrels").mkdir(parents=True)
+    lines = (json.dumps({"_id": f"d{i}", "text": f"text number {i}"}) + "\n" for i in range(9))
+    (broken / "corpus.jsonl").write_text("".join(lines))
+    (broken / "queries.jsonl").write_text("{not JSON\n")
+    (broken / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    given = {"docs": docs, **SMALL, flag: (broken,) if flag == "ood" else broken}
+    config = RunConfig(out=tmp_path / "run", model=str(tiny), **given)
+    with pytest.raises(RefineFastError, match=r"queries.jsonl:1 is not JSON"):
+        run(config, console=Console(quiet=True))
+    assert not (config.out / "manifest.json").exists()
+
+
 def test_a_model_card_that_changed(tiny: Path, docs: Path, tmp_path: Path) -> None:
     """A hub's README changes without the model: only the fused model's own card quotes it."""
     encoder = shutil.copytree(tiny, tmp_path / "encoder")

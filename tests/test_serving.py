@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from refine_fast.cli import main
 from refine_fast.errors import RefineFastError
@@ -28,10 +30,7 @@ from refine_fast.pipeline.corpus.sentences import sentence_spans
 from refine_fast.pipeline.serving import ann, storage
 from refine_fast.pipeline.serving import segment as segment_module
 from refine_fast.pipeline.serving.blend import (
-    Blend,
-    Components,
     best_places,
-    choose_blend,
     standard,
 )
 from refine_fast.pipeline.serving.dense import Moments, rows_of_groups
@@ -133,26 +132,6 @@ def test_bm25_of_parts_with_dead_passages_is_that_of_a_new_index(query: str) -> 
     assert not scores[~alive].any()
 
 
-def components(own: list[float], best: list[float], bm25: list[float]) -> Components:
-    columns = (np.array(x, float) for x in (own, best, bm25))
-    return Components(np.arange(len(own)), *columns, np.array(bm25) > 0)
-
-
-def test_the_blend_takes_what_helps_and_refuses_what_is_not_shown_to() -> None:
-    useful = [components([1, 0.9, 0.8], [0, 0, 0], [0, 2, 0])] * 40
-    choice = choose_blend(useful, [{1: 1.0}] * 40)
-    assert choice.blend.lexical > 0
-    assert choice.blend.sentences == 0
-    assert choice.gains["all"].low > 0
-
-    helps_once = [components([1, 0.9, 0.8], [0, 0, 0], [0, 2, 0])]
-    alike = [components([1, 0, 0], [1, 0, 0], [1, 0, 0])] * 39
-    choice = choose_blend(helps_once + alike, [{1: 1.0}] + [{0: 1.0}] * 39)
-    assert choice.blend == Blend()
-    assert choice.gains["all"].mean == 0
-    assert choose_blend([], []).blend == Blend()
-
-
 def test_standard_scores_with_the_zeros_left_out() -> None:
     scores = np.array([0, 3, 0, 1.0])
     expected = (scores - scores.mean()) / scores.std()
@@ -226,6 +205,47 @@ def test_search_shows_each_system(indexed: Path, capsys) -> None:
     assert "search: the query is empty" in capsys.readouterr().err
 
 
+def test_what_search_prints(indexed: Path, capsys) -> None:
+    """Texts as they are, brackets included, and no markup of ours."""
+    assert main(["search", str(indexed), QUERIES[0]]) == 0
+    shown = capsys.readouterr().out
+    assert not re.search(r"\[/?dim\]|\[/?bold|\\\[", shown)
+    assert re.search(r"characters\s+\d+\s+to\s+\d+", shown)
+
+
+def test_a_run_that_moved_without_its_documents(run: Path, tmp_path: Path, capsys) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    gone = str(tmp_path / "gone")
+    config |= {"docs": gone, "out": gone, "ood": [gone]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert main(["search", str(run), QUERIES[0], "--quiet"]) == 0
+    assert main(["index", str(run)]) == 0
+    assert "index: up to date" in capsys.readouterr().err
+    assert main(["export", str(run), "--format", "triplets", "-o", str(tmp_path / "t.jsonl")]) == 0
+
+
+def test_ids_with_a_hash_are_documents_of_their_own(run: Path, tmp_path: Path) -> None:
+    """Such as issues, or anchors of a page: one that is replaced takes no other along."""
+    rows = tmp_path / "issues.jsonl"
+
+    def add(*numbers: int, text: str) -> list[str]:
+        lines = [{"id": f"repo#{n}", "text": f"{text} of issue number {n}"} for n in numbers]
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert main(["index", str(run), "--add", str(rows), "--quiet"]) == 0
+        index = searcher(run).index
+        alive = (index.chunk(int(row)) for row in np.flatnonzero(index.alive))
+        return sorted(chunk.text for chunk in alive if chunk.id.startswith("repo#"))
+
+    assert add(11, 12, 13, text="Old words") == [
+        f"Old words of issue number {n}" for n in (11, 12, 13)
+    ]
+    assert add(12, text="New words") == [
+        "New words of issue number 12",
+        "Old words of issue number 11",
+        "Old words of issue number 13",
+    ]
+
+
 def test_the_columns_are_what_each_system_ranks(indexed: Path) -> None:
     """Over every passage, with numpy alone."""
     own = searcher(indexed)
@@ -249,6 +269,7 @@ def test_an_approximate_index_finds_nearly_the_same(run: Path, capsys) -> None:
 
 
 def test_a_new_index_only_where_something_changed(run: Path, capsys) -> None:
+    (run / "model" / "README.md").write_text("Scores on another set.")  # as a new report writes it
     assert main(["index", str(run)]) == 0
     assert "index: up to date" in capsys.readouterr().err
     shutil.copy(run / "tuned" / "model.safetensors", run / "model" / "model.safetensors")

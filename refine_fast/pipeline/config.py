@@ -381,7 +381,9 @@ class RunConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
-        demo = DEMO if values.get("docs") is None else {}
+        demo = dict(DEMO) if values.get("docs") is None else {}
+        if "epochs" in values:
+            demo.pop("max_steps", None)  # a number of epochs is asked for
         if values.get("fusion") == "embeddings":
             values = {"weight": RECIPES["paper"]["weight"], **values}  # it is part of the loss
         return {**demo, **RECIPES.get(str(values.get("recipe")), {}), **values}

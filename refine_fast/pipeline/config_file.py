@@ -25,24 +25,40 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
 
     Args:
         path: the YAML file. None: the config.yaml of the run folder ``flags["out"]`` if it exists
-            and no documents are given, so that the run is resumed; else the defaults.
+            and no documents are given, so that the run is resumed; else the defaults. Where
+            neither the file nor a flag gives documents, they are those of that run.
         flags: field -> value, as text or typed.
 
     Raises:
         RefineFastError: if the file or a value cannot be used.
     """
-    out = flags.get("out")
-    saved = None
-    if path is None and out is not None and "docs" not in flags:
-        saved = Path(out).expanduser() / "config.yaml"
-        path = saved if saved.is_file() else None
     values = {} if path is None else _read_yaml(path)
-    if path is not None and path == saved and not values:
-        raise RefineFastError(f"config: {path} is empty; give DOCS and the options again.")
-    if "recipe" in flags and flags["recipe"] != values.get("recipe"):
-        # a saved configuration names every value, also those that came from its recipe
-        values = {name: v for name, v in values.items() if name not in RECIPES["paper"]}
+    saved = Path(flags.get("out", "")).expanduser() / "config.yaml"
+    if "out" in flags and not {"docs"} & (flags.keys() | values.keys()) and saved.is_file():
+        before = _read_yaml(saved)
+        if not before:
+            raise RefineFastError(f"config: {saved} is empty; give DOCS and the options again.")
+        if path is not None:
+            before = {"docs": before.get("docs")}
+        elif "recipe" in flags and flags["recipe"] != before.get("recipe"):
+            # a saved configuration names every value, also those that came from its recipe
+            before = {name: v for name, v in before.items() if name not in RECIPES["paper"]}
+        values = {**before, **values}
     return RunConfig(**{**values, **flags})
+
+
+def saved_config(run: Path) -> RunConfig:
+    """The configuration of a run, for a command that only reads its folder. The run may have moved,
+    and inputs that are gone by now are left out.
+
+    Raises:
+        RefineFastError: if the run has no config.yaml that can be used.
+    """
+    values = {**_read_yaml(run / "config.yaml"), "out": run}
+    for name in ("docs", "queries", "prompt", "judge_prompt"):
+        if values.get(name) is not None and not Path(values[name]).exists():
+            values[name] = None
+    return RunConfig(**{**values, "ood": "none"})
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def _fact(value: Any) -> str:
         return ", ".join(f"{_fact(count)} {what}" for what, count in value.items())
     if isinstance(value, list):
         return ", ".join(map(_fact, value))
-    return f"{value:,}" if isinstance(value, int | float) else str(value)
+    counted = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:,}" if counted else str(value)
 
 
 class Console:

@@ -11,6 +11,7 @@ from .cluster.ray_workers import open_workers
 from .config import RunConfig
 from .console import Console
 from .context import RunContext
+from .corpus.beir import load_beir
 from .encoder.load import encoder_folder
 from .encoder.prepare import prepare_encoder
 from .engine import RunFolder
@@ -104,7 +105,8 @@ def _take_part(config: RunConfig, ranks: Ranks) -> RunContext:
 def _try_out(context: RunContext, *, asks: bool, teaches: bool) -> None:
     """Raises RefineFastError for what cannot work, before the first stage starts."""
     config = context.config
-    _ = context.ood  # fetches the sets that are given by name
+    for folder in (*context.ood, *filter(None, [context.judged_corpus])):
+        load_beir(folder)
     try_encoder(
         context.encoder,
         trust_remote_code=context.trust_remote_code,

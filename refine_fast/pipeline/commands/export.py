@@ -28,6 +28,7 @@ from ..artifacts import (
     similarity_unit,
     training_view,
 )
+from ..config_file import saved_config
 from ..console import Console
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
@@ -35,7 +36,7 @@ from ..engine import RunFolder
 from ..queries import export_formats
 from ..queries.export_formats import BEIR_FILES, MinedQuery, TrainingSet, with_random_negatives
 from ..queries.query import Query
-from .export_target import STDOUT, saved_config, target_path
+from .export_target import STDOUT, target_path
 
 SUFFIXES = {
     "triplets": ".jsonl",
@@ -140,19 +141,16 @@ def _check_mined(out: Path) -> None:
 def _taught(out: Path, console: Console) -> Judgements | None:
     """What the run's teacher says of the mined training set. None: it has no teacher, or, with a
     warning, the teacher has not scored this set."""
-    config = saved_config(out)
-    if config is not None and config.teacher is None:
+    if saved_config(out).teacher is None:
         return None
     files = {name: out / name for name in (CHUNKS, QUERIES, DEV, HELD_OUT, NEGATIVES)}
     reasons = RunFolder(out).changes("teach", files)
     if not reasons:
         return read_taught(out)
-    if config is not None:  # else it is not known whether the run has a teacher
-        console.warn(
-            f"the teacher's scores are not up to date (teach: {'; '.join(reasons)}), so the base "
-            f"encoder's are exported; refine-fast train --out {as_argument(out)} makes the "
-            "teacher's."
-        )
+    console.warn(
+        f"the teacher's scores are not up to date (teach: {'; '.join(reasons)}), so the base "
+        f"encoder's are exported; refine-fast train --out {as_argument(out)} makes the teacher's."
+    )
     return None
 
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from ...errors import RefineFastError
 from ...files import as_argument
 from ..artifacts import DEV, HELD_OUT, MODEL
-from ..config import RunConfig
-from ..config_file import load_config
+from ..config_file import saved_config
 from ..corpus.jsonl import read_records
 from ..encoder.load import load_encoder
 from ..queries.query import Query
@@ -100,16 +99,8 @@ def _check_place(run: Path, target: str, real: Path) -> None:
 
 def _documents(run: Path) -> Path | None:
     """The folder of the run's documents; None if it is gone, or if they are Python's own."""
-    config = saved_config(run)
-    return None if config is None or config.docs is None else config.docs.resolve()
-
-
-def saved_config(run: Path) -> RunConfig | None:
-    """The configuration of a run; None if a path in it does not exist any more."""
-    try:
-        return load_config(None, {"out": run})
-    except RefineFastError:
-        return None
+    docs = saved_config(run).docs
+    return None if docs is None else docs.resolve()
 
 
 def held_out_queries(run: Path) -> list[Query]:
@@ -134,9 +125,7 @@ def load_product(run: Path) -> SentenceTransformer:
             f"export: {run} has no {MODEL}; finish the run first: "
             f"refine-fast run --out {as_argument(run)}."
         )
-    config = saved_config(run)
-    trusted = config is not None and config.trust_remote_code
-    return load_encoder(run / MODEL, trust_remote_code=trusted)
+    return load_encoder(run / MODEL, trust_remote_code=saved_config(run).trust_remote_code)
 
 
 @contextmanager

@@ -11,13 +11,13 @@ from ...errors import RefineFastError
 from ...files import as_argument, name_of, read_json, walk
 from ..artifacts import CHUNKS, DEV, FUSION_FACTS, MODEL
 from ..code_version import code_version
-from ..config import RunConfig
-from ..config_file import load_config
+from ..config_file import saved_config
 from ..console import Console
 from ..context import RunContext
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
 from ..encoder.load import encoder_folder, load_encoder
+from ..encoder.model_files import of_the_model
 from ..encoder.prepare import prepare_encoder
 from ..engine import RunFolder
 from ..evaluation.significance import Gain
@@ -71,8 +71,7 @@ def index(
                     f"index: {out} has no index that is up to date; "
                     f"make it first: refine-fast index {as_argument(out)}."
                 )
-            added = [] if add is None else _chunks(context, add)
-            manifest = builder.change(manifest, added, remove)
+            manifest = builder.change(manifest, *_documents(context, add), remove)
         elif manifest is None or different(manifest, key):
             reasons = ["not done yet"] if manifest is None else different(manifest, key)
             console.say(f"index: {'; '.join(reasons)}")
@@ -99,7 +98,7 @@ def serving_encoders(out: Path, console: Console) -> tuple[RunContext, Encoders]
                 f"index: {out} has no {name}; finish the run first: "
                 f"refine-fast run --out {as_argument(out)}."
             )
-    config: RunConfig = load_config(None, {"out": out})
+    config = saved_config(out)
     options = config.encoder_options()
     base = prepare_encoder(encoder_folder(config.model), options, say=console.say)
     context = RunContext(config, base, console, options)
@@ -133,6 +132,8 @@ def _digest(path: Path) -> str:
     files = [(path, "")] if path.is_file() else sorted(walk(path), key=lambda item: item[1])
     digest = hashlib.sha256()
     for file, name in files:
+        if not of_the_model(file):
+            continue  # a report changes the product's card, not its vectors
         with file.open("rb") as opened:
             digest.update(name_of(name).encode() + hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
@@ -147,10 +148,13 @@ def held_out_queries(out: Path) -> list[Query]:
     return [*marked, *read_records(out / DEV, Query)]
 
 
-def _chunks(context: RunContext, path: Path) -> list[Chunk]:
-    """Documents, read and cut as the run's."""
+def _documents(context: RunContext, path: Path | None) -> tuple[list[Chunk], list[str]]:
+    """The chunks of documents, read and cut as the run's, and the documents' ids."""
+    if path is None:
+        return [], []
+    documents = read_documents(context, path)
     encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
-    return cut(context, encoder, read_documents(context, path))
+    return cut(context, encoder, documents), [document.id for document in documents]
 
 
 def _show(folder: IndexFolder, manifest: Manifest, console: Console) -> None:

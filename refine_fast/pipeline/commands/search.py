@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from ...errors import RefineFastError
 from ...files import as_argument
@@ -74,7 +74,7 @@ def _ranks(found: dict[str, list[Hit]]) -> Table:
         table.add_row(
             str(rank + 1),
             *(
-                escape(printable(hits[rank].chunk.id)) if rank < len(hits) else ""
+                printable(hits[rank].chunk.id) if rank < len(hits) else ""
                 for hits in found.values()
             ),
         )
@@ -89,13 +89,17 @@ def _passages(hits: list[Hit]) -> Table:
         left = max(0, start - SHOWN // 3)
         right = min(len(chunk.text), max(end, left + SHOWN))
         before, match, after = chunk.text[left:start], chunk.text[start:end], chunk.text[end:right]
-        title = f"[dim]{escape(printable(chunk.title))}[/dim]\n" if chunk.title else ""
+        title = f"{printable(chunk.title)}\n" if chunk.title else ""
         place = f"{chunk.source}, characters {chunk.start + start} to {chunk.start + end}"
         table.add_row(
             str(rank),
-            f"{title}{'…' if left else ''}{escape(printable(before))}"
-            f"[bold reverse]{escape(printable(match))}[/bold reverse]{escape(printable(after))}"
-            f"{'…' if right < len(chunk.text) else ''}\n[dim]{escape(printable(place))}[/dim]",
+            Text.assemble(
+                (title, "dim"),
+                f"{'…' if left else ''}{printable(before)}",
+                (printable(match), "bold reverse"),
+                f"{printable(after)}{'…' if right < len(chunk.text) else ''}\n",
+                (printable(place), "dim"),
+            ),
         )
     return table
 

@@ -7,6 +7,7 @@ import secrets
 import socket
 from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import quote
 
 from ...errors import RefineFastError
 from ..console import Console
@@ -53,7 +54,7 @@ def serve(out: Path, host: str, port: int, console: Console) -> None:
             ) from None
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}/"
-        address += "" if token is None else f"?token={token}"
+        address += "" if token is None else f"?token={quote(token, safe='')}"
         app = application(
             searcher,
             Judged(out / JUDGED),

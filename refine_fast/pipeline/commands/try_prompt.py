@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from ..artifacts import REPLIES
 from ..config import RunConfig
 from ..console import Console
 from ..context import RunContext
@@ -24,7 +23,7 @@ def try_prompt(config: RunConfig, count: int, console: Console) -> None:
     Duplicates and the round trip, which need the whole collection, are not filtered.
 
     Args:
-        config: the documents, the prompt and the language model.
+        config: the documents, the prompt and the language model; replies go to its folder.
         count: passages.
         console: where the passages and their queries go.
 
@@ -37,8 +36,7 @@ def try_prompt(config: RunConfig, count: int, console: Console) -> None:
     chunks = cut(context, load_encoder(context.encoder), read_documents(context, config.docs))
     drawn = np.random.default_rng(config.seed).permutation(len(chunks))[:count]
     passages = [chunks[i] for i in sorted(drawn)]
-    with TemporaryDirectory() as folder:
-        queries, account = generate_queries(passages, settings, Path(folder) / "replies.jsonl")
+    queries, account = generate_queries(passages, settings, context.path(REPLIES))
     kept = defaultdict(list)
     for query in queries:
         kept[query.chunk_id].append(query.text)

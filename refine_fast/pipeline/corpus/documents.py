@@ -98,6 +98,7 @@ def load_documents(
     if path.is_file():
         documents = _single_file(path, reading)
     elif corpus := beir_corpus(path):
+        _warn_of_others(corpus)
         documents = _passages(corpus)
     elif _is_dataset(path):
         documents = _dataset(path, reading)
@@ -127,6 +128,21 @@ def beir_corpus(folder: Path) -> Path | None:
     """The file of the passages if the folder is in BEIR layout."""
     names = (folder / f"corpus.jsonl{packed}" for packed in ("", ".gz"))
     return next((path for path in names if path.is_file()), None)
+
+
+def _warn_of_others(corpus: Path) -> None:
+    """Warns of documents that lie in a BEIR folder and are none of its files."""
+    own = ("corpus.jsonl", "queries.jsonl", "qrels/", "README")
+    others = [
+        name for file, name in walk(corpus.parent) if _suffix(file) and not name.startswith(own)
+    ]
+    if others:
+        message = (
+            f"{corpus.parent} holds {corpus.name}, so it is read as a BEIR folder, and other files "
+            f"there ({len(others):,}, such as {others[0]}) are not; move these or that to a folder "
+            "of its own."
+        )
+        warnings.warn(message, RefineFastWarning, stacklevel=3)
 
 
 def _closed(error: OSError) -> None:

@@ -46,7 +46,7 @@ def read_jsonl(
                         "each line must be an object {...}."
                     )
                 yield number, row
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RefineFastError(
             f"{path}:{number} is not JSON ({error}); write one JSON object a line."
         ) from None
@@ -104,6 +104,8 @@ def text_field(
             )
         return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if default is None:
+        if empty := [name for name in names if name in row]:
+            raise RefineFastError(f'{where}: the field "{empty[0]}" is null; it must be a string.')
         raise RefineFastError(
             f'{where} has no field "{names[0]}" but only {sorted(row)!r:.200}; add it.'
         )

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+FEWEST = 6
+"""Queries: five that all change one way are no evidence at 95% (sign test, p = 0.0625), but a
+bootstrap of them would say so."""
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -27,7 +31,8 @@ class Gain:
 def gain(before: np.ndarray, after: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Gain:
     """Paired bootstrap of a mean difference.
 
-    The interval covers the choice of queries, not the randomness of training.
+    The interval covers the choice of queries, not the randomness of training. Fewer than ``FEWEST``
+    queries show nothing, and have the interval [-1, 1].
 
     Args:
         before: (Q,) one metric of one system, per query.
@@ -39,6 +44,8 @@ def gain(before: np.ndarray, after: np.ndarray, *, resamples: int = 10_000, seed
         The mean difference, with the 2.5 and 97.5 percentiles of its bootstrap distribution.
     """
     change = after - before
+    if len(change) < FEWEST:
+        return Gain(float(change.mean()), -1.0, 1.0)
     # A draw matters only by how often it takes each distinct change, and those are few: one
     # multinomial replaces resamples * Q indices.
     values, counts = np.unique(change, return_counts=True)

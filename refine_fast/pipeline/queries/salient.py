@@ -51,7 +51,7 @@ class Rarity:
         """Whether fewer than ``SPECIFIC`` passages would hold by chance, if words occurred
         independently, all words that the text shares with its passage."""
         found = set(content_words(text)) & set(content_words(passage))
-        expected = math.log(max(self._passages, 1)) - sum(map(self.of, found))
+        expected = math.log(max(self._passages, 1)) - math.fsum(map(self.of, found))
         return expected < math.log(SPECIFIC)
 
 

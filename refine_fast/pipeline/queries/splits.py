@@ -51,16 +51,20 @@ def held_out_set(
 ) -> RetrievalSet:
     """All chunks as the corpus, and ``queries`` (of ``split_by_document``) against it.
 
-    Relevant to a query is the chunk that it was made from.
+    Relevant to a query are the chunks that it was made from: a question with several answers is one
+    query.
     """
+    answers: dict[str, dict[str, float]] = {}
+    for query in queries:
+        answers.setdefault(query.text, {})[query.chunk_id] = 1.0
     return RetrievalSet(
         name,
         [chunk.id for chunk in chunks],
         [chunk.passage for chunk in chunks],
         # Unlike any chunk's id: a passage with the query's id would be left out of the ranking.
-        [f"query {i} on {query.chunk_id}" for i, query in enumerate(queries)],
-        [query.text for query in queries],
-        [{query.chunk_id: 1.0} for query in queries],
+        [f"query {i} on {next(iter(chunk_ids))}" for i, chunk_ids in enumerate(answers.values())],
+        list(answers),
+        list(answers.values()),
         [chunk.title for chunk in chunks],
     )
 
@@ -72,8 +76,8 @@ def split_by_document(
 
     A document is a chunk's ``source``, or the chunk where fewer than ``MIN_SOURCES`` sources have
     queries. Documents are drawn in the order of a hash of (seed, source) and fill the parts in
-    turn, until each has its share of the queries. A training query with the same text as a
-    held-out one is dropped.
+    turn, until each has its share of the queries. No text is in two parts: an earlier part keeps
+    it, and the training queries come last.
 
     Args:
         queries: all queries.
@@ -93,11 +97,13 @@ def split_by_document(
         )
     drawn = iter(sorted(groups, key=lambda key: hashlib.blake2b(f"{seed}:{key}".encode()).digest()))
     parts: dict[str, list[Query]] = {}
+    held_out: list[str] = []
     for name, share in shares.items():
-        part = parts[name] = []
+        part: list[Query] = []
         while len(part) < share * len(queries) and (key := next(drawn, None)):
             part += groups[key]
-    held_out = [query.text for part in parts.values() for query in part]
+        parts[name] = without(part, held_out)
+        held_out += [query.text for query in part]
     return {"train": without([query for key in drawn for query in groups[key]], held_out), **parts}
 
 

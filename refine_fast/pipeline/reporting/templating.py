@@ -4,7 +4,6 @@ marked as safe."""
 from __future__ import annotations
 
 import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,16 @@ def markdown_template(name: str, **filters: Any) -> Template:
         "code": code_span,
         "count": "{:,}".format,
         "number": "{:g}".format,
-        "shorten": textwrap.shorten,
+        "shorten": _shorten,
     }
     environment.filters |= filters
     return environment.get_template(name)
+
+
+def _shorten(text: str, width: int) -> str:
+    """At most ``width`` characters, with white space collapsed; in scripts without blanks too."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"
 
 
 def html_template(name: str) -> Template:

@@ -160,7 +160,7 @@ def caveats(data: ReportData) -> list[str]:
     if data.queries.held_out_by_document:
         found.append(
             "The test queries come from the same source as the training queries, and ask about"
-            " documents that training never saw. The gain on your users' own questions may differ."
+            " passages that training never saw. The gain on your users' own questions may differ."
         )
     else:
         found.append(

@@ -49,6 +49,7 @@ from ..artifacts import (
 )
 from ..context import RunContext
 from ..corpus.documents import may_be_read
+from ..encoder.model_files import of_the_model
 from ..engine import Stage
 from ..queries.user_formats import query_texts
 
@@ -102,7 +103,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             tuple(f"{under}/{each}" if under else each for each in names),
             partial(_work, module, context, under, arguments),
             files=files,
-            counts={"encoder": _of_the_model, "teacher": _of_the_model} | (counts or {}),
+            counts={"encoder": of_the_model, "teacher": of_the_model} | (counts or {}),
             facts=facts or {},
             settings={field: getattr(config, field) for field in settings.split()} | arguments,
             module=module.__name__,
@@ -324,12 +325,6 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         | judged,
         f"weight curve fusion band skip select batch_size lr temperature seed served docs {NAMES}",
     )
-
-
-def _of_the_model(file: Path) -> bool:
-    """Whether a file in the folder of a model may bear on what it computes: a hub's model card
-    changes more often than the model."""
-    return file.suffix.lower() not in (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf")
 
 
 def _work(

@@ -121,8 +121,11 @@ def _costs(context: RunContext) -> dict[str, tuple[float, int]]:
     ]
     curve = (f"curve {weight!r}" for weight in context.weights)
     scores = (f"score {system}" for system in SYSTEMS)
-    first = ("chunk", "query", "embed", "mine", "teach", *tried, "train")
-    stages = (*first, *curve, "choose", *scores, "systems", "fuse")
+    sentences = ["sentences"] if context.config.mine_by == "sentence" else []
+    teach = ["teach"] if context.teacher_kind is not None else []
+    first = ("chunk", "query", "embed", *sentences, "mine", *teach, *tried, "train")
+    served = ["systems"] if context.config.served else []
+    stages = (*first, *curve, "choose", *scores, *served, "fuse")
     return {name: costs[name] for name in stages if name in costs}
 
 

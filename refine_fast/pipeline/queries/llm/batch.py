@@ -191,7 +191,7 @@ class _Batches:
         left = dict(sent.chunks)
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             content = await self._call(partial(client.files.content, file))
-            for line in content.text.splitlines():
+            for line in content.text.split("\n"):  # a reply may hold U+2028
                 if line.strip():
                     await self._store_line(json.loads(line), sent, left)
         for key in left:  # not answered in time

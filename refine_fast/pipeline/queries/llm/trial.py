@@ -12,6 +12,7 @@ from .event_loop import run
 from .generate import holds_queries, query_requests
 from .grade import Candidates, grade_requests, holds_grades
 from .http_backend import HttpBackend
+from .prompt import Template
 from .reply_log import ReplyStore
 from .request import Failure, Request
 from .samples import sample_chunks
@@ -55,8 +56,12 @@ def try_models(settings: LLMSettings, store: Path, task: Task = WRITING) -> None
         task: what the stage asks for.
 
     Raises:
-        RefineFastError: if a model cannot be asked, or its replies are of no use.
+        RefineFastError: if a model cannot be asked, its replies are of no use, or the prompt of the
+            judge is no template.
     """
+    if task is WRITING and settings.judge:  # its first use comes after every query is paid
+        template = Template(settings.judge_prompt, name="judge")
+        template.render(passage="passage", title="title", queries=["query"])
     if not settings.in_process:
         run(_try_all(settings, store, task))
 
