@@ -159,7 +159,7 @@ FACTS = (
     "--band auto",
     "bf16, 17",
     "An LLM writes queries",
-    "documents that training never saw",
+    "passages that training never saw",
     "| documents | my\\|docs \\<b\\>: 40 documents, 1,321 passages |",
     "3 exact, 14 near",
     "1,321 cloze, 700 title",

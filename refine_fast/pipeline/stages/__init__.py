@@ -323,7 +323,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         | served
         | account
         | judged,
-        f"weight curve fusion band skip select batch_size lr temperature seed served docs {NAMES}",
+        "weight curve fusion band skip select mine_by batch_size lr temperature seed served docs "
+        f"{NAMES}",
     )
 
 
