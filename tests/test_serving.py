@@ -274,11 +274,16 @@ def test_a_new_index_only_where_something_changed(run: Path, capsys) -> None:
     assert "index: up to date" in capsys.readouterr().err
     shutil.copy(run / "tuned" / "model.safetensors", run / "model" / "model.safetensors")
     assert main(["search", str(run), "x"]) == 2
-    assert "the index is older than the model (the product encoder changed)" in (
+    assert "the index is older than the run (the product encoder changed)" in (
         capsys.readouterr().err
     )
     assert main(["index", str(run)]) == 0
     assert "index: the product encoder changed" in capsys.readouterr().err
+    passages = (run / "chunks.jsonl").read_text()
+    (run / "chunks.jsonl").write_text(passages[: passages.rindex("{")])
+    assert main(["search", str(run), "x"]) == 2
+    assert "the index is older than the run (the passages changed)" in capsys.readouterr().err
+    (run / "chunks.jsonl").write_text(passages)
     assert main(["search", str(run), "x", "--quiet"]) == 0
 
 

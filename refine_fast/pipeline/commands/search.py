@@ -22,17 +22,21 @@ def open_searcher(out: Path, console: Console) -> Searcher:
     """The index of a run, ready to search.
 
     Raises:
-        RefineFastError: if there is none, or if it was made with another encoder than the run's
-            present one.
+        RefineFastError: if there is none, or if it was made with other passages or another encoder
+            than the run's present ones.
     """
     _, encoders = serving_encoders(out, console)
     manifest = IndexFolder(out).manifest()
     if manifest is not None:
         now = index_key(out, encoders)
-        stale = [reason for reason in different(manifest, now) if "encoder" in reason]
+        stale = [
+            reason
+            for reason in different(manifest, now)
+            if "encoder" in reason or "passages" in reason
+        ]
         if stale:
             raise RefineFastError(
-                f"search: the index is older than the model ({'; '.join(stale)}); "
+                f"search: the index is older than the run ({'; '.join(stale)}); "
                 f"make it again: refine-fast index {as_argument(out)}."
             )
     return Searcher(out, encoders)
