@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BUCKET = 16 << 20
 """Numbers in one message: 64 MB in float32. More would cost memory and gain no time."""
@@ -64,6 +65,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         total = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
         total = total.contiguous()

@@ -70,7 +70,8 @@ class InfoNCELoss(nn.Module):
     def forward(self, q: Tensor, d: Tensor, **inputs: Any) -> Tensor:
         """The loss of queries q (B, D) against documents d (N, D).
 
-        inputs: positives, doc_ids, hard, hard_mask, weight, as for `refine_fast.info_nce`.
+        inputs: positives, doc_ids, hard, hard_mask, weight, soft_columns, soft_targets, as for
+        `refine_fast.info_nce`.
         """
         if self.fixed_temperature is None:
             # clamps the parameter itself, as CLIP does: below a clamp of its value the gradient

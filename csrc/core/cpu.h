@@ -21,7 +21,7 @@ Isa isa_best();
 // The level in use; throws IsaSettingError if REFINE_FAST_ISA names an unknown or unavailable level
 Isa isa_current();
 void isa_force(Isa isa);
-// the complete table of the level in use, without null pointers
+// the table of the level in use; only what its comment says may be null is
 const Kernels& kernels();
 
 }  // namespace refine_fast

@@ -142,6 +142,8 @@ def plan(config: RunConfig) -> Plan:
     encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in weights)
     # the base, the fine-tuned encoder, and both or one where they are fused
     encoded = len(chunks) + examples + encoders * compared + (3 + context.twin) * scored
+    if config.mine_by == "sentence":
+        encoded += len(chunks)  # the sentences of a passage together are as long as it
     if config.served:
         tested = len(judged.docs) if judged else len(chunks)
         # a passage and its sentences, under the base and under the product
