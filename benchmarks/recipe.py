@@ -44,8 +44,8 @@ DATA = Path(os.environ.get("REFINE_FAST_DATA", ""))
 SETS = ("squad", "covidqa", "dstc11_travel", "pubmedqa", "scifact")
 QUERIES: dict[str, list[str]] = {
     "none": [],
-    "smollm2": ["--llm", "smollm2"],
-    "smollm2 and made": ["--llm", "smollm2", "--query-kinds", "span,keywords,question"],
+    "smollm2": ["--llm", "smollm2", "--query-kinds", "none"],
+    "smollm2 and made": ["--llm", "smollm2"],
     "llm": ["--queries", str(WRITTEN / "{set}.jsonl")],
     "human": ["--queries", str(DATA / "{set}")],
 }

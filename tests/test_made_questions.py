@@ -8,9 +8,9 @@ from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.definitions import definition_question
 from refine_fast.pipeline.queries.english import english_questions
 from refine_fast.pipeline.queries.prose import is_whole, not_prose
-from refine_fast.pipeline.queries.query import MADE_KINDS
+from refine_fast.pipeline.queries.query import KINDS_IN_TURN, MADE_KINDS
 from refine_fast.pipeline.queries.salient import Rarity
-from refine_fast.pipeline.queries.synthetic import KINDS_IN_TURN, synthesize_queries
+from refine_fast.pipeline.queries.synthetic import synthesize_queries
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,14 @@ def test_rules_of_a_grammar_are_no_prose() -> None:
 
 def test_the_setting() -> None:
     assert RunConfig(out="run", query_kinds="question, cloze").query_kinds == ("question", "cloze")
+    assert RunConfig(out="run").made_kinds == KINDS_IN_TURN
+    assert RunConfig(out="run", llm="smollm2").made_kinds == KINDS_IN_TURN
+    assert RunConfig(out="run", llm="smollm2", query_kinds="none").made_kinds == ()
+    server = {"llm": "http://localhost/v1", "llm_model": "large"}
+    assert RunConfig(out="run", **server).made_kinds == ()
+    assert RunConfig(out="run", **server, query_kinds="crop").made_kinds == ("crop",)
+    with pytest.raises(RefineFastError, match="query_kinds: none leaves no queries; name kinds"):
+        RunConfig(out="run", query_kinds="none")
     with pytest.raises(RefineFastError, match=r"query_kinds: riddle must be kinds of query, of cl"):
         RunConfig(out="run", query_kinds="riddle")
     assert set(KINDS_IN_TURN) < set(MADE_KINDS)

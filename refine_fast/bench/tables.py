@@ -142,6 +142,7 @@ def operations_table(results: Path) -> str:
 
 RECIPES = (
     ("squad", "none"),
+    ("squad", "smollm2 and made"),
     ("squad", "llm"),
     ("squad", "human"),
     ("covidqa", "none"),
@@ -153,6 +154,7 @@ RECIPES = (
 DOMAINS = {"squad": "SQuAD", "covidqa": "COVID-QA", "dstc11_travel": "Travel (DSTC11)"}
 WRITERS = {
     "none": "made from the passages, no LLM",
+    "smollm2 and made": "the same, and others by SmolLM2 (`--llm smollm2`)",
     "llm": "written by a large language model",
     "human": "asked by people (`--queries`)",
 }

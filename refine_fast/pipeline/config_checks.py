@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import RefineFastError
-from .config_values import LLM_TEACHER
+from .config_values import LLM_TEACHER, NO_KINDS
 
 _FOR_WRITING = {"llm_mix", "prompt", "duplicates", "round_trip", "judge", "judge_prompt"}
 """Fields that mean nothing unless a language model writes the queries."""
@@ -58,6 +58,8 @@ def check_together(config: Any) -> None:
         raise RefineFastError(
             "teacher: scores mined negatives, but negatives is 0; give --negatives 1 or more."
         )
+    if config.query_kinds == NO_KINDS and config.llm is None:
+        raise RefineFastError("query_kinds: none leaves no queries; name kinds, or add --llm.")
     if config.query_kinds and config.queries is not None:
         raise RefineFastError(
             "query_kinds: --queries already provides the queries; omit --query-kinds or --queries."

@@ -162,9 +162,13 @@ def _mix(value: Any) -> tuple[tuple[str, float], ...]:
     return mix
 
 
+NO_KINDS = ("none",)
+"""``--query-kinds none``: queries of the language model alone."""
+
+
 def _query_kinds(value: Any) -> tuple[str, ...]:
     kinds = _names(value)
-    if set(kinds) - set(MADE_KINDS):
+    if kinds != NO_KINDS and set(kinds) - set(MADE_KINDS):
         raise ValueError(f"must be kinds of query, of {', '.join(MADE_KINDS)}")
     return kinds
 

@@ -29,9 +29,8 @@ from ..engine import RunFolder
 from ..evaluation.general_knowledge import general_knowledge
 from ..preflight import try_encoder, try_language_model, try_teacher
 from ..queries.python_questions import python_questions
-from ..queries.query import Query
+from ..queries.query import KINDS_IN_TURN, Query
 from ..queries.splits import require_enough
-from ..queries.synthetic import KINDS_IN_TURN
 from ..stages import systems
 from ..stages.chunk import cut_corpus
 from ..stages.curve import PASSAGES, QUERIES
@@ -106,7 +105,7 @@ def plan(config: RunConfig) -> Plan:
         teacher = try_teacher(context.teacher, trust_remote_code=context.trust_remote_code)
     documents, chunks, duplicates = cut_corpus(context)
     asked = offline_queries(context, chunks, duplicates.twins)
-    if config.llm_writes and config.query_kinds:
+    if config.llm_writes and config.made_kinds:
         # Those are made besides the model's, of which there are as many as of the usual kinds.
         asked += made_queries(context, chunks, KINDS_IN_TURN)
     queries = split_queries(context, chunks, asked)

@@ -8,6 +8,10 @@ MADE_KINDS = ("cloze", "title", "span", "question", "definition", "keywords", "c
 """Kinds of query that are made from the passages without a language model; ``synthesize_queries``
 says how."""
 
+KINDS_IN_TURN = ("span", "keywords", "question")
+"""The default, by benchmarks/recipe.py: sentences and titles are found too easily to teach much.
+Kinds rotate; each chunk starts at a random position."""
+
 
 @dataclass(frozen=True)
 class Query:

@@ -17,12 +17,8 @@ from ..corpus.text import word_count
 from .definitions import definition_question
 from .english import english_questions
 from .prose import LIST_MARK, is_whole, not_prose, paragraphs
-from .query import MADE_KINDS, Query
+from .query import KINDS_IN_TURN, MADE_KINDS, Query
 from .salient import Rarity, content_words, phrase_splitter, salient_terms
-
-KINDS_IN_TURN = ("span", "keywords", "question")
-"""The default, by benchmarks/recipe.py: sentences and titles are found too easily to teach much.
-Kinds rotate; each chunk starts at a random position."""
 
 MIN_SENTENCE_WORDS, MAX_SENTENCE_WORDS = 6, 60
 

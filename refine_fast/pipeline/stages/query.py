@@ -13,9 +13,9 @@ from ..corpus.beir import load_beir
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records, write_records
 from ..queries.python_questions import python_questions, python_training_queries
-from ..queries.query import Query
+from ..queries.query import KINDS_IN_TURN, Query
 from ..queries.splits import split_by_document, without
-from ..queries.synthetic import KINDS_IN_TURN, synthesize_queries
+from ..queries.synthetic import synthesize_queries
 from ..queries.user import load_queries
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def offline_queries(
         return list(dict.fromkeys(moved))
     if context.written_beforehand:
         return python_training_queries(chunks)
-    return made_queries(context, chunks, config.query_kinds or KINDS_IN_TURN)
+    return made_queries(context, chunks, config.made_kinds or KINDS_IN_TURN)
 
 
 def made_queries(context: RunContext, chunks: Sequence[Chunk], kinds: Sequence[str]) -> list[Query]:
