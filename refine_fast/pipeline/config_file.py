@@ -49,12 +49,13 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
 
 def saved_config(run: Path) -> RunConfig:
     """The configuration of a run, for a command that only reads its folder. The run may have moved,
-    and inputs that are gone by now are left out.
+    and inputs that are gone by now, or the file itself, are left out.
 
     Raises:
-        RefineFastError: if the run has no config.yaml that can be used.
+        RefineFastError: if its config.yaml cannot be used.
     """
-    values = {**_read_yaml(run / "config.yaml"), "out": run}
+    path = run / "config.yaml"
+    values = {**(_read_yaml(path) if path.is_file() else {}), "out": run}
     for name in ("docs", "queries", "prompt", "judge_prompt"):
         if values.get(name) is not None and not Path(values[name]).exists():
             values[name] = None
