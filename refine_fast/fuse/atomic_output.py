@@ -20,6 +20,11 @@ from ..errors import RefineFastError
 from ..files import atomic, fsync
 
 
+def is_taken(path: Path) -> bool:
+    """Whether something is there that an output would replace; an empty folder is nothing."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
 class AtomicOutput:
     """One output being written; a context manager that removes everything it wrote if an exception
     leaves it.
@@ -92,8 +97,7 @@ class AtomicOutput:
         Raises:
             RefineFastError: something is there that may not be overwritten.
         """
-        empty = self._is_folder and self.final.is_dir() and not any(self.final.iterdir())
-        if self.final.exists() and not (self._overwrite or empty):
+        if is_taken(self.final) and not self._overwrite:
             raise RefineFastError(
                 f"the output {self.final} appeared during the merge: give another output or"
                 " overwrite=True (--overwrite)"

@@ -20,7 +20,7 @@ from ..errors import RefineFastError, RefineFastWarning
 from ..files import fsync
 from ..profiling import stage
 from .adapter import LowRank
-from .atomic_output import AtomicOutput
+from .atomic_output import AtomicOutput, is_taken
 from .checkpoint import RAW
 from .plan import Piece, Plan, Shard, make_plan
 from .report import FuseReport, TensorChange
@@ -204,7 +204,7 @@ def _check_outputs(plan: Plan, inputs: list[Path], finals: list[Path], overwrite
                 raise RefineFastError(
                     f"the output {final} is already a {kind}: give another output"
                 )
-            if not overwrite and not (plan.is_folder and not any(final.iterdir())):
+            if not overwrite and is_taken(final):
                 raise RefineFastError(
                     f"the output {final} exists: give another, or pass overwrite=True"
                     " (--overwrite) to replace it"
