@@ -92,7 +92,9 @@ def test_the_demo_trains_on_them_unless_other_queries_are_asked_for(tmp_path: Pa
     assert "language model" in context.query_source
     made = demo(tmp_path, query_kinds="cloze,title")
     assert {query.kind for query in offline_queries(made, chunks, {})} <= {"cloze", "title"}
-    assert made.distill == 1
+    assert made.distill == 0.5
+    assert demo(tmp_path, llm="smollm2").distill == 0.5  # made queries come besides
+    assert demo(tmp_path, llm="smollm2", query_kinds="none").distill == 0
 
 
 def test_python_docs_are_judged_by_these_questions_alone(tmp_path: Any) -> None:

@@ -287,6 +287,8 @@ def test_distillation_alone_trains_without_mined_negatives(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They are mined, for an export; a number that is given is trained on."""
+    why = rerun(copied, capsys, "--distill", "1")
+    assert "config.negatives 1 -> 0" in why["train"]
     mined = [json.loads(line)["negatives"] for line in (copied / "negatives.jsonl").open()]
     assert max(map(len, mined)) == 1
     report = json.loads((copied / "report.json").read_text())

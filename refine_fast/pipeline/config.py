@@ -298,7 +298,7 @@ class RunConfig(BaseModel):
     distill: Share | Literal["auto", "choose"] = _option(
         "auto",
         "share of the loss that teachers set; 0 is InfoNCE alone, 1 distillation alone; auto: 0.5 "
-        "with --teacher; else 1 if the queries were made without a language model, else 0; choose: "
+        "with --teacher, or if queries are made without a language model, else 0; choose: "
         "trains with 0, 0.5 and 1, and keeps auto's share unless another is better on held-out "
         "queries",
         "SHARE",

@@ -213,11 +213,8 @@ class RunContext:
         is better."""
         if not isinstance(self.config.distill, str):
             return self.config.distill
-        if self.config.teacher is not None:
-            return 0.5
-        asked = (self.config.queries, self.config.llm) != (None, None)
-        made = not (asked or self.written_beforehand)
-        return 1.0 if made else 0.0
+        made = self.config.queries is None and self.config.made_kinds and not self.written_beforehand
+        return 0.5 if made or self.config.teacher is not None else 0.0
 
     def similar_batches(self, distill: float) -> bool:
         """Whether queries with similar documents share batches, at a share of the teachers.
