@@ -267,6 +267,11 @@ def test_json_that_is_not_a_list(tmp_path: Path) -> None:
     assert loaded(tmp_path / "a.json") == [("d1", "", "One."), ("d2", "", "Two.")]
     (tmp_path / "a.json").write_text('{"title": "T", "text": "One."}')
     assert loaded(tmp_path / "a.json") == [("a.json:1", "T", "One.")]
+    article = {"id": "a", "body": "A long text.", "comments": [{"user": "u", "text": "Short."}]}
+    (tmp_path / "a.json").write_text(json.dumps(article))
+    assert loaded(tmp_path / "a.json") == [("a", "", "A long text.")]
+    (tmp_path / "a.json").write_text(json.dumps({"message": "ok"} | article | {"body": 3}))
+    assert [text for _, _, text in loaded(tmp_path / "a.json")] == ["Short."]
     (tmp_path / "a.json").write_text("3")
     with pytest.raises(RefineFastError, match=r"a.json cannot be read: it holds a JSON int, not a"):
         load_documents(tmp_path / "a.json")

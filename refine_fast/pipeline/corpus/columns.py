@@ -75,19 +75,19 @@ class RowReader:
                     f"{sorted(names)!r:.200}; name one of them."
                 )
         free = [name for name in names if name not in (given.title, given.id)]
-        text = given.text or _named(free, TEXT_NAMES) or _longest(free, rows)
+        text = given.text or named(free, TEXT_NAMES) or _longest(free, rows)
         if text is None:
             raise RefineFastError(
                 f'{where} has no field "text" but only {sorted(names)!r:.200}; '
                 "name the column of the text with --text-column."
             )
         others = [name for name in free if name != text]
-        title = given.title or _named(others, TITLE_NAMES)
+        title = given.title or named(others, TITLE_NAMES)
         self._ids: tuple[str, ...] = STANDARD_IDS
         if given.id is not None:
             self._ids = (given.id,)
         elif not set(STANDARD_IDS) & set(names):
-            id = _named([name for name in others if name != title], ID_NAMES)
+            id = named([name for name in others if name != title], ID_NAMES)
             values = [] if id is None else [row.get(id) for row in rows]
             distinct = None not in values and len(set(map(str, values))) == len(values)
             self._ids = (id,) if id is not None and distinct else ()
@@ -120,7 +120,7 @@ class RowReader:
         )
 
 
-def _named(names: Sequence[str], known: Sequence[str]) -> str | None:
+def named(names: Sequence[str], known: Sequence[str]) -> str | None:
     """The column whose name is the first in ``known``, letters' case and blanks aside."""
     plain = {name.strip().lower().replace(" ", "_"): name for name in reversed(names)}
     return next((plain[name] for name in known if name in plain), None)
