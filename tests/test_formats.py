@@ -339,6 +339,44 @@ def test_docx(tmp_path: Path) -> None:
     assert content.markup == "markdown"
 
 
+def test_docx_with_tracked_changes_and_content_controls(tmp_path: Path) -> None:
+    docx = pytest.importorskip("docx", reason="needs pip install '.[documents]'")
+    from docx.oxml import parse_xml
+    from docx.oxml.ns import nsdecls
+
+    def w(name: str, *content: str) -> str:
+        return f"<w:{name}>{''.join(content)}</w:{name}>"
+
+    def run(text: str) -> str:
+        return w("r", f"<w:t xml:space='preserve'>{text}</w:t>")
+
+    def control(*content: str) -> str:
+        return w("sdt", w("sdtContent", *content))
+
+    sentence = w(
+        "p",
+        run("Wait "),
+        w("del", w("r", "<w:tab/>", w("delText", "30"))),
+        w("ins", run("60")),
+        control(run(" minutes")),
+        w("moveFrom", run("moved")),
+        w("r", w("pict", w("txbxContent", w("p", run("box"))))),
+    )
+    controls = control(w("p", run("In a control.")), control(w("p", run("In two."))))
+    cell = w("tc", w("p", w("ins", run("Seal"))), w("p", run("of rubber")))
+    inner = w("tbl", w("tr", w("tc", w("p", run("inner")))))
+    last = control(w("tc", inner, control(w("p", run("2 years")))))
+    table = w("tbl", w("tr", cell, last), control(w("tr", w("tc", w("p", run("Belt"))))))
+    document = docx.Document()
+    body = w("body", sentence, controls, table).replace(">", f" {nsdecls('w')}>", 1)
+    for block in list(parse_xml(body)):
+        document.element.body.append(block)
+    document.save(tmp_path / "a.docx")
+    assert read_file(tmp_path / "a.docx").text == (
+        "Wait 60 minutes\n\nIn a control.\n\nIn two.\n\nSeal of rubber | inner 2 years\nBelt"
+    )
+
+
 def test_pptx(tmp_path: Path) -> None:
     pptx = pytest.importorskip("pptx", reason="needs pip install '.[documents]'")
     presentation = pptx.Presentation()
