@@ -356,6 +356,8 @@ def test_long_title_leaves_half_to_the_text(tokenizer) -> None:
         [Document("d", "very long title " * 40, " ".join(SENTENCES), "d")], tokenizer, max_tokens=66
     )
     assert 16 < max(len(tokenizer.tokenize(chunk.text)) for chunk in chunks) <= 32
+    assert {chunk.title for chunk in chunks} == {("very long title " * 11)[:-7]}
+    assert all(len(tokenizer(f"{chunk.title} {chunk.text}").input_ids) <= 66 for chunk in chunks)
     with pytest.raises(ValueError, match="max_tokens is 10; it must be at least 18"):
         chunk_documents([], tokenizer, max_tokens=10)
 
