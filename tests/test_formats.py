@@ -262,6 +262,18 @@ def test_columns_are_recognized(tmp_path: Path, rows: list[Any], texts: list[str
     assert [text for _, _, text in loaded(tmp_path / "a.jsonl")] == texts
 
 
+def test_an_id_of_several_rows_is_no_id(tmp_path: Path) -> None:
+    parts = [{"doc_id": "a", "chunk_no": i, "text": f"Part {i}."} for i in range(2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, parts)))
+    assert [id for id, _, _ in loaded(tmp_path / "a.jsonl")] == ["a.jsonl:1", "a.jsonl:2"]
+    parts[1] |= {"doc_id": "b"}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*parts, parts[0]])))
+    said: list[str] = []
+    with pytest.warns(RefineFastWarning, match="1 documents are skipped because they repeat"):
+        assert [id for id, _, _ in loaded(tmp_path / "a.jsonl", say=said.append)] == ["a", "b"]
+    assert not said
+
+
 def test_json_that_is_not_a_list(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"d1": {"text": "One."}, "d2": {"text": "Two."}}')
     assert loaded(tmp_path / "a.json") == [("d1", "", "One."), ("d2", "", "Two.")]

@@ -86,17 +86,17 @@ class RowReader:
         self._ids: tuple[str, ...] = STANDARD_IDS
         if given.id is not None:
             self._ids = (given.id,)
-        elif not set(STANDARD_IDS) & set(names):
+        elif not {"_id", "id"} & set(names):
+            # "doc_id" too may be that of the document that several rows are parts of
             id = named([name for name in others if name != title], ID_NAMES)
-            values = [] if id is None else [row.get(id) for row in rows]
-            distinct = None not in values and len(set(map(str, values))) == len(values)
-            self._ids = (id,) if id is not None and distinct else ()
+            own = id is not None and _distinct(rows, id, (text, title))
+            self._ids = (id,) if id is not None and own else ()
         self._text = text
         self._title = title
         guessed = {
             "text": text if given.text is None and text != "text" else None,
             "title": title if given.title is None and title != "title" else None,
-            "id": self._ids[0] if given.id is None and len(self._ids) == 1 else None,
+            "id": next((id for id in self._ids if id not in (given.id, *STANDARD_IDS)), None),
         }
         found = [f"the {role} from column {name!r}" for role, name in guessed.items() if name]
         if found and say is not None:
@@ -124,6 +124,13 @@ def named(names: Sequence[str], known: Sequence[str]) -> str | None:
     """The column whose name is the first in ``known``, letters' case and blanks aside."""
     plain = {name.strip().lower().replace(" ", "_"): name for name in reversed(names)}
     return next((plain[name] for name in known if name in plain), None)
+
+
+def _distinct(rows: Sequence[dict[str, Any]], id: str, others: Sequence[str | None]) -> bool:
+    """Whether each row has an id, its own or that of a row with the same ``others``."""
+    values = [row.get(id) for row in rows]
+    different = {tuple(str(row.get(name)) for name in (id, *others)) for row in rows}
+    return None not in values and len(set(map(str, values))) == len(different)
 
 
 def _longest(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
