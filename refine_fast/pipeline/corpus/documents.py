@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -168,10 +169,10 @@ def _folder(
     documents: list[Document] = []
     ids: set[str] = set()
     other: Counter[str] = Counter()
-    excluded = {path.resolve() for path in reading.exclude}
+    excluded = {_real(path) for path in reading.exclude}
 
     def is_document(path: Path) -> bool:
-        real = path.resolve()
+        real = _real(path)
         return excluded.isdisjoint([real, *real.parents])
 
     paths = [entry for entry in walk(root, _closed) if is_document(entry[0])]
@@ -209,6 +210,11 @@ def _folder(
             stacklevel=3,
         )
     return documents
+
+
+def _real(path: Path) -> Path:
+    """The path without links. Path.resolve raises RuntimeError for a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _suffix(path: Path) -> str | None:
