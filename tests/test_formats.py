@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,9 @@ def test_parquet(tmp_path: Path) -> None:
 
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     assert [found[1:] for found in loaded(tmp_path / "a.parquet")] == EXPECTED
+    rows = [{"id": Decimal("1E3"), "words": EXPECTED[0][1].encode(), "image": b"\xff\xd8" * 99}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert loaded(tmp_path / "a.parquet") == [("1000", "", EXPECTED[0][1])]
     (tmp_path / "b.parquet").write_bytes(b"PAR1 is not enough")
     with pytest.raises(RefineFastError, match=r"b.parquet cannot be read: it is not a Parquet fil"):
         load_documents(tmp_path / "b.parquet")

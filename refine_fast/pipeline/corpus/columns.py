@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from ...errors import RefineFastError
@@ -136,7 +138,8 @@ def _distinct(rows: Sequence[dict[str, Any]], id: str, others: Sequence[str | No
 def _longest(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
     """The column with the longest texts, if they are long enough for one."""
     lengths = {
-        name: sum(len(row[name]) for row in rows if isinstance(row.get(name), str)) / len(rows)
+        name: sum(len(value) for row in rows if isinstance(value := plain(row.get(name)), str))
+        / len(rows)
         for name in names
     }
     best = max(lengths, key=lengths.__getitem__, default=None)
@@ -144,7 +147,12 @@ def _longest(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None
 
 
 def plain(value: Any) -> Any:
-    """A cell's value, with dates and decimal numbers as strings; None for NaN."""
+    """A cell's value, with dates, decimal numbers and bytes in UTF-8 as strings; None for NaN."""
+    if isinstance(value, Decimal):
+        return format(value, "f")  # never 1E+3
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
     if isinstance(value, float):
         if value != value:  # NaN, which pandas writes for an empty cell
             return None
