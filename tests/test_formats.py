@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -320,16 +321,21 @@ def test_bad_csv(tmp_path: Path, content: str, message: str) -> None:
 
 def test_tables_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,text\n1,One.\n2,Two.\n")
-    (tmp_path / "b.csv").write_text("id,text\n1,Three.\n")
+    (tmp_path / "b.csv").write_text("id,text\n1,Three.\n2,Two.\n3,Five.\n")
     (tmp_path / "c.txt").write_text("Four.")
     (tmp_path / "queries.jsonl").write_text('{"text": "one?", "doc_id": "1"}')
     (tmp_path / "d.csv").write_text("size\n3\n")
-    with pytest.warns(RefineFastWarning, match=r'd.csv is skipped: .*d.csv:2 has no field "text"'):
+    with pytest.warns(RefineFastWarning) as caught:
         documents = load_documents(tmp_path, reading=Reading(exclude=[tmp_path / "queries.jsonl"]))
+    skipped, repeated, renamed = (str(warning.message) for warning in caught)
+    assert re.search(r'd.csv is skipped: .*d.csv:2 has no field "text"', skipped)
+    assert re.search("^1 documents are .* they repeat a row of another file.*b.csv:3.$", repeated)
+    assert re.search('^1 documents have the id of .*b.csv:2, now "b.csv:1".$', renamed)
     assert documents == [
         Document("1", "", "One.", "a.csv:2"),
         Document("2", "", "Two.", "a.csv:3"),
         Document("b.csv:1", "", "Three.", "b.csv:2"),
+        Document("3", "", "Five.", "b.csv:4"),
         Document("c.txt", "c", "Four.", "c.txt"),
     ]
 
