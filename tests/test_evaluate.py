@@ -27,7 +27,7 @@ from refine_fast.pipeline.evaluation.choice import (
 from refine_fast.pipeline.evaluation.evaluate import evaluate_models, rank, score
 from refine_fast.pipeline.evaluation.metrics import METRICS, score_ranking
 from refine_fast.pipeline.evaluation.scores import Scores
-from refine_fast.pipeline.evaluation.significance import gain
+from refine_fast.pipeline.evaluation.significance import Gain, gain
 from refine_fast.pipeline.queries.query import Query
 from refine_fast.pipeline.queries.splits import held_out_set, split_by_document
 
@@ -202,6 +202,7 @@ def test_a_handful_of_queries_shows_nothing() -> None:
     few = gain(before[:5], before[:5] + 0.3)
     assert (round(few.mean, 9), few.verdict) == (0.3, "no measurable change")
     assert gain(before[:1], before[:1] - 0.3).verdict == "no measurable change"
+    assert gain(before[:0], before[:0]) == Gain(0.0, -1.0, 1.0)
 
 
 def test_gain_is_paired_and_seeded() -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .scores import mean
+
 FEWEST = 6
 """Queries: five that all change one way are no evidence at 95% (sign test, p = 0.0625), but a
 bootstrap of them would say so."""
@@ -45,7 +47,7 @@ def gain(before: np.ndarray, after: np.ndarray, *, resamples: int = 10_000, seed
     """
     change = after - before
     if len(change) < FEWEST:
-        return Gain(float(change.mean()), -1.0, 1.0)
+        return Gain(mean(change), -1.0, 1.0)
     # A draw matters only by how often it takes each distinct change, and those are few: one
     # multinomial replaces resamples * Q indices.
     values, counts = np.unique(change, return_counts=True)
