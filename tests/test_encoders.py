@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoders import BERT, ENCODERS, SMALL, T5, Make, layered, plain, router
+from encoders import BERT, ENCODERS, SMALL, T5, Make, layered, own_module, plain, router
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
@@ -24,8 +24,8 @@ from refine_fast.pipeline.encoder.fused import load_fused
 from refine_fast.pipeline.encoder.layers import transformers_of
 from refine_fast.pipeline.encoder.load import document_tokenizer, encoder_folder, load_encoder
 from refine_fast.pipeline.encoder.options import EncoderOptions
-from refine_fast.pipeline.encoder.prepare import prepare_encoder
-from refine_fast.pipeline.encoder.twin import load_twin
+from refine_fast.pipeline.encoder.prepare import CODE, copy_missing, prepare_encoder
+from refine_fast.pipeline.encoder.twin import load_twin, save_twin
 from refine_fast.pipeline.training.batches import Example, features_of
 from refine_fast.pipeline.training.check import check_training
 from refine_fast.pipeline.training.memory import fit_training
@@ -69,8 +69,7 @@ def test_the_product_is_what_was_scored(name: str, tmp_path: Path, minilm: Path)
     model = load_encoder(base, trust_remote_code=trust)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     tune(model, tmp_path)
-    for code in base.glob("*.py"):
-        shutil.copy(code, tmp_path / "tuned")
+    copy_missing(base, tmp_path / "tuned", CODE)
     before = rows(load_encoder(base, trust_remote_code=trust))
     tuned = tmp_path / "tuned"
     after = rows(load_fused(base, tuned, 0.35, trust_remote_code=trust))
@@ -392,7 +391,7 @@ def test_a_twin_is_saved_in_the_type_of_its_base(name: str, tmp_path: Path, mini
     base = made(ENCODERS[name], tmp_path / "base", minilm)
     tune(load_encoder(base), tmp_path)
     tuned, product = tmp_path / "tuned", tmp_path / "product"
-    load_twin(tuned, base, 0.35, dtype="auto").save_pretrained(str(product))
+    save_twin(tuned, base, 0.35, product)
     stored = {k: t.dtype for k, t in load_file(base / "model.safetensors").items()}
     for member in ("tuned", "frozen"):
         (file,) = product.rglob(f"{member}/model.safetensors")
@@ -400,6 +399,19 @@ def test_a_twin_is_saved_in_the_type_of_its_base(name: str, tmp_path: Path, mini
     scored = rows(load_twin(tuned, base, 0.35))
     for row, expected in zip(rows(load_encoder(product)), scored, strict=True):
         np.testing.assert_array_equal(row, expected)
+
+
+def test_a_twin_of_an_encoder_with_a_module_of_its_own(tmp_path: Path, minilm: Path) -> None:
+    base = made(own_module, tmp_path / "base", minilm)
+    model = load_encoder(base, trust_remote_code=True)
+    model.save_pretrained(str(tmp_path / "tuned"))
+    copy_missing(base, tmp_path / "tuned", CODE)
+    save_twin(tmp_path / "tuned", base, 0.35, tmp_path / "product", trust_remote_code=True)
+    product = load_encoder(tmp_path / "product", trust_remote_code=True)
+    for row, expected in zip(rows(product), rows(model), strict=True):
+        np.testing.assert_allclose(
+            row, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6
+        )
 
 
 def test_similarity_decides_whether_rows_are_unit_vectors(tmp_path: Path, minilm: Path) -> None:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """Names under which models keep the prompt of documents; the first that is not empty is used."""
 
-_KEPT_FILES = ("README.md", "LICENSE*", "*.py")
-"""Besides what ``save_pretrained`` writes."""
+CODE = "*.py"
+"""The code of an encoder that brings its own."""
 
 
 def prepare_encoder(
@@ -77,15 +77,15 @@ def prepare_encoder(
             if say is not None:
                 say(f"model: {'; '.join(reasons)}; using a copy in {place}")
             model.save_pretrained(str(content), create_model_card=False)
-            _copy_missing(folder, content)
+            copy_missing(folder, content, "README.md", "LICENSE*", CODE)
         else:
             (content / "as_is").touch()
     return place if reasons else folder
 
 
-def _copy_missing(folder: Path, copy: Path) -> None:
-    """Copies the files that ``save_pretrained`` does not write."""
-    for pattern in _KEPT_FILES:
+def copy_missing(folder: Path, copy: Path, *patterns: str) -> None:
+    """Copies the files in the root that ``save_pretrained`` did not write."""
+    for pattern in patterns:
         for file in folder.glob(pattern):
             if not (copy / file.name).exists():
                 shutil.copy(file, copy)
