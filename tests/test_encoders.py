@@ -159,6 +159,11 @@ def test_a_complete_base_is_used_as_it_is(tiny: Path, tmp_path: Path) -> None:
     assert len(marks) == 1
     assert prepare_encoder(tiny, cache=tmp_path) == tiny
     assert list(tmp_path.glob("encoders/*/as_is")) == marks
+    (tmp_path / "file").touch()
+    closed = tmp_path / "file" / "cache"
+    assert prepare_encoder(tiny, cache=closed) == tiny
+    with pytest.raises(RefineFastError, match=r"encoders cannot be written to .*REFINE_FAST_CACHE"):
+        prepare_encoder(tiny, EncoderOptions(query_prompt="q: "), cache=closed)
     changed = shutil.copytree(tiny, tmp_path / "changed")
     prepare_encoder(changed, cache=tmp_path)
     config = json.loads((changed / "config_sentence_transformers.json").read_text())

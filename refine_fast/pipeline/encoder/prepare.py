@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -63,24 +64,31 @@ def prepare_encoder(
         return folder
     if place.is_dir():
         return place
+    if (adapter := adapter_folder(folder)) is None:
+        model, reasons = _loaded(folder, options)
+        if not reasons:
+            # without a cache it is only looked at again next time
+            with suppress(OSError, RefineFastError), made_once(place) as content:
+                (content / "as_is").touch()
+            return folder
     with made_once(place) as content, tempfile.TemporaryDirectory(dir=cache) as temporary:
-        source, reasons = folder, []
-        if (adapter := adapter_folder(folder)) is not None:
-            source = Path(temporary) / "merged"
+        if adapter is not None:
+            merged = Path(temporary) / "merged"
             base = prepare_encoder(encoder_folder(base_of_adapter(adapter)), cache=cache, say=say)
-            merge_adapter(base, folder, adapter, source)
-            reasons.append("it is a LoRA adapter, now merged with its base")
-        trusted = options.trust_remote_code
-        model = load_encoder(source, trust_remote_code=trusted, dtype="auto")
-        reasons += [*_stored_otherwise(model, source), *_apply(model, options)]
-        if reasons:
-            if say is not None:
-                say(f"model: {'; '.join(reasons)}; using a copy in {place}")
-            model.save_pretrained(str(content), create_model_card=False)
-            copy_missing(folder, content, "README.md", "LICENSE*", CODE)
-        else:
-            (content / "as_is").touch()
-    return place if reasons else folder
+            merge_adapter(base, folder, adapter, merged)
+            model, reasons = _loaded(merged, options)
+            reasons.insert(0, "it is a LoRA adapter, now merged with its base")
+        if say is not None:
+            say(f"model: {'; '.join(reasons)}; using a copy in {place}")
+        model.save_pretrained(str(content), create_model_card=False)
+        copy_missing(folder, content, "README.md", "LICENSE*", CODE)
+    return place
+
+
+def _loaded(folder: Path, options: EncoderOptions) -> tuple[SentenceTransformer, list[str]]:
+    """The encoder with what the user set, and why a copy of it is needed."""
+    model = load_encoder(folder, trust_remote_code=options.trust_remote_code, dtype="auto")
+    return model, [*_stored_otherwise(model, folder), *_apply(model, options)]
 
 
 def copy_missing(folder: Path, copy: Path, *patterns: str) -> None:
