@@ -311,6 +311,8 @@ def test_lora(name: str, tmp_path: Path, minilm: Path) -> None:
         kept = prepare_encoder(tmp_path / "adapter" / "0", cache=tmp_path / "cache")
         for row, expected in zip(rows(load_encoder(kept)), adapted, strict=True):
             np.testing.assert_allclose(row, expected, rtol=0, atol=2e-5)
+        (base / "model.safetensors").touch()  # trained again
+        assert prepare_encoder(tmp_path / "adapter" / "0", cache=tmp_path / "cache") != kept
 
 
 # Post-norm, pre-norm with a final norm, two transformers, one whose stack is not called "layer".

@@ -100,14 +100,19 @@ def copy_missing(folder: Path, copy: Path, *patterns: str) -> None:
 
 
 def _key(folder: Path, options: EncoderOptions) -> str:
-    """Of the folder's files, by name, size and time, the options and the libraries."""
+    """Of the folder's files, by name, size and time, the options and the libraries; of an adapter
+    whose base is a local folder, of that one's too."""
     files = sorted(
         (str(path.relative_to(folder)), (stat := path.stat()).st_size, stat.st_mtime_ns)
         for path in folder.rglob("*")
         if path.is_file()
     )
     libraries = [version(name) for name in ("refine-fast", "sentence-transformers", "transformers")]
-    content = json.dumps([str(folder), files, asdict(options), libraries])
+    own = [str(folder), files, asdict(options), libraries]
+    if (adapter := adapter_folder(folder)) is not None:
+        base = Path(base_of_adapter(adapter)).expanduser()
+        own += [_key(base.resolve(), EncoderOptions())] if base.is_dir() else []
+    content = json.dumps(own)
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
