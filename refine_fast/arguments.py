@@ -27,7 +27,7 @@ def join_negative_values(arguments: Sequence[str]) -> list[str]:
     joined: list[str] = []
     for argument in arguments:
         after_flag = joined and re.fullmatch(r"--\w[\w-]*", joined[-1])
-        if after_flag and re.match(r"-\.?\d", argument):
+        if after_flag and re.fullmatch(r"-\.?\d[-+.,\deE]*", argument):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)

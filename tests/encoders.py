@@ -171,6 +171,26 @@ def own_code(folder: Path, minilm: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | own))
 
 
+def own_module(folder: Path, minilm: Path) -> None:
+    """BERT below a module whose code is in the folder."""
+    layered(BERT, "mean")(folder, minilm)
+    (folder / "own_scale.py").write_text(
+        "from sentence_transformers.base.modules import Module\n"
+        "class Scale(Module):\n"
+        "    config_keys = []\n"
+        "    def forward(self, features, **_):\n"
+        "        features['sentence_embedding'] = 2 * features['sentence_embedding']\n"
+        "        return features\n"
+        "    def save(self, path, *_, **__):\n        self.save_config(path)\n"
+        "    @classmethod\n    def load(cls, *_, **__):\n        return cls()\n"
+    )
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.append({"idx": 2, "name": "2", "path": "2_Scale", "type": "own_scale.Scale"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "2_Scale").mkdir()
+    (folder / "2_Scale" / "config.json").write_text("{}")
+
+
 BERT = plain("BertConfig", "BertModel", **SMALL)
 T5 = plain(
     "T5Config", "T5EncoderModel", d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2

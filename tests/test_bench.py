@@ -287,11 +287,11 @@ def test_the_command_measures_and_compares(
     assert {row["op"] for row in found["rows"]} == {op, "roofline"}
 
 
-def measured_beside(peer: Callable[[Any], None]) -> Measured:
+def measured_beside(peer: Callable[[Any], None], memory: bool = False) -> Measured:
     """Two rounds of ours and of one peer, on 9 queries."""
     op = replace(
         INFO_NCE,
-        measures_memory=False,
+        measures_memory=memory,
         contenders=(INFO_NCE.contender(OURS), Contender("broken", peer, "")),
     )
     return measure(Task(op, {"B": 9, "N": 9, "D": 8}, "fp32", "cpu", rounds=2))
@@ -317,6 +317,27 @@ def test_a_peer_that_fails_at_the_full_size_is_named() -> None:
     assert list(found.samples) == [OURS]
     assert len(found.samples[OURS]) == 2
     assert found.absent == {"broken": "failed: RuntimeError: out of memory"}
+
+
+def test_a_peer_whose_memory_cannot_be_measured_keeps_its_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dies = "broken"
+
+    def peak(build: Any) -> float:
+        if build.args[1] == dies:
+            raise RuntimeError("the process that measured it died")
+        return 3.0
+
+    monkeypatch.setattr(suite, "peak_mb", peak)
+    found = measured_beside(lambda inputs: None, memory=True)
+    assert {name: len(taken) for name, taken in found.samples.items()} == {OURS: 2, "broken": 2}
+    assert found.peaks == {OURS: 3.0}
+    why = "memory not measured: RuntimeError: the process that measured it died"
+    assert found.absent == {"broken": why}
+    dies = OURS
+    with pytest.raises(RuntimeError, match="the process that measured it died"):
+        measured_beside(lambda inputs: None, memory=True)
 
 
 def test_memory_is_what_one_call_adds() -> None:
@@ -411,7 +432,7 @@ def test_the_check_fails_on_a_slowed_contender(
     assert "lost a fifth of its lead" in capsys.readouterr().err
 
 
-def test_a_lead_is_that_of_the_same_level_and_device() -> None:
+def test_a_lead_is_that_of_the_same_level_and_device(tmp_path: Path) -> None:
     found = regression.lead_rows(regression.Verdict(INFO_NCE, regression.lead_of([2.0] * 9), None))
     here = replace(found[0], isa="avx2", device="here", ratio_to_peer=0.5)
     there = replace(here, device="there", ratio_to_peer=0.25)
@@ -421,3 +442,11 @@ def test_a_lead_is_that_of_the_same_level_and_device() -> None:
     assert regression.recorded_lead(known, INFO_NCE, "avx2", "there") == 4
     assert regression.recorded_lead(known, INFO_NCE, "avx2", "elsewhere") is None
     assert regression.recorded_lead(known, INFO_NCE, "neon", "here") is None
+    # of several versions the latest counts, whose row may come first
+    new, old = (
+        replace(here, timestamp=day, torch=version, ratio_to_peer=ratio)
+        for day, version, ratio in (("2026", "2.13", 0.5), ("2025", "2.9", 0.9))
+    )
+    rows.save([new, old], tmp_path)
+    known = regression.known_rows(tmp_path)
+    assert regression.recorded_lead(known, INFO_NCE, "avx2", "here") == 2

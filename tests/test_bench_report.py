@@ -110,6 +110,18 @@ def test_bars_are_ratios_within_one_run() -> None:
     assert bars["speeds"] == [("torch chunks of 256", 2.0), ("naive cross_entropy", 3.0)]
 
 
+def test_of_several_versions_the_latest_is_shown(tmp_path: Path) -> None:
+    line = tables.LINES[0]
+    ours = row(line.op, line.mode, OURS, line.metric, 1.0, **line.shape)
+    both = [
+        replace(ours, peer="torch chunks of 256", ratio_to_peer=ratio, torch=torch, timestamp=day)
+        for ratio, torch, day in ((0.5, "2.13", "2026"), (0.9, "2.9", "2025"))
+    ]
+    rows.save(both, tmp_path)
+    (own,) = tables.machines(tmp_path)
+    assert tables.speed(own, line) == "2.0x torch in chunks of 256 rows"
+
+
 @pytest.fixture
 def scaled() -> list[Row]:
     """Two operations: info_nce by B = N, at one of two widths; train by the model's layers."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from refine_fast.pipeline.corpus.beir import RetrievalSet
+from refine_fast.pipeline.evaluation.metrics import METRICS
 from refine_fast.pipeline.serving import systems
 from refine_fast.pipeline.serving.blend import (
     Blend,
@@ -54,6 +56,19 @@ def test_made_queries_choose_sentences_alone_and_bm25_together_with_others() -> 
     unhelped = Choosing([components([1, 0.9, 0.8], [1, 0, 0], [0, 2, 0])] * 30, [{1: 1.0}] * 30)
     assert choose_in_turn(unhelped, alike).blend.lexical > 0
     assert choose_in_turn(unhelped, misled).blend == Blend()
+
+
+def test_without_queries_passages_alone_are_served() -> None:
+    """Few questions with several answers each may leave no query that chooses."""
+
+    def encoded(texts: Sequence[str]) -> np.ndarray:
+        return np.ones((len(texts), 8), np.float32)
+
+    data = RetrievalSet("dev", ["a"], ["A passage."], [], [], [])
+    held = Choosing(systems.components_of(data, encoded, systems.Remembered(encoded)), [])
+    choice = systems.choose(held, [], encoded, encoded)
+    assert (choice.blend, choice.queries) == (Blend(), 0)
+    assert held.scores(Blend()).metrics == dict.fromkeys(METRICS, 0.0)
 
 
 def test_drawn_terms_do_not_choose_the_blend(monkeypatch: pytest.MonkeyPatch) -> None:

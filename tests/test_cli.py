@@ -153,7 +153,11 @@ def test_doctor_names_what_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch
         return installed.get(name) or version(name)
 
     monkeypatch.setattr(doctor, "version", version_of)
-    monkeypatch.setattr(doctor, "_encoder", lambda name, trust_remote_code: "fine")
+
+    def closed(name: str, trust_remote_code: bool) -> str:
+        raise PermissionError(13, "Permission denied", name)
+
+    monkeypatch.setattr(doctor, "_encoder", closed)
     rows = {what: (works, found) for what, works, found in doctor.check("minilm")}
     for extra, package in (("pdf", "pypdf"), ("llm", "openai")):
         [needed] = [str(r) for r in doctor.packages_of(extra) if r.name == package]
@@ -162,3 +166,4 @@ def test_doctor_names_what_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch
             False,
             f"pip install 'refine-fast[{extra}]' for {needed}",
         )
+    assert rows["encoder"] == (False, "[Errno 13] Permission denied: 'minilm'")

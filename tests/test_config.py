@@ -335,6 +335,12 @@ def test_a_band_that_starts_with_a_minus(band: list[str]) -> None:
     assert (options.quiet, options.out) == (True, "run")
 
 
+def test_a_query_that_starts_with_a_minus() -> None:
+    query = "-40 celsius in fahrenheit"
+    options = parser().parse_args(join_negative_values(["search", "run", "--json", query]))
+    assert (options.json, options.query) == (True, query)
+
+
 def test_a_path_with_backslashes_in_a_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,10 +209,10 @@ def test_links_end(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "two.txt").write_text("Linked in from elsewhere.")
     (tmp_path / "docs" / "more").symlink_to(tmp_path / "elsewhere")
-    assert [document.id for document in load_documents(tmp_path / "docs")] == [
-        "again.txt",
-        "more/two.txt",
-    ]
+    (tmp_path / "docs" / "itself.txt").symlink_to(tmp_path / "docs" / "itself.txt")
+    with pytest.warns(RefineFastWarning, match="itself.txt is skipped: Too many levels of symbol"):
+        documents = load_documents(tmp_path / "docs")
+    assert [document.id for document in documents] == ["again.txt", "more/two.txt"]
 
 
 @pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.gz"])
@@ -356,6 +356,8 @@ def test_long_title_leaves_half_to_the_text(tokenizer) -> None:
         [Document("d", "very long title " * 40, " ".join(SENTENCES), "d")], tokenizer, max_tokens=66
     )
     assert 16 < max(len(tokenizer.tokenize(chunk.text)) for chunk in chunks) <= 32
+    assert {chunk.title for chunk in chunks} == {("very long title " * 11)[:-7]}
+    assert all(len(tokenizer(f"{chunk.title} {chunk.text}").input_ids) <= 66 for chunk in chunks)
     with pytest.raises(ValueError, match="max_tokens is 10; it must be at least 18"):
         chunk_documents([], tokenizer, max_tokens=10)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoders import BERT, ENCODERS, SMALL, T5, Make, layered, plain, router
+from encoders import BERT, ENCODERS, SMALL, T5, Make, layered, own_module, plain, router
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
@@ -24,8 +24,8 @@ from refine_fast.pipeline.encoder.fused import load_fused
 from refine_fast.pipeline.encoder.layers import transformers_of
 from refine_fast.pipeline.encoder.load import document_tokenizer, encoder_folder, load_encoder
 from refine_fast.pipeline.encoder.options import EncoderOptions
-from refine_fast.pipeline.encoder.prepare import prepare_encoder
-from refine_fast.pipeline.encoder.twin import load_twin
+from refine_fast.pipeline.encoder.prepare import CODE, copy_missing, prepare_encoder
+from refine_fast.pipeline.encoder.twin import load_twin, save_twin
 from refine_fast.pipeline.training.batches import Example, features_of
 from refine_fast.pipeline.training.check import check_training
 from refine_fast.pipeline.training.memory import fit_training
@@ -69,8 +69,7 @@ def test_the_product_is_what_was_scored(name: str, tmp_path: Path, minilm: Path)
     model = load_encoder(base, trust_remote_code=trust)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     tune(model, tmp_path)
-    for code in base.glob("*.py"):
-        shutil.copy(code, tmp_path / "tuned")
+    copy_missing(base, tmp_path / "tuned", CODE)
     before = rows(load_encoder(base, trust_remote_code=trust))
     tuned = tmp_path / "tuned"
     after = rows(load_fused(base, tuned, 0.35, trust_remote_code=trust))
@@ -160,6 +159,11 @@ def test_a_complete_base_is_used_as_it_is(tiny: Path, tmp_path: Path) -> None:
     assert len(marks) == 1
     assert prepare_encoder(tiny, cache=tmp_path) == tiny
     assert list(tmp_path.glob("encoders/*/as_is")) == marks
+    (tmp_path / "file").touch()
+    closed = tmp_path / "file" / "cache"
+    assert prepare_encoder(tiny, cache=closed) == tiny
+    with pytest.raises(RefineFastError, match=r"encoders cannot be written to .*REFINE_FAST_CACHE"):
+        prepare_encoder(tiny, EncoderOptions(query_prompt="q: "), cache=closed)
     changed = shutil.copytree(tiny, tmp_path / "changed")
     prepare_encoder(changed, cache=tmp_path)
     config = json.loads((changed / "config_sentence_transformers.json").read_text())
@@ -307,6 +311,8 @@ def test_lora(name: str, tmp_path: Path, minilm: Path) -> None:
         kept = prepare_encoder(tmp_path / "adapter" / "0", cache=tmp_path / "cache")
         for row, expected in zip(rows(load_encoder(kept)), adapted, strict=True):
             np.testing.assert_allclose(row, expected, rtol=0, atol=2e-5)
+        (base / "model.safetensors").touch()  # trained again
+        assert prepare_encoder(tmp_path / "adapter" / "0", cache=tmp_path / "cache") != kept
 
 
 # Post-norm, pre-norm with a final norm, two transformers, one whose stack is not called "layer".
@@ -392,7 +398,7 @@ def test_a_twin_is_saved_in_the_type_of_its_base(name: str, tmp_path: Path, mini
     base = made(ENCODERS[name], tmp_path / "base", minilm)
     tune(load_encoder(base), tmp_path)
     tuned, product = tmp_path / "tuned", tmp_path / "product"
-    load_twin(tuned, base, 0.35, dtype="auto").save_pretrained(str(product))
+    save_twin(tuned, base, 0.35, product)
     stored = {k: t.dtype for k, t in load_file(base / "model.safetensors").items()}
     for member in ("tuned", "frozen"):
         (file,) = product.rglob(f"{member}/model.safetensors")
@@ -400,6 +406,19 @@ def test_a_twin_is_saved_in_the_type_of_its_base(name: str, tmp_path: Path, mini
     scored = rows(load_twin(tuned, base, 0.35))
     for row, expected in zip(rows(load_encoder(product)), scored, strict=True):
         np.testing.assert_array_equal(row, expected)
+
+
+def test_a_twin_of_an_encoder_with_a_module_of_its_own(tmp_path: Path, minilm: Path) -> None:
+    base = made(own_module, tmp_path / "base", minilm)
+    model = load_encoder(base, trust_remote_code=True)
+    model.save_pretrained(str(tmp_path / "tuned"))
+    copy_missing(base, tmp_path / "tuned", CODE)
+    save_twin(tmp_path / "tuned", base, 0.35, tmp_path / "product", trust_remote_code=True)
+    product = load_encoder(tmp_path / "product", trust_remote_code=True)
+    for row, expected in zip(rows(product), rows(model), strict=True):
+        np.testing.assert_allclose(
+            row, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6
+        )
 
 
 def test_similarity_decides_whether_rows_are_unit_vectors(tmp_path: Path, minilm: Path) -> None:

@@ -4,6 +4,7 @@ encoding, splits and intervals, on real sets too."""
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from math import log2
 from pathlib import Path
@@ -27,7 +28,7 @@ from refine_fast.pipeline.evaluation.choice import (
 from refine_fast.pipeline.evaluation.evaluate import evaluate_models, rank, score
 from refine_fast.pipeline.evaluation.metrics import METRICS, score_ranking
 from refine_fast.pipeline.evaluation.scores import Scores
-from refine_fast.pipeline.evaluation.significance import gain
+from refine_fast.pipeline.evaluation.significance import BLOCK, Gain, gain
 from refine_fast.pipeline.queries.query import Query
 from refine_fast.pipeline.queries.splits import held_out_set, split_by_document
 
@@ -202,6 +203,7 @@ def test_a_handful_of_queries_shows_nothing() -> None:
     few = gain(before[:5], before[:5] + 0.3)
     assert (round(few.mean, 9), few.verdict) == (0.3, "no measurable change")
     assert gain(before[:1], before[:1] - 0.3).verdict == "no measurable change"
+    assert gain(before[:0], before[:0]) == Gain(0.0, -1.0, 1.0)
 
 
 def test_gain_is_paired_and_seeded() -> None:
@@ -212,6 +214,19 @@ def test_gain_is_paired_and_seeded() -> None:
     )  # unpaired, the interval would be +-0.036
     after = np.random.default_rng(1).random(500)
     assert gain(before, after, seed=4) == gain(before, after, seed=4) != gain(before, after, seed=5)
+
+
+def test_gain_takes_little_memory_for_many_queries() -> None:
+    change = np.random.default_rng(0).random(1001)
+    tracemalloc.start()
+    try:
+        found = gain(np.zeros(1001), change, resamples=8000)
+        assert tracemalloc.get_traced_memory()[1] < 3 * 8 * BLOCK  # all at once: 128 MB
+    finally:
+        tracemalloc.stop()
+    draws = np.random.default_rng(0).multinomial(1001, np.full(1001, 1 / 1001), size=8000)
+    means = draws @ np.sort(change) / 1001
+    assert (found.low, found.high) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1e-12)
 
 
 @pytest.mark.parametrize(

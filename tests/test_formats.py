@@ -6,6 +6,8 @@ import csv
 import gzip
 import io
 import json
+import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,9 @@ def test_parquet(tmp_path: Path) -> None:
 
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     assert [found[1:] for found in loaded(tmp_path / "a.parquet")] == EXPECTED
+    rows = [{"id": Decimal("1E3"), "words": EXPECTED[0][1].encode(), "image": b"\xff\xd8" * 99}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert loaded(tmp_path / "a.parquet") == [("1000", "", EXPECTED[0][1])]
     (tmp_path / "b.parquet").write_bytes(b"PAR1 is not enough")
     with pytest.raises(RefineFastError, match=r"b.parquet cannot be read: it is not a Parquet fil"):
         load_documents(tmp_path / "b.parquet")
@@ -262,11 +267,28 @@ def test_columns_are_recognized(tmp_path: Path, rows: list[Any], texts: list[str
     assert [text for _, _, text in loaded(tmp_path / "a.jsonl")] == texts
 
 
+def test_an_id_of_several_rows_is_no_id(tmp_path: Path) -> None:
+    parts = [{"doc_id": "a", "chunk_no": i, "text": f"Part {i}."} for i in range(2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, parts)))
+    assert [id for id, _, _ in loaded(tmp_path / "a.jsonl")] == ["a.jsonl:1", "a.jsonl:2"]
+    parts[1] |= {"doc_id": "b"}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*parts, parts[0]])))
+    said: list[str] = []
+    with pytest.warns(RefineFastWarning, match="1 documents are skipped because they repeat"):
+        assert [id for id, _, _ in loaded(tmp_path / "a.jsonl", say=said.append)] == ["a", "b"]
+    assert not said
+
+
 def test_json_that_is_not_a_list(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"d1": {"text": "One."}, "d2": {"text": "Two."}}')
     assert loaded(tmp_path / "a.json") == [("d1", "", "One."), ("d2", "", "Two.")]
     (tmp_path / "a.json").write_text('{"title": "T", "text": "One."}')
     assert loaded(tmp_path / "a.json") == [("a.json:1", "T", "One.")]
+    article = {"id": "a", "body": "A long text.", "comments": [{"user": "u", "text": "Short."}]}
+    (tmp_path / "a.json").write_text(json.dumps(article))
+    assert loaded(tmp_path / "a.json") == [("a", "", "A long text.")]
+    (tmp_path / "a.json").write_text(json.dumps({"message": "ok"} | article | {"body": 3}))
+    assert [text for _, _, text in loaded(tmp_path / "a.json")] == ["Short."]
     (tmp_path / "a.json").write_text("3")
     with pytest.raises(RefineFastError, match=r"a.json cannot be read: it holds a JSON int, not a"):
         load_documents(tmp_path / "a.json")
@@ -299,16 +321,21 @@ def test_bad_csv(tmp_path: Path, content: str, message: str) -> None:
 
 def test_tables_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,text\n1,One.\n2,Two.\n")
-    (tmp_path / "b.csv").write_text("id,text\n1,Three.\n")
+    (tmp_path / "b.csv").write_text("id,text\n1,Three.\n2,Two.\n3,Five.\n")
     (tmp_path / "c.txt").write_text("Four.")
     (tmp_path / "queries.jsonl").write_text('{"text": "one?", "doc_id": "1"}')
     (tmp_path / "d.csv").write_text("size\n3\n")
-    with pytest.warns(RefineFastWarning, match=r'd.csv is skipped: .*d.csv:2 has no field "text"'):
+    with pytest.warns(RefineFastWarning) as caught:
         documents = load_documents(tmp_path, reading=Reading(exclude=[tmp_path / "queries.jsonl"]))
+    skipped, repeated, renamed = (str(warning.message) for warning in caught)
+    assert re.search(r'd.csv is skipped: .*d.csv:2 has no field "text"', skipped)
+    assert re.search("^1 documents are .* they repeat a row of another file.*b.csv:3.$", repeated)
+    assert re.search('^1 documents have the id of .*b.csv:2, now "b.csv:1".$', renamed)
     assert documents == [
         Document("1", "", "One.", "a.csv:2"),
         Document("2", "", "Two.", "a.csv:3"),
         Document("b.csv:1", "", "Three.", "b.csv:2"),
+        Document("3", "", "Five.", "b.csv:4"),
         Document("c.txt", "c", "Four.", "c.txt"),
     ]
 
@@ -332,6 +359,44 @@ def test_docx(tmp_path: Path) -> None:
         "After the table."
     )
     assert content.markup == "markdown"
+
+
+def test_docx_with_tracked_changes_and_content_controls(tmp_path: Path) -> None:
+    docx = pytest.importorskip("docx", reason="needs pip install '.[documents]'")
+    from docx.oxml import parse_xml
+    from docx.oxml.ns import nsdecls
+
+    def w(name: str, *content: str) -> str:
+        return f"<w:{name}>{''.join(content)}</w:{name}>"
+
+    def run(text: str) -> str:
+        return w("r", f"<w:t xml:space='preserve'>{text}</w:t>")
+
+    def control(*content: str) -> str:
+        return w("sdt", w("sdtContent", *content))
+
+    sentence = w(
+        "p",
+        run("Wait "),
+        w("del", w("r", "<w:tab/>", w("delText", "30"))),
+        w("ins", run("60")),
+        control(run(" minutes")),
+        w("moveFrom", run("moved")),
+        w("r", w("pict", w("txbxContent", w("p", run("box"))))),
+    )
+    controls = control(w("p", run("In a control.")), control(w("p", run("In two."))))
+    cell = w("tc", w("p", w("ins", run("Seal"))), w("p", run("of rubber")))
+    inner = w("tbl", w("tr", w("tc", w("p", run("inner")))))
+    last = control(w("tc", inner, control(w("p", run("2 years")))))
+    table = w("tbl", w("tr", cell, last), control(w("tr", w("tc", w("p", run("Belt"))))))
+    document = docx.Document()
+    body = w("body", sentence, controls, table).replace(">", f" {nsdecls('w')}>", 1)
+    for block in list(parse_xml(body)):
+        document.element.body.append(block)
+    document.save(tmp_path / "a.docx")
+    assert read_file(tmp_path / "a.docx").text == (
+        "Wait 60 minutes\n\nIn a control.\n\nIn two.\n\nSeal of rubber | inner 2 years\nBelt"
+    )
 
 
 def test_pptx(tmp_path: Path) -> None:

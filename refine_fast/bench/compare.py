@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .rows import COLUMNS, VALUES, VERSIONS, Row, as_text
@@ -43,9 +43,19 @@ def subject(row: Row) -> tuple[str, ...]:
     return tuple(text[name] for name in COLUMNS if name not in left_out)
 
 
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of the rows about one subject, by several versions, the one that was measured last, in
+    their order."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        if row.timestamp >= found.setdefault(subject(row), row).timestamp:
+            found[subject(row)] = row
+    return list(found.values())
+
+
 def compare(now: Sequence[Row], then: Sequence[Row]) -> list[Change]:
     """The rows of time and memory that both have; of several versions, the latest one counts."""
-    before = {subject(row): row for row in sorted(then, key=lambda row: row.timestamp)}
+    before = {subject(row): row for row in latest(then)}
     return [
         Change(row, before[subject(row)])
         for row in now

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .compare import latest
 from .measuring import sample
 from .operation import Contender, Operation
 from .operations import OPERATIONS
@@ -184,5 +185,5 @@ def result_files(folder: Path) -> list[Path]:
 
 
 def known_rows(folder: Path) -> list[Row]:
-    """The rows of every machine in a folder of results."""
-    return [row for path in result_files(folder) for row in load(path)]
+    """The latest rows of every machine in a folder of results."""
+    return latest(row for path in result_files(folder) for row in load(path))

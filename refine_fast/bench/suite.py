@@ -67,7 +67,7 @@ class Measured:
         samples: by contender.
         peaks: MiB by contender.
         rates: those of this machine, in the same run.
-        absent: why other contenders did not take part.
+        absent: why other contenders did not take part, or not in full.
     """
 
     task: Task
@@ -97,7 +97,8 @@ class Measured:
 def measure(task: Task, progress: Callable[[str], None] | None = None) -> Measured:
     """Runs the task.
 
-    A peer that fails, such as for want of memory, is named in ``absent``.
+    A peer that fails, such as for want of memory, is named in ``absent``; one that fails only where
+    its memory is measured keeps its times.
 
     Raises:
         RefineFastError: the inputs cannot be made.
@@ -138,11 +139,16 @@ def measure(task: Task, progress: Callable[[str], None] | None = None) -> Measur
                 continue
             if progress is not None:
                 progress(f"memory of {name}")
-            peaks[name] = (
-                cuda_peak_mb(calls[name], before)
-                if task.device == "cuda"
-                else peak_mb(partial(ready, _names(task), name, rf.isa(), torch.get_num_threads()))
-            )
+            try:
+                if task.device == "cuda":
+                    peaks[name] = cuda_peak_mb(calls[name], before)
+                else:
+                    here = (rf.isa(), torch.get_num_threads())
+                    peaks[name] = peak_mb(partial(ready, _names(task), name, *here))
+            except Exception as why:  # such as a peer's process that was killed for memory
+                if name == OURS:
+                    raise
+                absent[name] = f"memory not measured: {first_line(why)}"
     machine = {name: samples.pop(name) for name in list(samples) if name not in calls}
     return Measured(task, samples, peaks, rates(machine, task.device), absent)
 

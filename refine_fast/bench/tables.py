@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ..errors import RefineFastError
+from .compare import latest
 from .regression import result_files
 from .rows import Row, load
 from .suite import OURS
@@ -83,13 +84,13 @@ def machine_name(row: Row) -> str:
 
 
 def machines(results: Path) -> list[list[Row]]:
-    """The rows of each machine, a file each, at its best level: rows of levels that were forced are
-    left out. The machine with the most instructions comes first."""
+    """The latest rows of each machine, a file each, at its best level: rows of levels that were
+    forced are left out. The machine with the most instructions comes first."""
     found = []
     for path in result_files(results):
         rows = load(path)
         best = max((row.isa for row in rows), key=LEVELS.index)
-        found.append([row for row in rows if row.isa == best])
+        found.append(latest(row for row in rows if row.isa == best))
     return sorted(found, key=lambda rows: (-LEVELS.index(rows[0].isa), rows[0].device))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import RefineFastError
 from ..files import fsync_all
 
 CACHE = "REFINE_FAST_CACHE"
@@ -24,9 +25,20 @@ def cache_folder() -> Path:
 @contextmanager
 def made_once(place: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes ``place`` when the block ends. If another process was
-    faster, its folder stays; after an exception there is none."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+    faster, its folder stays; after an exception there is none.
+
+    Raises:
+        RefineFastError: if nothing can be written there.
+    """
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(dir=place.parent)
+    except OSError as error:
+        raise RefineFastError(
+            f"{place.parent} cannot be written to ({error.strerror}); name another folder in the "
+            f"environment variable {CACHE}."
+        ) from None
+    with beside as temporary:
         folder = Path(temporary) / "content"
         folder.mkdir()
         yield folder

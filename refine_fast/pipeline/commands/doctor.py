@@ -146,7 +146,7 @@ def _encoder(name: str, trust_remote_code: bool) -> str:
 def _tried(work: Callable[[], str]) -> tuple[bool, str]:
     try:
         return True, work()
-    except (RefineFastError, ModuleNotFoundError) as error:
+    except (RefineFastError, ModuleNotFoundError, OSError) as error:
         return False, str(error)
 
 

@@ -138,7 +138,8 @@ class _Cutter:
             headings = markdown_headings(document.text) if document.markup == "markdown" else []
             starts = [start for start, _ in headings]
             titles = [document.title, *(_under(document.title, heading) for _, heading in headings)]
-            capacity = max(self._room - max(map(self._count, titles)), self._room // 2)
+            titles = list(map(self._shortened, titles))
+            capacity = self._room - max(map(self._count, titles))
             splitter = self._splitter(document.markup == "markdown", capacity)
             pieces: list[tuple[int, str]] = []
             for begin, window in _windows(document.text):
@@ -151,6 +152,13 @@ class _Cutter:
                 title = titles[bisect_right(starts, start)]
                 chunks.append(_chunk(document, id, title, start, piece))
         return chunks
+
+    def _shortened(self, title: str) -> str:
+        """The title's first words, as many as half of the room holds."""
+        half = self._room // 2
+        if self._count(title) <= half:
+            return title
+        return str(self._splitter(False, half).chunks(title[:_WINDOW])[0])
 
 
 def _cut_in_shards(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from ...errors import RefineFastError
@@ -75,28 +77,28 @@ class RowReader:
                     f"{sorted(names)!r:.200}; name one of them."
                 )
         free = [name for name in names if name not in (given.title, given.id)]
-        text = given.text or _named(free, TEXT_NAMES) or _longest(free, rows)
+        text = given.text or named(free, TEXT_NAMES) or _longest(free, rows)
         if text is None:
             raise RefineFastError(
                 f'{where} has no field "text" but only {sorted(names)!r:.200}; '
                 "name the column of the text with --text-column."
             )
         others = [name for name in free if name != text]
-        title = given.title or _named(others, TITLE_NAMES)
+        title = given.title or named(others, TITLE_NAMES)
         self._ids: tuple[str, ...] = STANDARD_IDS
         if given.id is not None:
             self._ids = (given.id,)
-        elif not set(STANDARD_IDS) & set(names):
-            id = _named([name for name in others if name != title], ID_NAMES)
-            values = [] if id is None else [row.get(id) for row in rows]
-            distinct = None not in values and len(set(map(str, values))) == len(values)
-            self._ids = (id,) if id is not None and distinct else ()
+        elif not {"_id", "id"} & set(names):
+            # "doc_id" too may be that of the document that several rows are parts of
+            id = named([name for name in others if name != title], ID_NAMES)
+            own = id is not None and _distinct(rows, id, (text, title))
+            self._ids = (id,) if id is not None and own else ()
         self._text = text
         self._title = title
         guessed = {
             "text": text if given.text is None and text != "text" else None,
             "title": title if given.title is None and title != "title" else None,
-            "id": self._ids[0] if given.id is None and len(self._ids) == 1 else None,
+            "id": next((id for id in self._ids if id not in (given.id, *STANDARD_IDS)), None),
         }
         found = [f"the {role} from column {name!r}" for role, name in guessed.items() if name]
         if found and say is not None:
@@ -120,16 +122,24 @@ class RowReader:
         )
 
 
-def _named(names: Sequence[str], known: Sequence[str]) -> str | None:
+def named(names: Sequence[str], known: Sequence[str]) -> str | None:
     """The column whose name is the first in ``known``, letters' case and blanks aside."""
     plain = {name.strip().lower().replace(" ", "_"): name for name in reversed(names)}
     return next((plain[name] for name in known if name in plain), None)
 
 
+def _distinct(rows: Sequence[dict[str, Any]], id: str, others: Sequence[str | None]) -> bool:
+    """Whether each row has an id, its own or that of a row with the same ``others``."""
+    values = [row.get(id) for row in rows]
+    different = {tuple(str(row.get(name)) for name in (id, *others)) for row in rows}
+    return None not in values and len(set(map(str, values))) == len(different)
+
+
 def _longest(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None:
     """The column with the longest texts, if they are long enough for one."""
     lengths = {
-        name: sum(len(row[name]) for row in rows if isinstance(row.get(name), str)) / len(rows)
+        name: sum(len(value) for row in rows if isinstance(value := plain(row.get(name)), str))
+        / len(rows)
         for name in names
     }
     best = max(lengths, key=lengths.__getitem__, default=None)
@@ -137,7 +147,12 @@ def _longest(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str | None
 
 
 def plain(value: Any) -> Any:
-    """A cell's value, with dates and decimal numbers as strings; None for NaN."""
+    """A cell's value, with dates, decimal numbers and bytes in UTF-8 as strings; None for NaN."""
+    if isinstance(value, Decimal):
+        return format(value, "f")  # never 1E+3
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
     if isinstance(value, float):
         if value != value:  # NaN, which pandas writes for an empty cell
             return None

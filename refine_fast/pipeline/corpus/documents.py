@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -165,13 +166,13 @@ def _single_file(path: Path, reading: Reading) -> list[Document]:
 def _folder(
     root: Path, reading: Reading, progress: Progress | None, spread: Spread | None
 ) -> list[Document]:
-    documents: list[Document] = []
-    ids: set[str] = set()
+    documents: dict[str, Document] = {}
+    repeated, renamed = [], []
     other: Counter[str] = Counter()
-    excluded = {path.resolve() for path in reading.exclude}
+    excluded = {_real(path) for path in reading.exclude}
 
     def is_document(path: Path) -> bool:
-        real = path.resolve()
+        real = _real(path)
         return excluded.isdisjoint([real, *real.parents])
 
     paths = [entry for entry in walk(root, _closed) if is_document(entry[0])]
@@ -196,10 +197,25 @@ def _folder(
             message = f"{path} is skipped: {str(reason).removesuffix('.')}."
             warnings.warn(message, RefineFastWarning, stacklevel=3)
             continue
-        if any(document.id in ids for document in found):  # tables that all count from 1
-            found = [replace(document, id=f"{name}:{document.id}") for document in found]
-        documents += found
-        ids.update(document.id for document in found)
+        own = {document.id for document in found}
+        for document in found:
+            id, where = document.id, str(root / document.source)
+            if id in documents and document == replace(documents[id], source=document.source):
+                repeated.append(where)
+                continue
+            while id in documents or (id != document.id and id in own):  # tables count from 1
+                id = f"{name}:{id}"
+            if id != document.id:
+                renamed.append(f'{where}, now "{id}"')
+            documents[id] = replace(document, id=id)
+    _warn_of_skipped(repeated, "they repeat a row of another file")
+    if renamed:
+        warnings.warn(
+            f"{len(renamed)} documents have the id of another file's document; the name of their "
+            f"file is put before it, the first at {renamed[0]}.",
+            RefineFastWarning,
+            stacklevel=3,
+        )
     if other:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in other.most_common(5))
         warnings.warn(
@@ -208,7 +224,12 @@ def _folder(
             RefineFastWarning,
             stacklevel=3,
         )
-    return documents
+    return list(documents.values())
+
+
+def _real(path: Path) -> Path:
+    """The path without links. Path.resolve raises RuntimeError for a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _suffix(path: Path) -> str | None:
@@ -306,14 +327,12 @@ def _documents(
                 f'{where}: the id "{document.id}" was used before, at {earlier.source}; give every '
                 "document its own."
             )
-    for skipped, reason in (
-        (blank, "because their text is empty"),
-        (repeated, "because they repeat an earlier row"),
-    ):
-        if skipped:
-            warnings.warn(
-                f"{len(skipped)} documents are skipped {reason}, the first at {skipped[0]}.",
-                RefineFastWarning,
-                stacklevel=4,
-            )
+    _warn_of_skipped(blank, "their text is empty")
+    _warn_of_skipped(repeated, "they repeat an earlier row")
     return documents
+
+
+def _warn_of_skipped(places: Sequence[str], reason: str) -> None:
+    if places:
+        message = f"{len(places)} documents are skipped because {reason}, the first at {places[0]}."
+        warnings.warn(message, RefineFastWarning, stacklevel=4)

@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """Names under which models keep the prompt of documents; the first that is not empty is used."""
 
-_KEPT_FILES = ("README.md", "LICENSE*", "*.py")
-"""Besides what ``save_pretrained`` writes."""
+CODE = "*.py"
+"""The code of an encoder that brings its own."""
 
 
 def prepare_encoder(
@@ -63,43 +64,55 @@ def prepare_encoder(
         return folder
     if place.is_dir():
         return place
+    if (adapter := adapter_folder(folder)) is None:
+        model, reasons = _loaded(folder, options)
+        if not reasons:
+            # without a cache it is only looked at again next time
+            with suppress(OSError, RefineFastError), made_once(place) as content:
+                (content / "as_is").touch()
+            return folder
     with made_once(place) as content, tempfile.TemporaryDirectory(dir=cache) as temporary:
-        source, reasons = folder, []
-        if (adapter := adapter_folder(folder)) is not None:
-            source = Path(temporary) / "merged"
+        if adapter is not None:
+            merged = Path(temporary) / "merged"
             base = prepare_encoder(encoder_folder(base_of_adapter(adapter)), cache=cache, say=say)
-            merge_adapter(base, folder, adapter, source)
-            reasons.append("it is a LoRA adapter, now merged with its base")
-        trusted = options.trust_remote_code
-        model = load_encoder(source, trust_remote_code=trusted, dtype="auto")
-        reasons += [*_stored_otherwise(model, source), *_apply(model, options)]
-        if reasons:
-            if say is not None:
-                say(f"model: {'; '.join(reasons)}; using a copy in {place}")
-            model.save_pretrained(str(content), create_model_card=False)
-            _copy_missing(folder, content)
-        else:
-            (content / "as_is").touch()
-    return place if reasons else folder
+            merge_adapter(base, folder, adapter, merged)
+            model, reasons = _loaded(merged, options)
+            reasons.insert(0, "it is a LoRA adapter, now merged with its base")
+        if say is not None:
+            say(f"model: {'; '.join(reasons)}; using a copy in {place}")
+        model.save_pretrained(str(content), create_model_card=False)
+        copy_missing(folder, content, "README.md", "LICENSE*", CODE)
+    return place
 
 
-def _copy_missing(folder: Path, copy: Path) -> None:
-    """Copies the files that ``save_pretrained`` does not write."""
-    for pattern in _KEPT_FILES:
+def _loaded(folder: Path, options: EncoderOptions) -> tuple[SentenceTransformer, list[str]]:
+    """The encoder with what the user set, and why a copy of it is needed."""
+    model = load_encoder(folder, trust_remote_code=options.trust_remote_code, dtype="auto")
+    return model, [*_stored_otherwise(model, folder), *_apply(model, options)]
+
+
+def copy_missing(folder: Path, copy: Path, *patterns: str) -> None:
+    """Copies the files in the root that ``save_pretrained`` did not write."""
+    for pattern in patterns:
         for file in folder.glob(pattern):
             if not (copy / file.name).exists():
                 shutil.copy(file, copy)
 
 
 def _key(folder: Path, options: EncoderOptions) -> str:
-    """Of the folder's files, by name, size and time, the options and the libraries."""
+    """Of the folder's files, by name, size and time, the options and the libraries; of an adapter
+    whose base is a local folder, of that one's too."""
     files = sorted(
         (str(path.relative_to(folder)), (stat := path.stat()).st_size, stat.st_mtime_ns)
         for path in folder.rglob("*")
         if path.is_file()
     )
     libraries = [version(name) for name in ("refine-fast", "sentence-transformers", "transformers")]
-    content = json.dumps([str(folder), files, asdict(options), libraries])
+    own = [str(folder), files, asdict(options), libraries]
+    if (adapter := adapter_folder(folder)) is not None:
+        base = Path(base_of_adapter(adapter)).expanduser()
+        own += [_key(base.resolve(), EncoderOptions())] if base.is_dir() else []
+    content = json.dumps(own)
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 

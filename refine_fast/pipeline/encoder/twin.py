@@ -10,6 +10,7 @@ import torch
 from ...integrations.sentence_transformers.twin import TwinEncoder
 from .fused import load_fused
 from .load import device, load_encoder
+from .prepare import CODE, copy_missing
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,3 +42,23 @@ def load_twin(
         weight,
     )
     return pair.model(device().type)
+
+
+def save_twin(
+    tuned: Path, frozen: Path, weight: float, out: Path, *, trust_remote_code: bool = False
+) -> None:
+    """Saves the encoder of ``load_twin`` in the base's type, and loads it once.
+
+    Args:
+        tuned, frozen, weight, trust_remote_code: as for ``load_twin``.
+        out: the folder to write to.
+
+    Raises:
+        RefineFastError: if what was saved cannot be loaded.
+    """
+    pair = load_twin(tuned, frozen, weight, trust_remote_code=trust_remote_code, dtype="auto")
+    pair.save_pretrained(str(out), create_model_card=False)
+    del pair
+    for member in ("tuned", "frozen"):
+        copy_missing(frozen, out / member, CODE)
+    load_encoder(out, trust_remote_code=trust_remote_code, dtype="auto")

@@ -63,7 +63,7 @@ def choose_share(dev: Mapping[float, Scores], rule: float) -> ShareChoice:
     }
     better = [share for share, change in gains.items() if change.low > 0]
     best = max([rule, *better], key=lambda share: gains[share].mean)
-    means = {share: scores.metrics[METRIC] if len(scores) else 0.0 for share, scores in dev.items()}
+    means = {share: scores.metrics[METRIC] for share, scores in dev.items()}
     return ShareChoice(best, rule, means, gains)
 
 

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 
+def mean(values: np.ndarray) -> float:
+    """Of one value per query; 0 if there are none: JSON has no NaN."""
+    return float(values.mean()) if len(values) else 0.0
+
+
 @dataclass(frozen=True)
 class Scores:
     """The value of each metric for every query, in the order of the set."""
@@ -20,8 +25,8 @@ class Scores:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metric -> mean over the queries."""
-        return {name: float(values.mean()) for name, values in self.per_query.items()}
+        """Metric -> mean over the queries; 0 if there are none."""
+        return {name: mean(values) for name, values in self.per_query.items()}
 
     @classmethod
     def pooled(cls, parts: Sequence[Scores]) -> Scores:

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .scores import mean
+
 FEWEST = 6
 """Queries: five that all change one way are no evidence at 95% (sign test, p = 0.0625), but a
 bootstrap of them would say so."""
+
+BLOCK = 1 << 20
+"""Counts that are drawn at a time."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,15 @@ def gain(before: np.ndarray, after: np.ndarray, *, resamples: int = 10_000, seed
     """
     change = after - before
     if len(change) < FEWEST:
-        return Gain(float(change.mean()), -1.0, 1.0)
+        return Gain(mean(change), -1.0, 1.0)
     # A draw matters only by how often it takes each distinct change, and those are few: one
     # multinomial replaces resamples * Q indices.
     values, counts = np.unique(change, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(
-        len(change), counts / len(change), size=resamples
-    )
-    means = draws @ values / len(change)
+    rng, rows = np.random.default_rng(seed), max(1, BLOCK // len(values))
+    means = np.empty(resamples)
+    for start in range(0, resamples, rows):
+        block = means[start : start + rows]
+        draws = rng.multinomial(len(change), counts / len(change), size=len(block))
+        block[:] = draws @ values / len(change)
     low, high = np.percentile(means, [2.5, 97.5])
     return Gain(float(change.mean()), float(low), float(high))

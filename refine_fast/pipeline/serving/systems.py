@@ -83,10 +83,12 @@ def components_of(data: RetrievalSet, documents: Encode, queries: Encode) -> lis
     As in BEIR, a query's own document is left out of its ranking.
 
     Args:
-        data: the set.
+        data: the set; without queries there is nothing to encode.
         documents: encodes passages and sentences.
         queries: encodes queries.
     """
+    if not data.queries:
+        return []
     sentences, offsets = sentences_of(data)
     passages, best_rows = documents(data.docs), documents(sentences)
     vectors = queries(data.queries)

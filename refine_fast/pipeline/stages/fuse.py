@@ -17,7 +17,7 @@ from ..artifacts import (
     fused_weight,
     similarity_name,
 )
-from ..encoder.twin import load_twin
+from ..encoder.twin import save_twin
 from ..reporting.format import loss_in_words
 from ..reporting.model_card import model_card
 
@@ -30,14 +30,7 @@ def run(context: RunContext, folder: Path) -> None:
     weight = fused_weight(context.out)
     tuned, out = context.path(TUNED), folder / MODEL
     if context.twin:
-        pair = load_twin(
-            tuned,
-            context.encoder,
-            weight,
-            trust_remote_code=context.trust_remote_code,
-            dtype="auto",  # saved in the base's type
-        )
-        pair.save_pretrained(str(out), create_model_card=False)
+        save_twin(tuned, context.encoder, weight, out, trust_remote_code=context.trust_remote_code)
     else:
         fuse(context.encoder, tuned, out, weight, overwrite=True)
     card = model_card(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records
 from ..encoder.encode import has_fast_bf16
 from ..encoder.load import load_encoder
+from ..encoder.prepare import CODE, copy_missing
 from ..queries.query import Query
 from ..ranks import Ranks, launched
 from ..training.batches import Example, Twin
@@ -153,8 +153,7 @@ def run(
         adapter.save_pretrained(str(folder / ADAPTER if only else folder / ADAPTER / str(i)))
         adapter.merge_and_unload()
     model.save_pretrained(str(folder / TUNED), create_model_card=False)
-    for code in context.encoder.glob("*.py"):  # of an encoder that brings its own
-        shutil.copy(code, folder / TUNED)
+    copy_missing(context.encoder, folder / TUNED, CODE)
     facts = {
         **history,
         "examples": len(examples),

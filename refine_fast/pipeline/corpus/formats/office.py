@@ -51,15 +51,31 @@ def _read(
     return Content(whole_characters(title), whole_characters(text), "markdown")
 
 
-def _word_blocks(document: Any) -> Iterator[str]:
-    from docx.table import Table
+# Paths in a Word document. python-docx's own lists leave out what lies in content controls (w:sdt)
+# and tracked insertions (w:ins).
+_BLOCKS = ".//w:p[not(ancestor::w:p or ancestor::w:tbl)] | .//w:tbl[not(ancestor::w:tbl)]"
+_RUNS = (
+    ".//w:r[not(ancestor::w:del or ancestor::w:moveFrom or ancestor::w:txbxContent "
+    "or ancestor::w:rt)]"  # w:rt: how a character is pronounced
+)
+_ROWS = ".//w:tr[count(ancestor::w:tbl) = 1]"
+_CELLS = (  # a cell that spans several rows has its text in the first
+    ".//w:tc[count(ancestor::w:tbl) = 1][not(w:tcPr/w:vMerge[not(@w:val = 'restart')])]"
+)
+_CELL_PARAGRAPHS = ".//w:p[not(ancestor::w:txbxContent)]"
 
-    for block in document.iter_inner_content():
-        if isinstance(block, Table):
+
+def _word_blocks(document: Any) -> Iterator[str]:
+    from docx.oxml.table import CT_Tbl
+    from docx.text.paragraph import Paragraph
+
+    for block in document.element.body.xpath(_BLOCKS):
+        if isinstance(block, CT_Tbl):
             yield "\n".join(_word_rows(block))
             continue
-        text = block.text.replace("\u00ad", "").strip()
-        style = (block.style.name or "") if block.style is not None else ""
+        text = _word_text(block).replace("\u00ad", "").strip()
+        paragraph_style = Paragraph(block, document).style
+        style = (paragraph_style.name or "") if paragraph_style is not None else ""
         level = re.fullmatch(r"heading ([1-6])|(title)", style, re.IGNORECASE)
         if level and text:
             yield "#" * int(level[1] or 1) + " " + " ".join(text.split())
@@ -69,14 +85,16 @@ def _word_blocks(document: Any) -> Iterator[str]:
 
 def _word_rows(table: Any) -> Iterator[str]:
     """A line for each row; a cell that spans several columns or rows counts once."""
-    seen = set()
-    for row in table.rows:
-        cells = []
-        for cell in row.cells:
-            if cell._tc not in seen:
-                seen.add(cell._tc)
-                cells.append(" ".join(cell.text.split()))
+    for row in table.xpath(_ROWS):
+        cells = (
+            " ".join(" ".join(map(_word_text, cell.xpath(_CELL_PARAGRAPHS))).split())
+            for cell in row.xpath(_CELLS)
+        )
         yield " | ".join(filter(None, cells))
+
+
+def _word_text(paragraph: Any) -> str:
+    return "".join(run.text for run in paragraph.xpath(_RUNS))
 
 
 def _slide_blocks(presentation: Any) -> Iterator[str]:

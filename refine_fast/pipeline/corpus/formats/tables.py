@@ -11,9 +11,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ....errors import RefineFastError
+from ..columns import TEXT_NAMES, named
 from ..jsonl import read_jsonl
 from .content import Unreadable, missing
 from .encoding import decode, marked_encoding
@@ -113,10 +115,8 @@ def read_json(path: Path, encoding: str | None = None) -> Any:
 
 def rows_of_json(path: Path, value: Any) -> Iterator[tuple[int | str, Row]]:
     """The rows of ``read_table`` in the value of a JSON file."""
-    # {"data": [{...}, ...]} and the like
-    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
-    if len(lists) == 1 and lists[0] and all(isinstance(row, dict) for row in lists[0]):
-        value = lists[0]
+    if isinstance(value, dict):
+        value = _wrapped(value) or value
     if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
         yield from ((key, {"id": key} | row) for key, row in value.items())
     elif isinstance(value, dict):
@@ -133,6 +133,21 @@ def rows_of_json(path: Path, value: Any) -> Iterator[tuple[int | str, Row]]:
             yield number, row
     else:
         raise Unreadable(f"it holds a JSON {type(value).__name__}, not a list of objects")
+
+
+def _wrapped(value: Row) -> list[Row] | None:
+    """The rows in {"data": [{...}, ...]} and the like; None if the object is a document itself,
+    such as an article with its comments: its text is no shorter than theirs on average."""
+    lists = [item for item in value.values() if isinstance(item, list)]
+    if len(lists) != 1 or not lists[0] or not all(isinstance(row, dict) for row in lists[0]):
+        return None
+    text = value.get(named(list(value), TEXT_NAMES) or "")
+    theirs = fmean(max(_lengths(row), default=0) for row in lists[0])
+    return None if isinstance(text, str) and len(text) >= theirs else lists[0]
+
+
+def _lengths(row: Row) -> list[int]:
+    return [len(value) for value in row.values() if isinstance(value, str)]
 
 
 def read_cells(path: Path, encoding: str | None = None) -> Iterator[tuple[int, list[str]]]:
