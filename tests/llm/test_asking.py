@@ -203,13 +203,11 @@ def test_the_key_stays_secret(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A server that echoes the key in its replies and in its errors; every log at its most
-    talkative."""
+    """A server that echoes the key in its errors; every log at its most talkative."""
     key = f"sk-{uuid.uuid4().hex}"
     monkeypatch.setenv("MY_KEY", key)
     caplog.set_level(logging.DEBUG)
     settings = endpoint.settings(key_env="MY_KEY")
-    endpoint.set(reply=f"1. What is {key} good for?")
     queries, account = generate_queries(chunks[:3], settings, tmp_path / "replies.jsonl")
     assert endpoint.stats()["served"] == 3
     endpoint.set(status=401)
@@ -228,7 +226,16 @@ def test_the_key_stays_secret(
         caplog.text,
     ):
         assert key not in text
-    assert "***" in written
+
+
+def test_a_placeholder_for_a_key_leaves_replies_as_they_are(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "test")
+    endpoint.set(reply="1. How do I test the crane?")
+    settings = endpoint.settings(key_env="MY_KEY")
+    queries, _ = generate_queries(chunks[:1], settings, tmp_path / "replies.jsonl")
+    assert [query.text for query in queries] == ["How do I test the crane?"]
 
 
 def test_judge_and_round_trip(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
