@@ -238,6 +238,15 @@ def test_a_placeholder_for_a_key_leaves_replies_as_they_are(
     assert [query.text for query in queries] == ["How do I test the crane?"]
 
 
+def test_half_a_surrogate_pair_in_a_servers_body_is_paid_once(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    endpoint.set(reply="1. How long is the \ud83d quay?")
+    queries, account = generate_queries(chunks[:1], endpoint.settings(), tmp_path / "replies.jsonl")
+    assert [query.text for query in queries] == ["How long is the \ufffd quay?"]
+    assert account.calls == endpoint.stats()["served"] == 1
+
+
 def test_judge_and_round_trip(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
     some = chunks[:20]
     endpoint.set(

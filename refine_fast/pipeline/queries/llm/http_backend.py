@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import openai
 
+from ...corpus.text import whole_characters
 from .request import Failure, Reply, Request, count_tokens
 
 MODES = ("json_schema", "json_object", "plain")
@@ -241,7 +242,7 @@ class HttpBackend:
             raise self._error_in_body(error)
         try:
             message = choice.message
-            content, finish = _text(message.content), str(choice.finish_reason)
+            content, finish = whole_characters(_text(message.content)), str(choice.finish_reason)
         except (AttributeError, TypeError):
             said = self.redact(str(completion))[:200]
             raise Failure(
@@ -249,7 +250,7 @@ class HttpBackend:
             ) from None
         reasoning = next(
             (
-                text
+                whole_characters(text)
                 for name in ("reasoning_content", "reasoning")
                 if isinstance(text := getattr(message, name, None), str)
             ),

@@ -16,6 +16,8 @@ from typing import Any
 
 import json_repair
 
+from ...corpus.text import whole_characters
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -248,7 +250,8 @@ def _collect(value: Any, kind: str | None = None, depth: int = 0) -> list[Candid
     if depth > 4:
         return []
     if isinstance(value, str):
-        return [Candidate(_AFTERTHOUGHT.sub("", value.strip()), kind)] if value.strip() else []
+        text = whole_characters(value).strip()  # JSON may escape half a surrogate pair
+        return [Candidate(_AFTERTHOUGHT.sub("", text), kind)] if text else []
     if isinstance(value, list):
         return [candidate for item in value for candidate in _collect(item, kind, depth + 1)]
     if not isinstance(value, dict):
