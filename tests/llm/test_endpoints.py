@@ -54,7 +54,7 @@ def test_an_endpoint_that_never_works(
 ) -> None:
     monkeypatch.setattr(
         "refine_fast.pipeline.queries.llm.send.Throttle",
-        lambda ceiling: Throttle(ceiling, pause=0.01),
+        lambda ceiling: Throttle(ceiling, pause=0.01, openings=3),
     )
     endpoint.set(status=status)
     with pytest.raises(RefineFastError, match=f"stopped asking .*{message}"):

@@ -295,7 +295,7 @@ class HttpBackend:
     def failure(self, error: Exception) -> Failure:
         """What an error of the client means; raises it again if it is a fault of this program."""
         if isinstance(error, openai.APITimeoutError | TimeoutError):
-            return Failure("busy", f"no reply within {self._timeout:g} s")
+            return Failure("busy", f"no reply within {self._timeout:g} s", silent=True)
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
             # openai before 3.40 puts the whole body into its message.
