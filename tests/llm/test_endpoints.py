@@ -213,6 +213,22 @@ def test_useless_replies_now_and_then_do_not_stop_it(
     assert account.replied + account.failed == len(chunks)
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"code": 403, "message": "tiny requires moderation and your input was flagged"},
+        {"code": 403, "message": "No", "metadata": {"flagged_input": "Harbour"}},
+    ],
+    ids=["in the message", "in the metadata"],
+)
+def test_a_passage_that_moderation_refuses_stops_nothing_else(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, flag: dict[str, Any]
+) -> None:
+    endpoint.set(flagged="Harbour 0 ", flag=flag)
+    _, account = generate_queries(chunks[:5], endpoint.settings(), tmp_path / "replies.jsonl")
+    assert (account.replied, account.failed, account.calls) == (4, 1, 5)
+
+
 def test_extra_fields_are_sent(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
     extra = {"chat_template_kwargs": {"enable_thinking": False}, "top_p": 0.9}
     generate_queries(chunks[:2], endpoint.settings(extra=extra), tmp_path / "replies.jsonl")

@@ -38,6 +38,7 @@ _ABOUT_SYSTEM_ROLE = re.compile(
     r"roles must alternate|only user and (?:assistant|model) roles",
     re.IGNORECASE,
 )
+_FLAGGED = re.compile(r"\bflagged|\bmoderation\b", re.IGNORECASE)
 _TOO_LONG = re.compile(r"context.?(?:length|window|size)|maximum context|too long", re.IGNORECASE)
 
 
@@ -301,6 +302,8 @@ class HttpBackend:
             # openai before 3.40 puts the whole body into its message.
             body = error.body if isinstance(error.body, dict) else {}
             said = " ".join(str(body.get("message") or error.message).split())
+            if "flagged_input" in str(body.get("metadata")):
+                said += " (flagged)"
             said = said.removeprefix(f"Error code: {status} - ")
             wait = retry_after(error.response.headers)
             return self._status(status, said, error.code, wait)
@@ -329,6 +332,8 @@ class HttpBackend:
 
     def _status(self, status: int, said: str, code: str | None, wait: float | None) -> Failure:
         message = self.redact(f"HTTP {status}: {said[:300]}")
+        if status == 403 and _FLAGGED.search(said):  # of this passage alone, as OpenRouter says it
+            return Failure("wrong", message)
         if status in (401, 402, 403) or code == "insufficient_quota":
             return Failure("fatal", message)
         if status == 404:
