@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import RefineFastError, RefineFastWarning
 from ..corpus.beir import load_beir
-from ..corpus.chunk import Chunk
+from ..corpus.chunk import Chunk, document_id
 from ..corpus.dedup import shingles
 from ..corpus.text import normalize, words
 from .query import Query
@@ -89,8 +89,7 @@ class _Finder:
         self._by_id = {chunk.id: chunk for chunk in chunks}
         self._parts = defaultdict(list)
         for chunk in chunks:
-            document, mark, number = chunk.id.rpartition("#")
-            if mark and number.isdigit():
+            if (document := document_id(chunk.id)) != chunk.id:
                 self._parts[document].append(chunk)
 
     def find(self, judgements: Sequence[Judgement]) -> list[Chunk | None]:
