@@ -84,6 +84,7 @@ def test_html_takes_linear_time(tmp_path: Path) -> None:
         ("a.md", "---\ntitle: Pumps: a primer\ndraft: no\n---\nText.", "Pumps: a primer", "Text."),
         ("a.md", "---\ndate: 2024-03-01\n---\n# Heading [\u00b6](#h) {#h .c}\n", "Heading", None),
         ("a.md", '+++\ntitle = "T"\n[extra]\nx = 1\n+++\nText.', "T", "Text."),
+        ("a.md", '---\ntitle: "\\ud83d\\ude80 \\ud83d"\n---\nText.', "\U0001f680 \ufffd", "Text."),
         ("a.html", "---\ntitle: T\nlayout: page\n---\n<p>Text.</p>", "T", "Text."),
         ("a_b.md", "---\n\nA rule above.\n\n---\n", "a b", "---\n\nA rule above.\n\n---\n"),
         ("a_b.md", "---\nno closing: line\n", "a b", "---\nno closing: line\n"),

@@ -156,6 +156,34 @@ def test_user_queries(tmp_path: Path) -> None:
     ]
 
 
+def test_the_chunks_of_a_document_are_read_once_for_all_its_queries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    fit, fitted = TfidfVectorizer.fit_transform, []
+
+    def counted(self: TfidfVectorizer, texts: list[str]) -> object:
+        fitted.append(len(texts))
+        return fit(self, texts)
+
+    monkeypatch.setattr(TfidfVectorizer, "fit_transform", counted)
+    asked = [("Where are paddle steamers?", 1), ("Which river carries coal?", 0)] * 3
+    path = tmp_path / "queries.jsonl"
+    rows = [{"text": f"{text} {i}", "doc_id": "rivers"} for i, (text, _) in enumerate(asked)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    queries = load_queries(path, CHUNKS)
+    assert [query.chunk_id for query in queries] == [f"rivers#{part}" for _, part in asked]
+    assert fitted == [2]
+
+
+def test_a_document_without_words_gives_its_first_chunk(tmp_path: Path) -> None:
+    chunks = [Chunk(f"lines#{i}", "----", "", "lines", 0, 4) for i in range(2)]
+    path = tmp_path / "queries.jsonl"
+    path.write_text('{"text": "Which line?", "doc_id": "lines"}')
+    assert [query.chunk_id for query in load_queries(path, chunks)] == ["lines#0"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -42,6 +42,9 @@ class Options:
     """Calls a second beyond which it answers 429; 0: no limit."""
     status: int = 200
     """Anything else is the answer to every call."""
+    flagged: str = ""
+    """Passages with this text are answered with 403 and ``flag``."""
+    flag: dict = dataclasses.field(default_factory=dict)
     reply: str = ""
     """The text of every reply; empty: made from the passage."""
     verdict: tuple[int, ...] = (1,)
@@ -161,6 +164,8 @@ class Server:
         if options.rate and not self.take():
             fault = "429"
         self.calls[fault] += 1
+        if options.flagged and options.flagged in body["messages"][-1]["content"]:
+            return await self.send(writer, 403, {"error": options.flag})
         if fault == "429":
             return await self.send(
                 writer,

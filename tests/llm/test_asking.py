@@ -203,13 +203,11 @@ def test_the_key_stays_secret(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A server that echoes the key in its replies and in its errors; every log at its most
-    talkative."""
+    """A server that echoes the key in its errors; every log at its most talkative."""
     key = f"sk-{uuid.uuid4().hex}"
     monkeypatch.setenv("MY_KEY", key)
     caplog.set_level(logging.DEBUG)
     settings = endpoint.settings(key_env="MY_KEY")
-    endpoint.set(reply=f"1. What is {key} good for?")
     queries, account = generate_queries(chunks[:3], settings, tmp_path / "replies.jsonl")
     assert endpoint.stats()["served"] == 3
     endpoint.set(status=401)
@@ -228,7 +226,25 @@ def test_the_key_stays_secret(
         caplog.text,
     ):
         assert key not in text
-    assert "***" in written
+
+
+def test_a_placeholder_for_a_key_leaves_replies_as_they_are(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "test")
+    endpoint.set(reply="1. How do I test the crane?")
+    settings = endpoint.settings(key_env="MY_KEY")
+    queries, _ = generate_queries(chunks[:1], settings, tmp_path / "replies.jsonl")
+    assert [query.text for query in queries] == ["How do I test the crane?"]
+
+
+def test_half_a_surrogate_pair_in_a_servers_body_is_paid_once(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    endpoint.set(reply="1. How long is the \ud83d quay?")
+    queries, account = generate_queries(chunks[:1], endpoint.settings(), tmp_path / "replies.jsonl")
+    assert [query.text for query in queries] == ["How long is the \ufffd quay?"]
+    assert account.calls == endpoint.stats()["served"] == 1
 
 
 def test_judge_and_round_trip(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
@@ -280,14 +296,13 @@ def test_duplicates_are_dropped_as_asked(
 
 
 def test_progress_is_told(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:
-    seen: list[tuple[int, int, float]] = []
+    seen: list[tuple[int, int]] = []
 
     def watch(state: CallProgress) -> None:
-        seen.append((state.done, state.tokens_in, state.seconds_left))
+        seen.append((state.done, state.tokens_in))
 
     generate_queries(chunks, endpoint.settings(), tmp_path / "replies.jsonl", watch=watch)
-    assert [done for done, _, _ in seen] == list(range(1, len(chunks) + 1))
-    assert seen[-1][2] == 0
+    assert [done for done, _ in seen] == list(range(1, len(chunks) + 1))
     assert seen[0][1] < seen[-1][1]
 
 

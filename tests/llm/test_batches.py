@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from reply_files import accepted
 
-from refine_fast.errors import RefineFastError
+from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.llm import (
     Candidates,
@@ -50,6 +50,8 @@ class Server(ThreadingHTTPServer):
         self.wrong: set[str] = set()
         """Passages whose requests fail."""
         self.has_batches = True
+        self.most = 10**9
+        """Requests of a batch that may be queued."""
 
     @property
     def root(self) -> str:
@@ -74,10 +76,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, path = self.server, urlsplit(self.path).path
         if path.endswith("/content"):
-            return self.answer(server.files[path.split("/")[-2]])
+            content = server.files.get(path.split("/")[-2])
+            return self.answer(content or {"error": {"message": "gone"}}, 200 if content else 404)
         if path.endswith("/batches"):
             return self.answer({"object": "list", "data": list(server.batches.values())})
-        batch = server.batches[path.split("/")[-1]]
+        batch = server.batches.get(path.split("/")[-1])
+        if batch is None:
+            return self.answer({"error": {"message": "no such batch"}}, 404)
+        if server.files[batch["input_file_id"]].count("\n") > server.most:
+            error = {"code": "token_limit_exceeded", "message": "Enqueued token limit reached"}
+            batch |= {"status": "failed", "errors": {"data": [error]}}
         if server.finished and batch["status"] == "in_progress":
             batch["status"] = server.status
             if server.status == "completed":
@@ -246,6 +254,42 @@ def test_a_batch_whose_id_was_never_told_is_found_by_its_name(
     assert account.replied == len(chunks)
     assert len(server.batches) == 1
     assert set(server.asked.values()) == {1}
+
+
+@pytest.mark.parametrize("lost", ["batches", "files"])
+def test_a_batch_that_the_server_has_no_more_is_sent_again(
+    server: Server, chunks: list[Chunk], tmp_path: Path, lost: str
+) -> None:
+    store, url = tmp_path / "replies.jsonl", server.root + "/v1"
+    server.drop_created = True
+    with pytest.raises(RefineFastError, match="the connection failed"):
+        generate_queries(chunks, settings(url), store)
+    journal = store.with_suffix(".batches.json")
+    (entry,) = json.loads(journal.read_text())
+    journal.write_text(json.dumps([entry | {"id": "batch-0"}]))
+    if lost == "batches":
+        server.batches = {"another": server.batches.pop("batch-0")}
+    else:
+        server.batches["batch-0"] |= {"status": "completed", "output_file_id": "gone"}
+    with pytest.warns(RefineFastWarning, match="no longer has the batch batch-0"):
+        _, account = generate_queries(chunks, settings(url), store)
+    assert (account.replied, account.failed) == (len(chunks), 0)
+    assert json.loads(journal.read_text()) == []
+
+
+def test_batches_shrink_to_what_the_account_may_queue(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    server.most = 31
+    store, url = tmp_path / "replies.jsonl", server.root + "/v1"
+    _, account = generate_queries(chunks, settings(url, max_calls=120), store)
+    assert (account.replied, account.failed, account.calls) == (120, 0, 120)
+    assert set(server.asked.values()) == {1}
+    sizes = [server.files[b["input_file_id"]].count("\n") for b in server.batches.values()]
+    assert sizes == [119, 59, 29, 29, 29, 29, 3]
+    server.most = 0
+    with pytest.raises(RefineFastError, match="failed: Enqueued token limit reached"):
+        generate_queries(chunks[:5], settings(url, models=("other",)), store)
 
 
 def test_requests_that_fail_are_asked_again_by_the_next_start(

@@ -54,7 +54,7 @@ def test_an_endpoint_that_never_works(
 ) -> None:
     monkeypatch.setattr(
         "refine_fast.pipeline.queries.llm.send.Throttle",
-        lambda ceiling: Throttle(ceiling, pause=0.01),
+        lambda ceiling: Throttle(ceiling, pause=0.01, openings=3),
     )
     endpoint.set(status=status)
     with pytest.raises(RefineFastError, match=f"stopped asking .*{message}"):
@@ -211,6 +211,22 @@ def test_useless_replies_now_and_then_do_not_stop_it(
     _, account = generate_queries(chunks, endpoint.settings(), tmp_path / "replies.jsonl")
     assert 0 < account.failed < len(chunks)
     assert account.replied + account.failed == len(chunks)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"code": 403, "message": "tiny requires moderation and your input was flagged"},
+        {"code": 403, "message": "No", "metadata": {"flagged_input": "Harbour"}},
+    ],
+    ids=["in the message", "in the metadata"],
+)
+def test_a_passage_that_moderation_refuses_stops_nothing_else(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, flag: dict[str, Any]
+) -> None:
+    endpoint.set(flagged="Harbour 0 ", flag=flag)
+    _, account = generate_queries(chunks[:5], endpoint.settings(), tmp_path / "replies.jsonl")
+    assert (account.replied, account.failed, account.calls) == (4, 1, 5)
 
 
 def test_extra_fields_are_sent(endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from refine_fast.pipeline.queries.llm import filters
 from refine_fast.pipeline.queries.llm.languages import is_question
 from refine_fast.pipeline.queries.llm.passage_reference import refers_to_passage
+from refine_fast.pipeline.queries.llm.reply_parser import no_query
 
 # language -> (passage, question with a mark, question without one, keywords, statement)
 LANGUAGES = {
@@ -129,6 +130,13 @@ def test_bad_queries_are_dropped(language: str) -> None:
     assert filters.check(marked[0], passage, "question") in ("too short", "empty")
 
 
+@pytest.mark.parametrize("language", ["Arabic", "Hebrew"])
+@pytest.mark.parametrize("end", ["؟\u200f", "?\u200f", "\u061c؟\u202c"])
+def test_a_mark_of_direction_may_follow_the_question_mark(language: str, end: str) -> None:
+    passage, _, _, _, statement = LANGUAGES[language]
+    assert filters.check(statement[:-1] + end, passage, "question") is None
+
+
 def test_a_language_without_a_list_gets_the_benefit_of_the_doubt() -> None:
     georgian = "მარცვლის საწყობის სავენტილაციო სარკმლები ყოველ სამ საათში იღება."
     assert is_question("როდის იღება სარკმლები", georgian) is None
@@ -157,11 +165,48 @@ def test_questions_without_a_mark(text: str, question: bool) -> None:
     assert is_question(text, passages.get(text.split()[0], english)) is question
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("I can't connect to the VPN, what should I do?", None),
+        ("I cannot update to version 2.1, why?", None),
+        ("I can't write questions about it. What else may I do?", "refusal"),
+        ("I cannot help with that", "refusal"),
+        ("I have forgotten my portal password, how do I reset it?", None),
+        ("I have written two questions. Do they suit you?", "preamble"),
+        ("I will now list two questions", "preamble"),
+        ("claroscuro en la pintura barroca", None),
+        ("Claro, aquí tienes dos preguntas", "preamble"),
+        ("Claro que sí", "preamble"),
+        ("voici deux questions", "preamble"),
+        ("Aquí tienes dos preguntas", "preamble"),
+    ],
+)
+def test_what_only_begins_like_a_refusal_or_a_preamble_is_a_query(
+    text: str, reason: str | None
+) -> None:
+    assert no_query(text) == reason
+
+
 # language -> (queries that speak of the passage, queries with its words in another meaning)
 ABOUT_THE_PASSAGE = {
     "English": (
-        ["According to the passage, who built it?", "What year is mentioned?"],
-        ["When was the text message invented?", "Which passage links the two rivers?"],
+        [
+            "According to the passage, who built it?",
+            "What year is mentioned?",
+            "According to the text, who built it?",
+            "In the text, who built it?",
+            "What is the purpose of the document?",
+            "What does the document say about the crane?",
+            "Who is described in the text as a builder?",
+            "Who built the tower in this document of the city?",
+        ],
+        [
+            "When was the text message invented?",
+            "Which passage links the two rivers?",
+            "How do I set the language of the document in Word?",
+            "How do I change the colour of the text in CSS?",
+        ],
     ),
     "German": (
         ["Wer baute laut dem Text den Turm?", "Was steht im Abschnitt über den Kran?"],

@@ -17,6 +17,7 @@ from refine_fast.pipeline.queries.llm.transformers_backend import LocalBackend
 
 BUSY = Failure("busy", "HTTP 429")
 BROKEN = Failure("broken", "HTTP 500")
+SILENT = Failure("busy", "no reply within 1 s", silent=True)
 
 
 def feed(throttle: Throttle, *outcomes: Failure | None) -> None:
@@ -64,9 +65,11 @@ def test_half_of_the_calls_failing_opens_the_circuit_for_as_long_as_the_server_s
 
 
 @pytest.mark.parametrize(
-    ("before", "openings"), [([], 3), ([None], 12)], ids=["never answered", "answered once"]
+    ("before", "openings"),
+    [([], 3), ([SILENT], 3), ([None], 12), ([BUSY], 12)],
+    ids=["never answered", "never in time", "answered once", "refused once"],
 )
-def test_the_circuit_gives_up(before: list[None], openings: int) -> None:
+def test_the_circuit_gives_up(before: list[Failure | None], openings: int) -> None:
     async def run() -> None:
         throttle = Throttle(8, pause=0.0)
         for outcome in before:
@@ -125,6 +128,7 @@ def test_retry_after_absent_or_unreadable() -> None:
 def test_the_servers_wish_comes_before_our_own_waits() -> None:
     assert 7 <= delay(0, Failure("busy", "", 7.0)) <= 7.1
     assert 0.25 <= delay(0, BROKEN) <= 0.75
+    assert 4 <= delay(4, Failure("busy", "", 0.0)) <= 12
     assert delay(50, BROKEN) <= 45
 
 

@@ -388,6 +388,12 @@ REPLIES = {
         [],
         {"wrong language": 1},
     ),
+    "half a surrogate pair": (
+        '["\\ud83d\\ude80 \\ud83d What fuel did the old lamp use?"]',
+        "json",
+        [f"\U0001f680 \ufffd {B}"],
+        {},
+    ),
     "error page": ("<html><body>502 Bad Gateway</body></html>", "lines", [], {"markup": 1}),
 }
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ...errors import RefineFastError
 from ...files import atomic
+from .text import whole_characters
 
 Record = TypeVar("Record")
 
@@ -82,8 +83,8 @@ def text_field(
 ) -> str:
     """The first of the fields ``names`` that the row has, as a string.
 
-    An integer is taken as its digits. Half a surrogate pair, which JSON may carry and no tokenizer
-    can encode, becomes U+FFFD.
+    An integer is taken as its digits. JSON may carry half a surrogate pair: see
+    ``whole_characters``.
 
     Args:
         row: a JSON object.
@@ -102,7 +103,7 @@ def text_field(
             raise RefineFastError(
                 f'{where}: the field "{name}" is {value!r:.80}; it must be a string.'
             )
-        return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return whole_characters(str(value))
     if default is None:
         if empty := [name for name in names if name in row]:
             raise RefineFastError(f'{where}: the field "{empty[0]}" is null; it must be a string.')

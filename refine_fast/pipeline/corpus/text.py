@@ -56,6 +56,12 @@ def word_count(text: str) -> float:
     return count
 
 
+def whole_characters(text: str) -> str:
+    """The text with surrogate pairs joined, and halves of them, which no tokenizer and no file
+    takes, replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def normalize(text: str) -> str:
     """The text in NFKC, case folded, with every run of blanks made one."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -30,7 +30,9 @@ _NOT_PROSE = (
     ("code", _CODE),
     ("code", _GRAMMAR),
     ("reference", _REFERENCE),
+    ("code", _OPERATOR),
 )
+_NAMED_IN_QUESTIONS = (_MARKUP, _OPERATOR)
 _QUESTION = regex.compile(r"[?？؟]\W*$")
 _CUT = regex.compile(r"(?:\bet al|\b[Ff]igs?|\bvs|\be\.g|\bi\.e|\bcf|\bNo)\.,?$|^[\d.,;)\]]+\W*\s")
 """A sentence that ends at an abbreviation, or begins with a number of the sentence before it."""
@@ -51,11 +53,10 @@ def not_prose(text: str) -> str | None:
     letters = len(_LETTER.findall(text))
     if not letters:
         return "no letters"
+    allowed = _NAMED_IN_QUESTIONS if _QUESTION.search(text) else ()  # "What does <table> do?"
     for reason, pattern in _NOT_PROSE:
-        if pattern.search(text):
+        if pattern not in allowed and pattern.search(text):
             return reason
-    if _OPERATOR.search(text) and not _QUESTION.search(text):  # a question may name an operator
-        return "code"
     return "mostly signs" if letters < MIN_LETTERS * visible else None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import RefineFastError, RefineFastWarning
 from ..corpus.beir import load_beir
-from ..corpus.chunk import Chunk
+from ..corpus.chunk import Chunk, document_id
 from ..corpus.dedup import shingles
 from ..corpus.text import normalize, words
 from .query import Query
@@ -89,27 +89,32 @@ class _Finder:
         self._by_id = {chunk.id: chunk for chunk in chunks}
         self._parts = defaultdict(list)
         for chunk in chunks:
-            document, mark, number = chunk.id.rpartition("#")
-            if mark and number.isdigit():
+            if (document := document_id(chunk.id)) != chunk.id:
                 self._parts[document].append(chunk)
 
     def find(self, judgements: Sequence[Judgement]) -> list[Chunk | None]:
         """The chunk of each judgement; None where there is none."""
-        found = [self._find_id(item) for item in judgements]
+        candidates = [self._of_id(item.doc_id or "") for item in judgements]
         texts = {
             item.passage
-            for item, chunk in zip(judgements, found, strict=True)
-            if chunk is None and item.passage
+            for item, named in zip(judgements, candidates, strict=True)
+            if not named and item.passage
         }
         by_text = self._find_texts(sorted(texts)) if texts else {}
-        return [
-            chunk or _most_similar(item.query, by_text.get(item.passage or "", []))
-            for item, chunk in zip(judgements, found, strict=True)
-        ]
+        alike: dict[int, list[int]] = defaultdict(list)  # rows with the same candidates
+        for row, item in enumerate(judgements):
+            candidates[row] = candidates[row] or by_text.get(item.passage or "", [])
+            alike[id(candidates[row])].append(row)
+        found: list[Chunk | None] = [None] * len(judgements)
+        for rows in alike.values():
+            queries = [judgements[row].query for row in rows]
+            for row, chunk in zip(rows, _most_similar(queries, candidates[rows[0]]), strict=True):
+                found[row] = chunk
+        return found
 
-    def _find_id(self, judgement: Judgement) -> Chunk | None:
-        id = judgement.doc_id or ""
-        return self._by_id.get(id) or _most_similar(judgement.query, self._parts.get(id, []))
+    def _of_id(self, id: str) -> list[Chunk]:
+        """The chunk with this id, or the chunks of the document."""
+        return [self._by_id[id]] if id in self._by_id else self._parts.get(id, [])
 
     def _find_texts(self, texts: Sequence[str]) -> dict[str, list[Chunk]]:
         """For each text, the chunks with the same text, or else those that it shares most with."""
@@ -133,12 +138,15 @@ class _Finder:
         return found
 
 
-def _most_similar(query: str, candidates: Sequence[Chunk]) -> Chunk | None:
-    """The candidate with the highest tf-idf similarity to the query; None without candidates."""
+def _most_similar(queries: Sequence[str], candidates: Sequence[Chunk]) -> list[Chunk | None]:
+    """For each query, the candidate with the highest tf-idf similarity; None without candidates."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    if len(candidates) < 2:
-        return next(iter(candidates), None)
+    if len(candidates) < 2 or not any(words(chunk.passage) for chunk in candidates):
+        return [next(iter(candidates), None)] * len(queries)
     vectorizer = TfidfVectorizer(sublinear_tf=True, tokenizer=words, token_pattern=None)
-    table = vectorizer.fit_transform([query, *(chunk.passage for chunk in candidates)])
-    return candidates[int((table[1:] @ table[0].T).toarray().argmax())]
+    table = vectorizer.fit_transform([chunk.passage for chunk in candidates])
+    asked = vectorizer.transform(queries)
+    # One query at a time: the similarities of all might not fit into memory.
+    best = ((table @ asked[[row]].T).toarray().argmax() for row in range(len(queries)))
+    return [candidates[int(row)] for row in best]

@@ -32,9 +32,3 @@ def missing(package: str, suffix: str, extra: str = "documents") -> Unreadable:
 def title_of_name(path: Path) -> str:
     """A title made from the file's name."""
     return re.sub(r"[-_]+", " ", name_of(path.stem)).strip()
-
-
-def whole_characters(text: str) -> str:
-    """The text with surrogate pairs joined, and halves of them, which no tokenizer encodes,
-    replaced by U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..text import whole_characters
 from .content import Content, title_of_name
 
 _FRONT_MATTER = re.compile(
@@ -44,7 +45,8 @@ def split_front_matter(text: str) -> tuple[str, str]:
     titles = [value for key, value in fields.items() if str(key).lower() == "title"]
     # Only a scalar: the text of a list of aliases may have any length.
     title = titles[0] if titles and isinstance(titles[0], str | int | float | date) else ""
-    return " ".join(str(title).split()), text[match.end() :]
+    # YAML may write an emoji as the two escapes of its surrogate pair.
+    return " ".join(whole_characters(str(title)).split()), text[match.end() :]
 
 
 def _toml(block: str) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .content import Content, Unreadable, missing, title_of_name, whole_characters
+from ..text import whole_characters
+from .content import Content, Unreadable, missing, title_of_name
 
 _ORNAMENTS = frozenset({"DATE", "FOOTER", "HEADER", "SLIDE_NUMBER"})
 """Placeholders of a slide that repeat on every slide."""

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from .content import Content, Unreadable, missing, title_of_name, whole_characters
+from ..text import whole_characters
+from .content import Content, Unreadable, missing, title_of_name
 
 # Ligatures and positional forms of letters. Nothing else is normalized: "x²" stays.
 _PRESENTATION_FORMS = re.compile("[\ufb00-\ufb4f\ufb50-\ufdcf\ufe70-\ufefc]+")

@@ -11,14 +11,16 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any, Literal, TypeVar
 
 from openai.types.chat import ChatCompletion
 
+from ....errors import RefineFastWarning
 from ....files import read_json, write_json
 from .budget import Budget
 from .dispatch import CallProgress, Watch, reply_record
@@ -28,7 +30,8 @@ from .request import Failure, Reply, Request, Sent
 from .throttle import MAX_REFUSALS, delay
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 150_000_000
-"""Size of a batch; OpenAI takes 50,000 requests and 200 MB."""
+"""Size of a batch; OpenAI takes 50,000 requests and 200 MB. Batches with more tokens than the
+account may queue are halved."""
 
 POLL_SECONDS = 15.0
 
@@ -63,7 +66,8 @@ async def ask_in_batches(
     while drawn := await batches.draw(stream):
         group, stream = drawn
         for sent in [await batches.submit(part) for part in _by_model(group)]:
-            await batches.collect(sent)
+            if await batches.collect(sent):
+                stream = chain(sent.requests, stream)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class _Sent:
     """Key of each request -> the id of its chunk."""
     reserved: dict[str, tuple[int, int]]
     """Key -> tokens in and out that this start reserved for it."""
+    requests: list[Request] = field(default_factory=list)
+    """Those that this start sent; an earlier start's are drawn again."""
 
 
 class _Batches:
@@ -95,6 +101,7 @@ class _Batches:
         self._budget = budget
         self._watch = watch
         self._file = store.path.with_suffix(".batches.json")
+        self._most = MAX_REQUESTS
 
     async def unfinished(self) -> list[_Sent]:
         """The batches that an earlier start sent and did not collect."""
@@ -130,7 +137,7 @@ class _Batches:
                 continue
             group.append(request)
             size += len(_line(request, self._backend))
-            if len(group) >= MAX_REQUESTS or size >= MAX_BYTES:
+            if len(group) >= self._most or size >= MAX_BYTES:
                 break
         return (group, stream) if group else None
 
@@ -178,28 +185,52 @@ class _Batches:
         )
         write_json(self._file, [*others, entry | {"id": batch.id}])
         reserved = {request.key: (request.tokens_in, request.max_tokens) for request in group}
-        return _Sent(batch.id, model, chunks, reserved)
+        return _Sent(batch.id, model, chunks, reserved, group)
 
-    async def collect(self, sent: _Sent) -> None:
-        """Waits for a batch and stores its replies; then its id is forgotten."""
-        client = self._backend.client
-        while True:
-            batch = await self._call(lambda: client.batches.retrieve(sent.id))
-            if batch.status in _ENDED:
-                break
-            await asyncio.sleep(POLL_SECONDS)
+    async def collect(self, sent: _Sent) -> bool:
+        """Waits for a batch and stores its replies; then its id is forgotten.
+
+        Returns:
+            Whether its requests are to be sent again, in smaller batches.
+        """
         left = dict(sent.chunks)
-        for file in filter(None, (batch.output_file_id, batch.error_file_id)):
-            content = await self._call(partial(client.files.content, file))
-            for line in content.text.split("\n"):  # a reply may hold U+2028
-                if line.strip():
-                    await self._store_line(json.loads(line), sent, left)
-        for key in left:  # not answered in time
-            await self._settle(sent, key, (0, 0))
-            self._state.failed += 1
+        try:
+            batch = await self._ended(sent.id)
+            for file in filter(None, (batch.output_file_id, batch.error_file_id)):
+                content = await self._call(partial(self._backend.client.files.content, file))
+                for line in content.text.split("\n"):  # a reply may hold U+2028
+                    if line.strip():
+                        await self._store_line(json.loads(line), sent, left)
+        except Failure as failure:
+            if "HTTP 404" not in str(failure):
+                raise
+            batch = None
+            warnings.warn(
+                f"llm: the server no longer has the batch {sent.id} or its files; {len(left)} "
+                "requests of it are without a reply.",
+                RefineFastWarning,
+                stacklevel=2,
+            )
+        too_large = batch is not None and _too_large(batch)
+        for key in left:
+            await self._settle(sent, key, (0, 0), calls=0 if too_large else 1)
         write_json(self._file, [entry for entry in self._entries() if entry["id"] != sent.id])
-        if left and batch.status != "completed":
+        if too_large and len(sent.chunks) > 1:
+            self._most = min(self._most, len(sent.chunks) // 2)
+            return True
+        if left and batch is not None and batch.status != "completed":
             self._refuse(batch, sent)
+        # Not answered in time, or lost; what an earlier start sent is drawn again by this one.
+        self._state.failed += len(left.keys() & sent.reserved.keys())
+        return False
+
+    async def _ended(self, id: str) -> Any:
+        """The batch, once it is done."""
+        while True:
+            batch = await self._call(lambda: self._backend.client.batches.retrieve(id))
+            if batch.status in _ENDED:
+                return batch
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _store_line(self, line: dict[str, Any], sent: _Sent, left: dict[str, str]) -> None:
         key = line["custom_id"]
@@ -231,8 +262,8 @@ class _Batches:
         why = next((str(error.message) for error in errors if error.message), batch.status)
         raise Failure("fatal", f"the batch {sent.id} {batch.status}: {self._backend.redact(why)}")
 
-    async def _settle(self, sent: _Sent, key: str, used: tuple[int, int]) -> None:
-        await self._budget.settle(sent.reserved.get(key, (0, 0)), used)
+    async def _settle(self, sent: _Sent, key: str, used: tuple[int, int], calls: int = 1) -> None:
+        await self._budget.settle(sent.reserved.get(key, (0, 0)), used, calls)
 
     async def _enter(self, record: dict[str, Any]) -> None:
         await self._store.append(record)
@@ -283,6 +314,12 @@ def _by_model(group: list[Request]) -> list[list[Request]]:
     for request in group:
         parts.setdefault(request.model, []).append(request)
     return list(parts.values())
+
+
+def _too_large(batch: Any) -> bool:
+    """Whether the server refused the batch because it queues no more tokens at a time."""
+    errors = getattr(batch.errors, "data", None) or ()
+    return any(error.code == "token_limit_exceeded" for error in errors)
 
 
 def _line(request: Request, backend: HttpBackend) -> bytes:

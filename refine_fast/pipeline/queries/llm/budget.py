@@ -75,12 +75,15 @@ class Budget:
         for i, amount in enumerate((1, tokens_in, tokens_out)):
             self._held[i] += amount
 
-    async def settle(self, reserved: tuple[int, int], used: tuple[int, int]) -> None:
-        """Replaces what a call had reserved, (tokens in, tokens out), by what it used."""
+    async def settle(
+        self, reserved: tuple[int, int], used: tuple[int, int], calls: int = 1
+    ) -> None:
+        """Replaces what a call had reserved, (tokens in, tokens out), by what it used; ``calls`` is
+        0 if it was never made."""
         async with self._settled:
             for i, amount in enumerate((1, *reserved)):
                 self._held[i] -= amount
-            self.calls += 1
+            self.calls += calls
             self.tokens_in += used[0]
             self.tokens_out += used[1]
             self._settled.notify_all()

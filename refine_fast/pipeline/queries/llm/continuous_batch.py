@@ -332,9 +332,7 @@ class _KeysAndValues(Cache):
         """Writes what ``copy`` returned to a row."""
         length = copied[0][0].shape[1]
         self._places, self._longest = slice(place, place + 1), length
-        for layer, (own, new) in enumerate(zip(list(self._kept.items()), copied, strict=True)):
-            del layer
-            index, buffers = own
+        for (index, buffers), new in zip(list(self._kept.items()), copied, strict=True):
             grown = tuple(
                 self._with_room(buffer, part[None])
                 for buffer, part in zip(buffers, new, strict=True)

@@ -27,7 +27,7 @@ start, and later. A model that spends every reply on reasoning is found before a
 
 @dataclass
 class CallProgress:
-    """Progress counters. Rate and remaining time are those of this start."""
+    """Progress counters. The rate is that of this start."""
 
     total: int
     done: int
@@ -52,11 +52,6 @@ class CallProgress:
     def rate(self) -> float:
         """Replies per second."""
         return (self.done - self.reused) / max(self.seconds, 1e-9)
-
-    @property
-    def seconds_left(self) -> float:
-        """Estimated remaining time; infinite before the first reply."""
-        return (self.total - self.done - self.failed) / self.rate if self.rate else float("inf")
 
 
 Watch = Callable[[CallProgress], None]

@@ -86,7 +86,6 @@ def query_requests(
         if template.asks_for_lines:
             example = example_for(chunk.text)
             texts |= {"example": example, "total": total}
-            longest = min(longest, TOKENS_PER_LINE * total)
             form = {"shots": (template.shot(**texts),), "lines": total}
             form["starts"] = tuple(example["starts"])
         else:
@@ -94,6 +93,8 @@ def query_requests(
             texts |= {"wanted": wish, "total": total}
         if settings.in_process:
             form["seed"] = settings.seed
+            if template.asks_for_lines:  # a server's model may reason first
+                longest = min(longest, TOKENS_PER_LINE * total)
         system, user = template.render(**texts)
         model = settings.models[int(digest[:8], 16) % len(settings.models)]
         yield Request(

@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import openai
 
+from ...corpus.text import whole_characters
 from .request import Failure, Reply, Request, count_tokens
 
 MODES = ("json_schema", "json_object", "plain")
@@ -37,6 +38,7 @@ _ABOUT_SYSTEM_ROLE = re.compile(
     r"roles must alternate|only user and (?:assistant|model) roles",
     re.IGNORECASE,
 )
+_FLAGGED = re.compile(r"\bflagged|\bmoderation\b", re.IGNORECASE)
 _TOO_LONG = re.compile(r"context.?(?:length|window|size)|maximum context|too long", re.IGNORECASE)
 
 
@@ -134,8 +136,8 @@ class HttpBackend:
     """An endpoint.
 
     The first request to each model probes, alone, which form the model accepts. Its reply counts
-    like any other; rejected calls cost nothing and do not count. No text that leaves this class
-    holds the key.
+    like any other; rejected calls cost nothing and do not count. No error message holds the key.
+    Replies come as they are: a key may be a placeholder, such as "test", that is a word in them.
     """
 
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
@@ -241,7 +243,7 @@ class HttpBackend:
             raise self._error_in_body(error)
         try:
             message = choice.message
-            content, finish = _text(message.content), str(choice.finish_reason)
+            content, finish = whole_characters(_text(message.content)), str(choice.finish_reason)
         except (AttributeError, TypeError):
             said = self.redact(str(completion))[:200]
             raise Failure(
@@ -249,7 +251,7 @@ class HttpBackend:
             ) from None
         reasoning = next(
             (
-                text
+                whole_characters(text)
                 for name in ("reasoning_content", "reasoning")
                 if isinstance(text := getattr(message, name, None), str)
             ),
@@ -264,7 +266,7 @@ class HttpBackend:
         tokens_out = used("completion_tokens", count_tokens(content + reasoning))
         if not content.strip() and finish != "length":
             content = reasoning  # a server that takes the whole reply for reasoning
-        return Reply(self.redact(content), finish, tokens_in, tokens_out)
+        return Reply(content, finish, tokens_in, tokens_out)
 
     async def models(self) -> list[dict[str, Any]]:
         """The models that the endpoint lists.
@@ -294,12 +296,14 @@ class HttpBackend:
     def failure(self, error: Exception) -> Failure:
         """What an error of the client means; raises it again if it is a fault of this program."""
         if isinstance(error, openai.APITimeoutError | TimeoutError):
-            return Failure("busy", f"no reply within {self._timeout:g} s")
+            return Failure("busy", f"no reply within {self._timeout:g} s", silent=True)
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
             # openai before 3.40 puts the whole body into its message.
             body = error.body if isinstance(error.body, dict) else {}
             said = " ".join(str(body.get("message") or error.message).split())
+            if "flagged_input" in str(body.get("metadata")):
+                said += " (flagged)"
             said = said.removeprefix(f"Error code: {status} - ")
             wait = retry_after(error.response.headers)
             return self._status(status, said, error.code, wait)
@@ -328,6 +332,8 @@ class HttpBackend:
 
     def _status(self, status: int, said: str, code: str | None, wait: float | None) -> Failure:
         message = self.redact(f"HTTP {status}: {said[:300]}")
+        if status == 403 and _FLAGGED.search(said):  # of this passage alone, as OpenRouter says it
+            return Failure("wrong", message)
         if status in (401, 402, 403) or code == "insufficient_quota":
             return Failure("fatal", message)
         if status == 404:

@@ -27,6 +27,9 @@ languages share a passage's probability, so certainty would leave Chinese out.""
 
 _QUESTION_MARKS = ("?", "？", "؟", "՞", "፧", ";", "⸮", "꘏")
 
+_AFTER_A_MARK = " .!\"'”’»)\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""What may follow a question mark; the last are marks of the direction of writing."""
+
 
 def other_language(text: str, passage: str) -> bool:
     """Whether the passage's language is certain and the text is hardly in it.
@@ -53,7 +56,7 @@ def is_question(text: str, passage: str) -> bool | None:
     Returns:
         None if neither can be told.
     """
-    if text.rstrip(" .!\"'”’»)").endswith(_QUESTION_MARKS) or text.lstrip().startswith("¿"):
+    if text.rstrip(_AFTER_A_MARK).endswith(_QUESTION_MARKS) or text.lstrip().startswith("¿"):
         return True
     language, probability = identify(passage)[0]
     patterns = _question_patterns()

@@ -9,7 +9,15 @@ import regex
 _PATTERNS = {
     "English": (
         r"\b(?:according to|in|from|by|of|does) (?:the|this) (?:(?:above|given|provided) )?"
-        r"(?:passage|text|excerpt|document|author|snippet)\b",
+        r"(?:passage|excerpt|author|snippet)\b",
+        # "the colour of the text in CSS" is about any text
+        r"\baccording to (?:the|this) (?:(?:above|given|provided) )?(?:text|document)\b",
+        r"\b(?:in|from|by|of|does) (?:this|(?:the|this) (?:above|given|provided)) "
+        r"(?:text|document)\b",
+        r"\b(?:in|from|by|of) the (?:text|document)(?=\W*$|,)",
+        r"\bdoes the (?:text|document) (?:say|state|mention|describe|explain|discuss|suggest)\b",
+        r"\b(?:said|stated|mentioned|described|explained|discussed|given) (?:in|by) the "
+        r"(?:text|document)\b",
         r"\b(?:the|this) (?:passage|excerpt|snippet)\b",
         r"\bas (?:mentioned|described|stated) (?:above|in the)\b",
         r"\b(?:this|(?:the|this) (?:above|given|provided|following)) "

@@ -16,6 +16,8 @@ from typing import Any
 
 import json_repair
 
+from ...corpus.text import whole_characters
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -86,19 +88,21 @@ _HEADING = re.compile(
     re.IGNORECASE,
 )
 
+_ASKS = r"(?:(?![.!]\s).)*[?？؟]"  # in the same sentence: "I can't log in, what now?" is a query
+
 _PREAMBLE = re.compile(
     r"^(?:here(?:'s| is| are)|sure\b|certainly\b|absolutely\b|of course|okay\b|ok[,.!]|"
-    r"below (?:is|are)|the following|let me|note:|i (?:have|can|will|hope)\b(?!'t)|"
+    rf"below (?:is|are)|the following|let me|note:|i (?:have|can|will|hope)\b(?!'t)(?!{_ASKS})|"
     r"(?:generated |search |sample )*(?:queries|questions)\W*$|"
     r"(?:these|the|all|both)(?: \w+)? (?:queries|questions) "
     r"(?:are|cover|ask|focus|should|can|were)\b|"
-    r"hier sind|voici|aquí|claro)|[:：]$",
+    r"hier sind|voici\b|aquí\b|claro(?:[,.!:]| que\b))|[:：]$",
     re.IGNORECASE,
 )
 
 _REFUSAL = re.compile(
     r"^(?:i'?m (?:sorry|unable)|i am (?:sorry|unable)|sorry\b|unfortunately\b|"
-    r"i (?:can'?t|can ?not|won'?t)\b|as an ai\b|"
+    rf"i (?:can'?t|can ?not|won'?t)\b(?!{_ASKS})|as an ai\b|"
     r"no (?:suitable |relevant |further )?(?:queries|query|questions?) (?:can|could|is|are)\b|"
     r"(?:there is )?not enough information\b)",
     re.IGNORECASE,
@@ -248,7 +252,8 @@ def _collect(value: Any, kind: str | None = None, depth: int = 0) -> list[Candid
     if depth > 4:
         return []
     if isinstance(value, str):
-        return [Candidate(_AFTERTHOUGHT.sub("", value.strip()), kind)] if value.strip() else []
+        text = whole_characters(value).strip()  # JSON may escape half a surrogate pair
+        return [Candidate(_AFTERTHOUGHT.sub("", text), kind)] if text else []
     if isinstance(value, list):
         return [candidate for item in value for candidate in _collect(item, kind, depth + 1)]
     if not isinstance(value, dict):

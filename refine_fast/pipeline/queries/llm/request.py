@@ -104,6 +104,7 @@ class Failure(Exception):
         "wrong": this request cannot succeed.
         "fatal": no request can succeed.
     retry_after: seconds that the server asks to wait.
+    silent: nothing came back within the time limit.
     """
 
     def __init__(
@@ -111,10 +112,13 @@ class Failure(Exception):
         kind: Literal["busy", "broken", "wrong", "fatal"],
         message: str,
         retry_after: float | None = None,
+        *,
+        silent: bool = False,
     ) -> None:
         super().__init__(message)
         self.kind = kind
         self.retry_after = retry_after
+        self.silent = silent
 
 
 class Backend(Protocol):

@@ -35,7 +35,8 @@ MAX_WAIT = 120.0
 
 MAX_OPENINGS, MAX_OPENINGS_UNANSWERED = 12, 3
 """Openings of the circuit in a row before the server is declared dead: about eight minutes for one
-that may be restarting, a few seconds for one that never replied and is most likely misnamed."""
+that may be restarting, a few seconds for one that neither replied nor refused a call by 429 or 503:
+it is most likely misnamed."""
 
 MAX_OPENINGS_AMONG_SEVERAL = 5
 """The same, about half a minute, where other endpoints can take the requests."""
@@ -44,10 +45,10 @@ MAX_OPENINGS_AMONG_SEVERAL = 5
 def delay(attempt: int, failure: Failure, first: float = 0.5) -> float:
     """Seconds before the next try of a request.
 
-    The server's Retry-After, or else 0.5, 1, 2, ... up to 30; with jitter, so that calls that
-    failed together do not return together.
+    The server's Retry-After, or else, also where that is 0, 0.5, 1, 2, ... up to 30; with jitter,
+    so that calls that failed together do not return together.
     """
-    if failure.retry_after is not None:
+    if failure.retry_after:
         return failure.retry_after + random.uniform(0, 0.1)
     return min(30.0, first * 2**attempt) * random.uniform(0.5, 1.5)
 
@@ -68,7 +69,7 @@ class Throttle:
     Args:
         ceiling: most calls at a time.
         first: calls at a time at the start.
-        openings: of the circuit in a row, before a server that has replied is declared dead.
+        openings: of the circuit in a row, before a server that is there is declared dead.
         pause: seconds of the circuit breaker's first pause.
     """
 
@@ -82,7 +83,7 @@ class Throttle:
         self._resume = 0.0
         self._openings = 0
         self._max_openings = openings
-        self._succeeded = False
+        self._is_there = False
         self._busy = 0
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
         self._window = _Window()
@@ -120,9 +121,10 @@ class Throttle:
         window = self._window
         if failure is None or failure.kind == "wrong":  # the server works
             self._openings = 0
-            self._succeeded = True
+            self._is_there = True
         elif failure.kind == "busy":
             window.refused += 1
+            self._is_there |= not failure.silent
             window.retry_after = max(window.retry_after, failure.retry_after or 0.0)
         else:
             window.failed += 1
@@ -147,7 +149,7 @@ class Throttle:
 
     def _open(self, retry_after: float, last: Failure | None) -> None:
         self._openings += 1
-        if self._openings > (self._max_openings if self._succeeded else MAX_OPENINGS_UNANSWERED):
+        if self._openings > (self._max_openings if self._is_there else MAX_OPENINGS_UNANSWERED):
             raise Failure(
                 "fatal", f"half of the calls fail, and waiting did not help (last: {last})"
             )
