@@ -11,6 +11,7 @@ import pytest
 
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.serving import ann
+from refine_fast.pipeline.serving.search import Index
 from refine_fast.pipeline.serving.segment import (
     BATCH_ROWS,
     Segment,
@@ -80,3 +81,33 @@ def test_a_segment_returns_what_was_written(tmp_path: Path) -> None:
     for row in (0, BATCH_ROWS - 1, BATCH_ROWS, 2 * BATCH_ROWS - 1, 2 * BATCH_ROWS, n - 1):
         assert segment.chunk(row) == chunks[row]
     assert segment.chunk(3).text == "lone ? surrogate"
+
+
+@pytest.mark.parametrize("kind", ["flat", "sq8", "hnsw"])
+def test_dead_passages_do_not_take_the_places_of_live_ones(kind: ann.Kind, tmp_path: Path) -> None:
+    """More dead ones near the query than an index returns, and than its lists or its paths hold."""
+    n, per_passage = 4000, np.arange(4000) % 3
+    vectors = RNG.standard_normal((n, 16), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    chunks = [Chunk(f"d{i}", f"text {i}", "", f"d{i}", 0, 6) for i in range(n)]
+    spans = [[(0, 6)] * int(count) or [(0, 4)] for count in per_passage]
+
+    def encode(name: str, texts: Sequence[str], out: Path) -> None:
+        np.save(
+            out, np.repeat(vectors, list(map(len, spans)), 0) if name == "sentences" else vectors
+        )
+
+    write_segment(tmp_path, chunks, spans, encode, base=True)
+    finish_segment(tmp_path, kind)
+    query = vectors[0]
+    order = np.argsort(-(vectors @ query))
+    for dead in (np.sort(order[:900]), np.sort(order[:3998])):
+        index = Index([Segment(tmp_path)], dead)
+        found = index.components("unknown words", query).rows
+        assert not np.isin(found, dead).any()
+        expected = order[len(dead) :][:10]
+        nearly = 0.7 if len(dead) < 3000 else 1
+        assert np.isin(expected, found).mean() >= nearly
+        rows, _ = index.base(query, 10)
+        assert np.isin(expected, rows).mean() >= nearly
+        assert len(rows) == min(10, n - len(dead))

@@ -14,6 +14,7 @@ from ...errors import RefineFastError
 from ...files import as_argument
 from ...ops.best_of_groups import best_of_groups
 from ..corpus.chunk import Chunk
+from . import ann
 from .blend import Blend, Components, best_places, standard
 from .dense import Moments, rows_of_groups
 from .encoders import Encoders
@@ -155,26 +156,34 @@ class Index:
         self, segment: Segment, start: int, vector: np.ndarray, bm25: np.ndarray
     ) -> np.ndarray:
         """Live rows of a segment that are scored exactly, ascending."""
-        alive = self.alive[start : start + len(segment)]
         if not {"product", "sentences"} & segment.indexes.keys():
-            return np.flatnonzero(alive)
-        found = [_best(bm25[start : start + len(segment)], CANDIDATES)]
-        found.append(_nearest(segment, "product", vector))
-        sentences = _nearest(segment, "sentences", vector)
-        found.append(np.searchsorted(segment.offsets, sentences, side="right") - 1)
-        rows = np.unique(np.concatenate(found))
-        return rows[alive[rows]]
+            return np.flatnonzero(self.alive[start : start + len(segment)])
+        sentences = self._nearest(segment, start, "sentences", vector)
+        found = (
+            _best(bm25[start : start + len(segment)], CANDIDATES),
+            self._nearest(segment, start, "product", vector),
+            np.searchsorted(segment.offsets, sentences, side="right") - 1,
+        )
+        return np.unique(np.concatenate(found))
+
+    def _nearest(self, segment: Segment, start: int, side: str, vector: np.ndarray) -> np.ndarray:
+        """Rows of the ``CANDIDATES`` nearest live vectors of a segment, in any order."""
+        live = None
+        if len(self._dead):
+            live = self.alive[start : start + len(segment)]
+            if side == "sentences":
+                live = np.repeat(live, np.diff(segment.offsets))
+        index, vectors = segment.indexes.get(side), segment.vectors[side]
+        return ann.nearest(index, vectors, vector, CANDIDATES, live)
 
     def base(self, vector: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The best passages by the base encoder's passage vectors: rows and similarities."""
         rows, scores = [], []
         for segment, start in zip(self.segments, self.starts, strict=False):
-            alive = self.alive[start : start + len(segment)]
             if "base" in segment.indexes:
-                places = np.sort(_nearest(segment, "base", vector))
-                places = places[alive[places]]
+                places = np.sort(self._nearest(segment, int(start), "base", vector))
             else:
-                places = np.flatnonzero(alive)
+                places = np.flatnonzero(self.alive[start : start + len(segment)])
             rows.append(places + start)
             scores.append(_products(segment.vectors["base"], places, vector))
         found, values = np.concatenate(rows), np.concatenate(scores)
@@ -206,16 +215,6 @@ def _best_sentences(segment: Segment, places: np.ndarray, vector: np.ndarray) ->
         rows, offsets = rows_of_groups(offsets, places)
         sentences = sentences[rows]
     return best_of_groups(vector[None], sentences, offsets)[0].numpy()
-
-
-def _nearest(segment: Segment, side: str, vector: np.ndarray) -> np.ndarray:
-    """Rows of the ``CANDIDATES`` nearest vectors, in any order."""
-    index = segment.indexes.get(side)
-    if index is None:
-        scores = segment.vectors[side] @ vector
-        return np.argpartition(scores, -min(CANDIDATES, len(scores)))[-CANDIDATES:]
-    _, found = index.search(vector[None], min(CANDIDATES, len(segment.vectors[side])))
-    return found[0][found[0] >= 0]
 
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:
