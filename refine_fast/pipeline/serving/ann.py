@@ -116,8 +116,9 @@ def nearest(
 
 def _only(index: Any, live: np.ndarray) -> Any:
     """The parameters of a search that finds live rows alone."""
-    import faiss
+    import faiss as module
 
+    faiss: Any = module  # its stubs do not know these parameters
     selector = faiss.IDSelectorBitmap(np.packbits(live, bitorder="little"))
     if isinstance(index, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
