@@ -63,6 +63,7 @@ def index(
     with RunFolder(out):
         manifest = folder.manifest()
         chosen = kind or (manifest.key.get("--type") if manifest else None) or "auto"
+        of_kind = None if chosen == "auto" else chosen
         key = index_key(out, encoders, chosen)
         builder = Builder(folder, encoders, console.progress)
         if add is not None or remove:
@@ -71,12 +72,11 @@ def index(
                     f"index: {out} has no index that is up to date; "
                     f"make it first: refine-fast index {as_argument(out)}."
                 )
-            manifest = builder.change(manifest, *_documents(context, add), remove)
+            manifest = builder.change(manifest, *_documents(context, add), remove, of_kind)
         elif manifest is None or different(manifest, key):
             reasons = ["not done yet"] if manifest is None else different(manifest, key)
             console.say(f"index: {'; '.join(reasons)}")
             chunks = read_records(out / CHUNKS, Chunk)
-            of_kind = None if chosen == "auto" else chosen
             manifest = builder.build(chunks, held_out_queries(out), key, of_kind)
         else:
             Index.open(folder, manifest)  # raises where it is damaged

@@ -158,6 +158,7 @@ class Builder:
         added: Sequence[Chunk],
         replaced: Iterable[str],
         removed: Iterable[str],
+        kind: Kind | None = None,
     ) -> Manifest:
         """Adds and removes whole documents. Only what is added is encoded.
 
@@ -166,6 +167,7 @@ class Builder:
             added: the chunks of new documents, and of changed ones, whose old chunks die.
             replaced: ids of the documents of ``added``.
             removed: ids of documents.
+            kind: as for ``build``.
 
         Raises:
             RefineFastError: if a document to remove is not there.
@@ -187,7 +189,7 @@ class Builder:
         rows = np.concatenate([np.flatnonzero(~index.alive), np.array(dying, np.int64)])
         names = list(manifest.segments)
         if added:
-            names.append(self._segment(added, None))
+            names.append(self._segment(added, kind))
         changed = replace(
             manifest,
             segments=tuple(names),
@@ -195,11 +197,11 @@ class Builder:
             edited=tuple(sorted({*manifest.edited, *documents})),
         )
         if len(names) > 1 + MAX_ADDED:
-            changed = self._merged(changed)
+            changed = self._merged(changed, kind)
         self.folder.commit(changed)
         return changed
 
-    def _merged(self, manifest: Manifest) -> Manifest:
+    def _merged(self, manifest: Manifest, kind: Kind | None) -> Manifest:
         """The same index with one segment for everything that was added; nothing is encoded."""
         index = Index.open(self.folder, manifest)
         first = len(index.segments[0])
@@ -212,7 +214,7 @@ class Builder:
         if any(map(len, live[1:])):
             with self.folder.new_segment() as folder:
                 _merge(list(zip(index.segments[1:], live[1:], strict=True)), folder)
-                finish_segment(folder)
+                finish_segment(folder, kind)
             name = folder.name
         return replace(
             manifest,

@@ -1,0 +1,95 @@
+"""Documents that are added to an index, replaced in it and removed from it, without an encoder."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.progress import Progress
+from refine_fast.pipeline.serving.build import Builder
+from refine_fast.pipeline.serving.encoders import Encoders, Side
+from refine_fast.pipeline.serving.search import Index
+from refine_fast.pipeline.serving.storage import IndexFolder
+
+
+@dataclass(frozen=True)
+class Random(Encoders):
+    """Vectors by the texts' checksums."""
+
+    def documents(
+        self,
+        side: Side,
+        texts: Sequence[str],
+        *,
+        out: Path | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        seeds = (zlib.crc32(text.encode()) for text in texts)
+        vectors = [np.random.default_rng(seed).standard_normal(8, np.float32) for seed in seeds]
+        if out is not None:
+            np.save(out, np.stack(vectors))
+        return np.stack(vectors)
+
+
+@contextmanager
+def silent(_: str) -> Iterator[Progress]:
+    yield lambda done, total: None
+
+
+@pytest.fixture
+def builder(tmp_path: Path) -> Builder:
+    return Builder(IndexFolder(tmp_path), Random({"product": tmp_path}), silent)
+
+
+def document(id: str, *texts: str) -> list[Chunk]:
+    """The chunks of a document with these parts."""
+    ids = [f"{id}#{number}" for number in range(len(texts))] if len(texts) > 1 else [id]
+    starts = np.cumsum([0, *(len(text) + 1 for text in texts)]).tolist()
+    return [
+        Chunk(own, text, "", id, start, start + len(text))
+        for own, text, start in zip(ids, texts, starts, strict=False)
+    ]
+
+
+def live(builder: Builder) -> dict[str, str]:
+    """Chunk id -> text, of what can be found; and it has the vectors of its text."""
+    manifest = builder.folder.manifest()
+    assert manifest is not None
+    index = Index.open(builder.folder, manifest)
+    rows = np.flatnonzero(index.alive)
+    chunks = [index.chunk(int(row)) for row in rows]
+    vectors = np.concatenate([segment.vectors["product"] for segment in index.segments])[rows]
+    expected = builder.encoders.documents("product", [chunk.passage for chunk in chunks])
+    np.testing.assert_array_equal(vectors, expected)
+    found = {chunk.id: chunk.text for chunk in chunks}
+    assert len(found) == len(chunks)
+    return found
+
+
+def kinds(builder: Builder) -> list[str]:
+    """Of the passage indexes of every segment."""
+    manifest = builder.folder.manifest()
+    assert manifest is not None
+    facts = [
+        json.loads((builder.folder.path / name / "segment.json").read_text())
+        for name in manifest.segments
+    ]
+    return [about["indexes"]["product"]["kind"] for about in facts]
+
+
+def test_added_documents_get_the_kind_of_index_that_was_asked_for(builder: Builder) -> None:
+    manifest = builder.build(document("a", "first", "second"), [], {}, "hnsw")
+    for number in range(10):  # some of them are merged
+        added = document(f"b{number}", f"text {number}")
+        manifest = builder.change(manifest, added, [added[0].id], [], "hnsw")
+        assert set(kinds(builder)) == {"hnsw"}
+    assert len(live(builder)) == 12
