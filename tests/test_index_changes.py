@@ -93,3 +93,18 @@ def test_added_documents_get_the_kind_of_index_that_was_asked_for(builder: Build
         manifest = builder.change(manifest, added, [added[0].id], [], "hnsw")
         assert set(kinds(builder)) == {"hnsw"}
     assert len(live(builder)) == 12
+
+
+def test_an_id_with_a_number_sign_is_no_part_of_another_document(builder: Builder) -> None:
+    """And the parts of a document are, also where the first is gone as a duplicate."""
+    issues = [document(f"INC#{number}", f"issue {number}")[0] for number in (0, 7, 1001)]
+    pages = [*document("page", "a template", "one", "two")[1:], *document("other", "x")]
+    manifest = builder.build([*issues[1:], *pages], [], {})
+    with pytest.raises(RefineFastError, match=r"'INC' is in the index; .* such as 'INC#7'"):
+        builder.change(manifest, [], [], ["INC"])
+    manifest = builder.change(manifest, document("INC#7", "changed"), ["INC#7"], [])
+    manifest = builder.change(manifest, issues[:1], ["INC#0"], ["page"])
+    expected = {"INC#0": "issue 0", "INC#7": "changed", "INC#1001": "issue 1001", "other": "x"}
+    assert live(builder) == expected
+    manifest = builder.build([*issues[1:], *pages], [], {})
+    assert live(builder) == expected

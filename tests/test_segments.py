@@ -77,7 +77,7 @@ def test_a_segment_returns_what_was_written(tmp_path: Path) -> None:
     write_segment(tmp_path, chunks, [[(0, len(chunk.text))] for chunk in chunks], encode, base=True)
     finish_segment(tmp_path)
     segment = Segment(tmp_path)
-    assert segment.ids() == [chunk.id for chunk in chunks]
+    assert segment.column("id") == [chunk.id for chunk in chunks]
     for row in (0, BATCH_ROWS - 1, BATCH_ROWS, 2 * BATCH_ROWS - 1, 2 * BATCH_ROWS, n - 1):
         assert segment.chunk(row) == chunks[row]
     assert segment.chunk(3).text == "lone ? surrogate"

@@ -94,7 +94,7 @@ def _compact(
             for segment, live in zip(index.segments, alive, strict=True)
         ]
     )
-    ids = (id for id, live in zip(index.ids(), index.alive, strict=True) if live)
+    ids = (id for id, live in zip(index.column("id"), index.alive, strict=True) if live)
     row = {id: i for i, id in enumerate(ids)}
     model = load_product(out)
     compact = CompactVectors.of(vectors, numbers, dimensions, unit=compares_by_cosine(model))

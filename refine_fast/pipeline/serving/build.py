@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import RefineFastError
-from ..corpus.chunk import Chunk, document_id
+from ..corpus.chunk import Chunk
 from ..corpus.sentences import split_passages
 from ..progress import Progress
 from ..queries.query import Query
@@ -63,7 +63,7 @@ class Builder:
         """
         old = self.folder.manifest()
         edited = frozenset(old.edited if old else ())
-        first = [chunk for chunk in chunks if _owner(chunk.id, edited) not in edited]
+        first = [chunk for chunk in chunks if _owner(chunk.id, chunk.start, edited) not in edited]
         added = [] if old is None or len(old.segments) < 2 else _added(self.folder, old)
         if not first:
             raise RefineFastError("index: no passage of the run is left; add documents to the run.")
@@ -135,7 +135,7 @@ class Builder:
                 return self.encoders.documents("product", texts, progress=progress)
 
         index = Index.open(self.folder, manifest)
-        row = {id: i for i, id in enumerate(index.ids()) if index.alive[i]}
+        row = {id: i for i, id in enumerate(index.column("id")) if index.alive[i]}
         relevant: dict[str, dict[int, float]] = {text: {} for text in asked}
         for query in dev:
             if query.chunk_id in row:
@@ -174,10 +174,10 @@ class Builder:
         """
         index = Index.open(self.folder, manifest)
         removed = frozenset(removed)
-        ids = index.ids()
+        ids, starts = index.column("id"), index.column("start")
         documents = removed | frozenset(replaced)
         live = np.flatnonzero(index.alive)
-        owner = {int(row): _owner(ids[row], documents) for row in live}
+        owner = {int(row): _owner(ids[row], starts[row], documents) for row in live}
         if missing := removed - set(owner.values()):
             raise RefineFastError(
                 f"remove: no document {min(missing)!r} is in the index; "
@@ -223,9 +223,13 @@ class Builder:
         )
 
 
-def _owner(chunk_id: str, known: Container[str]) -> str:
-    """The document of a chunk: the whole id if that is a document's."""
-    return chunk_id if chunk_id in known else document_id(chunk_id)
+def _owner(chunk_id: str, start: int, known: Container[str]) -> str:
+    """The document of a chunk, which begins at ``start`` there: the whole id if that is a
+    document's, or if the chunk cannot be a part that others precede, as the issue "INC#1001"."""
+    document, mark, number = chunk_id.rpartition("#")
+    # Part 0 may be gone as a duplicate of another, but every part before took a character.
+    is_part = mark and number.isdecimal() and len(number) < 10 and int(number) <= start
+    return document if is_part and chunk_id not in known else chunk_id
 
 
 def _digest(dev: Sequence[Query]) -> str:

@@ -97,9 +97,9 @@ class Index:
         """Whether the base encoder's vectors are there."""
         return "base" in self.segments[0].vectors
 
-    def ids(self) -> list[str]:
-        """The chunk id of every row, dead ones too."""
-        return [id for segment in self.segments for id in segment.ids()]
+    def column(self, name: str) -> list[Any]:
+        """One field of the chunk of every row, dead ones too."""
+        return [value for segment in self.segments for value in segment.column(name)]
 
     def chunk(self, row: int) -> Chunk:
         """The passage of a row."""
