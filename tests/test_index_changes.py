@@ -46,8 +46,13 @@ def silent(_: str) -> Iterator[Progress]:
 
 
 @pytest.fixture
-def builder(tmp_path: Path) -> Builder:
-    return Builder(IndexFolder(tmp_path), Random({"product": tmp_path}), silent)
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def builder(tmp_path: Path, said: list[str]) -> Builder:
+    return Builder(IndexFolder(tmp_path), Random({"product": tmp_path}), silent, said.append)
 
 
 def document(id: str, *texts: str) -> list[Chunk]:
@@ -106,5 +111,12 @@ def test_an_id_with_a_number_sign_is_no_part_of_another_document(builder: Builde
     manifest = builder.change(manifest, issues[:1], ["INC#0"], ["page"])
     expected = {"INC#0": "issue 0", "INC#7": "changed", "INC#1001": "issue 1001", "other": "x"}
     assert live(builder) == expected
-    manifest = builder.build([*issues[1:], *pages], [], {})
+    builder.build([*issues[1:], *pages], [], {})
     assert live(builder) == expected
+
+
+def test_how_many_documents_are_replaced_is_said(builder: Builder, said: list[str]) -> None:
+    manifest = builder.build([*document("a", "one", "two"), *document("b", "three")], [], {})
+    added = [*document("a", "other"), *document("c", "new"), *document("d", "new too")]
+    builder.change(manifest, added, ["a", "c", "d"], ["b"])
+    assert said == ["1 documents are replaced, 2 are new"]

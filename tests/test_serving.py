@@ -246,6 +246,17 @@ def test_ids_with_a_hash_are_documents_of_their_own(run: Path, tmp_path: Path) -
     ]
 
 
+def test_a_file_of_the_runs_own_folder_keeps_its_name(run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "docs" / "sub").mkdir(parents=True)
+    (tmp_path / "docs" / "sub" / "a.md").write_text("Only this text has zebras.")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["docs"] = str(tmp_path / "docs")
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert main(["index", str(run), "--add", str(tmp_path / "docs" / "sub" / "a.md")]) == 0
+    assert "0 documents are replaced, 1 are new" in capsys.readouterr().err
+    assert searcher(run).search("zebras", 1)["BM25"][0].chunk.id == "sub/a.md"
+
+
 def test_the_columns_are_what_each_system_ranks(indexed: Path) -> None:
     """Over every passage, with numpy alone."""
     own = searcher(indexed)

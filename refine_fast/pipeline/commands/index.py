@@ -65,7 +65,7 @@ def index(
         chosen = kind or (manifest.key.get("--type") if manifest else None) or "auto"
         of_kind = None if chosen == "auto" else chosen
         key = index_key(out, encoders, chosen)
-        builder = Builder(folder, encoders, console.progress)
+        builder = Builder(folder, encoders, console.progress, console.say)
         if add is not None or remove:
             if manifest is None or different(manifest, key):
                 raise RefineFastError(
@@ -149,10 +149,10 @@ def held_out_queries(out: Path) -> list[Query]:
 
 
 def _documents(context: RunContext, path: Path | None) -> tuple[list[Chunk], list[str]]:
-    """The chunks of documents, read and cut as the run's, and the documents' ids."""
+    """The chunks of documents, read, named and cut as the run's, and the documents' ids."""
     if path is None:
         return [], []
-    documents = read_documents(context, path)
+    documents = read_documents(context, path, root=context.config.docs)
     encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     return cut(context, encoder, documents), [document.id for document in documents]
 

@@ -41,6 +41,8 @@ class Builder:
     folder: IndexFolder
     encoders: Encoders
     progress: Bar
+    say: Callable[[str], None]
+    """Told what became of documents."""
 
     def build(
         self,
@@ -173,15 +175,21 @@ class Builder:
             RefineFastError: if a document to remove is not there.
         """
         index = Index.open(self.folder, manifest)
-        removed = frozenset(removed)
+        replaced, removed = frozenset(replaced), frozenset(removed)
         ids, starts = index.column("id"), index.column("start")
-        documents = removed | frozenset(replaced)
+        documents = removed | replaced
         live = np.flatnonzero(index.alive)
         owner = {int(row): _owner(ids[row], starts[row], documents) for row in live}
         if missing := removed - set(owner.values()):
             raise RefineFastError(
                 f"remove: no document {min(missing)!r} is in the index; "
                 f"give the id of one that is, such as {next(iter(owner.values()))!r}."
+            )
+        if replaced:
+            changed_ids = replaced & set(owner.values())
+            self.say(
+                f"{len(changed_ids):,} documents are replaced, "
+                f"{len(replaced - changed_ids):,} are new"
             )
         dying = [row for row, document in owner.items() if document in documents]
         if len(dying) == len(live) and not added:
