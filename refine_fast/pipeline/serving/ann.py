@@ -83,6 +83,7 @@ def load(path: Path) -> Any:
     """Reads a faiss index, memory-mapped where its kind allows."""
     import faiss
 
+    path.open("rb").close()  # faiss's own error says only that it cannot
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
 
 

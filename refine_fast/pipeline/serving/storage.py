@@ -10,6 +10,7 @@ old index or the new. What it does not name is deleted by the next writer.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,8 @@ class Manifest:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Names a damaged index in place of what numpy, Arrow or faiss raise while they read it.
+    """Names an index that is damaged, or that cannot be read for want of permission, memory or the
+    like, in place of what numpy, Arrow or faiss raise while they read it.
 
     Args:
         path: a file or a segment in the folder of the index.
@@ -56,6 +58,11 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise RefineFastError(
+                f"index: {path} cannot be read ({error.strerror or error}); fix this and run the "
+                "same command again."
+            ) from None
         reason = " ".join(str(error).split())[:200]
         raise RefineFastError(
             f"index: {path} is damaged ({type(error).__name__}: {reason}); delete {path.parent}, "
