@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,18 +108,42 @@ def serving_encoders(out: Path, console: Console) -> tuple[RunContext, Encoders]
     return context, Encoders(folders, context.bf16, context.trust_remote_code)
 
 
-def index_key(out: Path, encoders: Encoders, kind: str = "auto") -> dict[str, Any]:
+def index_key(out: Path, encoders: Encoders, kind: str) -> dict[str, Any]:
     """What an index is made from, by digest."""
-    files = {
-        "the passages": out / CHUNKS,
-        "the held-out queries": out / DEV,
-        **{f"the {side} encoder": folder for side, folder in encoders.folders.items()},
-    }
     return {
-        **{label: _digest(path) for label, path in files.items()},
+        **_content(out, encoders.folders),
+        "the held-out queries": _digest(out / DEV),
         "--type": kind,
         "the code": code_version(build.__name__).modules,
     }
+
+
+def _content(out: Path, folders: Mapping[Side, Path]) -> dict[str, str]:
+    """The digests of the passages and of the encoders in ``folders``."""
+    encoders = {f"the {side} encoder": folder for side, folder in folders.items()}
+    files = {"the passages": out / CHUNKS, **encoders}
+    return {label: _digest(path) for label, path in files.items()}
+
+
+def refuse_older(command: str, out: Path, folders: Mapping[Side, Path]) -> None:
+    """Refuses an index of other passages, or of other vectors of ``folders``, than the run's.
+
+    Args:
+        command: for the message.
+        out: the run folder.
+        folders: the encoders whose vectors are used.
+
+    Raises:
+        RefineFastError: if the index is older than the run.
+    """
+    manifest = IndexFolder(out).manifest()
+    if manifest is None:
+        return
+    if stale := different(manifest, {**manifest.key, **_content(out, folders)}):
+        raise RefineFastError(
+            f"{command}: the index is older than the run ({'; '.join(stale)}); "
+            f"make it again: refine-fast index {as_argument(out)}."
+        )
 
 
 def different(manifest: Manifest, key: dict[str, Any]) -> list[str]:

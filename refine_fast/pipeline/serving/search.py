@@ -226,6 +226,27 @@ def _best(scores: np.ndarray, k: int) -> np.ndarray:
     return rows[scores[rows] > 0]
 
 
+def open_index(run: Path) -> tuple[Manifest, Index]:
+    """The index of a run, which a writer may replace meanwhile.
+
+    Raises:
+        RefineFastError: if the run has none, or a damaged one.
+    """
+    folder = IndexFolder(run)
+    while True:
+        manifest = folder.manifest()
+        if manifest is None:
+            raise RefineFastError(
+                f"{run} has no index; make one: refine-fast index {as_argument(run)}."
+            )
+        try:
+            return manifest, Index.open(folder, manifest)
+        except RefineFastError:
+            if folder.manifest() == manifest:
+                raise
+            # A writer has replaced the index since index.json was read.
+
+
 class Searcher:
     """The index of a run with its encoders."""
 
@@ -233,26 +254,11 @@ class Searcher:
         """Opens the index of a run.
 
         Raises:
-            RefineFastError: if the run has none.
+            RefineFastError: if the run has none, or a damaged one.
         """
         self.run = run
-        self._folder = IndexFolder(run)
         self._encoders = encoders
-        self.manifest, self.index = self._open()
-
-    def _open(self) -> tuple[Manifest, Index]:
-        while True:
-            manifest = self._folder.manifest()
-            if manifest is None:
-                raise RefineFastError(
-                    f"{self.run} has no index; make one: refine-fast index {as_argument(self.run)}."
-                )
-            try:
-                return manifest, Index.open(self._folder, manifest)
-            except RefineFastError:
-                if self._folder.manifest() == manifest:
-                    raise
-                # A writer has replaced the index since index.json was read.
+        self.manifest, self.index = open_index(run)
 
     def refresh(self) -> None:
         """Opens the index anew if a writer has added, changed or removed documents.
@@ -260,12 +266,12 @@ class Searcher:
         Raises:
             RefineFastError: if the index was built anew under another encoder.
         """
-        manifest = self._folder.manifest()
+        manifest = IndexFolder(self.run).manifest()
         if manifest is None or manifest == self.manifest:
             return
         if manifest.key != self.manifest.key:
             raise RefineFastError(f"{self.run}: the index was rebuilt; start the command again.")
-        self.manifest, self.index = self._open()
+        self.manifest, self.index = open_index(self.run)
 
     @property
     def blend(self) -> Blend:
