@@ -120,3 +120,48 @@ def test_how_many_documents_are_replaced_is_said(builder: Builder, said: list[st
     added = [*document("a", "other"), *document("c", "new"), *document("d", "new too")]
     builder.change(manifest, added, ["a", "c", "d"], ["b"])
     assert said == ["1 documents are replaced, 2 are new"]
+
+
+def test_the_run_counts_again_where_it_changed(builder: Builder, said: list[str]) -> None:
+    """Its documents that were replaced, removed, or added before it had them; not for a cut."""
+    run = [*document("a", "one", "two"), *document("b", "three"), *document("c", "four")]
+    own, new = document("a", "edited"), document("n", "new", "and newer")
+    manifest = builder.build(run, [], {})
+    manifest = builder.change(manifest, [*own, *new], ["a", "n"], ["b"])
+    builder.change(manifest, own, ["a"], [])  # once more
+    edited = {"a": "edited", "n#0": "new", "n#1": "and newer", "c": "four"}
+    said.clear()
+    builder.build([*document("a", "one - two"), *run[2:]], [], {})
+    assert live(builder) == edited
+    assert said == []
+
+    changed = [*document("a", "one", "three"), *document("b", "three"), *document("c", "five")]
+    builder.build(changed, [], {})
+    assert live(builder) == {
+        "a#0": "one",
+        "a#1": "three",
+        "c": "five",
+        "n#0": "new",
+        "n#1": "and newer",
+    }
+    assert len(said) == 1
+    assert said[0].endswith("for 1 documents, because they changed in the run: 'a'")
+    builder.build([*document("b", "six"), *document("n", "of the run")], [], {})
+    assert live(builder) == {"b": "six", "n": "of the run"}
+    assert said[1].endswith("for 2 documents, because they changed in the run: 'b', 'n'")
+
+
+def test_an_index_without_the_digests_of_its_changes(builder: Builder, said: list[str]) -> None:
+    """As earlier versions wrote it: the changes stay, until the run changes from now on."""
+    run = [*document("a", "one"), *document("b", "two")]
+    manifest = builder.build(run, [], {})
+    builder.change(manifest, document("a", "edited"), ["a"], [])
+    path = builder.folder.path / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "edited": ["a"]}))
+    said.clear()
+    builder.build(run, [], {})
+    builder.build(run, [], {})
+    assert live(builder) == {"a": "edited", "b": "two"}
+    assert said == []
+    builder.build([*document("a", "three"), *document("b", "two")], [], {})
+    assert live(builder) == {"a": "three", "b": "two"}

@@ -319,7 +319,7 @@ def test_changes_leave_the_index_that_a_rebuild_makes(run: Path, more: Path, cap
     assert gone not in seen
     assert {changed, "new.md"} < seen
     manifest = json.loads((run / "index" / "index.json").read_text())
-    assert manifest["edited"] == sorted({gone, changed, "new.md"})
+    assert sorted(manifest["edited"]) == sorted({gone, changed, "new.md"})
 
     manifest["key"] = {}  # as if a setting had changed
     (run / "index" / "index.json").write_text(json.dumps(manifest))
@@ -444,12 +444,12 @@ def test_an_index_that_is_replaced_while_it_is_opened_is_opened_again(
 
     def opened(_: type[Index], where: storage.IndexFolder, manifest: storage.Manifest) -> Index:
         monkeypatch.setattr(Index, "open", opens)
-        folder.commit(replace(manifest, edited=(*manifest.edited, "x")))
+        folder.commit(replace(manifest, edited={**manifest.edited, "x": None}))
         raise RefineFastError("index: s1 is damaged (FileNotFoundError)")
 
     monkeypatch.setattr(Index, "open", classmethod(opened))
     searcher = Searcher(run, Encoders({}))
-    assert searcher.manifest.edited[-1] == "x"
+    assert "x" in searcher.manifest.edited
     (run / "index" / "index.json").write_bytes(before)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -52,7 +53,8 @@ class Builder:
         kind: Kind | None = None,
     ) -> Manifest:
         """A new index of the run's chunks, with the documents that were added to the old one and
-        without those that were removed from it.
+        without those that were removed from it. Where the run's version of such a document is
+        another one than at that time, it counts again.
 
         Args:
             chunks: of the run.
@@ -64,9 +66,17 @@ class Builder:
             RefineFastError: if no passage of the run is left.
         """
         old = self.folder.manifest()
-        edited = frozenset(old.edited if old else ())
+        before = old.edited if old else {}
+        versions = _versions(before, chunks)
+        edited = {id: now for id, now in versions.items() if before[id] in (None, now)}
+        if changed := sorted(before.keys() - edited.keys()):
+            self.say(
+                f"what was added or removed no longer counts for {len(changed):,} documents, "
+                f"because they changed in the run: {_shown(changed)}"
+            )
         first = [chunk for chunk in chunks if _owner(chunk.id, chunk.start, edited) not in edited]
         added = [] if old is None or len(old.segments) < 2 else _added(self.folder, old)
+        added = [chunk for chunk in added if _owner(chunk.id, chunk.start, before) in edited]
         if not first:
             raise RefineFastError("index: no passage of the run is left; add documents to the run.")
         asked, vectors = self._asked(dev)
@@ -74,7 +84,7 @@ class Builder:
         for part in (first, added):
             if part:
                 names.append(self._segment(part, kind, vectors))
-        manifest = Manifest(key, tuple(names), None, tuple(sorted(edited)))
+        manifest = Manifest(key, tuple(names), None, edited)
         manifest = self._with_blend(manifest, dev, asked, vectors)
         self.folder.commit(manifest)
         return manifest
@@ -194,6 +204,7 @@ class Builder:
         dying = [row for row, document in owner.items() if document in documents]
         if len(dying) == len(live) and not added:
             raise RefineFastError("remove: the index would be empty; keep at least one document.")
+        own = [index.chunk(row) for row in dying if row < len(index.segments[0])]
         rows = np.concatenate([np.flatnonzero(~index.alive), np.array(dying, np.int64)])
         names = list(manifest.segments)
         if added:
@@ -202,7 +213,7 @@ class Builder:
             manifest,
             segments=tuple(names),
             dead=self.folder.write_dead(np.sort(rows)) if len(rows) else None,
-            edited=tuple(sorted({*manifest.edited, *documents})),
+            edited=dict(sorted({**_versions(documents, own), **manifest.edited}.items())),
         )
         if len(names) > 1 + MAX_ADDED:
             changed = self._merged(changed, kind)
@@ -238,6 +249,21 @@ def _owner(chunk_id: str, start: int, known: Container[str]) -> str:
     # Part 0 may be gone as a duplicate of another, but every part before took a character.
     is_part = mark and number.isdecimal() and len(number) < 10 and int(number) <= start
     return document if is_part and chunk_id not in known else chunk_id
+
+
+def _versions(documents: Iterable[str], chunks: Iterable[Chunk]) -> dict[str, str]:
+    """A digest of the words of each document in ``chunks``, in whatever chunks it is cut."""
+    digests = {id: hashlib.sha256() for id in documents}
+    for chunk in chunks:
+        if own := digests.get(_owner(chunk.id, chunk.start, digests)):
+            own.update("".join(re.findall(r"\w+", chunk.text)).encode("utf-8", "replace"))
+    return {id: digest.hexdigest() for id, digest in digests.items()}
+
+
+def _shown(ids: Sequence[str], most: int = 5) -> str:
+    """The first of some ids, and how many there are besides."""
+    more = f" and {len(ids) - most:,} more" if len(ids) > most else ""
+    return ", ".join(map(repr, ids[:most])) + more
 
 
 def _digest(dev: Sequence[Query]) -> str:

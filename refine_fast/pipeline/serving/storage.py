@@ -38,8 +38,9 @@ class Manifest:
     segments: tuple[str, ...]
     """Names, the run's own passages first, then added ones."""
     dead: str | None = None
-    edited: tuple[str, ...] = ()
-    """Ids of the documents that were added, changed or removed."""
+    edited: dict[str, str | None] = field(default_factory=dict)
+    """Ids of the documents that were added, changed or removed, with a digest of what the run had
+    of each at that time; None: not known."""
     blend: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -92,8 +93,11 @@ class IndexFolder:
                 f"delete it and run refine-fast index {as_argument(self.path.parent)}."
             )
         with readable(self.path / "index.json"):
-            lists = {name: tuple(found[name]) for name in ("segments", "edited")}
-            return Manifest(**{**found, **lists})
+            edited = found["edited"]
+            if isinstance(edited, list):  # as it was before digests were kept
+                edited = dict.fromkeys(edited)
+            values = {"segments": tuple(found["segments"]), "edited": dict(edited)}
+            return Manifest(**{**found, **values})
 
     @contextmanager
     def new_segment(self) -> Iterator[Path]:
