@@ -17,7 +17,7 @@ from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.chunking import chunk_documents
 from refine_fast.pipeline.corpus.dedup import Duplicates, deduplicate
-from refine_fast.pipeline.corpus.documents import Document, load_documents
+from refine_fast.pipeline.corpus.documents import Document, Reading, load_documents
 from refine_fast.pipeline.corpus.jsonl import read_records, write_records
 
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
@@ -199,6 +199,29 @@ def test_no_usable_text_is_an_error(tmp_path: Path) -> None:
         load_documents(tmp_path)
     with pytest.raises(RefineFastError, match=r"nowhere does not exist; give a folder"):
         load_documents(tmp_path / "nowhere")
+
+
+def test_files_below_a_root_are_named_from_there(tmp_path: Path) -> None:
+    """Whether a file or a folder is read, and by any name of the root; others by their own."""
+    (tmp_path / "docs" / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("docs")
+    (tmp_path / "docs" / "sub" / "a.md").write_text("one text")
+    (tmp_path / "docs" / "sub" / "deep" / "b.jsonl").write_text('{"text": "a row"}')
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.md").write_text("another")
+
+    def names(path: str, root: str = "docs") -> list[tuple[str, str]]:
+        reading = Reading(root=tmp_path / root)
+        found = load_documents(tmp_path / path, reading=reading)
+        return [(document.id, document.source) for document in found]
+
+    row = "sub/deep/b.jsonl:1"
+    for prefix in ("docs", "link"):
+        for root in ("docs", "link"):
+            assert names(f"{prefix}/sub/a.md", root) == [("sub/a.md", "sub/a.md")]
+            assert names(f"{prefix}/sub/deep", root) == [(row, row)]
+            assert names(prefix, root) == [("sub/a.md", "sub/a.md"), (row, row)]
+    assert names("more/a.md") == names("more") == [("a.md", "a.md")]
 
 
 def test_links_end(tmp_path: Path) -> None:

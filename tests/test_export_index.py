@@ -161,6 +161,20 @@ def test_compact_vectors_that_cannot_be(
     assert not Path("-").exists()
 
 
+@pytest.mark.parametrize("format", ["vectors", "faiss"])
+def test_an_index_that_is_older_than_the_run(run: Path, format: str, capsys) -> None:
+    passages = (run / "chunks.jsonl").read_text()
+    (run / "chunks.jsonl").write_text(passages[: passages.rindex("{")])
+    assert main(["export", str(run), "--format", format]) == 2
+    said = capsys.readouterr().err
+    assert "export: the index is older than the run (the passages changed); make it" in said
+    (run / "chunks.jsonl").write_text(passages)
+    shutil.copy(run / "tuned" / "model.safetensors", run / "model" / "model.safetensors")
+    assert main(["export", str(run), "--format", format]) == 2
+    assert "older than the run (the product encoder changed)" in capsys.readouterr().err
+    assert not (run / "export").exists()
+
+
 def test_what_exists_is_kept(run: Path, tmp_path: Path, capsys) -> None:
     export(run, "faiss")
     assert main(["export", str(run), "--format", "faiss"]) == 2

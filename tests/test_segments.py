@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.serving import ann
+from refine_fast.pipeline.serving.search import Index
 from refine_fast.pipeline.serving.segment import (
     BATCH_ROWS,
     Segment,
@@ -19,6 +24,10 @@ from refine_fast.pipeline.serving.segment import (
 )
 
 RNG = np.random.default_rng(0)
+
+
+def encode_ones(name: str, texts: Sequence[str], out: Path) -> None:
+    np.save(out, np.ones((len(texts), 4), np.float32))
 
 
 @pytest.mark.parametrize("kind", ["sq8", "hnsw", "ivfpq"])
@@ -70,13 +79,66 @@ def test_a_segment_returns_what_was_written(tmp_path: Path) -> None:
     chunks = [Chunk(f"d{i}#0", f"text {i}", f"title {i}", f"d{i}", i, i + 6) for i in range(n)]
     chunks[3] = replace(chunks[3], text="lone \ud800 surrogate")
 
-    def encode(name: str, texts: Sequence[str], out: Path) -> None:
-        np.save(out, np.ones((len(texts), 4), np.float32))
-
-    write_segment(tmp_path, chunks, [[(0, len(chunk.text))] for chunk in chunks], encode, base=True)
+    spans = [[(0, len(chunk.text))] for chunk in chunks]
+    write_segment(tmp_path, chunks, spans, encode_ones, base=True)
     finish_segment(tmp_path)
     segment = Segment(tmp_path)
-    assert segment.ids() == [chunk.id for chunk in chunks]
+    assert segment.column("id") == [chunk.id for chunk in chunks]
     for row in (0, BATCH_ROWS - 1, BATCH_ROWS, 2 * BATCH_ROWS - 1, 2 * BATCH_ROWS, n - 1):
         assert segment.chunk(row) == chunks[row]
     assert segment.chunk(3).text == "lone ? surrogate"
+
+
+@pytest.mark.parametrize("kind", ["flat", "sq8", "hnsw"])
+def test_dead_passages_do_not_take_the_places_of_live_ones(kind: ann.Kind, tmp_path: Path) -> None:
+    """More dead ones near the query than an index returns, and than its lists or its paths hold."""
+    n, per_passage = 4000, np.arange(4000) % 3
+    vectors = RNG.standard_normal((n, 16), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    chunks = [Chunk(f"d{i}", f"text {i}", "", f"d{i}", 0, 6) for i in range(n)]
+    spans = [[(0, 6)] * int(count) or [(0, 4)] for count in per_passage]
+
+    def encode(name: str, texts: Sequence[str], out: Path) -> None:
+        np.save(
+            out, np.repeat(vectors, list(map(len, spans)), 0) if name == "sentences" else vectors
+        )
+
+    write_segment(tmp_path, chunks, spans, encode, base=True)
+    finish_segment(tmp_path, kind)
+    query = vectors[0]
+    order = np.argsort(-(vectors @ query))
+    for dead in (np.sort(order[:900]), np.sort(order[:3998])):
+        index = Index([Segment(tmp_path)], dead)
+        found = index.components("unknown words", query).rows
+        assert not np.isin(found, dead).any()
+        expected = order[len(dead) :][:10]
+        nearly = 0.7 if len(dead) < 3000 else 1
+        assert np.isin(expected, found).mean() >= nearly
+        rows, _ = index.base(query, 10)
+        assert np.isin(expected, rows).mean() >= nearly
+        assert len(rows) == min(10, n - len(dead))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".faiss"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ENOMEM])
+def test_what_cannot_be_read_is_not_called_damaged(
+    code: int, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody is advised to delete it; numpy's files and faiss's."""
+    segment = tmp_path / "index" / "s1"
+    segment.mkdir(parents=True)
+    write_segment(segment, [Chunk("a", "x", "", "a", 0, 1)], [[(0, 1)]], encode_ones, base=False)
+    finish_segment(segment, "hnsw")
+    opened = Path.open
+
+    def fails(path: Path | str, *given: Any, **options: Any) -> Any:
+        if Path(path).suffix == suffix:
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(Path(path), *given, **options)
+
+    monkeypatch.setattr("builtins.open", fails)
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(RefineFastError) as error:
+        Segment(segment)
+    assert f"s1 cannot be read ({os.strerror(code)})" in str(error.value)
+    assert "delete" not in str(error.value)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import RefineFastError
-from ...files import as_argument, atomic, atomic_folder
+from ...files import atomic, atomic_folder
+from ..artifacts import MODEL
 from ..console import Console
 from ..encoder.encode import compares_by_cosine, encode
 from ..evaluation.evaluate import rank
@@ -16,8 +16,7 @@ from ..evaluation.metrics import score_ranking
 from ..reporting.loss import Loss
 from ..serving import exports
 from ..serving.compact import CompactVectors, Numbers
-from ..serving.search import Index
-from ..serving.storage import IndexFolder
+from ..serving.search import Index, open_index
 from .export_target import (
     held_out_queries,
     load_product,
@@ -25,6 +24,7 @@ from .export_target import (
     naming_extras,
     target_path,
 )
+from .index import refuse_older
 
 SUFFIX = {"vectors": ".parquet"}
 """Format -> suffix of its file; the others are folders."""
@@ -55,18 +55,14 @@ def export_index(
         dimensions: how many of them it keeps; None: all.
 
     Raises:
-        RefineFastError: no index, a missing package, or a target that cannot be written.
+        RefineFastError: no index, one that is older than the run, a missing package, or a target
+            that cannot be written.
     """
     smaller = numbers != "float32" or dimensions is not None
-    folder = IndexFolder(out)
-    manifest = folder.manifest()
-    if manifest is None:
-        raise RefineFastError(
-            f"export: {out} has no index; make one: refine-fast index {as_argument(out)}."
-        )
+    refuse_older("export", out, {"product": out / MODEL})
+    _, index = open_index(out)
     suffix = SUFFIX.get(format, "")
     path = target_path(out, format, suffix, target, overwrite=overwrite)
-    index = Index.open(folder, manifest)
     writer, loss, facts = exports.WRITERS[format], None, {}
     if smaller:
         compact, loss = _compact(out, index, numbers, dimensions)
@@ -94,7 +90,7 @@ def _compact(
             for segment, live in zip(index.segments, alive, strict=True)
         ]
     )
-    ids = (id for id, live in zip(index.ids(), index.alive, strict=True) if live)
+    ids = (id for id, live in zip(index.column("id"), index.alive, strict=True) if live)
     row = {id: i for i, id in enumerate(ids)}
     model = load_product(out)
     compact = CompactVectors.of(vectors, numbers, dimensions, unit=compares_by_cosine(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,20 +63,20 @@ def index(
     with RunFolder(out):
         manifest = folder.manifest()
         chosen = kind or (manifest.key.get("--type") if manifest else None) or "auto"
+        of_kind = None if chosen == "auto" else chosen
         key = index_key(out, encoders, chosen)
-        builder = Builder(folder, encoders, console.progress)
+        builder = Builder(folder, encoders, console.progress, console.say)
         if add is not None or remove:
             if manifest is None or different(manifest, key):
                 raise RefineFastError(
                     f"index: {out} has no index that is up to date; "
                     f"make it first: refine-fast index {as_argument(out)}."
                 )
-            manifest = builder.change(manifest, *_documents(context, add), remove)
+            manifest = builder.change(manifest, *_documents(context, add), remove, of_kind)
         elif manifest is None or different(manifest, key):
             reasons = ["not done yet"] if manifest is None else different(manifest, key)
             console.say(f"index: {'; '.join(reasons)}")
             chunks = read_records(out / CHUNKS, Chunk)
-            of_kind = None if chosen == "auto" else chosen
             manifest = builder.build(chunks, held_out_queries(out), key, of_kind)
         else:
             Index.open(folder, manifest)  # raises where it is damaged
@@ -108,18 +108,42 @@ def serving_encoders(out: Path, console: Console) -> tuple[RunContext, Encoders]
     return context, Encoders(folders, context.bf16, context.trust_remote_code)
 
 
-def index_key(out: Path, encoders: Encoders, kind: str = "auto") -> dict[str, Any]:
+def index_key(out: Path, encoders: Encoders, kind: str) -> dict[str, Any]:
     """What an index is made from, by digest."""
-    files = {
-        "the passages": out / CHUNKS,
-        "the held-out queries": out / DEV,
-        **{f"the {side} encoder": folder for side, folder in encoders.folders.items()},
-    }
     return {
-        **{label: _digest(path) for label, path in files.items()},
+        **_content(out, encoders.folders),
+        "the held-out queries": _digest(out / DEV),
         "--type": kind,
         "the code": code_version(build.__name__).modules,
     }
+
+
+def _content(out: Path, folders: Mapping[Side, Path]) -> dict[str, str]:
+    """The digests of the passages and of the encoders in ``folders``."""
+    encoders = {f"the {side} encoder": folder for side, folder in folders.items()}
+    files = {"the passages": out / CHUNKS, **encoders}
+    return {label: _digest(path) for label, path in files.items()}
+
+
+def refuse_older(command: str, out: Path, folders: Mapping[Side, Path]) -> None:
+    """Refuses an index of other passages, or of other vectors of ``folders``, than the run's.
+
+    Args:
+        command: for the message.
+        out: the run folder.
+        folders: the encoders whose vectors are used.
+
+    Raises:
+        RefineFastError: if the index is older than the run.
+    """
+    manifest = IndexFolder(out).manifest()
+    if manifest is None:
+        return
+    if stale := different(manifest, {**manifest.key, **_content(out, folders)}):
+        raise RefineFastError(
+            f"{command}: the index is older than the run ({'; '.join(stale)}); "
+            f"make it again: refine-fast index {as_argument(out)}."
+        )
 
 
 def different(manifest: Manifest, key: dict[str, Any]) -> list[str]:
@@ -149,10 +173,10 @@ def held_out_queries(out: Path) -> list[Query]:
 
 
 def _documents(context: RunContext, path: Path | None) -> tuple[list[Chunk], list[str]]:
-    """The chunks of documents, read and cut as the run's, and the documents' ids."""
+    """The chunks of documents, read, named and cut as the run's, and the documents' ids."""
     if path is None:
         return [], []
-    documents = read_documents(context, path)
+    documents = read_documents(context, path, root=context.config.docs)
     encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     return cut(context, encoder, documents), [document.id for document in documents]
 

@@ -8,11 +8,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ...errors import RefineFastError
-from ...files import as_argument
 from ..console import Console
 from ..serving.search import Hit, Searcher
-from ..serving.storage import IndexFolder
-from .index import different, index_key, serving_encoders
+from .index import refuse_older, serving_encoders
 
 SHOWN = 300
 """Characters of a passage in the table, around the sentence that matches."""
@@ -26,19 +24,7 @@ def open_searcher(out: Path, console: Console) -> Searcher:
             than the run's present ones.
     """
     _, encoders = serving_encoders(out, console)
-    manifest = IndexFolder(out).manifest()
-    if manifest is not None:
-        now = index_key(out, encoders)
-        stale = [
-            reason
-            for reason in different(manifest, now)
-            if "encoder" in reason or "passages" in reason
-        ]
-        if stale:
-            raise RefineFastError(
-                f"search: the index is older than the run ({'; '.join(stale)}); "
-                f"make it again: refine-fast index {as_argument(out)}."
-            )
+    refuse_older("search", out, encoders.folders)
     return Searcher(out, encoders)
 
 

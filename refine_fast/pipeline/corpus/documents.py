@@ -50,13 +50,15 @@ class Reading:
     """How to read what the documents do not say themselves.
 
     encoding: of text files and tables; None: find it. columns: of tables. exclude: files and
-    folders that are no documents, although they lie in the folder. say: told in one line what was
-    guessed.
+    folders that are no documents, although they lie in the folder. root: a folder that the names of
+    files in it are relative to, wherever below it the documents are; None: what is read. say: told
+    in one line what was guessed.
     """
 
     encoding: str | None = None
     columns: Columns = field(default_factory=Columns)
     exclude: Sequence[Path] = ()
+    root: Path | None = None
     say: Callable[[str], None] | None = None
 
 
@@ -158,13 +160,23 @@ def _single_file(path: Path, reading: Reading) -> list[Document]:
         )
     try:
         read = partial(files.read_file, encoding=reading.encoding)
-        return _file(path, path.parent, name_of(path.name), reading, read)
+        root, place = _root(path.parent, reading)
+        return _file(path, root, name_of(place / path.name), reading, read)
     except Unreadable as reason:
         raise RefineFastError(f"{path} cannot be read: {reason}.") from None
 
 
+def _root(folder: Path, reading: Reading) -> tuple[Path, Path]:
+    """The folder that the names of the files in ``folder`` are relative to, and its place there."""
+    if reading.root is not None:
+        for real in (os.path.abspath, os.path.realpath):  # either may be given by way of a link
+            if (place := Path(real(folder))).is_relative_to(root := Path(real(reading.root))):
+                return root, place.relative_to(root)
+    return folder, Path()
+
+
 def _folder(
-    root: Path, reading: Reading, progress: Progress | None, spread: Spread | None
+    folder: Path, reading: Reading, progress: Progress | None, spread: Spread | None
 ) -> list[Document]:
     documents: dict[str, Document] = {}
     repeated, renamed = [], []
@@ -175,7 +187,10 @@ def _folder(
         real = _real(path)
         return excluded.isdisjoint([real, *real.parents])
 
-    paths = [entry for entry in walk(root, _closed) if is_document(entry[0])]
+    root, place = _root(folder, reading)
+    paths = [
+        (path, name_of(place / name)) for path, name in walk(folder, _closed) if is_document(path)
+    ]
     extracted: dict[Path, Extracted] = {}
     wanted = [path for path, _ in paths if path.suffix.lower() in files.EXTRACTED]
     if spread is not None and wanted:

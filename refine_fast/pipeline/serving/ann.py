@@ -83,7 +83,47 @@ def load(path: Path) -> Any:
     """Reads a faiss index, memory-mapped where its kind allows."""
     import faiss
 
+    path.open("rb").close()  # faiss's own error says only that it cannot
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+
+
+def nearest(
+    index: Any, vectors: np.ndarray, vector: np.ndarray, k: int, live: np.ndarray | None = None
+) -> np.ndarray:
+    """Rows of the ``k`` live vectors with the highest inner product, in any order; of all live ones
+    where they are fewer.
+
+    Args:
+        index: of ``vectors``; None: every vector is scored.
+        vectors: (n, d) float32.
+        vector: (d,) float32, the query.
+        k: at least 1.
+        live: (n,) bool: the rows that may be found; None: all.
+    """
+    k = min(k, len(vectors) if live is None else int(np.count_nonzero(live)))
+    if not k:
+        return np.zeros(0, np.int64)
+    if index is not None:
+        params = None if live is None else _only(index, live)
+        _, (rows,) = index.search(vector[None], k, params=params)
+        if len(rows := rows[rows >= 0]) == k:
+            return np.asarray(rows)
+        # The lists that were searched, or the paths of a graph, hold too few live rows.
+    scores = vectors @ vector
+    if live is not None:
+        scores[~live] = -np.inf
+    return np.argpartition(scores, len(scores) - k)[len(scores) - k :]
+
+
+def _only(index: Any, live: np.ndarray) -> Any:
+    """The parameters of a search that finds live rows alone."""
+    import faiss as module
+
+    faiss: Any = module  # its stubs do not know these parameters
+    selector = faiss.IDSelectorBitmap(np.packbits(live, bitorder="little"))
+    if isinstance(index, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
+    return faiss.SearchParametersIVF(sel=selector, nprobe=index.nprobe)
 
 
 def recall(index: Any, vectors: np.ndarray, queries: np.ndarray, k: int = 10) -> float:

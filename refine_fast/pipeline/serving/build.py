@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import RefineFastError
-from ..corpus.chunk import Chunk, document_id
+from ..corpus.chunk import Chunk
 from ..corpus.sentences import split_passages
 from ..progress import Progress
 from ..queries.query import Query
@@ -41,6 +42,8 @@ class Builder:
     folder: IndexFolder
     encoders: Encoders
     progress: Bar
+    say: Callable[[str], None]
+    """Told what became of documents."""
 
     def build(
         self,
@@ -50,7 +53,8 @@ class Builder:
         kind: Kind | None = None,
     ) -> Manifest:
         """A new index of the run's chunks, with the documents that were added to the old one and
-        without those that were removed from it.
+        without those that were removed from it. Where the run's version of such a document is
+        another one than at that time, it counts again.
 
         Args:
             chunks: of the run.
@@ -62,9 +66,17 @@ class Builder:
             RefineFastError: if no passage of the run is left.
         """
         old = self.folder.manifest()
-        edited = frozenset(old.edited if old else ())
-        first = [chunk for chunk in chunks if _owner(chunk.id, edited) not in edited]
+        before = old.edited if old else {}
+        versions = _versions(before, chunks)
+        edited = {id: now for id, now in versions.items() if before[id] in (None, now)}
+        if changed := sorted(before.keys() - edited.keys()):
+            self.say(
+                f"what was added or removed no longer counts for {len(changed):,} documents, "
+                f"because they changed in the run: {_shown(changed)}"
+            )
+        first = [chunk for chunk in chunks if _owner(chunk.id, chunk.start, edited) not in edited]
         added = [] if old is None or len(old.segments) < 2 else _added(self.folder, old)
+        added = [chunk for chunk in added if _owner(chunk.id, chunk.start, before) in edited]
         if not first:
             raise RefineFastError("index: no passage of the run is left; add documents to the run.")
         asked, vectors = self._asked(dev)
@@ -72,7 +84,7 @@ class Builder:
         for part in (first, added):
             if part:
                 names.append(self._segment(part, kind, vectors))
-        manifest = Manifest(key, tuple(names), None, tuple(sorted(edited)))
+        manifest = Manifest(key, tuple(names), None, edited)
         manifest = self._with_blend(manifest, dev, asked, vectors)
         self.folder.commit(manifest)
         return manifest
@@ -135,7 +147,7 @@ class Builder:
                 return self.encoders.documents("product", texts, progress=progress)
 
         index = Index.open(self.folder, manifest)
-        row = {id: i for i, id in enumerate(index.ids()) if index.alive[i]}
+        row = {id: i for i, id in enumerate(index.column("id")) if index.alive[i]}
         relevant: dict[str, dict[int, float]] = {text: {} for text in asked}
         for query in dev:
             if query.chunk_id in row:
@@ -158,6 +170,7 @@ class Builder:
         added: Sequence[Chunk],
         replaced: Iterable[str],
         removed: Iterable[str],
+        kind: Kind | None = None,
     ) -> Manifest:
         """Adds and removes whole documents. Only what is added is encoded.
 
@@ -166,40 +179,48 @@ class Builder:
             added: the chunks of new documents, and of changed ones, whose old chunks die.
             replaced: ids of the documents of ``added``.
             removed: ids of documents.
+            kind: as for ``build``.
 
         Raises:
             RefineFastError: if a document to remove is not there.
         """
         index = Index.open(self.folder, manifest)
-        removed = frozenset(removed)
-        ids = index.ids()
-        documents = removed | frozenset(replaced)
+        replaced, removed = frozenset(replaced), frozenset(removed)
+        ids, starts = index.column("id"), index.column("start")
+        documents = removed | replaced
         live = np.flatnonzero(index.alive)
-        owner = {int(row): _owner(ids[row], documents) for row in live}
+        owner = {int(row): _owner(ids[row], starts[row], documents) for row in live}
         if missing := removed - set(owner.values()):
             raise RefineFastError(
                 f"remove: no document {min(missing)!r} is in the index; "
                 f"give the id of one that is, such as {next(iter(owner.values()))!r}."
             )
+        if replaced:
+            changed_ids = replaced & set(owner.values())
+            self.say(
+                f"{len(changed_ids):,} documents are replaced, "
+                f"{len(replaced - changed_ids):,} are new"
+            )
         dying = [row for row, document in owner.items() if document in documents]
         if len(dying) == len(live) and not added:
             raise RefineFastError("remove: the index would be empty; keep at least one document.")
+        own = [index.chunk(row) for row in dying if row < len(index.segments[0])]
         rows = np.concatenate([np.flatnonzero(~index.alive), np.array(dying, np.int64)])
         names = list(manifest.segments)
         if added:
-            names.append(self._segment(added, None))
+            names.append(self._segment(added, kind))
         changed = replace(
             manifest,
             segments=tuple(names),
             dead=self.folder.write_dead(np.sort(rows)) if len(rows) else None,
-            edited=tuple(sorted({*manifest.edited, *documents})),
+            edited=dict(sorted({**_versions(documents, own), **manifest.edited}.items())),
         )
         if len(names) > 1 + MAX_ADDED:
-            changed = self._merged(changed)
+            changed = self._merged(changed, kind)
         self.folder.commit(changed)
         return changed
 
-    def _merged(self, manifest: Manifest) -> Manifest:
+    def _merged(self, manifest: Manifest, kind: Kind | None) -> Manifest:
         """The same index with one segment for everything that was added; nothing is encoded."""
         index = Index.open(self.folder, manifest)
         first = len(index.segments[0])
@@ -212,7 +233,7 @@ class Builder:
         if any(map(len, live[1:])):
             with self.folder.new_segment() as folder:
                 _merge(list(zip(index.segments[1:], live[1:], strict=True)), folder)
-                finish_segment(folder)
+                finish_segment(folder, kind)
             name = folder.name
         return replace(
             manifest,
@@ -221,9 +242,28 @@ class Builder:
         )
 
 
-def _owner(chunk_id: str, known: Container[str]) -> str:
-    """The document of a chunk: the whole id if that is a document's."""
-    return chunk_id if chunk_id in known else document_id(chunk_id)
+def _owner(chunk_id: str, start: int, known: Container[str]) -> str:
+    """The document of a chunk, which begins at ``start`` there: the whole id if that is a
+    document's, or if the chunk cannot be a part that others precede, as the issue "INC#1001"."""
+    document, mark, number = chunk_id.rpartition("#")
+    # Part 0 may be gone as a duplicate of another, but every part before took a character.
+    is_part = mark and number.isdecimal() and len(number) < 10 and int(number) <= start
+    return document if is_part and chunk_id not in known else chunk_id
+
+
+def _versions(documents: Iterable[str], chunks: Iterable[Chunk]) -> dict[str, str]:
+    """A digest of the words of each document in ``chunks``, in whatever chunks it is cut."""
+    digests = {id: hashlib.sha256() for id in documents}
+    for chunk in chunks:
+        if own := digests.get(_owner(chunk.id, chunk.start, digests)):
+            own.update("".join(re.findall(r"\w+", chunk.text)).encode("utf-8", "replace"))
+    return {id: digest.hexdigest() for id, digest in digests.items()}
+
+
+def _shown(ids: Sequence[str], most: int = 5) -> str:
+    """The first of some ids, and how many there are besides."""
+    more = f" and {len(ids) - most:,} more" if len(ids) > most else ""
+    return ", ".join(map(repr, ids[:most])) + more
 
 
 def _digest(dev: Sequence[Query]) -> str:

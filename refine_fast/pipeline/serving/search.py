@@ -14,6 +14,7 @@ from ...errors import RefineFastError
 from ...files import as_argument
 from ...ops.best_of_groups import best_of_groups
 from ..corpus.chunk import Chunk
+from . import ann
 from .blend import Blend, Components, best_places, standard
 from .dense import Moments, rows_of_groups
 from .encoders import Encoders
@@ -96,9 +97,9 @@ class Index:
         """Whether the base encoder's vectors are there."""
         return "base" in self.segments[0].vectors
 
-    def ids(self) -> list[str]:
-        """The chunk id of every row, dead ones too."""
-        return [id for segment in self.segments for id in segment.ids()]
+    def column(self, name: str) -> list[Any]:
+        """One field of the chunk of every row, dead ones too."""
+        return [value for segment in self.segments for value in segment.column(name)]
 
     def chunk(self, row: int) -> Chunk:
         """The passage of a row."""
@@ -155,26 +156,34 @@ class Index:
         self, segment: Segment, start: int, vector: np.ndarray, bm25: np.ndarray
     ) -> np.ndarray:
         """Live rows of a segment that are scored exactly, ascending."""
-        alive = self.alive[start : start + len(segment)]
         if not {"product", "sentences"} & segment.indexes.keys():
-            return np.flatnonzero(alive)
-        found = [_best(bm25[start : start + len(segment)], CANDIDATES)]
-        found.append(_nearest(segment, "product", vector))
-        sentences = _nearest(segment, "sentences", vector)
-        found.append(np.searchsorted(segment.offsets, sentences, side="right") - 1)
-        rows = np.unique(np.concatenate(found))
-        return rows[alive[rows]]
+            return np.flatnonzero(self.alive[start : start + len(segment)])
+        sentences = self._nearest(segment, start, "sentences", vector)
+        found = (
+            _best(bm25[start : start + len(segment)], CANDIDATES),
+            self._nearest(segment, start, "product", vector),
+            np.searchsorted(segment.offsets, sentences, side="right") - 1,
+        )
+        return np.unique(np.concatenate(found))
+
+    def _nearest(self, segment: Segment, start: int, side: str, vector: np.ndarray) -> np.ndarray:
+        """Rows of the ``CANDIDATES`` nearest live vectors of a segment, in any order."""
+        live = None
+        if len(self._dead):
+            live = self.alive[start : start + len(segment)]
+            if side == "sentences":
+                live = np.repeat(live, np.diff(segment.offsets))
+        index, vectors = segment.indexes.get(side), segment.vectors[side]
+        return ann.nearest(index, vectors, vector, CANDIDATES, live)
 
     def base(self, vector: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The best passages by the base encoder's passage vectors: rows and similarities."""
         rows, scores = [], []
         for segment, start in zip(self.segments, self.starts, strict=False):
-            alive = self.alive[start : start + len(segment)]
             if "base" in segment.indexes:
-                places = np.sort(_nearest(segment, "base", vector))
-                places = places[alive[places]]
+                places = np.sort(self._nearest(segment, int(start), "base", vector))
             else:
-                places = np.flatnonzero(alive)
+                places = np.flatnonzero(self.alive[start : start + len(segment)])
             rows.append(places + start)
             scores.append(_products(segment.vectors["base"], places, vector))
         found, values = np.concatenate(rows), np.concatenate(scores)
@@ -208,16 +217,6 @@ def _best_sentences(segment: Segment, places: np.ndarray, vector: np.ndarray) ->
     return best_of_groups(vector[None], sentences, offsets)[0].numpy()
 
 
-def _nearest(segment: Segment, side: str, vector: np.ndarray) -> np.ndarray:
-    """Rows of the ``CANDIDATES`` nearest vectors, in any order."""
-    index = segment.indexes.get(side)
-    if index is None:
-        scores = segment.vectors[side] @ vector
-        return np.argpartition(scores, -min(CANDIDATES, len(scores)))[-CANDIDATES:]
-    _, found = index.search(vector[None], min(CANDIDATES, len(segment.vectors[side])))
-    return found[0][found[0] >= 0]
-
-
 def _best(scores: np.ndarray, k: int) -> np.ndarray:
     """Rows of the k highest scores above 0, in any order."""
     if k < len(scores):
@@ -227,6 +226,27 @@ def _best(scores: np.ndarray, k: int) -> np.ndarray:
     return rows[scores[rows] > 0]
 
 
+def open_index(run: Path) -> tuple[Manifest, Index]:
+    """The index of a run, which a writer may replace meanwhile.
+
+    Raises:
+        RefineFastError: if the run has none, or a damaged one.
+    """
+    folder = IndexFolder(run)
+    while True:
+        manifest = folder.manifest()
+        if manifest is None:
+            raise RefineFastError(
+                f"{run} has no index; make one: refine-fast index {as_argument(run)}."
+            )
+        try:
+            return manifest, Index.open(folder, manifest)
+        except RefineFastError:
+            if folder.manifest() == manifest:
+                raise
+            # A writer has replaced the index since index.json was read.
+
+
 class Searcher:
     """The index of a run with its encoders."""
 
@@ -234,26 +254,11 @@ class Searcher:
         """Opens the index of a run.
 
         Raises:
-            RefineFastError: if the run has none.
+            RefineFastError: if the run has none, or a damaged one.
         """
         self.run = run
-        self._folder = IndexFolder(run)
         self._encoders = encoders
-        self.manifest, self.index = self._open()
-
-    def _open(self) -> tuple[Manifest, Index]:
-        while True:
-            manifest = self._folder.manifest()
-            if manifest is None:
-                raise RefineFastError(
-                    f"{self.run} has no index; make one: refine-fast index {as_argument(self.run)}."
-                )
-            try:
-                return manifest, Index.open(self._folder, manifest)
-            except RefineFastError:
-                if self._folder.manifest() == manifest:
-                    raise
-                # A writer has replaced the index since index.json was read.
+        self.manifest, self.index = open_index(run)
 
     def refresh(self) -> None:
         """Opens the index anew if a writer has added, changed or removed documents.
@@ -261,12 +266,12 @@ class Searcher:
         Raises:
             RefineFastError: if the index was built anew under another encoder.
         """
-        manifest = self._folder.manifest()
+        manifest = IndexFolder(self.run).manifest()
         if manifest is None or manifest == self.manifest:
             return
         if manifest.key != self.manifest.key:
             raise RefineFastError(f"{self.run}: the index was rebuilt; start the command again.")
-        self.manifest, self.index = self._open()
+        self.manifest, self.index = open_index(self.run)
 
     @property
     def blend(self) -> Blend:

@@ -159,11 +159,11 @@ class Segment:
         total, *second = np.load(self.folder / f"moments-{side}.npy")
         return Moments(len(self), total, np.array(second))
 
-    def ids(self) -> list[str]:
-        """The chunk id of every passage."""
+    def column(self, name: str) -> list[Any]:
+        """One field of the chunk of every passage."""
         with readable(self.folder):
-            ids: list[str] = self._passages.read_all().column("id").to_pylist()
-        return ids
+            values: list[Any] = self._passages.read_all().column(name).to_pylist()
+        return values
 
     def sentences(self, row: int) -> Spans:
         """Where the sentences of a passage are in its text."""

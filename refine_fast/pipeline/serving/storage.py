@@ -10,6 +10,7 @@ old index or the new. What it does not name is deleted by the next writer.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,15 +38,17 @@ class Manifest:
     segments: tuple[str, ...]
     """Names, the run's own passages first, then added ones."""
     dead: str | None = None
-    edited: tuple[str, ...] = ()
-    """Ids of the documents that were added, changed or removed."""
+    edited: dict[str, str | None] = field(default_factory=dict)
+    """Ids of the documents that were added, changed or removed, with a digest of what the run had
+    of each at that time; None: not known."""
     blend: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Names a damaged index in place of what numpy, Arrow or faiss raise while they read it.
+    """Names an index that is damaged, or that cannot be read for want of permission, memory or the
+    like, in place of what numpy, Arrow or faiss raise while they read it.
 
     Args:
         path: a file or a segment in the folder of the index.
@@ -56,6 +59,11 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise RefineFastError(
+                f"index: {path} cannot be read ({error.strerror or error}); fix this and run the "
+                "same command again."
+            ) from None
         reason = " ".join(str(error).split())[:200]
         raise RefineFastError(
             f"index: {path} is damaged ({type(error).__name__}: {reason}); delete {path.parent}, "
@@ -85,8 +93,11 @@ class IndexFolder:
                 f"delete it and run refine-fast index {as_argument(self.path.parent)}."
             )
         with readable(self.path / "index.json"):
-            lists = {name: tuple(found[name]) for name in ("segments", "edited")}
-            return Manifest(**{**found, **lists})
+            edited = found["edited"]
+            if isinstance(edited, list):  # as it was before digests were kept
+                edited = dict.fromkeys(edited)
+            values = {"segments": tuple(found["segments"]), "edited": dict(edited)}
+            return Manifest(**{**found, **values})
 
     @contextmanager
     def new_segment(self) -> Iterator[Path]:

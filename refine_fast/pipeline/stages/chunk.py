@@ -105,6 +105,7 @@ def read_documents(
     docs: Path | None,
     *,
     exclude: Sequence[Path] = (),
+    root: Path | None = None,
     spread: Spread | None = None,
 ) -> list[Document]:
     """The documents at ``docs``, read with the run's encoding and columns.
@@ -113,11 +114,12 @@ def read_documents(
         context: of the run.
         docs: as ``--docs``; None: Python's language reference.
         exclude: files there that are no documents.
+        root: as for ``Reading``.
         spread: the workers; None: this process.
     """
     config = context.config
     columns = Columns(config.text_column, config.title_column, config.id_column)
-    reading = Reading(config.encoding, columns, exclude=exclude, say=context.console.say)
+    reading = Reading(config.encoding, columns, exclude, root, context.console.say)
     with context.console.progress("reading documents") as progress:
         return load_documents(docs, progress, reading=reading, spread=spread)
 

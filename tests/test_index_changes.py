@@ -1,0 +1,167 @@
+"""Documents that are added to an index, replaced in it and removed from it, without an encoder."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.progress import Progress
+from refine_fast.pipeline.serving.build import Builder
+from refine_fast.pipeline.serving.encoders import Encoders, Side
+from refine_fast.pipeline.serving.search import Index
+from refine_fast.pipeline.serving.storage import IndexFolder
+
+
+@dataclass(frozen=True)
+class Random(Encoders):
+    """Vectors by the texts' checksums."""
+
+    def documents(
+        self,
+        side: Side,
+        texts: Sequence[str],
+        *,
+        out: Path | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        seeds = (zlib.crc32(text.encode()) for text in texts)
+        vectors = [np.random.default_rng(seed).standard_normal(8, np.float32) for seed in seeds]
+        if out is not None:
+            np.save(out, np.stack(vectors))
+        return np.stack(vectors)
+
+
+@contextmanager
+def silent(_: str) -> Iterator[Progress]:
+    yield lambda done, total: None
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def builder(tmp_path: Path, said: list[str]) -> Builder:
+    return Builder(IndexFolder(tmp_path), Random({"product": tmp_path}), silent, said.append)
+
+
+def document(id: str, *texts: str) -> list[Chunk]:
+    """The chunks of a document with these parts."""
+    ids = [f"{id}#{number}" for number in range(len(texts))] if len(texts) > 1 else [id]
+    starts = np.cumsum([0, *(len(text) + 1 for text in texts)]).tolist()
+    return [
+        Chunk(own, text, "", id, start, start + len(text))
+        for own, text, start in zip(ids, texts, starts, strict=False)
+    ]
+
+
+def live(builder: Builder) -> dict[str, str]:
+    """Chunk id -> text, of what can be found; and it has the vectors of its text."""
+    manifest = builder.folder.manifest()
+    assert manifest is not None
+    index = Index.open(builder.folder, manifest)
+    rows = np.flatnonzero(index.alive)
+    chunks = [index.chunk(int(row)) for row in rows]
+    vectors = np.concatenate([segment.vectors["product"] for segment in index.segments])[rows]
+    expected = builder.encoders.documents("product", [chunk.passage for chunk in chunks])
+    np.testing.assert_array_equal(vectors, expected)
+    found = {chunk.id: chunk.text for chunk in chunks}
+    assert len(found) == len(chunks)
+    return found
+
+
+def kinds(builder: Builder) -> list[str]:
+    """Of the passage indexes of every segment."""
+    manifest = builder.folder.manifest()
+    assert manifest is not None
+    facts = [
+        json.loads((builder.folder.path / name / "segment.json").read_text())
+        for name in manifest.segments
+    ]
+    return [about["indexes"]["product"]["kind"] for about in facts]
+
+
+def test_added_documents_get_the_kind_of_index_that_was_asked_for(builder: Builder) -> None:
+    manifest = builder.build(document("a", "first", "second"), [], {}, "hnsw")
+    for number in range(10):  # some of them are merged
+        added = document(f"b{number}", f"text {number}")
+        manifest = builder.change(manifest, added, [added[0].id], [], "hnsw")
+        assert set(kinds(builder)) == {"hnsw"}
+    assert len(live(builder)) == 12
+
+
+def test_an_id_with_a_number_sign_is_no_part_of_another_document(builder: Builder) -> None:
+    """And the parts of a document are, also where the first is gone as a duplicate."""
+    issues = [document(f"INC#{number}", f"issue {number}")[0] for number in (0, 7, 1001)]
+    pages = [*document("page", "a template", "one", "two")[1:], *document("other", "x")]
+    manifest = builder.build([*issues[1:], *pages], [], {})
+    with pytest.raises(RefineFastError, match=r"'INC' is in the index; .* such as 'INC#7'"):
+        builder.change(manifest, [], [], ["INC"])
+    manifest = builder.change(manifest, document("INC#7", "changed"), ["INC#7"], [])
+    manifest = builder.change(manifest, issues[:1], ["INC#0"], ["page"])
+    expected = {"INC#0": "issue 0", "INC#7": "changed", "INC#1001": "issue 1001", "other": "x"}
+    assert live(builder) == expected
+    builder.build([*issues[1:], *pages], [], {})
+    assert live(builder) == expected
+
+
+def test_how_many_documents_are_replaced_is_said(builder: Builder, said: list[str]) -> None:
+    manifest = builder.build([*document("a", "one", "two"), *document("b", "three")], [], {})
+    added = [*document("a", "other"), *document("c", "new"), *document("d", "new too")]
+    builder.change(manifest, added, ["a", "c", "d"], ["b"])
+    assert said == ["1 documents are replaced, 2 are new"]
+
+
+def test_the_run_counts_again_where_it_changed(builder: Builder, said: list[str]) -> None:
+    """Its documents that were replaced, removed, or added before it had them; not for a cut."""
+    run = [*document("a", "one", "two"), *document("b", "three"), *document("c", "four")]
+    own, new = document("a", "edited"), document("n", "new", "and newer")
+    manifest = builder.build(run, [], {})
+    manifest = builder.change(manifest, [*own, *new], ["a", "n"], ["b"])
+    builder.change(manifest, own, ["a"], [])  # once more
+    edited = {"a": "edited", "n#0": "new", "n#1": "and newer", "c": "four"}
+    said.clear()
+    builder.build([*document("a", "one - two"), *run[2:]], [], {})
+    assert live(builder) == edited
+    assert said == []
+
+    changed = [*document("a", "one", "three"), *document("b", "three"), *document("c", "five")]
+    builder.build(changed, [], {})
+    assert live(builder) == {
+        "a#0": "one",
+        "a#1": "three",
+        "c": "five",
+        "n#0": "new",
+        "n#1": "and newer",
+    }
+    assert len(said) == 1
+    assert said[0].endswith("for 1 documents, because they changed in the run: 'a'")
+    builder.build([*document("b", "six"), *document("n", "of the run")], [], {})
+    assert live(builder) == {"b": "six", "n": "of the run"}
+    assert said[1].endswith("for 2 documents, because they changed in the run: 'b', 'n'")
+
+
+def test_an_index_without_the_digests_of_its_changes(builder: Builder, said: list[str]) -> None:
+    """As earlier versions wrote it: the changes stay, until the run changes from now on."""
+    run = [*document("a", "one"), *document("b", "two")]
+    manifest = builder.build(run, [], {})
+    builder.change(manifest, document("a", "edited"), ["a"], [])
+    path = builder.folder.path / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "edited": ["a"]}))
+    said.clear()
+    builder.build(run, [], {})
+    builder.build(run, [], {})
+    assert live(builder) == {"a": "edited", "b": "two"}
+    assert said == []
+    builder.build([*document("a", "three"), *document("b", "two")], [], {})
+    assert live(builder) == {"a": "three", "b": "two"}
