@@ -213,8 +213,10 @@ class RunContext:
         is better."""
         if not isinstance(self.config.distill, str):
             return self.config.distill
-        made = self.config.queries is None and self.config.made_kinds and not self.written_beforehand
-        return 0.5 if made or self.config.teacher is not None else 0.0
+        if self.config.teacher is not None:
+            return 0.5
+        given = self.config.queries is not None or self.written_beforehand
+        return 0.0 if given or not self.config.made_kinds else 0.5
 
     def similar_batches(self, distill: float) -> bool:
         """Whether queries with similar documents share batches, at a share of the teachers.
