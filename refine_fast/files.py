@@ -33,16 +33,19 @@ def atomic(path: Path, writer: str = "") -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """``atomic`` for a folder: yields an empty one next to ``path``, which then replaces it."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """``atomic`` for a folder: yields an empty one next to ``path``, which then replaces it. A kill
+    leaves the old one or the new one, at the worst the old one under the name ``.NAME.old``."""
+    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         fsync_all(temporary)
         if path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
         os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

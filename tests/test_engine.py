@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from refine_fast.errors import RefineFastError
-from refine_fast.files import atomic
+from refine_fast.files import atomic, atomic_folder
 from refine_fast.pipeline import engine
 from refine_fast.pipeline.artifacts import stage_costs
 from refine_fast.pipeline.cluster.shards import FolderShards
@@ -306,6 +306,28 @@ def test_two_writers_of_one_shard(tmp_path: Path) -> None:
         assert path is not None
         assert path.read_text() == "same"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["000000", "000000.json"]
+
+
+def test_a_killed_replacement_of_a_folder_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(text: str) -> None:
+        with atomic_folder(tmp_path / "folder") as temporary:
+            (temporary / "file").write_text(text)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write("old")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write("new")
+    assert [path.read_text() for path in tmp_path.rglob("file")] == ["old"]
+    for text in ("new", "newer"):
+        write(text)
+        assert [path.read_text() for path in tmp_path.rglob("file")] == [text]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_atomic_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -17,9 +17,13 @@ from .text import passage_text
 
 def is_beir(path: Path, split: str = "test") -> bool:
     """Whether ``path`` is a retrieval set in BEIR layout that has this split."""
-    return (path / "qrels" / f"{split}.tsv").is_file() and any(
-        (path / f"corpus.jsonl{gz}").is_file() for gz in ("", ".gz")
-    )
+    return (path / "qrels" / f"{split}.tsv").is_file() and beir_file(path, "corpus") is not None
+
+
+def beir_file(folder: Path, stem: str) -> Path | None:
+    """``stem``.jsonl[.gz] in a folder, the plain one if there are both."""
+    names = (folder / f"{stem}.jsonl{packed}" for packed in ("", ".gz"))
+    return next((path for path in names if path.is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,7 @@ def load_beir(folder: Path, split: str = "test") -> RetrievalSet:
 
 def _texts(folder: Path, stem: str) -> dict[str, tuple[str, str]]:
     """_id -> title and text of a passage or query of ``stem``.jsonl[.gz]."""
-    candidates = (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz")
-    path = next((path for path in candidates if path.is_file()), None)
+    path = beir_file(folder, stem)
     if path is None:
         raise RefineFastError(
             f"{folder} has no {stem}.jsonl or {stem}.jsonl.gz; give a folder in BEIR layout."

@@ -91,7 +91,7 @@ class RowReader:
         elif not {"_id", "id"} & set(names):
             # "doc_id" too may be that of the document that several rows are parts of
             id = named([name for name in others if name != title], ID_NAMES)
-            own = id is not None and _distinct(rows, id, (text, title))
+            own = id is not None and _distinct(rows, id, [text, title or text])
             self._ids = (id,) if id is not None and own else ()
         self._text = text
         self._title = title
@@ -128,7 +128,7 @@ def named(names: Sequence[str], known: Sequence[str]) -> str | None:
     return next((plain[name] for name in known if name in plain), None)
 
 
-def _distinct(rows: Sequence[dict[str, Any]], id: str, others: Sequence[str | None]) -> bool:
+def _distinct(rows: Sequence[dict[str, Any]], id: str, others: Sequence[str]) -> bool:
     """Whether each row has an id, its own or that of a row with the same ``others``."""
     values = [row.get(id) for row in rows]
     different = {tuple(str(row.get(name)) for name in (id, *others)) for row in rows}

@@ -16,6 +16,7 @@ from ...errors import RefineFastError, RefineFastWarning
 from ...files import name_of, walk
 from ..progress import Progress
 from ..workers import Spread
+from .beir import beir_file
 from .columns import SAMPLE_ROWS, STANDARD_IDS, Columns, Fields, RowReader
 from .extraction import Extracted, extract_in_shards
 from .formats import files, tables
@@ -129,8 +130,7 @@ def _is_dataset(folder: Path) -> bool:
 
 def beir_corpus(folder: Path) -> Path | None:
     """The file of the passages if the folder is in BEIR layout."""
-    names = (folder / f"corpus.jsonl{packed}" for packed in ("", ".gz"))
-    return next((path for path in names if path.is_file()), None)
+    return beir_file(folder, "corpus")
 
 
 def _warn_of_others(corpus: Path) -> None:

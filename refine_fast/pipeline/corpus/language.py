@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import regex
+
+if TYPE_CHECKING:
+    from py3langid.langid import LanguageIdentifier
 
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 200, 500
 """Texts that are looked at, spread evenly, and how much of each."""
@@ -80,12 +84,21 @@ def _main(scripts: Counter[str | None]) -> str:
     return str(scripts.most_common(1)[0][0]) if scripts else "Latin"
 
 
+def identifier() -> LanguageIdentifier:
+    """py3langid's own model, read anew: it takes 74 MB, which training needs more.
+
+    Raises:
+        ImportError: if py3langid is not installed.
+    """
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
 def _identified(sample: Sequence[str]) -> Counter[str]:
     """Language -> texts that py3langid is sure of; empty if it is not installed."""
     try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+        answers = map(identifier().classify, sample)
     except ImportError:
         return Counter()
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    answers = map(identifier.classify, sample)
     return Counter(name for name, certainty in answers if certainty >= MIN_CERTAINTY)

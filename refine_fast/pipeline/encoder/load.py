@@ -122,11 +122,12 @@ def load_encoder(
             else:
                 model = SentenceTransformer(str(folder), device=device().type, **options)
     except Exception as error:
-        raise RefineFastError(f"model: {_why_not_loaded(folder, error)}") from None
+        raise RefineFastError(f"model: {why_not_loaded(folder, error, 'an encoder')}") from None
     return model if isinstance(dtype, str) else model.to(dtype)  # not only the transformer
 
 
-def _why_not_loaded(folder: Path, error: Exception) -> str:
+def why_not_loaded(folder: Path, error: Exception, kind: str) -> str:
+    """The reason, and what to do about it. kind: what was expected, such as "an encoder"."""
     reason = " ".join(str(error).split())[:200]
     if "trust_remote_code" in str(error):
         files = sorted(path.name for path in folder.rglob("*.py")) or ["code from the hub"]
@@ -136,7 +137,7 @@ def _why_not_loaded(folder: Path, error: Exception) -> str:
         )
     if isinstance(error, ImportError) and "peft" in str(error):
         return f"{folder} is a LoRA adapter; pip install 'refine-fast[lora]' to merge it."
-    return f"{folder} cannot be loaded as an encoder ({reason}); give the folder of an encoder."
+    return f"{folder} cannot be loaded as {kind} ({reason}); give the folder of {kind}."
 
 
 def document_tokenizer(model: SentenceTransformer) -> PreTrainedTokenizerBase:

@@ -18,7 +18,7 @@ import torch
 from ...errors import RefineFastError
 from ...files import atomic
 from ..encoder.encode import has_fast_bf16
-from ..encoder.load import device, is_cross_encoder
+from ..encoder.load import device, is_cross_encoder, why_not_loaded
 from ..progress import Progress
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def load_cross_encoder(folder: Path, *, trust_remote_code: bool = False) -> Cros
                 model_kwargs={"dtype": torch.float32},
             )
     except Exception as error:
-        raise RefineFastError(f"teacher: {_why_not_loaded(folder, error)}") from None
+        raise RefineFastError(
+            f"teacher: {why_not_loaded(folder, error, 'a cross-encoder')}"
+        ) from None
     if model.num_labels != 1:
         raise RefineFastError(
             f"teacher: {folder} must have 1 label (got {model.num_labels}); "
@@ -166,15 +168,6 @@ def logits_of(
         if progress is not None:
             progress(start + len(block), len(pairs))
     return np.asarray(logits)
-
-
-def _why_not_loaded(folder: Path, error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return f"{folder} brings its own Python code; review it, then add --trust-remote-code yes."
-    return (
-        f"{folder} cannot be loaded as a cross-encoder ({_short(error)}); "
-        "give the folder of a cross-encoder."
-    )
 
 
 def _short(error: Exception) -> str:

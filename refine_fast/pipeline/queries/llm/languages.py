@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from importlib import resources
 
 import regex
 
+from ...corpus.language import identifier
 from ...corpus.text import normalized_words
 
 PASSAGE_CERTAIN = 0.8
@@ -72,14 +73,10 @@ def identify(text: str) -> Sequence[tuple[str, float]]:
 
     The first 1,000 characters decide.
     """
-    return _identifier()(text[:1000])
+    return _identifier().rank(text[:1000])
 
 
-@cache
-def _identifier() -> Callable[[str], list[tuple[str, float]]]:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).rank
+_identifier = cache(identifier)
 
 
 @cache
