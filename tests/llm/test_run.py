@@ -129,16 +129,8 @@ def test_chunks_without_a_reply_are_asked_again_by_the_same_command(
     endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    command = [
-        "queries",
-        str(docs),
-        "--out",
-        str(out),
-        "--llm",
-        endpoint.url,
-        "--llm-model",
-        "tiny",
-    ]
+    command = ["queries", str(docs), "--out", str(out), "--llm", endpoint.url]
+    command += ["--llm-model", "tiny"]
     endpoint.set(empty=0.5)
     assert main(command) == 0
     said = capsys.readouterr().err
@@ -147,8 +139,22 @@ def test_chunks_without_a_reply_are_asked_again_by_the_same_command(
     assert 0 < failed < 12
     endpoint.set(empty=0.0)
     assert main(command) == 0
-    assert f"query: {failed} chunks without a reply" in capsys.readouterr().err
+    assert f"query: {failed} requests without a reply" in capsys.readouterr().err
     assert json.loads((out / "llm.json").read_text())["failed"] == 0
+    assert main(command) == 0
+    assert "query: up to date" in capsys.readouterr().err
+
+
+def test_what_the_server_rejects_for_good_leaves_the_stage_finished(
+    endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.set(flagged="Harbour 3 ", flag={"message": "your input was flagged"})
+    command = ["queries", str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url]
+    command += ["--llm-model", "tiny"]
+    assert main(command) == 0
+    assert "asked again they would fail again" in capsys.readouterr().err
+    account = json.loads((tmp_path / "run" / "llm.json").read_text())
+    assert (account["replied"], account["failed"], account["rejected"]) == (11, 1, 1)
     assert main(command) == 0
     assert "query: up to date" in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from ..encoder.encode import encode
 from ..encoder.load import load_encoder
 from ..queries.llm import Account, generate_queries
 from ..queries.query import Query
-from .llm_calls import calls_shown, show_missing, spent_in_words
+from .llm_calls import calls_shown, show_missing, spent_in_words, to_ask_again
 from .query import made_queries, write_split
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ def run(context: RunContext, folder: Path) -> None:
 
 
 def unanswered(context: RunContext) -> list[str]:
-    """Why the stage must run again although its inputs are unchanged: chunks without a reply."""
-    failed = (read_json(context.path(ACCOUNT)) or {}).get("failed", 0)
-    return [f"{failed} chunks without a reply"] if failed else []
+    """Why the stage must run again although its inputs are unchanged: requests without a
+    reply."""
+    failed = to_ask_again(read_json(context.path(ACCOUNT)) or {})
+    return [f"{failed} requests without a reply"] if failed else []
 
 
 def _ask(context: RunContext, chunks: list[Chunk]) -> tuple[list[Query], Account]:
