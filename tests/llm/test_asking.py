@@ -275,7 +275,11 @@ def test_judge_and_round_trip(endpoint: Endpoint, chunks: list[Chunk], tmp_path:
         some, endpoint.settings(judge=True, max_calls=20), tmp_path / "c.jsonl"
     )[1]
     assert (account.kept, account.unjudged, account.stopped) == (20, 20, "max_calls")
-    endpoint.set(verdict=[])
+    endpoint.set(flagged="Queries:", flag={"message": "your input was flagged"})
+    refused = endpoint.settings(judge=True, models=("strict",))
+    account = generate_queries(some, refused, tmp_path / "d.jsonl")[1]
+    assert (account.replied, account.failed, account.rejected, account.unjudged) == (20,) * 4
+    endpoint.set(verdict=[], flagged="")
     asked = generate_queries(
         some, endpoint.settings(judge=True, models=("other",)), tmp_path / "b.jsonl"
     )[1]

@@ -388,6 +388,14 @@ REPLIES = {
         [],
         {"wrong language": 1},
     ),
+    "a key a kind": (
+        json.dumps({"question": A, "keywords": OIL, "claim": LIT, "answer": "1908"}),
+        "json",
+        [A, OIL, LIT],
+        {},
+    ),
+    "an object a kind": (json.dumps([{"question": A}, {"claim": LIT}]), "json", [A, LIT], {}),
+    "quoted lines": (f'Q1: "{A}"\nQ2: "{B}"', "lines", [A, B], {}),
     "half a surrogate pair": (
         '["\\ud83d\\ude80 \\ud83d What fuel did the old lamp use?"]',
         "json",
@@ -419,6 +427,13 @@ def test_the_last_line_of_a_reply_that_was_cut() -> None:
     assert accepted.dropped == {"cut off": 1}
 
 
+@pytest.mark.parametrize("end", ['"What is \\"rape oil', '{"kind": "quest', '{"text": "'])
+def test_the_last_text_of_a_reply_that_was_cut(end: str) -> None:
+    """Within an escape's text, within another field, before its first letter."""
+    parsed = parse_queries(f'{{"queries": ["{A}", {end}', cut=True)
+    assert [candidate.text for candidate in parsed.candidates] == [A]
+
+
 @pytest.mark.parametrize(
     ("reply", "numbers"),
     [
@@ -426,6 +441,9 @@ def test_the_last_line_of_a_reply_that_was_cut() -> None:
         ('```json\n{"answerable": ["2"]}\n```', [2]),
         ('{"answerable": []}', []),
         ("[1]", [1]),
+        ("```json\n[1, 3]\n```", [1, 3]),
+        ("These pass: [1, 3]", [1, 3]),
+        ("[1] passes, [2] fails", None),
         ("Queries 1 and 2 pass.", None),
         ("", None),
     ],

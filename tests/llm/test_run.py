@@ -17,11 +17,14 @@ import pytest
 from retrieval_sets import SMALL, folder_of, pairs, texts
 
 from refine_fast.cli import main
+from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.config import RunConfig
 from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.queries.llm import LLMSettings, generate_queries
 from refine_fast.pipeline.queries.llm.generate import query_requests
 from refine_fast.pipeline.queries.llm.local_speed import SAMPLE, local_speed
+from refine_fast.pipeline.stages import llm_query
 
 Endpoint = Any  # conftest's
 
@@ -129,16 +132,8 @@ def test_chunks_without_a_reply_are_asked_again_by_the_same_command(
     endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    command = [
-        "queries",
-        str(docs),
-        "--out",
-        str(out),
-        "--llm",
-        endpoint.url,
-        "--llm-model",
-        "tiny",
-    ]
+    command = ["queries", str(docs), "--out", str(out), "--llm", endpoint.url]
+    command += ["--llm-model", "tiny"]
     endpoint.set(empty=0.5)
     assert main(command) == 0
     said = capsys.readouterr().err
@@ -147,28 +142,54 @@ def test_chunks_without_a_reply_are_asked_again_by_the_same_command(
     assert 0 < failed < 12
     endpoint.set(empty=0.0)
     assert main(command) == 0
-    assert f"query: {failed} chunks without a reply" in capsys.readouterr().err
+    assert f"query: {failed} requests without a reply" in capsys.readouterr().err
     assert json.loads((out / "llm.json").read_text())["failed"] == 0
     assert main(command) == 0
     assert "query: up to date" in capsys.readouterr().err
+
+
+def test_what_the_server_rejects_for_good_leaves_the_stage_finished(
+    endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.set(flagged="Harbour 3 ", flag={"message": "your input was flagged"})
+    command = ["queries", str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url]
+    command += ["--llm-model", "tiny"]
+    assert main(command) == 0
+    assert "asked again they would fail again" in capsys.readouterr().err
+    account = json.loads((tmp_path / "run" / "llm.json").read_text())
+    assert (account["replied"], account["failed"], account["rejected"]) == (11, 1, 1)
+    assert main(command) == 0
+    assert "query: up to date" in capsys.readouterr().err
+
+
+def test_a_start_that_failed_leaves_the_embeddings_to_the_next(
+    endpoint: Endpoint, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+
+    def counted(model: Any, texts: list[str], **how: Any) -> Any:
+        encoded.append(len(texts))
+        return encode(model, texts, **how)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RefineFastError("the server is gone")
+
+    monkeypatch.setattr(llm_query, "encode", counted)
+    command = ["queries", str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url]
+    command += ["--llm-model", "tiny", "--max-calls", "5"]
+    with monkeypatch.context() as patched:
+        patched.setattr(llm_query, "generate_queries", fail)
+        assert main(command) == 2
+    assert main(command) == 0
+    assert encoded == [12]
 
 
 def test_ctrl_c_says_what_is_kept(
     endpoint: Endpoint, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replies = tmp_path / "run" / "replies.jsonl"
-    command = [
-        "queries",
-        str(docs),
-        "--out",
-        str(tmp_path / "run"),
-        "--llm",
-        endpoint.url,
-        "--llm-model",
-        "tiny",
-        "--llm-concurrency",
-        "1",
-    ]
+    command = ["queries", str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url]
+    command += ["--llm-model", "tiny", "--llm-concurrency", "1"]
 
     def stop() -> None:
         # The trial's reply and those to three chunks.
@@ -418,17 +439,8 @@ def test_the_key_is_nowhere(
     key = f"sk-{uuid.uuid4().hex}"
     monkeypatch.setenv("MY_KEY", f"{key}\n")  # as from a file; the line break is no part of it
     out = tmp_path / "run"
-    command = [
-        "queries",
-        str(docs),
-        "--out",
-        str(out),
-        "--llm",
-        endpoint.url,
-        "--llm-key-env",
-        "MY_KEY",
-        "--llm-model",
-    ]
+    command = ["queries", str(docs), "--out", str(out), "--llm", endpoint.url]
+    command += ["--llm-key-env", "MY_KEY", "--llm-model"]
     assert main([*command, "tiny"]) == 0
     endpoint.set(status=401)
     assert main([*command, "another"]) == 2

@@ -51,6 +51,11 @@ def spent_in_words(account: Mapping[str, Any]) -> str:
     )
 
 
+def to_ask_again(account: Mapping[str, Any]) -> int:
+    """How many requests without a reply another run may get one for."""
+    return int(account.get("failed", 0)) - int(account.get("rejected", 0))
+
+
 def show_missing(
     console: Console, account: Account | GradingAccount, *, asked: str, done: str, lack: str
 ) -> None:
@@ -69,9 +74,14 @@ def show_missing(
         )
     if account.failures:
         reason, count = next(iter(account.failures.items()))
+        again = account.failed - account.rejected
         warnings.warn(
             f"{account.failed} {asked} got no {lack} (most often, {count} times: {reason}); "
-            "the next run asks for them again.",
+            + (
+                f"the next run asks for {again} of them again."
+                if again
+                else "asked again they would fail again."
+            ),
             RefineFastWarning,
             stacklevel=3,
         )

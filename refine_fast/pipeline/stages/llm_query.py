@@ -16,7 +16,7 @@ from ..encoder.encode import encode
 from ..encoder.load import load_encoder
 from ..queries.llm import Account, generate_queries
 from ..queries.query import Query
-from .llm_calls import calls_shown, show_missing, spent_in_words
+from .llm_calls import calls_shown, show_missing, spent_in_words, to_ask_again
 from .query import made_queries, write_split
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def run(context: RunContext, folder: Path) -> None:
     """Writes the split queries, and the account of calls, tokens, cost and drops."""
     chunks = read_records(context.path(CHUNKS), Chunk)
-    queries, account = _ask(context, chunks)
+    queries, account = _ask(context, chunks, folder)
     write_json(folder / ACCOUNT, account.to_dict())
     if kinds := context.config.made_kinds:
         queries += made_queries(context, chunks, kinds)
@@ -34,28 +34,35 @@ def run(context: RunContext, folder: Path) -> None:
 
 
 def unanswered(context: RunContext) -> list[str]:
-    """Why the stage must run again although its inputs are unchanged: chunks without a reply."""
-    failed = (read_json(context.path(ACCOUNT)) or {}).get("failed", 0)
-    return [f"{failed} chunks without a reply"] if failed else []
+    """Why the stage must run again although its inputs are unchanged: requests without a
+    reply."""
+    failed = to_ask_again(read_json(context.path(ACCOUNT)) or {})
+    return [f"{failed} requests without a reply"] if failed else []
 
 
-def _ask(context: RunContext, chunks: list[Chunk]) -> tuple[list[Query], Account]:
-    """Asks the model. The encoder is loaded only if a limit or a filter needs it."""
+def _ask(context: RunContext, chunks: list[Chunk], folder: Path) -> tuple[list[Query], Account]:
+    """Asks the model. The encoder is loaded only if a limit or a filter needs it; the chunks'
+    embeddings stay in the stage's folder until it is finished."""
     settings = context.config.llm_settings()
     assert settings is not None
     console = context.console
 
-    def embed(texts: list[str], role: Literal["query", "document"]) -> np.ndarray:
+    def embed(
+        texts: list[str], role: Literal["query", "document"], out: Path | None = None
+    ) -> np.ndarray:
         model = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
         with console.progress(f"embedding {len(texts):,} texts") as advance:
-            return encode(model, texts, role=role, bf16=context.bf16, progress=advance)
+            return encode(model, texts, role=role, bf16=context.bf16, out=out, progress=advance)
 
     limited = any(
         limit is not None for limit in (settings.max_calls, settings.max_tokens, settings.max_cost)
     )
     embeddings = None
     if limited or settings.round_trip:
-        embeddings = embed([chunk.passage for chunk in chunks], "document")
+        passages = folder / "passages.npy"
+        if not passages.exists():
+            embed([chunk.passage for chunk in chunks], "document", passages)
+        embeddings = np.load(passages, mmap_mode="r")
     with calls_shown(console, settings, "asking the model") as watch:
         queries, account = generate_queries(
             chunks,

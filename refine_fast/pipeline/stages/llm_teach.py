@@ -10,7 +10,7 @@ from ...files import read_json, write_json
 from ..artifacts import REPLIES, TEACHING_FACTS, to_judge, write_taught
 from ..corpus.chunk import Chunk
 from ..queries.llm import Candidates, GradingAccount, grade_passages
-from .llm_calls import calls_shown, show_missing, spent_in_words
+from .llm_calls import calls_shown, show_missing, spent_in_words, to_ask_again
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -46,7 +46,7 @@ def run(context: RunContext, folder: Path) -> None:
 def unanswered(context: RunContext) -> list[str]:
     """Why the stage must run again although its inputs are unchanged: queries without a reply."""
     facts = read_json(context.path(TEACHING_FACTS)) or {}
-    failed = facts.get("grading", {}).get("failed", 0)
+    failed = to_ask_again(facts.get("grading", {}))
     return [f"{failed} queries without a reply"] if failed else []
 
 

@@ -34,6 +34,8 @@ class CallProgress:
     """Replies, ``reused`` of which were there before."""
     reused: int
     failed: int = 0
+    rejected: int = 0
+    """Of those failed, the requests that cannot succeed."""
     calls: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
@@ -226,11 +228,12 @@ class _Dispatcher:
     async def put(self, record: dict[str, Any]) -> None:
         """Stores and counts a record."""
         await self._store.append(record)
-        self._count("error" in record)
+        self._count("error" in record, record.get("rejected", False))
 
-    def _count(self, failed: bool) -> None:
+    def _count(self, failed: bool, rejected: bool) -> None:
         state, budget = self._state, self._budget
         state.failed += failed
+        state.rejected += rejected
         state.done += not failed
         state.calls = budget.calls
         state.tokens_in, state.tokens_out = budget.tokens_in, budget.tokens_out
@@ -277,7 +280,8 @@ class _Dispatcher:
             refused += outcome.kind == "busy"
             broken += outcome.kind != "busy"
             if outcome.kind == "wrong" or broken >= MAX_BROKEN or refused >= MAX_REFUSALS:
-                return _failure_record(task, str(outcome))
+                record = _failure_record(task, str(outcome))
+                return record | ({"rejected": True} if outcome.kind == "wrong" else {})
             await asyncio.sleep(delay(broken + refused - 1, outcome))
 
     async def _call(self, request: Request) -> tuple[Reply | Failure | None, str | None]:

@@ -44,6 +44,10 @@ class Account:
     replied: int = 0
     reused: int = 0
     failed: int = 0
+    """Requests of queries and of verdicts without a reply; those that a limit left out do not
+    count."""
+    rejected: int = 0
+    """Of those failed, the requests that cannot succeed: no reason to run the stage again."""
     stopped: str | None = None
     calls: int = 0
     tokens_in: int = 0
@@ -191,7 +195,8 @@ def generate_queries(
         form = run(send(missing, progress, settings, replies, holds_queries, watch))
         account = Account(settings.models, len(chunks), reused=reused)
         account.replied = sum(key in replies for key in keys)
-        account.failed, account.stopped = progress.failed, progress.stopped
+        account.failed, account.rejected = progress.failed, progress.rejected
+        account.stopped = progress.stopped
         account.seconds, account.replies_per_second = progress.seconds, progress.rate
         account.structured_output = form
         found = _candidates(chunks, keys, settings, replies, account)
@@ -344,6 +349,8 @@ async def _judged(
     progress = CallProgress(len(own), reused, reused)
     requests = (request(i) for i in missing)
     await send(requests, progress, settings, replies, _holds_verdicts, watch)
+    account.failed += progress.failed
+    account.rejected += progress.rejected
     account.stopped = account.stopped or progress.stopped
     verdicts: list[str | None] = [None] * len(found)
     for i, positions in own.items():

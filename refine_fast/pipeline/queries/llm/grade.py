@@ -58,6 +58,8 @@ class GradingAccount:
     """Queries with a reply that does not grade each passage."""
     failed: int = 0
     """Queries without a reply; those that a limit left out do not count."""
+    rejected: int = 0
+    """Of those failed, the ones whose request cannot succeed: no reason to run the stage again."""
     reused: int = 0
     stopped: str | None = None
     calls: int = 0
@@ -159,6 +161,7 @@ def grade_passages(
         len(asked),
         graded=sum(found is not None for found in grades),
         failed=progress.failed,
+        rejected=progress.rejected,
         reused=reused,
         stopped=progress.stopped,
         calls=spent.calls,

@@ -67,6 +67,16 @@ _CHAT_MARK = re.compile(
     re.IGNORECASE,
 )
 
+_NAMES_KIND = re.compile(r"(?:question|keyword|claim|how[-_ ]?to)s?", re.IGNORECASE)
+
+_QUOTE = re.compile(r'(?<!\\)(?:\\\\)*"')
+
+_NUMBERS = re.compile(r"\[[\d\s,]*\d[\d\s,]*\]")
+
+_REMAINS = re.compile(  # of JSON; Q1: "..." is none
+    r"\s*(?:(?!(?i:Q|Query|Question|Text)\s*\d*\s*:\s*\")[\"']?\w+[\"']?\s*:\s*[\[{\"]|[{\[](?!\d))"
+)
+
 _FENCE = re.compile(r"```\w*")
 
 _OPENING = re.compile(r"[{\[](?=\s*[\"'{\[\]}]|\s*$)")
@@ -138,16 +148,27 @@ def parse_queries(text: str, *, cut: bool = False) -> Parsed:
     text = strip_reasoning(text)
     for how, value in _json_candidates(text):
         candidates = _collect(value)
-        if candidates and text.endswith(candidates[-1].text):  # its quote was never closed
+        if candidates and _is_open(text, candidates[-1].text, cut):
             return Parsed(candidates[:-1], how, Counter({"cut off": 1}))
         if candidates or how == "schema":  # under the schema, an empty list is an answer
             return Parsed(candidates, how)
     return _lines(text, cut)
 
 
+def _is_open(text: str, last: str, cut: bool) -> bool:
+    """Whether the quote of the last candidate was never closed."""
+    if text.endswith(last):
+        return True
+    parts = _QUOTE.split(text)
+    rest = parts[-1].strip()
+    begins = rest.partition("\\")[0].strip()  # before the first escape
+    return cut and len(parts) % 2 == 0 and rest != "" and last.startswith(begins)
+
+
 def parse_numbers(text: str) -> list[int] | None:
     """The numbers under "answerable" in the judge's reply; None if there is no such list."""
-    for _, value in _json_candidates(strip_reasoning(text)):
+    text = strip_reasoning(text)
+    for _, value in _json_candidates(text):
         numbers = value.get("answerable") if isinstance(value, dict) else value
         if isinstance(numbers, list):
             return [
@@ -155,7 +176,8 @@ def parse_numbers(text: str) -> list[int] | None:
                 for n in numbers
                 if isinstance(n, int) or (isinstance(n, str) and n.strip().isdigit())
             ]
-    return None
+    lists = _NUMBERS.findall(text)  # in a fence, or after prose
+    return [int(n) for n in re.findall(r"\d+", lists[0])] if len(lists) == 1 else None
 
 
 def parse_grades(text: str, highest: int) -> dict[int, int]:
@@ -258,15 +280,20 @@ def _collect(value: Any, kind: str | None = None, depth: int = 0) -> list[Candid
         return [candidate for item in value for candidate in _collect(item, kind, depth + 1)]
     if not isinstance(value, dict):
         return []
-    kind = next((value[key] for key in _KIND_KEYS if isinstance(value.get(key), str)), kind)
-    for key in _TEXT_KEYS:
-        if isinstance(value.get(key), str):
+    stated = next((value[key] for key in _KIND_KEYS if isinstance(value.get(key), str)), None)
+    kind = stated or kind
+    for key in _TEXT_KEYS:  # "question" beside "claim" is one query of several
+        if isinstance(value.get(key), str) and (stated or not _NAMES_KIND.fullmatch(key)):
             return _collect(value[key], kind, depth + 1)
     return [
         candidate
         for key, item in value.items()
         if key not in _KIND_KEYS
-        and (isinstance(item, list | dict) or re.fullmatch(r"(?:[a-zA-Z]+[ _]?)?\d+", key))
+        and (
+            isinstance(item, list | dict)
+            or _NAMES_KIND.fullmatch(key)
+            or re.fullmatch(r"(?:[a-zA-Z]+[ _]?)?\d+", key)
+        )
         for candidate in _collect(
             item, kind if key == "queries" else kind or _singular(key), depth + 1
         )
@@ -288,11 +315,7 @@ def _lines(text: str, cut: bool) -> Parsed:
     """
     text = re.sub(r"(?<=\?)\s+(?=\(?\d{1,2}[.)]\s)", "\n", text)  # "1. ...? 2. ...?"
     rows = [row for row in text.splitlines() if re.search(r"[^\s`{}\[\]\",=]", row)]
-    rows = [
-        row
-        for row in rows
-        if not re.match(r"\s*(?:[\"']?\w+[\"']?\s*:\s*[\[{\"]|[{\[](?!\d))", row)
-    ]
+    rows = [row for row in rows if not _REMAINS.match(row)]
     listed = [row for row in rows if _marked(row) and not _HEADING.fullmatch(row)]
     outermost = min(map(_indent, listed), default=0)
     dropped: Counter[str] = Counter()
