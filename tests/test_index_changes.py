@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -78,6 +79,28 @@ def live(builder: Builder) -> dict[str, str]:
     found = {chunk.id: chunk.text for chunk in chunks}
     assert len(found) == len(chunks)
     return found
+
+
+def test_what_a_kill_left_is_gone_before_the_disk_is_needed(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = builder.build(document("a", "one"), [], {})
+    left = builder.folder.path / "s7"
+
+    def full(*_: object, **options: object) -> np.ndarray:
+        assert not left.exists()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Random, "documents", full)
+    changes = (
+        lambda: builder.build(document("a", "two"), [], {}),
+        lambda: builder.change(manifest, document("b", "two"), ["b"], []),
+    )
+    for change in changes:
+        left.mkdir()
+        with pytest.raises(OSError, match="No space left"):
+            change()
+        assert {item.name for item in builder.folder.path.iterdir()} == {"index.json", "s1"}
 
 
 def kinds(builder: Builder) -> list[str]:

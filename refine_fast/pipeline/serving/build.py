@@ -66,6 +66,7 @@ class Builder:
             RefineFastError: if no passage of the run is left.
         """
         old = self.folder.manifest()
+        self.folder.sweep(old)
         before = old.edited if old else {}
         versions = _versions(before, chunks)
         edited = {id: now for id, now in versions.items() if before[id] in (None, now)}
@@ -184,6 +185,7 @@ class Builder:
         Raises:
             RefineFastError: if a document to remove is not there.
         """
+        self.folder.sweep(manifest)
         index = Index.open(self.folder, manifest)
         replaced, removed = frozenset(replaced), frozenset(removed)
         ids, starts = index.column("id"), index.column("start")
