@@ -15,10 +15,13 @@ import pytest
 
 from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.corpus.sentences import sentence_texts
 from refine_fast.pipeline.progress import Progress
+from refine_fast.pipeline.serving import build
 from refine_fast.pipeline.serving.build import Builder
 from refine_fast.pipeline.serving.encoders import Encoders, Side
 from refine_fast.pipeline.serving.search import Index
+from refine_fast.pipeline.serving.segment import Segment
 from refine_fast.pipeline.serving.storage import IndexFolder
 
 
@@ -67,7 +70,7 @@ def document(id: str, *texts: str) -> list[Chunk]:
 
 
 def live(builder: Builder) -> dict[str, str]:
-    """Chunk id -> text, of what can be found; and it has the vectors of its text."""
+    """Chunk id -> text, of what can be found; and it has the vectors of its texts."""
     manifest = builder.folder.manifest()
     assert manifest is not None
     index = Index.open(builder.folder, manifest)
@@ -76,6 +79,11 @@ def live(builder: Builder) -> dict[str, str]:
     vectors = np.concatenate([segment.vectors["product"] for segment in index.segments])[rows]
     expected = builder.encoders.documents("product", [chunk.passage for chunk in chunks])
     np.testing.assert_array_equal(vectors, expected)
+    for row, chunk in zip(rows.tolist(), chunks, strict=True):
+        segment, place = index._place(row)
+        texts = sentence_texts([chunk], [segment.sentences(place)])
+        own = segment.vectors["sentences"][slice(*segment.offsets[place : place + 2])]
+        np.testing.assert_array_equal(own, builder.encoders.documents("product", texts))
     found = {chunk.id: chunk.text for chunk in chunks}
     assert len(found) == len(chunks)
     return found
@@ -188,3 +196,34 @@ def test_an_index_without_the_digests_of_its_changes(builder: Builder, said: lis
     assert said == []
     builder.build([*document("a", "three"), *document("b", "two")], [], {})
     assert live(builder) == {"a": "three", "b": "two"}
+
+
+def test_a_large_addition_is_not_copied_for_small_ones(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few segments stay, and what many small additions copy grows with n log n; in small tiles."""
+    monkeypatch.setattr(build, "TILE_ROWS", 3)
+    written = []
+    merge = build._merge
+
+    def counted(parts: Sequence[tuple[Segment, np.ndarray]], folder: Path) -> None:
+        written.append(sum(len(rows) for _, rows in parts))
+        merge(parts, folder)
+
+    monkeypatch.setattr(build, "_merge", counted)
+    manifest = builder.build([*document("a", "one"), *document("b", "two")], [], {})
+    large = document("large", *(f"part {number}. And its end." for number in range(20)))
+    manifest = builder.change(manifest, large, ["large"], ["b"])
+    expected = {"a": "one"} | {chunk.id: chunk.text for chunk in large}
+    for number in range(16):
+        added = document(f"d{number}", f"text {number}. More.")
+        manifest = builder.change(manifest, added, [added[0].id], [])
+        expected[added[0].id] = added[0].text
+        assert len(manifest.segments) <= 2 + np.log2(number + 2)
+    assert live(builder) == expected
+    copied = sum(written)
+    assert 0 < copied <= 16 * np.log2(16)
+    manifest = builder.change(manifest, [], [], [f"d{number}" for number in range(16)])
+    assert len(manifest.segments) == 2
+    assert sum(written) == copied
+    assert len(live(builder)) == 21
