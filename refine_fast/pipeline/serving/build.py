@@ -25,6 +25,7 @@ from .ann import Kind
 from .blend import BlendChoice, Choosing, choose_blend
 from .dense import TILE_ROWS, rows_of_groups
 from .encoders import Encoders, Side
+from .judged import Texts
 from .search import Index
 from .segment import Segment, finish_segment, write_segment
 from .storage import IndexFolder, Manifest
@@ -47,7 +48,7 @@ class Builder:
     def build(
         self,
         chunks: Sequence[Chunk],
-        dev: Sequence[Query],
+        held_out: Callable[[Texts], Sequence[Query]],
         key: dict[str, Any],
         kind: Kind | None = None,
     ) -> Manifest:
@@ -57,7 +58,7 @@ class Builder:
 
         Args:
             chunks: of the run.
-            dev: held-out queries, which choose the blend.
+            held_out: gives the queries that choose the blend of an index with these texts.
             key: what the index is made from.
             kind: of the faiss indexes; None: by size.
 
@@ -79,6 +80,8 @@ class Builder:
         added = [chunk for chunk in added if _owner(chunk.id, chunk.start, before) in edited]
         if not first:
             raise RefineFastError("index: no passage of the run is left; add documents to the run.")
+        texts = {chunk.id: chunk.text for chunk in (*first, *added)}
+        dev = held_out(lambda ids: texts)
         asked, vectors = self._asked(dev)
         names = []
         for part in (first, added):
