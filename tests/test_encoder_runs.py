@@ -3,7 +3,9 @@ does."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.encoder.load import load_encoder
 from refine_fast.pipeline.encoder.weighted import encoder_at
 from refine_fast.pipeline.evaluation.evaluate import score
+from refine_fast.pipeline.reserve import reserve
 from refine_fast.pipeline.stages.score import scored_sets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,3 +94,27 @@ def test_the_report_is_of_the_product(kind: str, tmp_path: Path, minilm: Path) -
         weights = load_file(context.model / "model.safetensors")
         assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
         assert main(["index", str(context.out), "--quiet"]) == 0
+
+
+def test_a_full_disk_is_an_error_before_the_first_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a signal at some later one: the space of the rows is taken at once."""
+    path = tmp_path / "rows.npy"
+    values = reserve(path, np.float32, (500, 300))
+    assert path.stat().st_blocks * 512 >= values.nbytes
+    values[:] = 1
+    values.flush()
+    assert np.load(path).all()
+
+    def full(descriptor: int, start: int, length: int) -> None:
+        assert (start, length) == (0, os.fstat(descriptor).st_size)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    code = errno.EOPNOTSUPP
+    assert reserve(path, np.float32, (2, 3)).shape == (2, 3)
+    code = errno.ENOSPC
+    with pytest.raises(OSError, match=r"No space left on device: .*rows\.npy"):
+        reserve(path, np.float32, (2, 3))
+    assert not path.exists()

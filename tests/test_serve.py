@@ -15,12 +15,14 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from refine_fast.cli import main
+from refine_fast.errors import RefineFastWarning
 from refine_fast.pipeline.commands.search import open_searcher
 from refine_fast.pipeline.commands.serve import is_loopback
 from refine_fast.pipeline.console import Console
@@ -170,11 +172,15 @@ def test_twenty_users_with_odd_queries_lose_nothing(address: str, run: Path) -> 
     marked = [json.loads(line) for line in (run / JUDGED).open(encoding="utf-8")]
     mine = [mark for mark in marked if mark["text"].startswith("user ")]
     assert len(mine) == 20
+    text = next(c.text for c in read_records(run / "chunks.jsonl", Chunk) if c.id == target)
+    assert {mark["passage_sha256"] for mark in mine} == {sha256(text.encode()).hexdigest()}
     queries = load_queries(run / JUDGED, read_records(run / "chunks.jsonl", Chunk))
     assert {query.chunk_id for query in queries} == {target}
 
     status, left = call(f"{address}/api/judge", {**mine_of(mine[0]), "answers": False})
     assert (status, left["marks"]) == (200, len(marked) - 1)
+    status, refused = call(f"{address}/api/judge", {"query": "x", "doc_id": "no such passage"})
+    assert (status, refused["error"][:26]) == (400, "doc_id names no passage of")
 
 
 def mine_of(mark: dict[str, str]) -> dict[str, str]:
@@ -187,7 +193,7 @@ def test_marks_with_odd_texts_are_read_back(tmp_path: Path) -> None:
         judged.mark(query.encode("utf-8", "replace").decode(), f"d{number}\n\x00")
     again = Judged(tmp_path / JUDGED)
     assert len(again) == len(ODD)
-    assert again.of(LONG) == ["d0\n\x00"]
+    assert again.of(LONG, {"d0\n\x00": "any text"}) == ["d0\n\x00"]
 
 
 def test_two_servers_of_one_run_lose_no_mark(tmp_path: Path) -> None:
@@ -196,6 +202,31 @@ def test_two_servers_of_one_run_lose_no_mark(tmp_path: Path) -> None:
     assert other.mark("second", "b") == 2
     assert one.mark("first", "a", answers=False) == 1
     assert Judged(tmp_path / JUDGED).marks == [("second", "b")]
+
+
+def test_a_mark_counts_for_the_passage_that_was_marked(tmp_path: Path) -> None:
+    """Not for another one that got its id; a mark without a digest counts as ever."""
+    path = tmp_path / JUDGED
+    path.write_text(json.dumps({"text": "old", "doc_id": "a"}) + "\n")
+    judged = Judged(path)
+    judged.mark("q", "a", "the text of a \ud800")
+    judged.mark("q", "b", "the text of b")
+    judged.mark("q", "gone", "another text")
+    texts = {"a": "the text of a ?", "b": "an edited text", "c": "x"}
+    for marks in (judged, Judged(path)):
+        assert marks.matching(lambda ids: texts) == ([("old", "a"), ("q", "a")], 2)
+        assert marks.of("q", texts) == ["a"]
+        assert marks.of("old", texts) == ["a"]
+        assert marks.of("q", {"b": "the text of b"}) == ["b"]
+    chunks = [Chunk(id, text, "", id, 0, len(text)) for id, text in texts.items()]
+    with pytest.warns(RefineFastWarning, match="1 of 4 queries are skipped"):
+        queries = load_queries(path, chunks)
+    assert [(query.text, query.chunk_id) for query in queries] == [
+        ("old", "a"),
+        ("q", "a"),
+        ("q", "b"),
+    ]
+    assert judged.mark("q", "b", answers=False) == 3
 
 
 def test_marks_choose_the_blend(indexed: Path, tmp_path: Path, capsys) -> None:
@@ -222,6 +253,10 @@ def test_marks_choose_the_blend(indexed: Path, tmp_path: Path, capsys) -> None:
         judged.mark(f"{number} {chunks[number].text[:40]}", chunks[number].id)
     many = chosen_by()
     assert (many["queries"], many["general_knowledge"]) == (61, 0)
+    assert chosen_by() == many
+
+    # Nor does one of a passage that has another text by now.
+    judged.mark("another text", chunks[-1].id, "what it was")
     assert chosen_by() == many
 
     # A passage that was removed is not one that could have been found.
@@ -308,10 +343,8 @@ def test_a_person_searches_and_marks_with_the_keyboard(page: Any, run: Path) -> 
     page.wait_for_selector("article.answers")
     assert page.locator(f'article[data-id="{target}"].answers').count() >= 1
     marks = [json.loads(line) for line in (run / JUDGED).open(encoding="utf-8")]
-    assert {
-        "text": "zebra <script>window.hacked = 1</script> crossing",
-        "doc_id": target,
-    } in marks
+    query = "zebra <script>window.hacked = 1</script> crossing"
+    assert {"query": query, "doc_id": target} in map(mine_of, marks)
     shot(page, "wide")
     page.keyboard.press("a")
     page.wait_for_selector("article.answers", state="detached")

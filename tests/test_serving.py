@@ -341,11 +341,8 @@ def test_many_additions_are_merged(run: Path, more: Path) -> None:
         if number == 9:
             (more / "other.md").write_text("The other river is deep.")
         assert main(["index", str(run), "--add", str(more), "--quiet"]) == 0
-        if number == 7:
-            before = len(json.loads((run / "index" / "index.json").read_text())["segments"])
-    after = json.loads((run / "index" / "index.json").read_text())["segments"]
-    assert before == 9
-    assert len(after) <= 3
+        segments = json.loads((run / "index" / "index.json").read_text())["segments"]
+        assert len(segments) == 2  # what was replaced takes no place
     hits = searcher(run).search("the other river", 500)["fused"]
     assert [hit.chunk.text for hit in hits if hit.chunk.id == "new.md"] == [
         "The river number 9 flows. It is long and wide."

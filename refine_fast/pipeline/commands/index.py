@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from ..serving import build
 from ..serving.ann import Kind
 from ..serving.build import Builder
 from ..serving.encoders import Encoders, Side
-from ..serving.judged import JUDGED, Judged
+from ..serving.judged import JUDGED, Judged, Texts
 from ..serving.search import Index
 from ..serving.storage import IndexFolder, Manifest
 from ..stages.chunk import cut, read_documents
@@ -77,10 +78,11 @@ def index(
             reasons = ["not done yet"] if manifest is None else different(manifest, key)
             console.say(f"index: {'; '.join(reasons)}")
             chunks = read_records(out / CHUNKS, Chunk)
-            manifest = builder.build(chunks, held_out_queries(out), key, of_kind)
+            held_out = partial(held_out_queries, out, console)
+            manifest = builder.build(chunks, held_out, key, of_kind)
         else:
-            Index.open(folder, manifest)  # raises where it is damaged
-            old, manifest = manifest, builder.with_blend_of(manifest, held_out_queries(out))
+            dev = held_out_queries(out, console, Index.open(folder, manifest).texts)
+            old, manifest = manifest, builder.with_blend_of(manifest, dev)
             same = manifest is old
             console.say(f"index: {'up to date' if same else 'marks changed; new blend'}")
     _show(folder, manifest, console)
@@ -163,10 +165,19 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def held_out_queries(out: Path) -> list[Query]:
+def held_out_queries(out: Path, console: Console, texts: Texts) -> list[Query]:
     """The queries that choose the blend: a person's marks if they are enough, else those and the
-    run's held-out queries."""
-    marked = [Query(text, doc_id, "user") for text, doc_id in Judged(out / JUDGED).marks]
+    run's held-out queries.
+
+    Args:
+        out: the run folder.
+        console: told how many marks are of passages that are gone or have changed.
+        texts: of the passages in the index.
+    """
+    marks, others = Judged(out / JUDGED).matching(texts)
+    if others:
+        console.say(f"{others:,} marks do not count: their passages have changed or are gone")
+    marked = [Query(text, doc_id, "user") for text, doc_id in marks]
     if len({query.text for query in marked}) >= MIN_JUDGED:
         return marked
     return [*marked, *read_records(out / DEV, Query)]

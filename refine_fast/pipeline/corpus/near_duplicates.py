@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from ..progress import Progress
+from ..reserve import reserve
 from ..workers import SharedRows, Spread, Work
 
 Shingles = Callable[[str], set[str]]
@@ -219,7 +220,7 @@ def _buckets_in_shards(
     size, done = TEXTS_PER_SHARD, 0
     path = spread.folder / "bands.npy"
     spread.folder.mkdir(parents=True, exist_ok=True)
-    keys = np.lib.format.open_memmap(path, "w+", "<u8", (rule.bands, len(texts)))
+    keys = reserve(path, "<u8", (rule.bands, len(texts)))
     shards = spread.workers.map(
         spread.folder / "sketch",
         _key(rule),

@@ -14,6 +14,7 @@ import torch
 
 from ..._native import available_isas
 from ..progress import Progress
+from ..reserve import reserve
 from ..workers import Spread, Work
 
 if TYPE_CHECKING:
@@ -213,9 +214,7 @@ class _Rows:
             self.values = np.empty((n, d), np.float32)
         else:
             self.partial = out.with_name(f".{out.name}.partial")
-            self.values = self.file = np.lib.format.open_memmap(
-                self.partial, "w+", np.float32, (n, d)
-            )
+            self.values = self.file = reserve(self.partial, np.float32, (n, d))
 
     def __enter__(self) -> None:
         pass

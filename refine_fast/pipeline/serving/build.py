@@ -9,6 +9,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,16 @@ from ..corpus.chunk import Chunk
 from ..corpus.sentences import split_passages
 from ..progress import Progress
 from ..queries.query import Query
+from ..reserve import reserve
 from .ann import Kind
 from .blend import BlendChoice, Choosing, choose_blend
-from .dense import rows_of_groups
+from .dense import TILE_ROWS, rows_of_groups
 from .encoders import Encoders, Side
+from .judged import Texts
 from .search import Index
 from .segment import Segment, finish_segment, write_segment
 from .storage import IndexFolder, Manifest
 from .systems import choose
-
-MAX_ADDED = 8
-"""Added segments; more are merged, so that a search does not visit hundreds of them."""
 
 Bar = Callable[[str], AbstractContextManager[Progress]]
 """Opens a progress bar with the given label."""
@@ -48,7 +48,7 @@ class Builder:
     def build(
         self,
         chunks: Sequence[Chunk],
-        dev: Sequence[Query],
+        held_out: Callable[[Texts], Sequence[Query]],
         key: dict[str, Any],
         kind: Kind | None = None,
     ) -> Manifest:
@@ -58,7 +58,7 @@ class Builder:
 
         Args:
             chunks: of the run.
-            dev: held-out queries, which choose the blend.
+            held_out: gives the queries that choose the blend of an index with these texts.
             key: what the index is made from.
             kind: of the faiss indexes; None: by size.
 
@@ -66,6 +66,7 @@ class Builder:
             RefineFastError: if no passage of the run is left.
         """
         old = self.folder.manifest()
+        self.folder.sweep(old)
         before = old.edited if old else {}
         versions = _versions(before, chunks)
         edited = {id: now for id, now in versions.items() if before[id] in (None, now)}
@@ -79,6 +80,8 @@ class Builder:
         added = [chunk for chunk in added if _owner(chunk.id, chunk.start, before) in edited]
         if not first:
             raise RefineFastError("index: no passage of the run is left; add documents to the run.")
+        texts = {chunk.id: chunk.text for chunk in (*first, *added)}
+        dev = held_out(lambda ids: texts)
         asked, vectors = self._asked(dev)
         names = []
         for part in (first, added):
@@ -184,6 +187,7 @@ class Builder:
         Raises:
             RefineFastError: if a document to remove is not there.
         """
+        self.folder.sweep(manifest)
         index = Index.open(self.folder, manifest)
         replaced, removed = frozenset(replaced), frozenset(removed)
         ids, starts = index.column("id"), index.column("start")
@@ -215,29 +219,34 @@ class Builder:
             dead=self.folder.write_dead(np.sort(rows)) if len(rows) else None,
             edited=dict(sorted({**_versions(documents, own), **manifest.edited}.items())),
         )
-        if len(names) > 1 + MAX_ADDED:
-            changed = self._merged(changed, kind)
+        changed = self._merged(changed, kind)
         self.folder.commit(changed)
         return changed
 
     def _merged(self, manifest: Manifest, kind: Kind | None) -> Manifest:
-        """The same index with one segment for everything that was added; nothing is encoded."""
+        """The same index with fewer segments of what was added; nothing is encoded.
+
+        One is merged with all after it where those hold as many live passages: n additions leave
+        log2(n) segments for a search to visit, and copy no passage more than log2(n) times.
+        """
         index = Index.open(self.folder, manifest)
-        first = len(index.segments[0])
-        live = [
-            np.flatnonzero(index.alive[start : start + len(segment)])
-            for segment, start in zip(index.segments, index.starts, strict=False)
-        ]
-        dead = np.flatnonzero(~index.alive[:first])
-        name = None
-        if any(map(len, live[1:])):
+        live = [np.flatnonzero(index.alive[a:b]) for a, b in pairwise(index.starts)]
+        first, passages = len(live), 0
+        while first > 1 and (first == len(live) or len(live[first - 1]) <= passages):
+            first -= 1
+            passages += len(live[first])
+        if first == len(live) or (first == len(live) - 1 and passages):
+            return manifest
+        names = list(manifest.segments[:first])
+        if passages:
             with self.folder.new_segment() as folder:
-                _merge(list(zip(index.segments[1:], live[1:], strict=True)), folder)
+                _merge(list(zip(index.segments[first:], live[first:], strict=True)), folder)
                 finish_segment(folder, kind)
-            name = folder.name
+            names.append(folder.name)
+        dead = np.flatnonzero(~index.alive[: index.starts[first]])
         return replace(
             manifest,
-            segments=(manifest.segments[0], *([name] if name else [])),
+            segments=tuple(names),
             dead=self.folder.write_dead(dead) if len(dead) else None,
         )
 
@@ -283,11 +292,21 @@ def _merge(parts: Sequence[tuple[Segment, np.ndarray]], folder: Path) -> None:
     """Writes a segment with some rows of others; their vectors are copied."""
 
     def copy(name: str, _: Sequence[str], out: Path) -> None:
-        blocks = []
-        for segment, rows in parts:
-            places = rows_of_groups(segment.offsets, rows)[0] if name == "sentences" else rows
-            blocks.append(segment.vectors[name][places])
-        np.save(out, np.concatenate(blocks))
+        sources = [
+            (
+                segment.vectors[name],
+                rows_of_groups(segment.offsets, rows)[0] if name == "sentences" else rows,
+            )
+            for segment, rows in parts
+        ]
+        n, end = sum(len(rows) for _, rows in sources), 0
+        merged = reserve(out, np.float32, (n, sources[0][0].shape[1]))
+        for vectors, rows in sources:
+            for start in range(0, len(rows), TILE_ROWS):
+                tile = vectors[rows[start : start + TILE_ROWS]]
+                merged[end : end + len(tile)] = tile
+                end += len(tile)
+        merged.flush()
 
     live = [(segment, int(row)) for segment, rows in parts for row in rows]
     write_segment(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -13,7 +14,14 @@ from ...files import atomic
 from ..corpus.jsonl import read_jsonl, text_field
 
 JUDGED = "judged.jsonl"
-"""File in the run folder: {"text", "doc_id"} a line, as ``--queries`` reads."""
+"""File in the run folder: {"text", "doc_id"} a line, as ``--queries`` reads, and a digest of the
+passage's text, since another cut or an edit gives the id to another passage."""
+
+DIGEST = "passage_sha256"
+"""Field of the digest. Marks of earlier versions have none and count for any passage of the id."""
+
+Texts = Callable[[Collection[str]], Mapping[str, str]]
+"""Of ids of passages the texts; those of other passages may be there too."""
 
 
 class Judged:
@@ -30,12 +38,12 @@ class Judged:
         self._lock = Lock()
         self._marks = self._read()
 
-    def _read(self) -> dict[tuple[str, str], None]:
-        marks: dict[tuple[str, str], None] = {}
+    def _read(self) -> dict[tuple[str, str], str]:
+        marks: dict[tuple[str, str], str] = {}
         for number, row in read_jsonl(self._path) if self._path.exists() else ():
             place = f"{self._path}:{number}"
             text, doc_id = (text_field(row, (name,), place) for name in ("text", "doc_id"))
-            marks[text, doc_id] = None
+            marks[text, doc_id] = text_field(row, (DIGEST,), place, default="")
         return marks
 
     @contextmanager
@@ -53,12 +61,34 @@ class Judged:
         """Every (query, id of a passage that answers it), in the order of marking."""
         return list(self._marks)
 
-    def of(self, query: str) -> list[str]:
-        """The passages that are marked for a query."""
-        return [doc_id for text, doc_id in self._marks if text == query]
+    def matching(self, texts: Texts) -> tuple[list[tuple[str, str]], int]:
+        """The marks of passages that are still those that were marked, and how many are not."""
+        found = texts({doc_id for _, doc_id in self._marks})
+        kept = [
+            mark
+            for mark, digest in self._marks.items()
+            if not digest or digest == _digest(found.get(mark[1]))
+        ]
+        return kept, len(self._marks) - len(kept)
 
-    def mark(self, query: str, doc_id: str, *, answers: bool = True) -> int:
+    def of(self, query: str, texts: Mapping[str, str]) -> list[str]:
+        """Which of the passages in ``texts`` (id -> text) are marked for a query."""
+        return [
+            doc_id
+            for (text, doc_id), digest in self._marks.items()
+            if text == query and doc_id in texts and digest in ("", _digest(texts[doc_id]))
+        ]
+
+    def mark(
+        self, query: str, doc_id: str, passage: str | None = None, *, answers: bool = True
+    ) -> int:
         """Adds a mark, or takes it back; returns how many there are.
+
+        Args:
+            query: its text.
+            doc_id: id of the passage.
+            passage: its text; None: not known.
+            answers: whether the passage answers the query.
 
         Raises:
             RefineFastError: for a malformed line.
@@ -66,14 +96,22 @@ class Judged:
         with self._alone():
             marks = self._read()
             if answers:
-                marks[query, doc_id] = None
+                marks[query, doc_id] = _digest(passage)
             else:
                 marks.pop((query, doc_id), None)
-            lines = [
-                json.dumps({"text": text, "doc_id": doc}, ensure_ascii=False) for text, doc in marks
-            ]
+            rows = (
+                {"text": text, "doc_id": doc} | ({DIGEST: digest} if digest else {})
+                for (text, doc), digest in marks.items()
+            )
             with atomic(self._path) as temporary:
-                text = "".join(f"{line}\n" for line in lines)
+                text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
                 temporary.write_text(text, encoding="utf-8", errors="replace")
             self._marks = marks
             return len(marks)
+
+
+def _digest(passage: str | None) -> str:
+    """Of a passage's text; empty without one."""
+    if passage is None:
+        return ""
+    return hashlib.sha256(passage.encode("utf-8", "replace")).hexdigest()

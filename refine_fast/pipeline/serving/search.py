@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +100,11 @@ class Index:
     def column(self, name: str) -> list[Any]:
         """One field of the chunk of every row, dead ones too."""
         return [value for segment in self.segments for value in segment.column(name)]
+
+    def texts(self, ids: Collection[str]) -> dict[str, str]:
+        """Chunk id -> text of the live passages with these ids."""
+        rows = (row for row, id in enumerate(self.column("id")) if id in ids and self.alive[row])
+        return {chunk.id: chunk.text for chunk in map(self.chunk, rows)}
 
     def chunk(self, row: int) -> Chunk:
         """The passage of a row."""

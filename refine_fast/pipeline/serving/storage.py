@@ -5,7 +5,7 @@
     dead-<number>.npy   rows of dead passages, over all segments
 
 index.json is replaced by a rename, after everything that it names is on the disk: a kill leaves the
-old index or the new. What it does not name is deleted by the next writer.
+old index or the new. What it does not name is deleted by the next writer, before it writes.
 """
 
 from __future__ import annotations
@@ -125,8 +125,14 @@ class IndexFolder:
         fsync(self.path)
         write_json(self.path / "index.json", asdict(manifest))
         fsync(self.path)
-        kept = {"index.json", *manifest.segments, manifest.dead}
-        for item in self.path.iterdir():
+        self.sweep(manifest)
+
+    def sweep(self, manifest: Manifest | None) -> None:
+        """Deletes what ``manifest``, the index, does not name: what a killed writer has left takes
+        the space that the next one needs."""
+        named = () if manifest is None else (*manifest.segments, manifest.dead)
+        kept = {"index.json", *named}
+        for item in self.path.iterdir() if self.path.is_dir() else ():
             if item.name not in kept:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
 

@@ -153,11 +153,12 @@ class Api:
                 found = self._searcher.search(query, k)
             except RefineFastError as error:
                 raise BadRequest(str(error)) from None
+        shown = {hit.chunk.id: hit.chunk.text for hits in found.values() for hit in hits}
         return {
             "query": query,
             "blend": self._blend(),
             "systems": {name: [hit.facts() for hit in hits] for name, hits in found.items()},
-            "marked": self._judged.of(query),
+            "marked": self._judged.of(query, shown),
         }
 
     async def judge(self, request: Request) -> Response:
@@ -168,10 +169,16 @@ class Api:
         if not isinstance(answers, bool):
             raise BadRequest("answers must be true or false")
         try:
-            marks = await run_in_threadpool(self._judged.mark, query, doc_id, answers=answers)
+            marks = await run_in_threadpool(self._mark, query, doc_id, answers)
         except RefineFastError as error:
             raise BadRequest(str(error)) from None
         return JSONResponse({"marks": marks})
+
+    def _mark(self, query: str, doc_id: str, answers: bool) -> int:
+        passage = self._searcher.index.texts({doc_id}).get(doc_id)
+        if answers and passage is None:
+            raise BadRequest("doc_id names no passage of the index; search again")
+        return self._judged.mark(query, doc_id, passage, answers=answers)
 
     async def about(self, _: Request) -> Response:
         """How many passages and marks there are, and the weights of the blend."""
