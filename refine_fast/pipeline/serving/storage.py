@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +38,7 @@ class Manifest:
     segments: tuple[str, ...]
     """Names, the run's own passages first, then added ones."""
     dead: str | None = None
-    edited: dict[str, str | None] = field(default_factory=dict)
+    edited: Mapping[str, str | None] = field(default_factory=dict)
     """Ids of the documents that were added, changed or removed, with a digest of what the run had
     of each at that time; None: not known."""
     blend: dict[str, Any] = field(default_factory=dict)
