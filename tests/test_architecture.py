@@ -29,7 +29,7 @@ LAYERS = [
 ]
 # The rooms of pipeline/, likewise.
 PIPELINE_LAYERS = [
-    {"progress", "usage", "cache", "workers", "ranks"},
+    {"progress", "usage", "cache", "workers", "ranks", "reserve"},
     {"corpus", "sharded_search"},
     {"encoder"},
     {"queries"},
