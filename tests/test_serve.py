@@ -24,7 +24,7 @@ import pytest
 from refine_fast.cli import main
 from refine_fast.errors import RefineFastWarning
 from refine_fast.pipeline.commands.search import open_searcher
-from refine_fast.pipeline.commands.serve import is_loopback
+from refine_fast.pipeline.commands.serve import LOCAL_HOSTS, is_loopback
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.jsonl import read_records
@@ -56,9 +56,11 @@ def serving(run: Path, **options: Any) -> Iterator[str]:
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,15 @@ def test_another_site_cannot_use_it(address: str) -> None:
         policy = response.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
+
+
+def test_every_name_of_this_machine_is_answered(run: Path) -> None:
+    """An address of IPv6 too, which some versions of starlette cut at its first colon."""
+    with serving(run, hosts=[*LOCAL_HOSTS]) as address:
+        for host in ("127.0.0.1:8765", "localhost", "[::1]", "[::1]:8765"):
+            assert call(f"{address}/api/about", Host=host)[0] == 200
+        for host in ("evil.example:8765", "[evil.example"):
+            assert call(f"{address}/api/about", Host=host)[0] == 400
 
 
 def test_a_token(run: Path) -> None:

@@ -17,6 +17,10 @@ from .search import open_searcher
 TOKEN_VARIABLE = "REFINE_FAST_TOKEN"
 """Environment variable with the token; without it a new one is made at each start."""
 
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "[")
+"""Values of Host that are answered at a loopback address. "[" is what starlette up to 1.0 at least
+makes of "[::1]:8765", which it cuts at the first colon; no name of another site is cut to that."""
+
 
 def serve(out: Path, host: str, port: int, console: Console) -> None:
     """Answers until it is stopped.
@@ -59,7 +63,7 @@ def serve(out: Path, host: str, port: int, console: Console) -> None:
             searcher,
             Judged(out / JUDGED),
             token=token,
-            hosts=["127.0.0.1", "localhost", "[::1]", shown] if local else None,
+            hosts=[*LOCAL_HOSTS, shown] if local else None,
         )
         console.result({"address": address})
         console.say(f"search at {address}; marks go to {out / JUDGED}; Ctrl-C stops it")
