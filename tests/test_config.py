@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from refine_fast import cli
 from refine_fast.cli import join_negative_values, main, parser
@@ -411,3 +412,13 @@ def test_recipes(tmp_path: Path) -> None:
     changed = load_config(None, {"out": str(tmp_path), "recipe": "paper", "band": "0.1,0.2"})
     assert (changed.seed, changed.weight, changed.band) == (7, 0.35, (0.1, 0.2))
     assert load_config(None, {"out": str(tmp_path)}).weight == "auto"
+
+
+def test_the_order_of_a_saved_mix_does_not_matter(tmp_path: Path) -> None:
+    """A tool that sorts the keys of a YAML file changes no option."""
+    config = RunConfig(out=tmp_path)
+    file = tmp_path / "sorted.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(config.to_yaml()), sort_keys=True))
+    assert load_config(file, {}) == config
+    mixes = ("claim=0.4,question=0.6", "question=0.6,claim=0.4")
+    assert len({RunConfig(out=tmp_path, llm="smollm2", llm_mix=mix) for mix in mixes}) == 1

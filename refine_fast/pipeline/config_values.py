@@ -159,7 +159,8 @@ def _mix(value: Any) -> tuple[tuple[str, float], ...]:
         mix = None
     if mix is None or not all(math.isfinite(share) for _, share in mix):
         raise ValueError("must be kinds and shares, such as question=0.6,claim=0.4")
-    return mix
+    # a mapping has no order, so that another one is no other mix
+    return tuple(sorted(mix, key=lambda part: (-part[1], part[0])))
 
 
 NO_KINDS = ("none",)
