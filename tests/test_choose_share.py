@@ -47,17 +47,17 @@ def test_the_rule_keeps_what_is_not_measurably_better() -> None:
 
 
 @pytest.fixture
-def half(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice is 0.5, whatever the scores."""
+def all_distilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is 1, whatever the scores."""
 
     def chosen(dev: dict[float, Scores], rule: float) -> ShareChoice:
-        return replace(choose_share(dev, rule), share=0.5)
+        return replace(choose_share(dev, rule), share=1.0)
 
     name = "refine_fast.pipeline.stages.choose_share.choose_share"
     monkeypatch.setattr(name, chosen)
 
 
-def test_a_run(whole: Path, tmp_path: Path, half: None, monkeypatch, capsys) -> None:
+def test_a_run(whole: Path, tmp_path: Path, all_distilled: None, monkeypatch, capsys) -> None:
     """The model is the one of a run with that share, byte for byte, and so is its curve; the report
     and the card say how it was chosen; a rerun does nothing; a stage declares what it reads."""
     out, given = (shutil.copytree(whole, tmp_path / name) for name in ("chosen", "given"))
@@ -65,25 +65,25 @@ def test_a_run(whole: Path, tmp_path: Path, half: None, monkeypatch, capsys) -> 
     assert main(["run", "--out", str(out), "--distill", "choose"]) == 0
     assert not any(undeclared.values()), undeclared
     assert {"train", *(f"train {share}" for share in (0.0, 0.5, 1.0))} <= undeclared.keys()
-    assert "  teachers' share 0.5; ndcg@10 on held-out queries: 0: 0." in capsys.readouterr().err
+    assert "  teachers' share 1; ndcg@10 on held-out queries: 0: 0." in capsys.readouterr().err
     facts = json.loads((out / "distill.json").read_text())
-    assert (facts["share"], facts["rule"]) == (0.5, 1.0)
+    assert (facts["share"], facts["rule"]) == (1.0, 0.5)
     assert facts["weights"] == {"0.0": 0.35, "0.5": 0.35, "1.0": 0.35}
     for share, score in facts["scores"].items():
         curve = json.loads((out / "distill" / share / "curve-0.35.json").read_text())
         assert score == pytest.approx(np.mean(curve["dev"]["ndcg@10"]))
     before = outputs(whole)["train"]["tuned"]
-    assert outputs(out)["train 1.0"]["distill/1.0/tuned"] == before
+    assert outputs(out)["train 0.5"]["distill/0.5/tuned"] == before
     report = json.loads((out / "report.json").read_text())
     assert report["training"]["share"] == facts
     assert {"train 0.0", "curve 0.35 of 1.0", "train"} <= report["stages"].keys()
     assert (
-        "| teachers' share | 0.5, the best on held-out queries; ndcg@10 of the"
+        "| teachers' share | 1, the best on held-out queries; ndcg@10 of the"
         in (out / "report.md").read_text()
     )
     assert "the teachers' share chosen on held-out" in (out / "model" / "README.md").read_text()
 
-    assert main(["run", "--out", str(given), "--distill", "0.5", "--quiet"]) == 0
+    assert main(["run", "--out", str(given), "--distill", "1", "--quiet"]) == 0
     chosen, expected = outputs(out), outputs(given)
     assert expected["train"]["tuned"] != before
     for name in ("tuned", "training.json"):
@@ -105,7 +105,7 @@ def test_a_run(whole: Path, tmp_path: Path, half: None, monkeypatch, capsys) -> 
 
 
 def test_an_interrupted_choice_resumes(
-    whole: Path, tmp_path: Path, half: None, monkeypatch, capsys
+    whole: Path, tmp_path: Path, all_distilled: None, monkeypatch, capsys
 ) -> None:
     """Within the second training, from its checkpoint; what was trained is not trained again."""
     out, uninterrupted = (shutil.copytree(whole, tmp_path / name) for name in ("some", "all"))

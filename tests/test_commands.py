@@ -108,7 +108,7 @@ def test_plan_writes_nothing(tmp_path: Path, tiny: Path, docs: Path, whole: Path
     assert main(["plan", str(docs), "--out", str(tmp_path / "run"), "--ood", "none", *flags]) == 0
     without = json.loads(capsys.readouterr().out)
     assert plan["passages_encoded"] == without["passages_encoded"] + 3 * sets
-    assert plan["mini_batch"] == 8  # half of the machine's memory holds a batch
+    assert plan["mini_batch"] == 16  # half of the machine's memory holds a batch, negatives too
     assert 0.88 < plan["training_gb"] < 1
 
 
