@@ -426,8 +426,8 @@ class RunConfig(BaseModel):
     @property
     def made_kinds(self) -> tuple[str, ...]:
         """``query_kinds``, decided. The bundled model is too small for its queries alone: on SQuAD
-        they gain 1.1 points of recall@3 [0.1, 2.1], those of these kinds 2.1 [0.7, 3.4], and both
-        3.3 [2.0, 4.7] (benchmarks/recipe.py)."""
+        they gain 1.1 points of recall@3 [0.1, 2.1], those of these kinds 4.3 [2.7, 5.9], and both
+        3.4 [2.1, 4.7] (benchmarks/recipe.py)."""
         if self.query_kinds == NO_KINDS:
             return ()
         if self.query_kinds or self.llm is None:
