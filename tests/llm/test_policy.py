@@ -15,9 +15,9 @@ from refine_fast.pipeline.queries.llm.request import Failure, Request
 from refine_fast.pipeline.queries.llm.throttle import Throttle, delay
 from refine_fast.pipeline.queries.llm.transformers_backend import LocalBackend
 
-BUSY = Failure("busy", "HTTP 429")
+BUSY = Failure("busy", "HTTP 429", status=429)
 BROKEN = Failure("broken", "HTTP 500")
-SILENT = Failure("busy", "no reply within 1 s", silent=True)
+SILENT = Failure("busy", "no reply within 1 s")
 
 
 def feed(throttle: Throttle, *outcomes: Failure | None) -> None:
@@ -53,7 +53,7 @@ def test_many_refusals_cut_it_and_few_do_not() -> None:
 def test_half_of_the_calls_failing_opens_the_circuit_for_as_long_as_the_server_says() -> None:
     async def run() -> tuple[float, float]:
         throttle = Throttle(8, pause=0.01)
-        for outcome in [Failure("busy", "HTTP 429", 0.2), *[BROKEN] * 7, *[None] * 8]:
+        for outcome in [Failure("busy", "HTTP 429", 0.2, status=429), *[BROKEN] * 7, *[None] * 8]:
             throttle.record(outcome)
         start = asyncio.get_running_loop().time()
         async with throttle.slot():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import RefineFastError
-from ..corpus.chunk import Chunk
+from ..corpus.chunk import Chunk, document_id
 from ..corpus.sentences import split_passages
 from ..progress import Progress
 from ..queries.query import Query
@@ -254,9 +254,10 @@ class Builder:
 def _owner(chunk_id: str, start: int, known: Container[str]) -> str:
     """The document of a chunk, which begins at ``start`` there: the whole id if that is a
     document's, or if the chunk cannot be a part that others precede, as the issue "INC#1001"."""
-    document, mark, number = chunk_id.rpartition("#")
+    document = document_id(chunk_id)
+    number = chunk_id[len(document) + 1 :]
     # Part 0 may be gone as a duplicate of another, but every part before took a character.
-    is_part = mark and number.isdecimal() and len(number) < 10 and int(number) <= start
+    is_part = number.isdecimal() and len(number) < 10 and int(number) <= start
     return document if is_part and chunk_id not in known else chunk_id
 
 

@@ -165,7 +165,7 @@ class _Batches:
                 lambda: client.files.create(file=("requests.jsonl", lines), purpose="batch")
             )
         except Failure as failure:
-            if "HTTP 404" not in str(failure) and "HTTP 405" not in str(failure):
+            if failure.status not in (404, 405):
                 raise
             raise Failure("fatal", "the server has no batches; omit --llm-batch") from None
         model, name = group[0].model, uuid.uuid4().hex
@@ -202,7 +202,7 @@ class _Batches:
                     if line.strip():
                         await self._store_line(json.loads(line), sent, left)
         except Failure as failure:
-            if "HTTP 404" not in str(failure):
+            if failure.status != 404:
                 raise
             batch = None
             warnings.warn(

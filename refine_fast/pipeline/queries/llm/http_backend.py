@@ -296,7 +296,7 @@ class HttpBackend:
     def failure(self, error: Exception) -> Failure:
         """What an error of the client means; raises it again if it is a fault of this program."""
         if isinstance(error, openai.APITimeoutError | TimeoutError):
-            return Failure("busy", f"no reply within {self._timeout:g} s", silent=True)
+            return Failure("busy", f"no reply within {self._timeout:g} s")
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
             # openai before 3.40 puts the whole body into its message.
@@ -333,29 +333,32 @@ class HttpBackend:
     def _status(self, status: int, said: str, code: str | None, wait: float | None) -> Failure:
         message = self.redact(f"HTTP {status}: {said[:300]}")
         if status == 403 and _FLAGGED.search(said):  # of this passage alone, as OpenRouter says it
-            return Failure("wrong", message)
+            return Failure("wrong", message, status=status)
         if status in (401, 402, 403) or code == "insufficient_quota":
-            return Failure("fatal", message)
+            return Failure("fatal", message, status=status)
         if status == 404:
             return Failure(
                 "fatal",
                 f"{message} (check the model's name, and that the URL ends as the server's does, "
                 "mostly in /v1)",
+                status=status,
             )
         if status in (429, 503, 529):
-            return Failure("busy", message, wait)
+            return Failure("busy", message, wait, status=status)
         if status in (408, 409, 425):
-            return Failure("broken", message, wait)
-        return _Rejected(message, server_side=status >= 500, retry_after=wait)
+            return Failure("broken", message, wait, status=status)
+        return _Rejected(message, status, wait)
 
 
 class _Rejected(Failure):
     """An answer that may be about the request's form: 400, 422, or a server's 500."""
 
-    def __init__(self, message: str, *, server_side: bool, retry_after: float | None) -> None:
-        super().__init__("broken" if server_side else "wrong", message, retry_after)
-        self.server_side = server_side
-        self.too_long = not server_side and _TOO_LONG.search(message) is not None
+    def __init__(self, message: str, status: int, retry_after: float | None) -> None:
+        self.server_side = status >= 500
+        super().__init__(
+            "broken" if self.server_side else "wrong", message, retry_after, status=status
+        )
+        self.too_long = not self.server_side and _TOO_LONG.search(message) is not None
 
 
 def _blame_option(failure: Failure, request: Request) -> Failure:

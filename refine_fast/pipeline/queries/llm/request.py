@@ -104,7 +104,7 @@ class Failure(Exception):
         "wrong": this request cannot succeed.
         "fatal": no request can succeed.
     retry_after: seconds that the server asks to wait.
-    silent: nothing came back within the time limit.
+    status: of the HTTP answer, or of the error in it; None: nothing came back.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class Failure(Exception):
         message: str,
         retry_after: float | None = None,
         *,
-        silent: bool = False,
+        status: int | None = None,
     ) -> None:
         super().__init__(message)
         self.kind = kind
         self.retry_after = retry_after
-        self.silent = silent
+        self.status = status
 
 
 class Backend(Protocol):

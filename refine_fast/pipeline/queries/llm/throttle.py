@@ -124,7 +124,7 @@ class Throttle:
             self._is_there = True
         elif failure.kind == "busy":
             window.refused += 1
-            self._is_there |= not failure.silent
+            self._is_there |= failure.status is not None
             window.retry_after = max(window.retry_after, failure.retry_after or 0.0)
         else:
             window.failed += 1
