@@ -1,5 +1,7 @@
 """Queries that are made by rules of grammar, and what keeps them specific."""
 
+from dataclasses import replace
+
 import pytest
 
 from refine_fast.errors import RefineFastError
@@ -155,6 +157,28 @@ def test_a_specific_text_shares_rare_words_with_its_passage() -> None:
     assert rarity.is_specific("Who built Arrol7 in 1907?", passages[7])
     assert not rarity.is_specific("Who built the crane of the port?", passages[7])
     assert not rarity.is_specific("Who built Arrol8 in 1908?", passages[7])  # another's words
+
+
+def test_half_of_the_queries_name_a_title_that_chunks_share() -> None:
+    shared = [port(i) for i in range(100)]
+    alone = [replace(chunk, title=f"Port {i}") for i, chunk in enumerate(shared)]
+    without = [replace(chunk, title="") for chunk in shared]
+    made, unnamed, untitled = (
+        [query.text for query in synthesize_queries(chunks, seed=0, per_chunk=3)]
+        for chunks in (shared, alone, without)
+    )
+    title = "Ports of the coast: "
+    named = [text for text in made if text.startswith(title)]
+    assert 0.4 < len(named) / len(made) < 0.6
+    assert [text.removeprefix(title) for text in made] == unnamed == untitled
+
+
+def test_a_query_with_the_words_of_its_title_is_not_given_it_again() -> None:
+    chunks = [replace(port(i), title="crane") for i in range(20)]
+    made = [query.text for query in synthesize_queries(chunks, seed=0, per_chunk=3)]
+    named = [text for text in made if text.startswith("crane: ")]
+    assert named
+    assert not any("crane" in text.removeprefix("crane: ") for text in named)
 
 
 def test_a_shared_title_is_joined_by_a_term_that_it_does_not_hold() -> None:

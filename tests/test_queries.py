@@ -54,7 +54,8 @@ def test_synthetic_queries_come_from_their_chunk() -> None:
     for query in queries:
         assert words(query.text) <= words(chunks[query.chunk_id].passage), query
         if query.kind == "cloze":
-            assert query.text in chunks[query.chunk_id].text
+            chunk = chunks[query.chunk_id]
+            assert query.text.removeprefix(f"{chunk.title}: ") in chunk.text
     assert Query("Glaciers", "glaciers", "title") in queries
     shared = [
         query.text

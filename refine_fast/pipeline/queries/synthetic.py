@@ -30,6 +30,9 @@ MAX_KEYWORDS = 5
 BOILERPLATE = 3
 """A sentence in so many documents says nothing about one of them."""
 
+NAMED = 0.5
+"""Share of the queries that name their chunk's title where other chunks have it too."""
+
 _CROP_LENGTH = 24
 """Longest crop of a script without blanks, as for ``phrase_splitter``."""
 
@@ -61,6 +64,13 @@ class _Source:
     def is_specific(self, text: str) -> bool:
         return self.rarity.is_specific(text, self.chunk.text)
 
+    def named(self, text: str) -> str:
+        """The text, after a title that other chunks have too unless it holds the title's words."""
+        title = self.chunk.title
+        if not self.title_is_shared or set(content_words(title)) <= set(content_words(text)):
+            return text
+        return f"{title}: {text}"
+
 
 def synthesize_queries(
     chunks: Sequence[Chunk],
@@ -84,8 +94,14 @@ def synthesize_queries(
         "crop": 4 to 10 words in a row (Izacard et al. 2022, arXiv 2112.09118).
 
     The last four are specific: their words would hardly meet in another passage by chance. Where a
-    chunk offers no question or definition, the next of the other kinds is made instead. These
-    queries teach the collection's words, not how people ask; a language model writes better ones.
+    chunk offers no question or definition, the next of the other kinds is made instead.
+
+    Where chunks share a title, half of the queries name it first, as people do who ask about one
+    hotel of many ("Alpha Lodge: free parking"). Similar passages, of which a batch has several,
+    mostly share their title, and queries that never name it teach to overlook it.
+
+    These queries teach the collection's words, not how people ask; a language model writes better
+    ones.
 
     Args:
         chunks: the chunks.
@@ -106,7 +122,7 @@ def synthesize_queries(
             if kind in _BY_RULE and (instead := next(iter(others), None)):
                 count[instead] += count[kind] - len(made[kind])
         queries += [
-            Query(text, source.chunk.id, kind)
+            Query(source.named(text) if rng.random() < NAMED else text, source.chunk.id, kind)
             for kind in MADE_KINDS
             for text in dict.fromkeys(made[kind])
         ]
