@@ -52,7 +52,8 @@ def fuse(
     Bit for bit what ``torch.lerp`` gives (in float32 for 8- and 16-bit types), streamed: no tensor,
     shard or model is ever held in memory. Values that are equal in both stay as they are. Every
     other file is copied from base, integer and bool tensors too. Weights in other formats
-    (``pytorch_model.bin``, ONNX) are left out, since they would still hold base's values.
+    (``pytorch_model.bin``, ONNX) are left out, since they would still hold base's values. Quantized
+    weights, which are codes with scales, are refused.
 
     Two folders must also agree on what gives the tensors their meaning: the tokens and their ids,
     the merges of BPE, the values of config.json that define the architecture, the modules of a

@@ -32,6 +32,7 @@ from .checkpoint import (
 from .compatibility import compare_models
 from .modules import MODULES, folders_of, modules_and_routes_of, pair_modules
 from .names import first_and_count, match_names
+from .quantized import check_not_quantized
 
 _NAMED = 3  # differences in one message
 ARCHITECTURES = "give two models of the same architecture"
@@ -247,6 +248,8 @@ def make_plan(
         raise RefineFastError(
             f"{base_path} and {tuned_path} must be two model folders or two .safetensors files"
         )
+    for part in (*base.components.values(), *tuned.components.values()):
+        check_not_quantized(part)
     folders = _tuned_folders(base_path, tuned_path)
     adapter: Adapter | None = None
     adapted = ""
