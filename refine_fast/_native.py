@@ -38,6 +38,22 @@ def force_isa(name: str) -> None:
     _core.force_isa(name)
 
 
+def missing_cuda(device: torch.device, least: tuple[int, int]) -> str | None:
+    """What to do before a kernel of ``refine_fast._cuda`` can run on this GPU, as a sentence; None
+    where it can.
+
+    Args:
+        device: the GPU, or the CPU for an emulated one.
+        least: the compute capability that the kernel needs.
+    """
+    if cuda_module() is None:
+        return "install refine_fast again with nvcc of CUDA 12 or newer on the PATH"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < least:
+        name, needed = torch.cuda.get_device_name(device), ".".join(map(str, least))
+        return f"use a GPU of compute capability {needed} or newer ({name} is older)"
+    return None
+
+
 @cache
 def cuda_module() -> ModuleType | None:
     """``refine_fast._cuda``, or None if it was not built."""

@@ -208,12 +208,12 @@ def _similarity(
 ) -> Tensor:
     """(P,) of each row of ``asked`` (P, D) to one document."""
     if groups is None:
-        return (asked * _picked(docs, documents, "docs", normalize)).sum(1)
+        return (asked * _picked(docs, documents, "docs", normalize).to(asked.device)).sum(1)
     sizes = groups[documents + 1] - groups[documents]
     ends = np.cumsum(sizes)
     rows = np.arange(ends[-1]) + np.repeat(groups[documents] - (ends - sizes), sizes)
     of = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(asked.device)
-    similar = (asked[of] * _picked(docs, rows, "docs", normalize)).sum(1)
+    similar = (asked[of] * _picked(docs, rows, "docs", normalize).to(asked.device)).sum(1)
     return similar.new_full((len(sizes),), -torch.inf).scatter_reduce(0, of, similar, "amax")
 
 

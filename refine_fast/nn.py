@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .collectives import gather_rows, ranks, row_counts
 from .ops.info_nce import info_nce
+from .ops.info_nce_problem import assert_rows
 
 
 class InfoNCELoss(nn.Module):
@@ -118,6 +119,8 @@ class InfoNCELoss(nn.Module):
                 raise ValueError(f"d has {len(d)} rows for {len(q)} queries; give positives")
         elif positives.is_cpu and ((positives < 0) | (positives >= len(d))).any():
             raise ValueError(f"positives must be rows of this process's d, 0 to {len(d) - 1}")
+        elif positives.is_cuda:
+            assert_rows(positives, len(d))
         counts = row_counts(d)
         start, total = sum(counts[:rank]), sum(counts)
         rows = torch.arange(len(q), device=q.device)

@@ -216,7 +216,9 @@ def best_of_groups(queries: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     groups = torch.arange(len(offsets) - 1, device=queries.device)
     of = torch.repeat_interleave(groups, offsets.diff()).expand(len(queries), -1)
     best = queries.new_full((len(queries), len(groups)), -torch.inf)
-    return best.scatter_reduce(1, of, queries @ rows.T, "amax")
+    with torch.autocast(queries.device.type, enabled=False):  # in the dtype of the result
+        products = queries @ rows.T
+    return best.scatter_reduce(1, of, products, "amax")
 
 
 def lerp(base: Tensor, tuned: Tensor, weight: float) -> Tensor:

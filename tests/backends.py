@@ -18,3 +18,9 @@ class Backend:
     name: str
     device: torch.device
     emulate: Callable[[int, int, int], object] = lambda *_: None
+
+
+class OnGPU(torch.Tensor):
+    """A CPU tensor that says that it is on a GPU; made by ``as_subclass``."""
+
+    is_cpu, is_cuda, device = False, True, torch.device("cuda")

@@ -149,6 +149,11 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         edit("config.json", hidden_act="relu"),
         fields("config.json", "hidden_act", "gelu", "relu"),
     ),
+    "codes": (
+        "bert",
+        edit("config.json", quantization_config={"quant_method": "fp8"}),
+        r"config.json: \w+ has a quantization_config, whose weights are codes; dequantize",
+    ),
     "heads": (
         "bert",
         edit("config.json", num_attention_heads=2),

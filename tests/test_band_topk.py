@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import refine_fast as rf
-from refine_fast import _core, errors, reference, workspace
+from refine_fast import _core, _native, errors, reference, workspace
 from refine_fast._native import cuda_module
 from refine_fast.errors import RefineFastWarning
 from refine_fast.ops import band_topk as module
@@ -377,7 +377,7 @@ def test_a_gpu_that_cannot_search_has_the_cpu_search(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A build without nvcc; CPU tensors stand for those on the GPU. The warning comes once."""
-    monkeypatch.setattr(band_topk_cuda, "cuda_module", lambda: None)
+    monkeypatch.setattr(_native, "cuda_module", lambda: None)
     errors.warn_once.cache_clear()
     queries, docs = unit_rows(20, 48, 0), unit_rows(2000, 48, 1)
     gold = reference.band_topk(queries, docs, 8, band=(0.1, 0.5))
@@ -394,8 +394,15 @@ def test_a_gpu_that_cannot_search_has_the_cpu_search(
     errors.warn_once.cache_clear()
 
 
+def test_documents_that_require_a_gradient_are_streamed_without() -> None:
+    docs = unit_rows(20, 24, 1).requires_grad_()
+    for begin, end, rows in band_topk_cuda._streamed(docs, 20, 8, CPU):
+        assert torch.equal(rows, docs[begin:end])
+        assert not rows.requires_grad
+
+
 def test_a_gpu_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(band_topk_cuda, "cuda_module", object)
+    monkeypatch.setattr(_native, "cuda_module", object)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     missing = band_topk_cuda.missing_requirement(torch.device("cuda"))

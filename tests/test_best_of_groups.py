@@ -98,6 +98,11 @@ def test_dtypes_and_strides(backend: Backend, dtype: torch.dtype, count: int) ->
     check(backend, queries.T.contiguous().T, torch.cat([rows, rows], 1)[:, :65], offsets)
 
 
+def test_autocast_leaves_it_in_float32(backend: Backend) -> None:
+    with torch.autocast(backend.device.type, dtype=torch.bfloat16):
+        check(backend, torch.randn(7, 65), torch.randn(20, 65), offsets_of(20, 1, 0))
+
+
 @pytest.mark.parametrize("count", [1, 8, 9, 70])
 def test_negative_products_and_none_at_all(backend: Backend, count: int) -> None:
     """No padding of a tile, which scores 0, is taken for a row."""

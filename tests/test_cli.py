@@ -7,11 +7,14 @@ import asyncio
 import io
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console as RichConsole
 
 import refine_fast as rf
@@ -167,3 +170,20 @@ def test_doctor_names_what_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch
             f"pip install 'refine-fast[{extra}]' for {needed}",
         )
     assert rows["encoder"] == (False, "[Errno 13] Permission denied: 'minilm'")
+
+
+def test_doctor_says_what_runs_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    memory = SimpleNamespace(total_memory=16 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    for missing in (None, "install x"):
+        monkeypatch.setattr(doctor.band_topk_cuda, "missing_requirement", lambda _, x=missing: x)
+        monkeypatch.setattr(doctor.triton_kernels, "missing_requirement", lambda x=missing: x)
+        rows = {what: found for what, *found in islice(doctor.check("minilm"), 6)}
+        assert rows["cuda"] == [True, "Tesla T4, 16 GiB"]
+        by_torch = "runs its plain torch reference: install x"
+        for name, instead in (("band_topk", "searches on the CPU: install x"),
+                              ("info_nce", by_torch)):  # fmt: skip
+            wanted = [True, "has its kernels"] if missing is None else [False, instead]
+            assert rows[f"cuda {name}"] == wanted

@@ -273,6 +273,24 @@ def test_output_dtype(pair: tuple[Path, Path], tmp_path: Path, dtype: str) -> No
     assert_equal(load_file(tmp_path / "out.safetensors"), wanted)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [("F32", "float32"), ("F16", "float16"), ("F64", "float64"), ("BF16", "bfloat16"),
+     ("F8_E5M2", None), (None, None)],
+)  # fmt: skip
+def test_output_dtype_in_config_json(tmp_path: Path, dtype: str | None, said: str | None) -> None:
+    """Wherever it is written; else transformers would load the model in base's."""
+    config = '{"dtype" :\n "float8", "text_config": {"torch_dtype": "float8"}, "eps": 1.0}'
+    for i, side in enumerate(("base", "tuned")):
+        for folder in (tmp_path / side, tmp_path / side / "1_Dense"):
+            folder.mkdir()
+            save_file({"a": torch.full((8,), float(i))}, folder / "model.safetensors")
+            (folder / "config.json").write_text(config)
+    rf.fuse(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", dtype=dtype)
+    for folder in (tmp_path / "out", tmp_path / "out" / "1_Dense"):
+        assert (folder / "config.json").read_text() == config.replace("float8", said or "float8")
+
+
 def test_windows_and_shards_of_many_megabytes(tmp_path: Path) -> None:
     """Tensors larger than the windows of 8 MiB, with ragged ends, and a window that begins inside a
     tensor."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from fuse_changes import (
     tokens,
 )
 from fuse_models import SMALL, SPECIAL
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
@@ -252,19 +256,30 @@ UNREADABLE = {
     "not UTF-8": b'{"a": "\xff"}',
     "a list": b"[]",
     "deep": b'{"a":' * 200_000,
+    "deep enough for a recursion": b'{"a":' * 600 + b"1" + b"}" * 600,
+    "lists": b'{"a":' + b"[" * 600 + b"]" * 600 + b"}",
     "empty": b"",
+    "400 digits": b'{"layer_norm_eps": 1' + b"0" * 400 + b"}",
+}
+FOR_TOKENIZER = {
     "no tokenizer": b'{"added_tokens": [1], "model": {"vocab": [["a"], 1], "merges": 2}}',
+    "no merge": b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [null]}}',
+    "no token": b'{"model": {"vocab": [[1, 0.5]]}}',
+    "no id": b'{"added_tokens": [{"content": "a", "id": 1e999}]}',
+}
+FOR_SETTINGS = {
+    "no mask": b'{"mask_token": ["a"]}',
+    "no digit": '{"added_tokens_decoder": {"\u00b2": {"content": "a"}}}'.encode(),
+}
+FILES = {
+    "config.json": UNREADABLE,
+    "tokenizer.json": UNREADABLE | FOR_TOKENIZER,
+    "tokenizer_config.json": UNREADABLE | FOR_SETTINGS,
 }
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        (file, content)
-        for file in ("config.json", "tokenizer.json", "tokenizer_config.json")
-        for content in UNREADABLE
-        if content != "no tokenizer" or file == "tokenizer.json"  # valid elsewhere
-    ],
+    ("file", "content"), [(file, content) for file in FILES for content in FILES[file]]
 )
 @pytest.mark.parametrize("side", ["base", "tuned"])
 def test_files_that_cannot_be_read_are_reported(
@@ -273,13 +288,66 @@ def test_files_that_cannot_be_read_are_reported(
     """The output has base's, as it is: that they were not compared is all there is to say."""
 
     def change(folder: Path) -> None:
-        (folder / file).write_bytes(UNREADABLE[content])
+        (folder / file).write_bytes(FILES[file][content])
 
     report = rf.fuse(*pair("bert", change, side), tmp_path / "out")
     (difference,) = report.differences
     assert "not compared: " in difference
     assert str(tmp_path / side / file) in difference
     assert "\n" not in difference
+
+
+def values(*strings: str) -> st.SearchStrategy[Any]:
+    """Anything that JSON holds."""
+    leaves = (
+        st.none() | st.booleans() | st.integers(-2, 2) | st.just(10**400) | st.floats()
+        | st.sampled_from(strings)
+    )  # fmt: skip
+    return st.recursive(
+        leaves,
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(strings), inner, max_size=3)
+        ),
+        max_leaves=8,
+    )
+
+
+def objects(*names: str) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(st.sampled_from(names), values("a", "b", "1", "\u00b2", *names))
+
+
+CONFIGS = objects(
+    "model_type", "hidden_act", "layer_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    "type", "torch_dtype", "pooling_mode", "pooling_mode_cls_token", "activation_function",
+)  # fmt: skip
+TOKENIZERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": objects("type", "vocab", "merges"),
+        "added_tokens": st.lists(objects("content", "id", "special"), max_size=2)
+        | values("content", "id"),
+        "normalizer": values("a"),
+    },
+)
+SETTINGS = objects("mask_token", "content", "special", "added_tokens_decoder", "do_lower_case")
+
+
+@settings(
+    max_examples=int(os.environ.get("REFINE_FAST_FUZZ", "1000")) // 2,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+@given(*[st.tuples(CONFIGS, TOKENIZERS, SETTINGS)] * 2)
+def test_fuzzed_files(tmp_path: Path, base: tuple[Any, ...], tuned: tuple[Any, ...]) -> None:
+    """Whatever they hold, what differs is named, each in one line."""
+    for side, contents in (("base", base), ("tuned", tuned)):
+        (tmp_path / side).mkdir(exist_ok=True)
+        for file, content in zip(FILES, contents, strict=True):
+            (tmp_path / side / file).write_text(json.dumps(content))
+    found = compare_models(tmp_path / "base", tmp_path / "tuned")
+    assert all("\n" not in difference for difference in found.refused + found.harmless)
 
 
 @pytest.mark.parametrize("path", ["../base/1_Pooling", "/tmp"])

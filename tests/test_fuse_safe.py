@@ -3,6 +3,7 @@ one is resumed."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -206,6 +207,51 @@ def test_two_merges_to_one_output(tmp_path: Path) -> None:
             rf.fuse(base, tuned, tmp_path / "out")
 
     rf.fuse(base, tuned, tmp_path / "out", progress=second)
+
+
+def test_a_lock_of_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another merge ends, and removes the folder, between the opening and the lock."""
+    output = atomic_output.AtomicOutput(tmp_path / "out", "", is_folder=True, overwrite=False)
+    flock, descriptors = fcntl.flock, len(os.listdir("/proc/self/fd"))
+
+    def late(*arguments: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        shutil.rmtree(output.folder)
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with output:
+        assert output.content.is_dir()
+        with pytest.raises(RefineFastError, match="another merge is writing"):
+            output.__enter__()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_folder_that_cannot_be_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lock ends with the merge that fails."""
+    output = atomic_output.AtomicOutput(tmp_path / "out", "", is_folder=True, overwrite=False)
+
+    def fail() -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(output, "_restore", fail)
+    with pytest.raises(PermissionError):
+        output.__enter__()
+    monkeypatch.undo()
+    with output:
+        pass
+
+
+def test_why_an_output_cannot_be_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
+
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self), None, str(target))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(RefineFastError, match=r"Permission denied: .*content' -> .*out'"):
+        rf.fuse(base, tuned, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["base", "tuned"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

@@ -210,6 +210,35 @@ def test_no_rows(info_nce_backend: Backend, symmetric: bool, hards: int) -> None
     assert not grads[1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("widths", [None, (8, D)])
+def test_no_hard_negatives(
+    info_nce_backend: Backend, widths: tuple[int, ...] | None, dtype: torch.dtype
+) -> None:
+    """None of each row is the same as none at all, and every gradient has its shape and, in the
+    operator, the same dtype."""
+    tensors = batch(B, N, D)
+    none = {"hard": torch.zeros(B, 0, D, dtype=torch.float64)}
+    options: dict[str, Any] = {"widths": widths, "device": info_nce_backend.device}
+    without = value_and_gradients(rf.info_nce, tensors, dtype, 0.1, **options)
+    found = value_and_gradients(rf.info_nce, tensors | none, dtype, 0.1, **options)
+    assert found["hard"].shape == (B, 0, D)
+    assert all(torch.equal(found[name], x) for name, x in without.items())
+    q, d, hard = (
+        x.to(info_nce_backend.device, dtype) for x in (tensors["q"], tensors["d"], none["hard"])
+    )
+    g, temperature = torch.ones(B, device=q.device), torch.tensor(0.1, device=q.device)
+    asked = [*(widths or [])], [1.0] * len(widths or [])
+    for given, shape in ((None, (0,)), (hard, hard.shape)):
+        problem = Problem(
+            q, d, temperature, None, None, given, None, None, False, False, *asked
+        )  # fmt: skip
+        _, grads = operators.run(g, problem)
+        assert [(x.shape, x.dtype) for x in grads] == [
+            (x, torch.float32) for x in (q.shape, d.shape, shape, ())
+        ]
+
+
 def test_a_weight_of_another_dtype() -> None:
     q, d, weight = torch.randn(4, 8), torch.randn(4, 8), torch.rand(4, dtype=torch.float64)
     for reduction in ("mean", "none"):

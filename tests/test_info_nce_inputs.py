@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from backends import OnGPU
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import refine_fast as rf
 from refine_fast import errors, reference, triton_kernels
@@ -60,7 +62,13 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"temperature": torch.tensor(-1.0)},
         ValueError,
-        r"temperature must be a positive number \(got -1.0\)",
+        r"temperature must be a positive number .* \(got -1.0\)",
+    ),
+    ({"temperature": torch.tensor(math.inf)}, ValueError, r"positive number .* \(got inf\)"),
+    (
+        {"temperature": 1e-39},
+        ValueError,
+        r"with a finite inverse in torch.float32 \(got 1.0\d*e-39\)",
     ),
     ({"temperature": torch.ones(2)}, ValueError, r"temperature has shape \(2,\)"),
     ({"temperature": math.nan}, ValueError, r"temperature must be a positive number \(got nan\)"),
@@ -141,6 +149,10 @@ def test_rows_of_other_processes_are_no_positives_by_mistake(
         gathered(q, d[:3])
     with pytest.raises(ValueError, match="rows of this process's d, 0 to 3"):
         gathered(q, d[:4], positives=torch.tensor([0, 1, 2, 4]))
+    for bad in (-1, 4):  # by the device
+        positives = torch.tensor([0, 1, 2, bad]).as_subclass(OnGPU)
+        with pytest.raises(RuntimeError, match="info_nce: positives must be rows of d"):
+            gathered(q, d[:4], positives=positives)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -274,6 +286,21 @@ def test_a_device_without_its_kernels_runs_the_reference(
     assert torch.equal(loss, gold)
     found, wanted = (torch.autograd.grad(x, leaves) for x in (loss, gold))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+class NoFloat64(TorchDispatchMode):
+    """As a device without float64, such as Apple's."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        found = function(*args, **(kwargs or {}))
+        assert getattr(found, "dtype", None) != torch.float64, function
+        return found
+
+
+def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info_nce_module, "_has_kernel", lambda q: False)
+    with NoFloat64():
+        rf.info_nce(q.clone().requires_grad_(), d, temperature=0.05).backward()
 
 
 def test_what_the_triton_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:

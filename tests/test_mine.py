@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refine_fast import reference
 from refine_fast.errors import RefineFastWarning
-from refine_fast.mine import calibrate_band, mine
+from refine_fast.mine import _similarity, calibrate_band, mine
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +183,13 @@ def test_too_few_documents_for_the_coverage(
         mined = mine(queries, docs, positives, k=500, band="auto", skip=0)
     assert mined.band == (-1.0, hi)
     assert (mined.in_band > 0).all()
+
+
+@pytest.mark.parametrize("groups", [None, np.arange(401)])
+def test_documents_elsewhere(
+    embeddings: tuple[Tensor, Tensor, list[list[int]]], groups: np.ndarray | None
+) -> None:
+    """The documents that are compared follow the queries; the meta device stands for a GPU."""
+    queries, docs, _ = embeddings
+    similar = _similarity(queries.to("meta"), docs, np.arange(60), True, groups)
+    assert (similar.shape, similar.device.type) == ((60,), "meta")

@@ -29,9 +29,11 @@ int reopen_direct(int fd, int mode) {
 }
 
 Status preallocate(const File& file, int64_t bytes) {
-  if (bytes == 0 || fallocate(file.fd, FALLOC_FL_KEEP_SIZE, 0, bytes) == 0 || errno == EOPNOTSUPP || errno == ENOSYS)
-    return {};
-  return io_failure("reserving disk space for", file, std::strerror(errno));
+  while (bytes != 0 && fallocate(file.fd, FALLOC_FL_KEEP_SIZE, 0, bytes) != 0) {
+    if (errno == EOPNOTSUPP || errno == ENOSYS) break;
+    if (errno != EINTR) return io_failure("reserving disk space for", file, std::strerror(errno));
+  }
+  return {};
 }
 
 bool exchange_paths(const char* a, const char* b) { return renameat2(AT_FDCWD, a, AT_FDCWD, b, RENAME_EXCHANGE) == 0; }

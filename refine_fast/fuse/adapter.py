@@ -186,7 +186,10 @@ def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
         _require_plain_lora(path, config)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+    except (
+        *(OSError, ValueError, LookupError, TypeError, AttributeError),
+        *(re.error, OverflowError, RecursionError),  # of a pattern
+    ) as error:
         raise RefineFastError(f"{file} is not a LoRA configuration: {error}") from error
     weights = path / "adapter_model.safetensors"
     if not weights.is_file():

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +47,37 @@ class AtomicOutput:
 
     def __enter__(self) -> AtomicOutput:
         self._made = [parent for parent in self.folder.parents if not parent.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise RefineFastError(
-                f"another merge is writing {self.final}: wait for it, or give another output"
-            ) from None
-        self._restore()
-        self.state = self._read_state()
-        if not self.state:
-            for path in self.folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if self._is_folder:
-            self.content.mkdir(exist_ok=True)
+        self._lock = self._locked()
+        with ExitStack() as stack:
+            stack.callback(os.close, self._lock)
+            self._restore()
+            self.state = self._read_state()
+            if not self.state:
+                for path in self.folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if self._is_folder:
+                self.content.mkdir(exist_ok=True)
+            stack.pop_all()
         return self
+
+    def _locked(self) -> int:
+        """Makes the folder and locks it through the descriptor that it returns."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # another merge may end, which removes the folder, between any two of these steps
+            with suppress(FileNotFoundError), ExitStack() as stack:
+                lock = os.open(self.folder, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RefineFastError(
+                        f"another merge is writing {self.final}: wait for it, or give another"
+                        " output"
+                    ) from None
+                if os.path.samestat(os.fstat(lock), os.stat(self.folder)):
+                    stack.pop_all()
+                    return lock
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
@@ -109,7 +123,10 @@ class AtomicOutput:
             (self.folder / "state.json").unlink(missing_ok=True)
             try:
                 self.content.rename(self.final)
-            except OSError:  # a folder that is not empty exists there
+            except OSError:
+                if not self.final.exists():
+                    raise
+                # a folder that is not empty
                 if not _core.exchange_paths(os.fsencode(self.content), os.fsencode(self.final)):
                     # the file system cannot exchange two names: two steps
                     self.final.rename(self._replaced)

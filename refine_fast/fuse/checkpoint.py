@@ -142,12 +142,14 @@ def _no_constant(name: str) -> NoReturn:
 def _integer(digits: str) -> int:
     if digits == "-0":  # a float to the reference implementation
         raise ValueError("-0 is not an integer")
+    finite(digits)
     return int(digits)
 
 
-def _finite(digits: str) -> float:
+def finite(digits: str) -> float:
+    """The number in a JSON file; ValueError where a float cannot hold it."""
     if math.isinf(value := float(digits)):
-        raise ValueError(f"the number {digits} is out of range")
+        raise ValueError(f"the number {digits[:20]}... is out of range")
     return value
 
 
@@ -160,7 +162,7 @@ def parse_json(text: bytes) -> Any:
     """
     hooks: dict[str, Any] = {
         "parse_int": _integer,
-        "parse_float": _finite,
+        "parse_float": finite,
         "parse_constant": _no_constant,
     }
     try:

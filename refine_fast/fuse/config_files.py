@@ -34,7 +34,7 @@ _ARCHITECTURE_NAMES = frozenset(
     ["model_type", "is_encoder_decoder", "include_prompt", "do_lower_case"]
 )
 _HARMLESS = re.compile(
-    # how numbers are stored and computed
+    # how numbers are stored (refused as a whole) and computed
     r"quantization_config|.*flash.*|.*attn_implementation.*|.*xformers.*|.*memory_efficient.*"
     r"|.*unpad.*|.*compile.*|fused_.*|.*cache.*|.*checkpointing|chunk_size_feed_forward"
     # training, and heads on top of the encoder
@@ -79,6 +79,12 @@ def compare_configs(
     """
     ours, theirs = _flat(_settled(base)), _flat(_settled(tuned))
     found = Differences()
+    for side, config in (("base", base), ("tuned", tuned)):
+        if config.get("quantization_config"):
+            found.refused.append(
+                f"{file}: {side} has a quantization_config, whose weights are codes;"
+                " dequantize the model and save it again"
+            )
     alone: dict[str, list[str]] = {"base": [], "tuned": []}
     for name in sorted(ours.keys() | theirs.keys()):
         parts = name.split(".")

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint, Entry, read_checkpoint
 from .modules import folder_of_prefix
 from .names import first_and_count, match_names
 from .plan import Weights
+from .quantized import check_not_quantized
 from .stream_to_device import BUFFER_BYTES, stream_to_device
 
 _DTYPES = {
@@ -53,8 +54,8 @@ def fuse_into(
         Notes on the names that were reconciled.
 
     Raises:
-        RefineFastError: files that do not fit the model, before any parameter is changed; a file
-            that is truncated while it is read.
+        RefineFastError: files that do not fit the model or hold quantized weights, before any
+            parameter is changed; a file that is truncated while it is read.
     """
     notes: list[str] = []
     own_weights = Weights([weight], weights)
@@ -133,6 +134,7 @@ def _partners(
             raise RefineFastError(
                 f"{checkpoint.root} has no weights in {folder!r}, which the loaded model needs"
             )
+        check_not_quantized(checkpoint.components[folder])
         entries = {
             entry.name: entry
             for entry in checkpoint.components[folder].entries()

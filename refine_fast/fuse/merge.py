@@ -52,7 +52,8 @@ def fuse(
     Bit for bit what ``torch.lerp`` gives (in float32 for 8- and 16-bit types), streamed: no tensor,
     shard or model is ever held in memory. Values that are equal in both stay as they are. Every
     other file is copied from base, integer and bool tensors too. Weights in other formats
-    (``pytorch_model.bin``, ONNX) are left out, since they would still hold base's values.
+    (``pytorch_model.bin``, ONNX) are left out, since they would still hold base's values. Quantized
+    weights, which are codes with scales, are refused.
 
     Two folders must also agree on what gives the tensors their meaning: the tokens and their ids,
     the merges of BPE, the values of config.json that define the architecture, the modules of a
@@ -70,7 +71,7 @@ def fuse(
         weight: the share of tuned; 0 is base, 1 is tuned.
         weights: ``{glob over tensor names: weight}``, first match wins, ``weight`` for the rest.
         dtype: of the output's float tensors: "BF16", "F16", "F32", "F64", "F8_E4M3" or "F8_E5M2";
-            default: base's.
+            default: base's. config.json then names it too, but for the 8-bit types.
         checksum: computes the SHA-256 of every weight file read and written, in the same pass.
         threads: 1 reads, computes and writes in turn in one thread. None, or 2 and more, overlap
             reading and writing with the arithmetic, in threads of their own; their number is fixed,
@@ -249,7 +250,7 @@ def _copy_others(plan: Plan, content: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.base.root / name, target)
         fsync(target)
-    for relative, text in plan.indexes.items():
+    for relative, text in plan.changed.items():
         (content / relative).write_bytes(text)
         fsync(content / relative)
 

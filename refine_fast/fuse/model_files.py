@@ -6,6 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import finite
+
+_DEEPEST = 100
+"""Objects and lists inside each other: more than a model has, and few enough for recursion."""
+
 
 class UnreadableFileError(Exception):
     """A file that exists and does not hold what its name says; the message names it and why."""
@@ -47,9 +52,26 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        content = json.loads(text, parse_constant=str)
+        content = json.loads(text, parse_constant=str, parse_int=_integer)
+        _check_depth(content)
     except (ValueError, RecursionError) as error:
         raise UnreadableFileError(f"{path} is not JSON: {str(error)[:200]}") from error
     if not isinstance(content, dict):
         raise UnreadableFileError(f"{path} is not a JSON object")
     return content
+
+
+def _integer(digits: str) -> int:
+    """One that a float can hold, if not exactly: numbers are compared as floats."""
+    finite(digits)
+    return int(digits)
+
+
+def _check_depth(content: Any) -> None:
+    level = [content]
+    for _ in range(_DEEPEST):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [x for values in inner for x in values if isinstance(x, dict | list)]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")

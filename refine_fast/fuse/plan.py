@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,8 +33,11 @@ from .checkpoint import (
 from .compatibility import compare_models
 from .modules import MODULES, folders_of, modules_and_routes_of, pair_modules
 from .names import first_and_count, match_names
+from .quantized import check_not_quantized
 
 _NAMED = 3  # differences in one message
+_CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+"""Types in which transformers loads a model -> their names in its config.json."""
 ARCHITECTURES = "give two models of the same architecture"
 """The remedy where tensors of one input are missing in the other."""
 
@@ -73,13 +77,13 @@ class Shard:
 
 @dataclass
 class Plan:
-    """A whole merge: the shards to write, the index files by path, the headers of every input, and
-    notes and differences around the tensors for the report."""
+    """A whole merge: the shards to write, the other files of base that change, by path, the headers
+    of every input, and notes and differences around the tensors for the report."""
 
     base: Checkpoint
     is_folder: bool
     shards: list[Shard] = field(default_factory=list)
-    indexes: dict[Path, bytes] = field(default_factory=dict)
+    changed: dict[Path, bytes] = field(default_factory=dict)
     inputs: list[Header] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
@@ -247,6 +251,8 @@ def make_plan(
         raise RefineFastError(
             f"{base_path} and {tuned_path} must be two model folders or two .safetensors files"
         )
+    for part in (*base.components.values(), *tuned.components.values()):
+        check_not_quantized(part)
     folders = _tuned_folders(base_path, tuned_path)
     adapter: Adapter | None = None
     adapted = ""
@@ -299,9 +305,12 @@ def make_plan(
                 )
             plan.shards.append(Shard(shard.path.relative_to(base.root), header, pieces))
         if component.index is not None:
-            plan.indexes[component.index.relative_to(base.root)] = _index(
+            plan.changed[component.index.relative_to(base.root)] = _index(
                 component.index, plan, dtype
             )
+        config = str((component.folder / "config.json").relative_to(base.root))
+        if dtype in _CONFIG_DTYPES and config in base.others:
+            plan.changed[Path(config)] = _config(base.root / config, _CONFIG_DTYPES[dtype])
     unused = [name for name, component in tuned.components.items() if component.folder not in used]
     if unused:
         raise RefineFastError(
@@ -370,3 +379,9 @@ def _index(index: Path, plan: Plan, dtype: str | None) -> bytes:
     )
     parsed["metadata"] = {**(parsed.get("metadata") or {}), "total_size": total}
     return json.dumps(parsed, indent=2).encode() + b"\n"
+
+
+def _config(config: Path, dtype: str) -> bytes:
+    """A config.json of base in which each dtype is the given one; every other byte stays."""
+    dtypes = rb'("(?:torch_)?dtype"\s*:\s*)"[^"]*"'
+    return re.sub(dtypes, rb'\g<1>"%b"' % dtype.encode(), config.read_bytes())

@@ -8,6 +8,8 @@ transformers numbers their pieces in its own ways.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,21 @@ def _read(folder: Path) -> Tokenizer | None:
         return None
     for token, number in _ids(read_json(folder / "added_tokens.json")).items():
         tokenizer.ids.setdefault(token, number)
+    with _malformed(folder / "tokenizer_config.json"):
+        _add_settings(tokenizer, settings)
+    return tokenizer
+
+
+@contextmanager
+def _malformed(path: Path) -> Iterator[None]:
+    """What a value of an unexpected type raises becomes an UnreadableFileError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UnreadableFileError(f"{path} is malformed: {shown(error)}") from error
+
+
+def _add_settings(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
     added = settings.get("added_tokens_decoder")
     for number, token in (added if isinstance(added, dict) else {}).items():
         if isinstance(token, dict) and isinstance(token.get("content"), str) and number.isdigit():
@@ -125,7 +142,6 @@ def _read(folder: Path) -> Tokenizer | None:
     tokenizer.special |= {tokenizer.settings[role] for role in _ROLES if role in tokenizer.settings}
     if isinstance(lower := settings.get("do_lower_case"), bool):
         tokenizer.lowercase = lower  # transformers gives it precedence over tokenizer.json
-    return tokenizer
 
 
 def _lines(text: str) -> list[str]:
@@ -142,10 +158,8 @@ def _ids(vocabulary: Any) -> dict[str, int]:
 def _read_tokenizers(path: Path) -> Tokenizer:
     """A tokenizer.json, as the library tokenizers writes it."""
     content = read_json(path) or {}
-    try:
+    with _malformed(path):
         return _parse(path.name, content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UnreadableFileError(f"{path} is malformed: {error!r}") from error
 
 
 def _parse(file: str, content: dict[str, Any]) -> Tokenizer:
@@ -162,11 +176,13 @@ def _parse(file: str, content: dict[str, Any]) -> Tokenizer:
         tokenizer.algorithm = "BPE" if "merges" in model else "WordPiece"
     if isinstance(merges := model.get("merges"), list):
         # "a b" before tokenizers 0.20
-        tokenizer.merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
+        tokenizer.merges = [m.split(" ") if isinstance(m, str) else [*m] for m in merges]
     for token in content.get("added_tokens") or []:
         tokenizer.ids[token["content"]] = int(token["id"])
         if token.get("special"):
             tokenizer.special.add(token["content"])
+    if not all(isinstance(token, str) for token in tokenizer.ids):
+        raise TypeError("a token is not a string")
     tokenizer.steps = {name: content.get(name) for name in _STEPS}
     return tokenizer
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import workspace
-from .._native import DTYPES, cuda_module
+from .._native import DTYPES, cuda_module, missing_cuda
 from ..profiling import stage
 from .band_inputs import (
     DOC_DTYPES,
@@ -40,12 +40,7 @@ STREAMED = 64 << 20
 
 def missing_requirement(device: torch.device) -> str | None:
     """What to do before ``search`` can run on this GPU, as a sentence; None where it can."""
-    if cuda_module() is None:
-        return "install refine_fast again with nvcc of CUDA 12 or newer on the PATH"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        name = torch.cuda.get_device_name(device)
-        return f"use a GPU of compute capability 8.0 or newer ({name} is older)"
-    return None
+    return missing_cuda(device, (8, 0))
 
 
 def search(
@@ -182,7 +177,7 @@ def _streamed(
                     lanes[turn] = host, torch.empty(host.shape, dtype=dtype, device=device)
             host, there = (buffer[: end - begin] for buffer in lanes[turn])
             if isinstance(rows, Tensor):
-                host.copy_(rows)
+                host.copy_(rows.detach())
             else:
                 np.copyto(host.numpy(), rows)
         with torch.cuda.stream(copies):

@@ -124,13 +124,14 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
         raise ValueError(f'reduction must be "mean", "sum" or "none" (got {reduction!r})')
     q, d = autocast(q), autocast(d)
     hard = None if hard is None else autocast(hard)
+    has_kernel = _has_kernel(q)
+    exact = torch.float32 if has_kernel else q.dtype
     if not isinstance(temperature, Tensor):
         # no math.isinf, here and below: torch.compile does not trace it on a float that varies
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a positive number (got {temperature})")
-        temperature = torch.full((), temperature, dtype=torch.float64, device=q.device)
-    has_kernel = _has_kernel(q)
-    temperature = temperature.to(torch.float32 if has_kernel else q.dtype)
+        temperature = torch.full((), temperature, dtype=exact, device=q.device)
+    temperature = temperature.to(exact)
     temperature = temperature.reshape(()) if temperature.numel() == 1 else temperature
     problem = Problem(
         q, d, temperature, positives, doc_ids, hard, hard_mask, margin, symmetric, normalize,

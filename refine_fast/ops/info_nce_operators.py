@@ -120,7 +120,7 @@ def _run_gpu(
         known = None if losses is None else losses[m]
         one, grads = kernels.gradients(g * weights[m], losses=known, **part)
         found.append(one)
-        no_hard = problem.q.new_empty(0)
+        no_hard = grads.q.new_empty(_shape(part["hard"]))
         parts = [
             grads.q,
             grads.d,

@@ -155,11 +155,15 @@ def check_values(problem: Problem) -> None:
     """Checks temperature and positives on the CPU, where reading a value costs nothing.
 
     Raises:
-        ValueError: a temperature that is not positive and finite, or a positive outside d.
+        ValueError: a temperature or its inverse that is not positive and finite, or a positive
+            outside d.
     """
-    temperature = problem.temperature.item()
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a positive number (got {temperature})")
+    temperature = problem.temperature
+    if not 0 < (1 / temperature).item() < math.inf:
+        raise ValueError(
+            f"temperature must be a positive number with a finite inverse in {temperature.dtype}"
+            f" (got {temperature.item()})"
+        )
     if problem.positives is not None and len(problem.positives) > 0:
         low, high = (int(x) for x in problem.positives.aminmax())
         if low < 0 or high >= len(problem.d):
@@ -176,7 +180,11 @@ def assert_values(problem: Problem) -> None:
     later CUDA call reports and which ends the CUDA context. On CPU tensors (Triton's interpreter)
     it is a RuntimeError at once.
     """
-    positives = problem.positives
-    if positives is not None and len(positives) > 0:
-        inside = ((positives >= 0) & (positives < len(problem.d))).all()
-        torch._assert_async(inside, "info_nce: positives must be rows of d, 0 to len(d) - 1")
+    if problem.positives is not None and len(problem.positives) > 0:
+        assert_rows(problem.positives, len(problem.d))
+
+
+def assert_rows(positives: Tensor, count: int) -> None:
+    """Asserts, as ``assert_values``, that the positives are rows of a d with ``count`` rows."""
+    inside = ((positives >= 0) & (positives < count)).all()
+    torch._assert_async(inside, "info_nce: positives must be rows of d, 0 to len(d) - 1")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _core, reference
-from .._native import DTYPES, cuda_module
+from .._native import DTYPES, cuda_module, missing_cuda
 
 
 @torch.no_grad()
@@ -23,8 +25,8 @@ def lerp_(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
         weight: the share of tuned.
 
     Returns:
-        base. On a GPU without the CUDA extension, and for tensors that are not contiguous, by the
-        torch expression above.
+        base. On a GPU without the CUDA extension or older than compute capability 7.5, and for
+        tensors that are not contiguous, by the torch expression above.
 
     Raises:
         ValueError: different shapes or devices.
@@ -50,7 +52,8 @@ def lerp_(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
         if base.is_cpu:
             _core.lerp(*arguments)
             return base
-        if base.is_cuda and (cuda := cuda_module()) is not None:
+        if base.is_cuda and missing_cuda(base.device, (7, 5)) is None:
+            cuda: Any = cuda_module()
             with torch.cuda.device(base.device):
                 cuda.lerp(*arguments, torch.cuda.current_stream().cuda_stream)
             return base

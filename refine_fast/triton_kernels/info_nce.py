@@ -430,16 +430,20 @@ def _directions(
 
 
 @contextmanager
-def _on(q: Tensor, workspace: int) -> Iterator[None]:
+def _on(q: Tensor, workspace: int = 0) -> Iterator[None]:
     """Launches go to q's device, on torch's current stream there."""
     try:
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
             yield
     except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(
-            f"info_nce of {len(q)} rows found no room for {workspace >> 20} MB of workspace besides"
-            f" its gradients; lower {VARIABLE} (at least {MIN_BYTES >> 20}) or the batch size"
-        ) from error
+        room = "its vectors; lower the batch size"
+        if workspace:
+            room = (
+                f"{workspace >> 20} MB of workspace besides its gradients; lower {VARIABLE}"
+                f" (at least {MIN_BYTES >> 20}) or the batch size"
+            )
+        message = f"info_nce of {len(q)} rows found no room for {room}"
+        raise torch.OutOfMemoryError(message) from error
 
 
 def losses(q: Tensor, d: Tensor, **problem: Any) -> Tensor:
@@ -451,7 +455,7 @@ def losses(q: Tensor, d: Tensor, **problem: Any) -> Tensor:
     """
     if len(q) == 0:
         return q.new_zeros((2 if problem["symmetric"] else 1, 0), dtype=torch.float32)
-    with _on(q, 0):
+    with _on(q):
         return torch.stack([direction.losses() for direction in _directions(q, d, **problem)])
 
 

@@ -253,3 +253,24 @@ def test_one_percent_of_eager_at_the_target(D: int) -> None:
     B = 65_536
     _, used = planned(B, B, D, 2, 240 << 20)
     assert used < 3 * 2 * B * B / 100
+
+
+def test_no_room_for_the_losses_is_not_blamed_on_the_workspace(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They use none of it."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(info_nce, "_directions", lambda *_, **__: full())
+    inputs = problem(19, 75, 24, device)
+    with pytest.raises(torch.OutOfMemoryError) as without:
+        info_nce.losses(**inputs)
+    said = "info_nce of 19 rows found no room for its vectors; lower the batch size"
+    assert str(without.value) == said
+    with pytest.raises(
+        torch.OutOfMemoryError,
+        match=r"for 64 MB of .* lower REFINE_FAST_WORKSPACE_MB \(at least 16\) or the batch size",
+    ):
+        info_nce.gradients(torch.ones(19, device=device), workspace=64 << 20, **inputs)

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import ast
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from backends import OnGPU
 from safetensors.torch import save_file
 from torch import nn
 
 from refine_fast import _native, reference
 from refine_fast.errors import RefineFastError
 from refine_fast.fuse import fuse_into, into, stream_to_device
+from refine_fast.ops import lerp
 from refine_fast.ops.lerp import lerp_
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -164,3 +168,23 @@ def test_cuda_module_imports_without_a_driver() -> None:
     if not (torch.cuda.is_available() or hasattr(cuda, "emulate")):
         with pytest.raises(RuntimeError, match=r"CUDA error: .*driver"):
             cuda.lerp(0, 0, 0, 0, 16, 0.5, 0)
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_a_gpu_too_old_for_the_kernel(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has torch's expression; CPU tensors stand for those on the GPU."""
+    called = []
+    kernel = SimpleNamespace(lerp=lambda *arguments: called.append(arguments))
+    for module in (_native, lerp):
+        monkeypatch.setattr(module, "cuda_module", lambda: kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    base, tuned = draw(20, torch.float32, 1), draw(20, torch.float32, 2)
+    wanted = reference.lerp(base, tuned, 0.35) if capability < (7, 5) else base.clone()
+    lerp_(base.as_subclass(OnGPU), tuned.as_subclass(OnGPU), 0.35)
+    assert len(called) == (capability >= (7, 5))
+    assert torch.equal(bits(base), bits(wanted))

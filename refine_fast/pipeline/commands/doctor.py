@@ -17,8 +17,10 @@ from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
 
-from ..._native import available_isas, cuda_module, isa
+from ... import triton_kernels
+from ..._native import available_isas, isa
 from ...errors import RefineFastError
+from ...ops import band_topk_cuda
 from ..cluster.object_path import found_drivers
 from ..cluster.ray_cluster import found_cluster
 from ..console import Console
@@ -77,12 +79,11 @@ def check(model: str, *, trust_remote_code: bool = False) -> Iterator[tuple[str,
             torch.cuda.get_device_name(),
             torch.cuda.get_device_properties(0).total_memory,
         )
-        yield (
-            "cuda",
-            True,
-            f"{name}, {memory / 2**30:.0f} GiB; "
-            f"CUDA kernels {'built' if cuda_module() else 'not built, Triton kernels are used'}",
-        )
+        yield "cuda", True, f"{name}, {memory / 2**30:.0f} GiB"
+        without = band_topk_cuda.missing_requirement(torch.device("cuda"))
+        yield "cuda band_topk", *_on_gpu(without, "searches on the CPU")
+        without = triton_kernels.missing_requirement()
+        yield "cuda info_nce", *_on_gpu(without, "runs its plain torch reference")
     else:
         yield "cuda", False, "no device found; everything runs on the CPU"
     fast = has_fast_bf16(device())
@@ -105,6 +106,10 @@ def check(model: str, *, trust_remote_code: bool = False) -> Iterator[tuple[str,
     free = shutil.disk_usage(Path.cwd()).free
     yield "disk", free > 2**30, f"{free / 2**30:.1f} GiB free in {Path.cwd()}"
     yield "encoder", *_tried(lambda: _encoder(model, trust_remote_code))
+
+
+def _on_gpu(missing: str | None, instead: str) -> tuple[bool, str]:
+    return missing is None, "has its kernels" if missing is None else f"{instead}: {missing}"
 
 
 def extras() -> list[str]:
