@@ -115,7 +115,7 @@ def extras() -> list[str]:
 
 def packages_of(extra: str) -> list[Requirement]:
     """The packages that an extra adds on this platform, those of extras that it names too."""
-    packages = []
+    packages: list[Requirement] = []
     for requirement in map(Requirement, requires(DISTRIBUTION) or ()):
         marker = requirement.marker
         if marker and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""}):
