@@ -346,7 +346,7 @@ def config_of(options: argparse.Namespace) -> RunConfig:
 
     given = vars(options)
     flags = {name: given[name] for name in RunConfig.model_fields if name in given}
-    return load_config(options.config, {**(QUICK if options.quick else {}), **flags})
+    return load_config(options.config, flags, QUICK if options.quick else {})
 
 
 def run(options: argparse.Namespace, console: Console) -> int:

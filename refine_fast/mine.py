@@ -17,6 +17,9 @@ from .ops.band_topk import BandTopK, band_topk
 Search = Callable[..., BandTopK]
 """``band_topk``, or what gives the same for the same arguments."""
 
+NO_LOWER_EDGE = float(torch.finfo(torch.float32).min)
+"""The lower edge of a fitted band that has none, where the similarity has no lowest value."""
+
 CEILINGS = 4096
 """Queries whose positives are compared at a time."""
 
@@ -98,6 +101,12 @@ def mine(
     return Mined(*found, edges)
 
 
+def band_in_words(band: Sequence[float]) -> str:
+    """Its edges: "0.50 to 0.70"; "up to -2.00" where it has no lower edge."""
+    low, high = band
+    return f"up to {high:.2f}" if low == NO_LOWER_EDGE else f"{low:.2f} to {high:.2f}"
+
+
 def calibrate_band(
     query_embeddings: Any,
     doc_embeddings: Any,
@@ -154,7 +163,7 @@ def calibrate_band(
         queries[repeated], doc_embeddings, np.concatenate(rows), normalize, groups
     )
     hi = float(similar.quantile(0.25))
-    lowest = -1.0 if normalize else float(torch.finfo(torch.float32).min)
+    lowest = -1.0 if normalize else NO_LOWER_EDGE
     hardest = search(
         queries,
         doc_embeddings,

@@ -54,7 +54,7 @@ def report_data() -> ReportData:
         Documents("my|docs <b>", 40, 1321, {"exact": 3, "near": 14}),
         Queries(
             "made from the documents without an LLM",
-            True,
+            "all",
             {"cloze": 1321, "title": 700},
             held_out_by_document=True,
         ),

@@ -77,6 +77,7 @@ def test_a_run(whole: Path, tmp_path: Path, all_distilled: None, monkeypatch, ca
     report = json.loads((out / "report.json").read_text())
     assert report["training"]["share"] == facts
     assert {"train 0.0", "curve 0.35 of 1.0", "train"} <= report["stages"].keys()
+    assert "curve 0.35" not in report["stages"]  # of the run before this one
     assert (
         "| teachers' share | 1, the best on held-out queries; ndcg@10 of the"
         in (out / "report.md").read_text()

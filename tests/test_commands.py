@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from refine_fast.cli import main
+from refine_fast.pipeline.config_file import saved_config
 from refine_fast.pipeline.evaluation.general_knowledge import general_knowledge
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the killed runs
@@ -37,6 +39,23 @@ def test_json_on_stdout(copied: Path, capsys) -> None:
     assert result["report"] == str(copied / "report.html")
     assert set(result["sets"]["in_domain"]["systems"]) == {"BM25", "base", "fine-tuned", "fused"}
     assert captured.err == ""
+
+
+@pytest.mark.parametrize("package", ["openai", "json_repair"])
+def test_what_reads_a_run_needs_no_extra_of_its_making(
+    indexed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """A run with a language model is searched and exported without the extra llm."""
+    run = shutil.copytree(indexed, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    asked = config.replace("llm: null", "llm: http://localhost:1/v1")
+    (run / "config.yaml").write_text(asked.replace("llm_model: []", "llm_model: [m]"))
+    assert saved_config(run).llm_model == ("m",)
+    for name in [name for name in sys.modules if "pipeline.queries.llm" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["search", str(run), "a river", "--quiet"]) == 0
+    assert main(["export", str(run), "--format", "triplets", "--quiet"]) == 0
 
 
 def test_a_command_in_a_message_can_be_pasted(tmp_path: Path, capsys) -> None:

@@ -105,6 +105,7 @@ def test_bad_flag(tmp_path: Path, monkeypatch, capsys, flag: str, value: str, me
             "skip: [",
             "config: {path} cannot be read as YAML (while parsing a flow node expected the node",
         ),
+        ("title: 2024-02-30", "config: {path} cannot be read as YAML (day is out of range for"),
         ("skip: null", "skip: null must be an integer >= 0."),
         ("skip: yes", "skip: True must be an integer >= 0."),
         ("lr: yes", "lr: True must be a number > 0."),
@@ -145,6 +146,8 @@ def test_the_weight_in_the_loss(tmp_path: Path, capsys) -> None:
         "error: weight: auto chooses the weight after training, but fusion embeddings uses it in "
         "the loss; give a number.\n"
     )
+    with pytest.raises(RefineFastError, match=r"^weight: 0 leaves the fine-tuned encoder out of "):
+        RunConfig(out=tmp_path / "run", fusion="embeddings", weight=0)
 
 
 def test_a_teacher_needs_negatives(tmp_path: Path) -> None:
@@ -293,6 +296,21 @@ def test_a_relative_model_is_found_from_elsewhere(
 
 def test_quick_holds_real_options() -> None:
     assert RunConfig(out=Path("run"), **QUICK).max_steps == QUICK["max_steps"]
+
+
+def test_quick_leaves_what_is_asked_for(tmp_path: Path) -> None:
+    """By the file or by a flag; not what a run that is resumed began with."""
+    path = tmp_path / "my.yaml"
+    path.write_text("limit: 50\nbatch_size: 4\n")
+    config = cli.config_of(
+        parser().parse_args(
+            ["run", "--quick", "--out", str(tmp_path), "--config", str(path), "--batch-size", "5"]
+        )
+    )
+    assert (config.limit, config.batch_size, config.max_steps) == (50, 5, QUICK["max_steps"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    again = cli.config_of(parser().parse_args(["run", "--quick", "--out", str(tmp_path)]))
+    assert (again.limit, again.ood_passages) == (QUICK["limit"], QUICK["ood_passages"])
 
 
 def test_an_unknown_option_of_the_python_api() -> None:

@@ -321,7 +321,8 @@ def test_an_export_has_the_teachers_scores(judged: Path, tmp_path: Path, capsys)
 
 
 def test_an_export_says_where_the_teacher_is_missing(judged: Path, tmp_path: Path, capsys) -> None:
-    """Scores that are damaged; those of a run that has no teacher any more are not used."""
+    """Scores that are damaged, or another teacher's; those of a run that has no teacher any more
+    are not used."""
     out = shutil.copytree(judged, tmp_path / "run")
     command = ["export", str(out), "--format", "llama_index", "--overwrite"]
     whole = (out / "taught.jsonl").read_bytes()
@@ -331,6 +332,14 @@ def test_an_export_says_where_the_teacher_is_missing(judged: Path, tmp_path: Pat
     assert "the teacher's scores are not up to date (teach: taught.jsonl was changed)" in said
     assert "logits" not in said
     (out / "taught.jsonl").write_bytes(whole)
+    manifest = (out / "manifest.json").read_text()
+    recorded = json.loads(manifest)
+    recorded["teach"]["settings"]["teacher"] = "org/another"
+    (out / "manifest.json").write_text(json.dumps(recorded))
+    assert main(command) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the teacher's scores are not up to date (teach: config.teacher was changed)" in said
+    (out / "manifest.json").write_text(manifest)
     config = (out / "config.yaml").read_text(encoding="utf-8")
     without = [line for line in config.splitlines() if not line.startswith("teacher: ")]
     (out / "config.yaml").write_text("\n".join(without), encoding="utf-8")

@@ -279,6 +279,27 @@ def test_a_stage_states_its_own_peak_memory(tmp_path: Path) -> None:
         assert small <= large - 300
 
 
+def test_a_stage_states_the_time_of_all_its_starts(tmp_path: Path) -> None:
+    """Of one that was killed, up to its last file."""
+
+    def work(to: Path) -> None:
+        started = (to / "started.json").stat().st_mtime
+        count = len(list(to.glob("checkpoint *")))
+        (to / f"checkpoint {count}").touch()
+        os.utime(to / f"checkpoint {count}", (started + 1000, started + 1000))
+        if count < 2:
+            raise KeyboardInterrupt
+        (to / "out.txt").touch()
+
+    with RunFolder(tmp_path) as run:
+        stage = Stage("train", ("out.txt",), work)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                run.do(stage)
+        assert 2000 <= run.do(stage) < 2900
+    assert 2000 <= stage_costs(tmp_path)["train"][0] < 2900
+
+
 def test_the_second_run_stops_and_names_the_first(tmp_path: Path) -> None:
     with (
         RunFolder(tmp_path),

@@ -253,6 +253,7 @@ def curve(means: dict[float, float], queries: int = 400) -> dict[float, Scores]:
         ((0.50, 0.60, 0.70), (0.80, 0.9, 0.79), 0.35, None),
         ((0.60, 0.605, 0.40), (0.80, 0.80, 0.80), 0.0, NOT_BETTER),
         ((0.60, 0.58, 0.40), (0.80, 0.70, 0.60), 0.0, NOT_BETTER),
+        ((0.50, 0.505, 0.70), (0.80, 0.80, 0.79), 0.0, FORGETS),  # of 1.0, which is better
     ],
 )
 def test_choose_weight(
@@ -263,6 +264,7 @@ def test_choose_weight(
     chosen = choose_weight(dict(reversed(on_dev.items())), on_guard, tolerance=0.005)
     assert (chosen.weight, chosen.refused) == (weight, refused)
     assert chosen.gain.mean == pytest.approx(dev[weights.index(chosen.best)] - dev[0])
+    assert (chosen.gain.low > 0) == (refused != NOT_BETTER)
 
 
 def test_without_queries_the_base_is_kept() -> None:

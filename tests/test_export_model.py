@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = ["a pump", "Where does the BOILER of the harbour stand? " * 20, "the mill rests", ""]
 
-PROMPTS = {"query": "find: ", "document": "title: none | text: "}
+PROMPTS = {"query": "find: ", "document": "title: none | text:\n"}
 
 T5_DENSE = layered(T5, "mean", "dense", "normalize", prompts=PROMPTS)
 """Relative positions, and a module with weights behind the pooling."""
@@ -140,7 +140,7 @@ def test_the_readme(exported: Path, role: str, monkeypatch: pytest.MonkeyPatch) 
     texts, vectors = expected(exported, role)
     np.testing.assert_allclose(embed(folder, texts, monkeypatch), vectors, atol=1e-5)
     text = (folder / "README.md").read_text()
-    assert "- Put `find: ` before a query and `title: none | text: ` before a document." in text
+    assert "- Put `'find: '` before a query and `'title: none | text:\\n'` before a doc" in text
     assert "cuts a text after 96 tokens" in text
 
 

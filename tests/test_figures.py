@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from report_samples import DOWN, UP, WEIGHTS, report_data, set_scores
 
+from refine_fast.mine import NO_LOWER_EDGE
 from refine_fast.pipeline.evaluation.scores import Scores
 from refine_fast.pipeline.reporting.data import ReportData, SetScores
 from refine_fast.pipeline.reporting.figures import (
@@ -110,4 +111,10 @@ def test_similarities_figure_draws_both_histograms_and_the_band(data: ReportData
     assert (span.get_x(), span.get_width()) == pytest.approx((0.5, 0.2))
     assert "band\n0.50 to 0.70" in [text.get_text() for text in panel.texts]
     title = panel.get_title(loc="left") + panel.get_title()
+    without = dataclasses.replace(mining, band=(NO_LOWER_EDGE, 0.7))
+    [panel] = similarities_figure(dataclasses.replace(data, mining=without)).axes
+    [span] = [patch for patch in panel.patches if isinstance(patch, Rectangle)]
+    lowest = min(mining.random_scores.min(), mining.answer_scores.min())
+    assert (span.get_x(), span.get_width()) == pytest.approx((lowest, 0.7 - lowest))
+    assert "band\nup to 0.70" in [text.get_text() for text in panel.texts]
     assert title == "73% of 2,021 queries have no passage in the band"

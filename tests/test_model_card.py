@@ -13,7 +13,12 @@ from refine_fast.pipeline.reporting.model_card import model_card
 
 
 def card(
-    base: Path, name: str = "org/my_model", *, weight: float = 0.35, twin: bool = False
+    base: Path,
+    name: str = "org/my_model",
+    *,
+    weight: float = 0.35,
+    chosen: bool = True,
+    twin: bool = False,
 ) -> str:
     systems = {
         system: {
@@ -22,7 +27,8 @@ def card(
         }
         for system, share in (("BM25", 0.5), ("base", 0.6), ("fine-tuned", 0.8), ("fused", 0.7))
     }
-    return model_card(base, name, weight, {"loss": "InfoNCE | *t*"}, systems, twin=twin)
+    recipe = {"loss": "InfoNCE | *t*"}
+    return model_card(base, name, weight, recipe, systems, chosen=chosen, twin=twin)
 
 
 def head_and_body(text: str) -> tuple[dict[str, object], str]:
@@ -56,6 +62,8 @@ def test_model_card(tmp_path: Path) -> None:
     kept = card(tmp_path, weight=0)
     assert "`org/my_model` as it was: no fine-tuned model was shown to be better" in kept
     assert "interpolated" not in kept
+    given = card(tmp_path, weight=0, chosen=False)
+    assert "`org/my_model` as it was: its weight was given as 0. Made by" in given
     twin = card(tmp_path, twin=True)
     assert "normalize(0.35 * e_tuned + 0.65 * e_frozen)" in twin
     assert '("path/to/this/folder", trust_remote_code=True)\n' in twin
@@ -84,6 +92,7 @@ def test_model_card_survives_any_name(tmp_path: Path) -> None:
         ("no head", {}),
         ("---\n: [\n---\n", {}),
         ("---\n- a list\n---\n", {}),
+        ("---\nlicense: mit\ndate: 2024-02-30\n---\n", {}),  # no day
         (None, {}),
     ],
 )

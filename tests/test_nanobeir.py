@@ -77,5 +77,12 @@ def test_names(hub: Path, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
     assert load_config(file, {}).ood == config.ood
+    own = tmp_path / "nanobeir-scifact"
+    (own / "qrels").mkdir(parents=True)
+    for part in ("corpus.jsonl", "qrels/test.tsv"):
+        (own / part).touch()
+    assert len(RunConfig(out=tmp_path / "run", docs=hub, ood=["nanobeir/fever", own]).ood) == 2
+    with pytest.raises(RefineFastError, match=r"^ood: .* have the same folder name; rename one"):
+        RunConfig(out=tmp_path / "run", docs=hub, ood=["nanobeir/scifact", own])
     with pytest.raises(RefineFastError, match=r"^ood: nanobeir/x must name one of arguana, .*2020"):
         RunConfig(out=tmp_path / "run", docs=hub, ood="nanobeir/x")

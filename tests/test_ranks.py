@@ -27,11 +27,16 @@ from refine_fast.cli import main
 from refine_fast.collectives import gather_rows, mean_gradients, mean_over_ranks, ranks
 from refine_fast.errors import RefineFastError
 from refine_fast.nn import InfoNCELoss
+from refine_fast.pipeline import RunConfig
+from refine_fast.pipeline.console import Console
+from refine_fast.pipeline.context import RunContext
 from refine_fast.pipeline.encoder.load import load_encoder
 from refine_fast.pipeline.ranks import Ranks, launched, may_report
+from refine_fast.pipeline.stages import train
 from refine_fast.pipeline.training import trainer
 from refine_fast.pipeline.training.batches import Collator, Example, Twin
 from refine_fast.pipeline.training.loss import BatchLoss
+from refine_fast.pipeline.training.memory import Fit
 from refine_fast.pipeline.training.teachers import Lexical, Teachers
 from refine_fast.pipeline.training.trained import Trained
 
@@ -432,6 +437,42 @@ def test_each_rank_has_a_gpu_of_its_own() -> None:
     assert run_ranks(2, gpu_of, "6,3,1", 3) == ["6", "3"]
     for sentence in run_ranks(2, gpu_of, None, 1):
         assert sentence.startswith("train: 2 processes on this machine need 2 GPUs (1 visible)")
+
+
+def short_of_gpus() -> list[bool]:
+    torch.cuda.device_count = lambda: 1
+    with pytest.raises(RefineFastError, match="need 2 GPUs"):
+        launched()
+    return [may_report(), may_report()]
+
+
+def test_one_rank_says_that_gpus_are_missing() -> None:
+    found = run_ranks(2, short_of_gpus)
+    assert sum(may for of_rank in found for may in of_rank) == 1
+
+
+@pytest.mark.parametrize(
+    ("distill", "command"),
+    [
+        ("auto", "torchrun --nproc-per-node 2 -m refine_fast train --out {out})"),
+        ("choose", "refine-fast train --out {out} --engine ray)"),  # torchrun is refused
+    ],
+)
+def test_the_hint_at_more_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, distill: str, command: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = RunConfig(out=tmp_path, distill=distill)
+    context = RunContext(config, tmp_path, Console())
+    train._say_how(context, Fit(None, False, 1 << 30), "fp32", None)
+    assert command.format(out=tmp_path) in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("fusion", "decides"), [("weights", False), ("embeddings", True)])
+def test_ranks_must_have_the_weight_of_a_twin(tmp_path: Path, fusion: str, decides: bool) -> None:
+    config = RunConfig(out=tmp_path, fusion=fusion, weight=0.3)
+    context = RunContext(config, tmp_path, Console(quiet=True))
+    assert ("weight" in train._what_decides(context, [], [], None)) == decides
 
 
 def differing() -> str:

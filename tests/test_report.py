@@ -14,9 +14,16 @@ from markdown_it import MarkdownIt
 from matplotlib.image import imread
 from report_samples import DOWN, HOSTILE, SAME, UP, report_data, set_scores
 
+from refine_fast.mine import NO_LOWER_EDGE
+from refine_fast.pipeline import RunConfig
+from refine_fast.pipeline.artifacts import QUERIES
+from refine_fast.pipeline.console import Console
+from refine_fast.pipeline.context import RunContext
+from refine_fast.pipeline.corpus.jsonl import write_records
 from refine_fast.pipeline.evaluation.choice import FORGETS, NO_QUERIES, NOT_BETTER, Choice
 from refine_fast.pipeline.evaluation.metrics import METRICS
 from refine_fast.pipeline.evaluation.significance import Gain
+from refine_fast.pipeline.queries.query import Made, Query
 from refine_fast.pipeline.reporting import render
 from refine_fast.pipeline.reporting.data import Documents, Moved, Queries, ReportData, Triple
 from refine_fast.pipeline.reporting.facts import report_facts
@@ -24,6 +31,7 @@ from refine_fast.pipeline.reporting.figures import similarities_figure
 from refine_fast.pipeline.reporting.render import write_report
 from refine_fast.pipeline.reporting.templating import code_span, escape_markdown
 from refine_fast.pipeline.reporting.verdict import Statement, verdict
+from refine_fast.pipeline.stages.report import _queries
 
 
 @pytest.fixture
@@ -96,17 +104,39 @@ def test_verdict(
         assert words not in text
 
 
-@pytest.mark.parametrize("without_llm", [True, False])
-@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize(("made", "which"), [("all", "They"), ("some", "Some of them")])
 def test_queries_that_judge_what_was_made_like_them(
-    data: ReportData, without_llm: bool, held_out: bool
+    data: ReportData, made: Made, which: str
 ) -> None:
     """The verdict says what they are: on people's questions the same model may have lost."""
-    asked = dataclasses.replace(
-        data.queries, without_llm=without_llm, held_out_by_document=held_out
-    )
-    text = bold(verdict(dataclasses.replace(data, queries=asked)))
-    assert ("people's questions may gain less, or lose" in text) == (without_llm and held_out)
+
+    def stated(made: Made, held_out: bool) -> str:
+        asked = dataclasses.replace(data.queries, made=made, held_out_by_document=held_out)
+        return bold(verdict(dataclasses.replace(data, queries=asked)))
+
+    warning = "people's questions may gain less, or lose"
+    assert f"{which} were made without an LLM, like those" in stated(made, held_out=True)
+    assert warning in stated(made, held_out=True)
+    assert warning not in stated(made, held_out=False) + stated("none", held_out=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "made", "source"),
+    [
+        ({}, "none", "written by a large language model for this package"),
+        ({"query_kinds": "span"}, "all", "made from the documents without an LLM"),
+        ({"llm": "http://localhost/v1", "llm_model": "m"}, "none", "written by m"),
+        ({"llm": "smollm2"}, "some", "written by smollm2 and made from the documents"),
+    ],
+    ids=["the demo's", "made", "a model's", "both"],
+)
+def test_who_wrote_the_queries(
+    tmp_path: Path, options: dict[str, str], made: Made, source: str
+) -> None:
+    context = RunContext(RunConfig(out=tmp_path, **options), tmp_path, Console(quiet=True))
+    write_records(tmp_path / QUERIES, [Query("who?", "c", "span")])
+    queries = _queries(context)
+    assert (queries.made, queries.source) == (made, source)
 
 
 def test_the_remedy_for_a_fusion_of_embeddings(data: ReportData) -> None:
@@ -128,7 +158,7 @@ def test_an_unmeasured_domain_is_stated(data: ReportData) -> None:
     ("refused", "stated"),
     [
         (NOT_BETTER, "no fusion weight is shown to retrieve your documents better"),
-        (FORGETS, "every fusion weight forgets more than is tolerated"),
+        (FORGETS, "every fusion weight that is better forgets more than is tolerated"),
         (NO_QUERIES, "no query is left to compare fusion weights on"),
     ],
 )
@@ -227,6 +257,12 @@ def test_the_similarity_of_a_model_compared_by_dot_product(
     assert "cosine" not in text
     [panel] = similarities_figure(data).axes
     assert panel.get_xlabel() == "dot product divided by 23.4 under the base model"
+    open_band = dataclasses.replace(
+        data, mining=dataclasses.replace(mining, band=(NO_LOWER_EDGE, 0.7))
+    )
+    write_report(tmp_path, open_band)
+    text = (tmp_path / "report.md").read_text()
+    assert "dot product divided by 23.4 up to 0.70 (fixed) after the 5 most similar" in text
 
 
 def test_every_table_has_as_many_cells_in_each_row(data: ReportData, tmp_path: Path) -> None:
@@ -241,7 +277,7 @@ def test_every_table_has_as_many_cells_in_each_row(data: ReportData, tmp_path: P
 
 def test_other_sources_other_words(data: ReportData, tmp_path: Path) -> None:
     """A weight chosen by the rule, the user's own queries, a calibrated band that few miss."""
-    given = Queries("from questions.jsonl", False, {"user": 900}, held_out_by_document=False)
+    given = Queries("from questions.jsonl", "none", {"user": 900}, held_out_by_document=False)
     mining = dataclasses.replace(data.mining, calibrated=True, empty=3)
     choice = Choice(0.35, 0.35, Gain(0.1, 0.05, 0.15), Gain(0.0, -0.01, 0.01))
     changed = dataclasses.replace(data, queries=given, mining=mining, choice=choice)
@@ -255,6 +291,11 @@ def test_other_sources_other_words(data: ReportData, tmp_path: Path) -> None:
         assert words in text
     for words in ("without an LLM", "--band auto", "What the language model wrote"):
         assert words not in text
+    half = dataclasses.replace(data.queries, made="some")
+    write_report(tmp_path, dataclasses.replace(changed, queries=half))
+    text = (tmp_path / "report.md").read_text()
+    assert "Some of the queries were made from the documents without an LLM. Real questions" in text
+    assert "`--llm" not in text
 
 
 ACCOUNT = {
@@ -347,7 +388,7 @@ def test_no_text_of_the_user_is_markup_anywhere(
     named = dataclasses.replace(
         data,
         documents=Documents(text, 1, 1, {text: 1}),
-        queries=Queries(text, False, {text: 1}, held_out_by_document=True, account=account),
+        queries=Queries(text, "none", {text: 1}, held_out_by_document=True, account=account),
         training=dataclasses.replace(data.training, base=text, precision=text, loss_function=text),
         out_of_domain=[set_scores(text, DOWN, 300)],
         versions={text: text},

@@ -178,13 +178,27 @@ def test_a_rerun_redoes_what_changed_and_says_why(
 
 
 def test_a_path_that_is_not_utf8(copied: Path, docs: Path, tmp_path: Path, capsys) -> None:
-    """Its bytes are named in the report and in the manifest, which are UTF-8."""
+    """Its bytes are named in the report and in the manifest, which are UTF-8. A set is scored anew
+    where a file changes that is read."""
     odd = shutil.copytree(docs, tmp_path / os.fsdecode(b"caf\xe9"))
     flags = ["--config", str(copied / "config.yaml"), str(odd)]
     assert set(rerun(copied, capsys, *flags)) == {"report"}
     report = json.loads((copied / "report.json").read_text())
     assert report["documents"]["source"].endswith(r"caf\xe9")
+    beir = tmp_path / os.fsdecode(b"set \xe9")
+    (beir / "qrels").mkdir(parents=True)
+    (beir / "qrels" / "test.tsv").write_text("q\td0\t1\n")
+    rows = (json.dumps({"_id": f"d{i}", "text": f"river {i}"}) + "\n" for i in range(3))
+    (beir / "corpus.jsonl").write_text("".join(rows))
+    (beir / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "river 0"}))
+    assert r"ood set \xe9 changed" in rerun(copied, capsys, "--ood", str(beir))["score base"]
+    [elsewhere] = json.loads((copied / "report.json").read_text())["out_of_domain"]
+    assert elsewhere["name"] == r"set \xe9"
+    for name in ("README.md", "qrels/dev.tsv", "corpus.jsonl.gz"):
+        (beir / name).touch()
     assert rerun(copied, capsys) == {}
+    (beir / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "river 1"}))
+    assert "score BM25" in rerun(copied, capsys)
     queries = tmp_path / os.fsdecode(b"questions \xe9.jsonl")
     queries.touch()
     context = RunContext(RunConfig(out=copied, queries=queries), odd, Console())

@@ -81,6 +81,31 @@ def test_bm25_teaches_where_it_adds_to_the_encoder(
     assert (found is not None) == teaches
 
 
+def test_the_documents_are_read_once_for_many_queries() -> None:
+    """And the queries of a block are judged by their own positives."""
+
+    class Counted(np.ndarray):
+        reads = 0
+
+        @property
+        def T(self) -> np.ndarray:
+            Counted.reads += 1
+            return np.asarray(self).T
+
+    d, many = unit(4, 8, 1).view(Counted), 14
+    found = lexical_teacher(
+        QUERIES * many, RELEVANT * many, DOCUMENTS, (unit(3 * many, 8, 0), d), seed=0
+    )
+    assert found is not None
+    assert Counted.reads == 2
+    others = RELEVANT[1:] + RELEVANT[:1]  # the encoder knows them, the words do not
+    q = np.asarray(d)[[rows[0] for rows in others]]
+    found = lexical_teacher(
+        QUERIES * many, others * many, DOCUMENTS, (np.tile(q, (many, 1)), d), seed=0
+    )
+    assert found is None
+
+
 def test_documents_without_words_have_no_lexical_teacher() -> None:
     q, d = unit(1, 8, 0), unit(2, 8, 1)
     assert lexical_teacher(["?"], [[0]], ["!!!", "..."], (q, d), seed=0) is None

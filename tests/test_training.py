@@ -16,6 +16,7 @@ from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.encoder.load import load_encoder
 from refine_fast.pipeline.training import loss, order, trainer
 from refine_fast.pipeline.training.batches import Collator, Example
+from refine_fast.pipeline.training.memory import fit_training
 from refine_fast.pipeline.training.trainer import epochs_of, steps_of, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,6 +106,14 @@ def test_the_steps_follow_the_data(examples: int, epochs: float, steps: int) -> 
     assert epochs_of(examples, batch_size=64, epochs=0.5) == 0.5
 
 
+@pytest.mark.parametrize("batch", [2, 7, 8, 48])
+def test_the_fewest_steps_are_what_is_promised(batch: int) -> None:
+    """Whatever the rounding of the epochs: one fewer for 88 examples in batches of 8."""
+    for examples in range(8 * batch, 30 * batch):
+        epochs = epochs_of(examples, batch_size=batch, epochs="auto")
+        assert steps_of(examples, batch_size=batch, epochs=epochs, max_steps=None) == 30
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_shortest_training_trains(tiny: Path, tmp_path: Path, steps: int) -> None:
     """The warm-up, which starts at a rate of 0, leaves at least one step."""
@@ -113,6 +122,19 @@ def test_the_shortest_training_trains(tiny: Path, tmp_path: Path, steps: int) ->
     history = train(model, EXAMPLES, PAGES, tmp_path, batch_size=8, epochs=9, max_steps=steps)
     assert any((p != before[name]).any() for name, p in model.named_parameters())
     assert (history["steps"], history["epochs"]) == (steps, steps / 2)
+
+
+def test_memory_is_planned_for_the_most_tokens(tiny: Path) -> None:
+    """Not for the most characters: of Chinese, each is a token."""
+    model = load_encoder(tiny)
+    english, chinese = PAGES[0][:150], "南瓜" * 40
+
+    def peak(*passages: str) -> int:
+        return fit_training(
+            model, ["?"], passages, 100, batch_size=64, negatives=1, memory=None, bf16=False
+        ).peak
+
+    assert peak(english) < peak(chinese) == peak(english, chinese, *["a"] * 9)
 
 
 def near_pairs(rows: np.ndarray, topics: np.ndarray, batch: int) -> float:

@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from refine_fast.integrations.sentence_transformers import TwinEncoder
 from refine_fast.pipeline.encoder.load import load_encoder
+from refine_fast.pipeline.encoder.twin import save_twin
+from refine_fast.pipeline.encoder.weighted import encoder_at
 from refine_fast.pipeline.training import batches
 from refine_fast.pipeline.training.loss import BatchLoss
 
@@ -83,6 +85,19 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(
         assert loaded.prompts == twin.prompts
         assert loaded.max_seq_length == 96
         assert loaded.get_embedding_dimension() == 32
+
+
+def test_at_weight_1_it_is_scored_as_it_is_saved(tiny: Path, tmp_path: Path) -> None:
+    """As unit vectors, which an encoder under the dot product does not give."""
+    base, tuned = load_encoder(tiny), tuned_from(tiny)
+    for encoder, name in ((base, "base"), (tuned, "tuned")):
+        encoder.pop(2)
+        encoder.similarity_fn_name = "dot"
+        encoder.save_pretrained(str(tmp_path / name), create_model_card=False)
+    save_twin(tmp_path / "tuned", tmp_path / "base", 1.0, tmp_path / "product")
+    scored = encoder_at(1.0, tmp_path / "base", tmp_path / "tuned", twin=True).encode_query(PAGES)
+    assert np.abs(np.linalg.norm(tuned.encode_query(PAGES), axis=1) - 1).min() > 0.1
+    assert np.array_equal(load_encoder(tmp_path / "product").encode_query(PAGES), scored)
 
 
 def test_the_frozen_one_stays_frozen(tiny: Path) -> None:

@@ -59,7 +59,8 @@ MODEL = "model"
 
 
 def stage_costs(out: Path) -> dict[str, tuple[float, int]]:
-    """Stage -> the seconds that it took when it was last done, and its peak memory in MiB."""
+    """Stage -> the seconds that it took when it was last done, over all its starts, and the peak
+    memory of the last start in MiB."""
     manifest = read_json(out / "manifest.json") or {}
     return {name: (record["seconds"], record["peak_mb"]) for name, record in manifest.items()}
 

@@ -3,6 +3,7 @@ the messages about bad values all follow."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
@@ -398,7 +399,10 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> RunConfig:
-        self.llm_settings()  # checks them
+        # Without the packages of the extra llm they are not checked: a command that only reads a
+        # run's folder needs none, and any other imports them before it starts.
+        with suppress(ModuleNotFoundError):
+            self.llm_settings()
         check_together(self)
         return self
 
@@ -415,6 +419,11 @@ class RunConfig(BaseModel):
             dimensions=self.dimensions,
             trust_remote_code=self.trust_remote_code,
         )
+
+    @property
+    def bf16(self) -> bool | None:
+        """``precision``: whether to use bf16; None: where the hardware has it."""
+        return {"auto": None, "bf16": True, "fp32": False}[self.precision]
 
     @property
     def per_chunk(self) -> int:

@@ -32,6 +32,11 @@ def check_together(config: Any) -> None:
             "weight: auto chooses the weight after training, but fusion embeddings uses it in "
             "the loss; give a number."
         )
+    if config.fusion == "embeddings" and config.weight == 0:
+        raise RefineFastError(
+            "weight: 0 leaves the fine-tuned encoder out of fusion embeddings, so that training "
+            "would change nothing; give a number above 0."
+        )
     if config.shards is not None and config.engine == "local":
         raise RefineFastError("shards: needs workers; add --engine ray or omit --shards.")
     if config.train_workers != "auto":

@@ -20,7 +20,9 @@ _PATHS = ("docs", "queries", "out", "prompt", "judge_prompt")
 folders, and ``ood``."""
 
 
-def load_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
+def load_config(
+    path: Path | None, flags: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> RunConfig:
     """The configuration in a YAML file, overridden by flags.
 
     Args:
@@ -28,11 +30,13 @@ def load_config(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
             and no documents are given, so that the run is resumed; else the defaults. Where
             neither the file nor a flag gives documents, they are those of that run.
         flags: field -> value, as text or typed.
+        defaults: field -> its value where neither ``path`` nor a flag gives one; of a run that is
+            resumed they replace what it began with.
 
     Raises:
         RefineFastError: if the file or a value cannot be used.
     """
-    values = {} if path is None else _read_yaml(path)
+    values = {**(defaults or {}), **({} if path is None else _read_yaml(path))}
     saved = Path(flags.get("out", "")).expanduser() / "config.yaml"
     if "out" in flags and not {"docs"} & (flags.keys() | values.keys()) and saved.is_file():
         before = _read_yaml(saved)
@@ -71,7 +75,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise RefineFastError(
             f"config: {path} does not exist; give the path of a YAML file."
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # 2024-02-30 is a ValueError
         reason = " ".join(str(error).split())
         remedy = "put paths with \\ in single quotes" if "escape" in reason else "correct it"
         raise RefineFastError(

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
+from ..files import name_of
 from .corpus.beir import is_beir
-from .corpus.nanobeir import is_nanobeir, sets_of
+from .corpus.nanobeir import folder_name, is_nanobeir, sets_of
 from .encoder.load import DEFAULT_ENCODER
 from .queries.query import MADE_KINDS
 
@@ -108,7 +109,8 @@ def _beir_sets(value: Any) -> tuple[Path | str, ...] | None:
                 "must be a BEIR folder with a test split "
                 "(corpus.jsonl, queries.jsonl, qrels/test.tsv; gzipped or not)"
             )
-    if len({folder.name for folder in folders}) < len(folders):
+    taken = {*(name_of(folder.name) for folder in folders), *map(folder_name, names)}
+    if len(taken) < len(folders) + len(names):
         raise ValueError("have the same folder name; rename one")
     return (*folders, *names)
 

@@ -20,6 +20,7 @@ from .corpus.nanobeir import nanobeir_folder
 from .encoder.load import DEFAULT_ENCODER, encoder_folder
 from .encoder.options import EncoderOptions
 from .engine import key_digest
+from .queries.query import Made
 from .workers import Hear, Part, Spread, Workers
 
 SHARES = (0.0, 0.5, 1.0)
@@ -136,7 +137,7 @@ class RunContext:
     @property
     def bf16(self) -> bool | None:
         """Whether to encode and train in bf16; None: where the hardware has it."""
-        return {"auto": None, "bf16": True, "fp32": False}[self.config.precision]
+        return self.config.bf16
 
     @property
     def trust_remote_code(self) -> bool:
@@ -185,6 +186,14 @@ class RunContext:
         config = self.config
         others = (config.queries, config.llm, config.query_kinds or None)
         return self.built_in and others == (None, None, None)
+
+    @property
+    def made(self) -> Made:
+        """How many of the training queries are made from the documents without a language model."""
+        config = self.config
+        if config.queries is not None or self.written_beforehand or not config.made_kinds:
+            return "none"
+        return "some" if config.llm_writes else "all"
 
     @property
     def has_test_queries(self) -> bool:
@@ -265,6 +274,13 @@ class RunContext:
         return self.weights if self.chooses_weight else sorted({0.0, float(self.config.weight)})
 
     @property
+    def curve_weights(self) -> list[float]:
+        """The fusion weights that have a stage of their own: with shares to choose from, those that
+        are not part of the choice, and 0, which is the same for each share."""
+        compared = self.compared_weights if self.chooses_distill else []
+        return [weight for weight in self.weights if weight == 0 or weight not in compared]
+
+    @property
     def base_name(self) -> str:
         """The base encoder as a reader of the report knows it."""
         if self.config.model == DEFAULT_ENCODER:
@@ -290,7 +306,8 @@ class RunContext:
         if self.config.queries is not None:
             return f"from {name_of(self.config.queries.name)}"
         if self.config.llm is not None:
-            return f"written by {self.llm_name}"
+            also = " and made from the documents" if self.made == "some" else ""
+            return f"written by {self.llm_name}{also}"
         if self.written_beforehand:
             return "written by a large language model for this package"
         return "made from the documents without an LLM"

@@ -101,15 +101,18 @@ class RunFolder:
             + stage.unfinished()
         )
 
-    def changes(self, name: str, files: Mapping[str, Path]) -> list[str]:
+    def changes(
+        self, name: str, files: Mapping[str, Path], settings: Mapping[str, Any] | None = None
+    ) -> list[str]:
         """What of a finished stage's files differs from its record, in a few words each.
 
-        Unlike ``reasons``, for what only reads the outputs: settings, code and packages that have
-        changed since do not count.
+        Unlike ``reasons``, for what only reads the outputs: other settings, code and packages that
+        have changed since do not count.
 
         Args:
             name: the stage.
             files: label -> file or folder, those of its inputs to compare.
+            settings: those of its settings to compare, as far as the record has them.
         """
         record = self._manifest().get(name)
         if record is None:
@@ -119,7 +122,12 @@ class RunFolder:
             for label, path in files.items()
             if self._digests_under(path) != record["files"].get(label)
         )
-        return [*changed, *self._changed_outputs(record, record["outputs"])]
+        others = (
+            f"config.{label} was changed"
+            for label, value in _as_json(settings or {}).items()
+            if value != record["settings"].get(label, value)
+        )
+        return [*changed, *others, *self._changed_outputs(record, record["outputs"])]
 
     def _changed_outputs(self, record: Mapping[str, Any], names: Iterable[str]) -> list[str]:
         return [
@@ -129,7 +137,8 @@ class RunFolder:
         ]
 
     def do(self, stage: Stage) -> float:
-        """Does the stage even if it is up to date, and returns the seconds that it took.
+        """Does the stage even if it is up to date, and returns the seconds that it took, over all
+        its starts.
 
         Resumes where a killed run stopped.
         """
@@ -143,12 +152,15 @@ class RunFolder:
             record = None
         if record is None:
             reset_peak()
+            before = _seconds_before(folder)
+            write_json(folder / "started.json", before)
             start = time.monotonic()
             stage.work(folder)
             for name in stage.outputs:
                 fsync_all(folder / name)
             outputs = {name: self._digest(folder / name) for name in stage.outputs}
-            cost = {"seconds": round(time.monotonic() - start, 2), "peak_mb": peak_mb()}
+            seconds = before + time.monotonic() - start
+            cost = {"seconds": round(seconds, 2), "peak_mb": peak_mb()}
             record = {**key, "outputs": outputs, **cost}
             write_json(folder / "done.json", record)
         self._publish(stage, folder, record)
@@ -187,8 +199,7 @@ class RunFolder:
                 for label, path in stage.files.items()
             },
             "facts": dict(stage.facts),
-            # as it will be read back
-            "settings": json.loads(json.dumps(dict(stage.settings), default=str)),
+            "settings": _as_json(stage.settings),
             "code": code.modules,
             "packages": code.packages,
         }
@@ -221,6 +232,22 @@ class RunFolder:
             except PermissionError:  # the stage skips such a document
                 self._digests[known] = "unreadable"
         return self._digests[known]
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as they are read back from a record."""
+    return dict(json.loads(json.dumps(dict(settings), default=str)))
+
+
+def _seconds_before(folder: Path) -> float:
+    """What the earlier starts of the stage in ``folder`` took, each up to the last file that it
+    wrote: a kill leaves no other trace."""
+    started = folder / "started.json"
+    before = read_json(started)
+    if before is None:
+        return 0.0
+    last = max(path.stat().st_mtime for path in folder.rglob("*"))
+    return float(before + last - started.stat().st_mtime)
 
 
 def key_digest(folder: Path) -> str:

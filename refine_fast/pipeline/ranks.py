@@ -142,9 +142,25 @@ def launched() -> Ranks | None:
     Raises:
         RefineFastError: if there are fewer GPUs than processes, but some.
     """
-    if not all(name in os.environ for name in _LAUNCHER) or int(os.environ["WORLD_SIZE"]) < 2:
+    ranks = _connected()
+    if ranks is None:
         return None
     import torch
+
+    if gpus := torch.cuda.device_count():
+        if gpus < ranks.local_size:
+            raise RefineFastError(
+                f"train: {ranks.local_size} processes on this machine need {ranks.local_size} GPUs "
+                f"({gpus} visible); start fewer with --nproc-per-node."
+            )
+        _take_gpu(int(os.environ.get("LOCAL_RANK", ranks.rank)))
+    return ranks
+
+
+@cache
+def _connected() -> Ranks | None:
+    if not all(name in os.environ for name in _LAUNCHER) or int(os.environ["WORLD_SIZE"]) < 2:
+        return None
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -152,21 +168,14 @@ def launched() -> Ranks | None:
     with peers_may_end():
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if gpus := torch.cuda.device_count():
-        if gpus < local_size:
-            raise RefineFastError(
-                f"train: {local_size} processes on this machine need {local_size} GPUs "
-                f"({gpus} visible); start fewer with --nproc-per-node."
-            )
-        _take_gpu(int(os.environ.get("LOCAL_RANK", rank)))
     return Ranks(rank, size, local_size, PrefixStore("refine_fast", store))
 
 
 def may_report() -> bool:
     """Whether this process, which ends with an error, should print it: one sentence ends a run, not
     one a rank."""
-    connected = launched.cache_info().currsize > 0
-    ranks = launched() if connected else None
+    connected = _connected.cache_info().currsize > 0
+    ranks = _connected() if connected else None
     if ranks is None:
         return True
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to say

@@ -24,7 +24,7 @@ DEMO: dict[str, Any] = {
     "served": False,
 }
 """What is set where no documents are given: Python's language reference in a few minutes on two
-cores. Training sees half as many tokens of each passage, and half an epoch."""
+cores. Training sees half as many tokens of each passage, and 0.8 of an epoch."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {},

@@ -119,13 +119,15 @@ def extras() -> list[str]:
 
 
 def packages_of(extra: str) -> list[Requirement]:
-    """The packages that an extra adds on this platform."""
-    packages = []
+    """The packages that an extra adds on this platform, those of extras that it names too."""
+    packages: list[Requirement] = []
     for requirement in map(Requirement, requires(DISTRIBUTION) or ()):
         marker = requirement.marker
         if marker and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""}):
             requirement.marker = None
-            packages.append(requirement)
+            own = requirement.name == DISTRIBUTION
+            nested = (package for name in requirement.extras for package in packages_of(name))
+            packages += nested if own else [requirement]
     return packages
 
 

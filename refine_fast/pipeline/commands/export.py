@@ -141,10 +141,12 @@ def _check_mined(out: Path) -> None:
 def _taught(out: Path, console: Console) -> Judgements | None:
     """What the run's teacher says of the mined training set. None: it has no teacher, or, with a
     warning, the teacher has not scored this set."""
-    if saved_config(out).teacher is None:
+    config = saved_config(out)
+    if config.teacher is None:
         return None
     files = {name: out / name for name in (CHUNKS, QUERIES, DEV, HELD_OUT, NEGATIVES)}
-    reasons = RunFolder(out).changes("teach", files)
+    settings = {"teacher": config.teacher, "llm_model": config.llm_model}
+    reasons = RunFolder(out).changes("teach", files, settings)
     if not reasons:
         return read_taught(out)
     console.warn(

@@ -9,10 +9,11 @@ import numpy as np
 
 from ...files import atomic, atomic_folder
 from ..artifacts import MODEL
+from ..config_file import saved_config
 from ..console import Console
 from ..encoder.encode import compares_by_cosine, encode
-from ..evaluation.evaluate import rank
-from ..evaluation.metrics import score_ranking
+from ..evaluation.evaluate import score_vectors
+from ..queries.splits import held_out_set
 from ..reporting.loss import Loss
 from ..serving import exports
 from ..serving.compact import CompactVectors, Numbers
@@ -83,28 +84,17 @@ def _compact(
 ) -> tuple[CompactVectors, Loss | None]:
     """How the vectors are stored, and what it costs on the run's held-out queries. Those are
     stored as the passages are."""
-    alive = np.split(index.alive, index.starts[1:-1])
-    vectors = np.concatenate(
-        [
-            segment.vectors["product"][live]
-            for segment, live in zip(index.segments, alive, strict=True)
-        ]
-    )
-    ids = (id for id, live in zip(index.column("id"), index.alive, strict=True) if live)
-    row = {id: i for i, id in enumerate(ids)}
+    parts = list(exports.batches(index))
+    chunks = [chunk for part, _ in parts for chunk in part]
+    vectors = np.concatenate([rows for _, rows in parts])
     model = load_product(out)
     compact = CompactVectors.of(vectors, numbers, dimensions, unit=compares_by_cosine(model))
-    held = [query for query in held_out_queries(out) if query.chunk_id in row]
+    ids = {chunk.id for chunk in chunks}
+    held = [query for query in held_out_queries(out) if query.chunk_id in ids]
     if not held:
         return compact, None
-    drawn = np.random.default_rng(0).permutation(len(held))[:QUERIES]
-    asked = encode(model, [held[i].text for i in drawn], role="query")
-    relevant = [{row[held[i].chunk_id]: 1.0} for i in drawn]
-    before, after = (
-        score_ranking(rank(queries, passages).tolist(), relevant)
-        for queries, passages in (
-            (asked, vectors),
-            (compact.compared(asked), compact.compared(vectors)),
-        )
-    )
-    return compact, Loss(len(vectors), len(drawn), before, after)
+    data = held_out_set(chunks, held).sample(queries=QUERIES, docs=len(chunks), seed=0)
+    asked = encode(model, data.queries, role="query", bf16=saved_config(out).bf16)
+    before = score_vectors(data, asked, vectors)
+    after = score_vectors(data, compact.compared(asked), compact.compared(vectors))
+    return compact, Loss(len(data.docs), len(data.queries), before, after)

@@ -138,7 +138,7 @@ def plan(config: RunConfig) -> Plan:
     weights = list(context.weights)
     for _ in context.shares[1:]:
         weights += [weight for weight in context.compared_weights if weight > 0]
-    encoders = sum(2 if context.twin and 0 < weight < 1 else 1 for weight in weights)
+    encoders = sum(2 if context.twin and weight > 0 else 1 for weight in weights)
     # the base, the fine-tuned encoder, and both or one where they are fused
     encoded = len(chunks) + examples + encoders * compared + (3 + context.twin) * scored
     if config.mine_by == "sentence":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import RefineFastError
+from ...files import name_of
 from .jsonl import read_jsonl, text_field
 from .qrels import read_qrels
 from .text import passage_text
@@ -24,6 +25,13 @@ def beir_file(folder: Path, stem: str) -> Path | None:
     """``stem``.jsonl[.gz] in a folder, the plain one if there are both."""
     names = (folder / f"{stem}.jsonl{packed}" for packed in ("", ".gz"))
     return next((path for path in names if path.is_file()), None)
+
+
+def read_by_beir(folder: Path, split: str = "test") -> Callable[[Path], bool]:
+    """Which files of a folder ``load_beir`` reads."""
+    texts = (beir_file(folder, stem) for stem in ("corpus", "queries"))
+    read = {path.resolve() for path in (*texts, folder / "qrels" / f"{split}.tsv") if path}
+    return lambda path: path.resolve() in read
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ def load_beir(folder: Path, split: str = "test") -> RetrievalSet:
             f" {min(relevant)!r}; check that the qrels belong to this corpus."
         )
     return RetrievalSet(
-        folder.resolve().name,
+        name_of(folder.resolve().name),
         list(corpus),
         [passage_text(title, text) for title, text in corpus.values()],
         list(qrels),

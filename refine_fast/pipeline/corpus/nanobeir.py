@@ -52,6 +52,11 @@ def sets_of(name: str) -> list[str]:
     return [name]
 
 
+def folder_name(name: str) -> str:
+    """Of the folder of a set, by which reports name it."""
+    return name.replace("/", "-")
+
+
 def nanobeir_folder(name: str) -> Path:
     """A set of NanoBEIR in BEIR layout, fetched into the cache if it is not there yet.
 
@@ -61,7 +66,7 @@ def nanobeir_folder(name: str) -> Path:
     Raises:
         RefineFastError: if it is not in the cache and cannot be fetched.
     """
-    folder = cache_folder() / name.replace("/", "-")
+    folder = cache_folder() / folder_name(name)
     if not folder.is_dir():
         with made_once(folder) as temporary:
             try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def encoder_at(
     weight: float, base: Path, tuned: Path, *, twin: bool, trust_remote_code: bool = False
 ) -> SentenceTransformer:
-    """The base at weight 0, the fine-tuned encoder at 1.
+    """The base at weight 0; at 1 the fine-tuned encoder, of a twin as unit vectors.
 
     Args:
         weight: share of the fine-tuned encoder.
@@ -24,6 +24,6 @@ def encoder_at(
         twin: whether embeddings are fused, not weights.
         trust_remote_code: whether to run Python code in the folders.
     """
-    if twin and 0 < weight < 1:
+    if twin and weight > 0:
         return load_twin(tuned, base, weight, trust_remote_code=trust_remote_code)
     return load_fused(base, tuned, weight, trust_remote_code=trust_remote_code)

@@ -23,8 +23,8 @@ class Choice:
     weight: float
     """0: the base encoder is kept."""
     best: float
-    """The best weight within the tolerance, or the best of all if none is. ``gain``, ``guard`` and
-    ``refused`` refer to it."""
+    """``weight``; where the base is kept, the best of the weights that are better, else of those
+    within the tolerance, else of all. ``gain``, ``guard`` and ``refused`` refer to it."""
     gain: Gain
     """At ``best``, on the documents."""
     guard: Gain
@@ -70,11 +70,11 @@ def choose_share(dev: Mapping[float, Scores], rule: float) -> ShareChoice:
 def choose_weight(
     dev: Mapping[float, Scores], guard: Mapping[float, Scores], *, tolerance: float
 ) -> Choice:
-    """The weight with the highest mean on ``dev`` among those that lose at most ``tolerance`` on
-    ``guard``.
+    """The weight with the highest mean on ``dev`` among those that are better there, the 95%
+    interval of the gain lying above 0, and lose at most ``tolerance`` on ``guard``.
 
-    The base is kept (weight 0) where every weight loses more, or where the 95% interval of the gain
-    on ``dev`` does not lie above 0: a model that is not shown to be better is not worth deploying.
+    The base is kept (weight 0) where there is none: a model that is not shown to be better is not
+    worth deploying.
 
     Args:
         dev: weight -> scores on queries about the documents that are neither trained on nor in any
@@ -88,10 +88,14 @@ def choose_weight(
         unknown = Gain(0.0, 0.0, 0.0)
         return Choice(0.0, weights[0], unknown, unknown, NO_QUERIES)
     least = (1 - tolerance) * guard[0].metrics[METRIC]
+    gains = {weight: _gain_at(weight, dev) for weight in weights}
+    better = [weight for weight in weights if gains[weight].low > 0]
     allowed = [weight for weight in weights if guard[weight].metrics[METRIC] >= least]
-    best = max(allowed or weights, key=lambda weight: dev[weight].metrics[METRIC])
-    on_dev, on_guard = (
-        gain(scores[0].per_query[METRIC], scores[best].per_query[METRIC]) for scores in (dev, guard)
-    )
-    refused = NOT_BETTER if on_dev.low <= 0 else None if allowed else FORGETS
-    return Choice(0.0 if refused else best, best, on_dev, on_guard, refused)
+    both = [weight for weight in better if weight in allowed]
+    best = max(both or better or allowed or weights, key=lambda w: dev[w].metrics[METRIC])
+    refused = None if both else FORGETS if better else NOT_BETTER
+    return Choice(0.0 if refused else best, best, gains[best], _gain_at(best, guard), refused)
+
+
+def _gain_at(weight: float, scores: Mapping[float, Scores]) -> Gain:
+    return gain(scores[0].per_query[METRIC], scores[weight].per_query[METRIC])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Made = Literal["all", "some", "none"]
+"""How many of a run's queries are made from the passages without a language model."""
 
 MADE_KINDS = ("cloze", "title", "span", "question", "definition", "keywords", "crop")
 """Kinds of query that are made from the passages without a language model; ``synthesize_queries``

@@ -11,6 +11,7 @@ import numpy as np
 from ..evaluation.choice import Choice
 from ..evaluation.scores import Scores
 from ..evaluation.significance import Gain, gain
+from ..queries.query import Made
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Queries:
     source: str
     """In words: "made from the documents without an LLM", "from questions.jsonl", "written by
     <LLM>"."""
-    without_llm: bool
-    """Whether refine_fast made them itself; the report then recommends an LLM."""
+    made: Made
+    """How many of them refine_fast made itself; the report then recommends better ones."""
     kinds: Mapping[str, int]
     """Kind -> training queries."""
     held_out_by_document: bool

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from ...mine import NO_LOWER_EDGE, band_in_words
 from .data import ReportData, SetScores
 from .format import HEADLINE, TABLE_METRICS
 
@@ -166,8 +167,9 @@ def similarities_figure(data: ReportData) -> Figure:
     mining = data.mining
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     panel = figure.subplots()
-    low, high = mining.band
+    words, (low, high) = band_in_words(mining.band), mining.band
     both = np.concatenate([mining.random_scores, mining.answer_scores])
+    low = both.min() if low == NO_LOWER_EDGE else low
     bins = np.linspace(min(both.min(), low), max(both.max(), high), 60)
     panel.axvspan(low, high, color=GREY, alpha=0.18, lw=0)
     tallest = 0.0
@@ -191,9 +193,7 @@ def similarities_figure(data: ReportData) -> Figure:
             va="bottom",
         )
     panel.set_ylim(0, 1.45 * tallest)
-    panel.text(
-        (low + high) / 2, 1.43 * tallest, f"band\n{low:.2f} to {high:.2f}", ha="center", va="top"
-    )
+    panel.text((low + high) / 2, 1.43 * tallest, f"band\n{words}", ha="center", va="top")
     panel.set_yticks([])
     panel.spines["left"].set_visible(False)
     panel.set_xlabel(f"{mining.similarity} under the base model")

@@ -38,7 +38,7 @@ def graph_card(
     return markdown_template("graph_card.md.jinja").render(
         format=format,
         graph=graph,
-        prompts=prompts,
+        prompts={role: prompt and repr(prompt) for role, prompt in prompts.items()},
         tokens=tokens,
         unit=unit,
         difference=f"{difference:.1g}",

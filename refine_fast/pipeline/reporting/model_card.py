@@ -28,6 +28,7 @@ def model_card(
     recipe: Mapping[str, str],
     systems: Mapping[str, Mapping[str, Scores]],
     *,
+    chosen: bool,
     twin: bool,
 ) -> str:
     """The README.md of the fused model.
@@ -38,6 +39,7 @@ def model_card(
         weight: The fusion weight.
         recipe: Step -> how it was done.
         systems: System name -> set name -> scores; "base" and "fused" are required.
+        chosen: Whether the weight was chosen by scores, not given.
         twin: Whether embeddings were fused, not weights.
     """
     head = {
@@ -68,6 +70,7 @@ def model_card(
         sets=sets,
         metrics=CARD_METRICS,
         headline=HEADLINE,
+        chosen=chosen,
         twin=twin,
         version=version("refine-fast"),
     )
@@ -81,7 +84,7 @@ def _licence(base: Path) -> dict[str, Any]:
     parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
     try:
         head = yaml.safe_load(parts[1]) if len(parts) == 3 else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a date such as 2024-02-30 is a ValueError
         head = None
     if not isinstance(head, dict):
         return {}

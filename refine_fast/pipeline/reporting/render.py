@@ -11,6 +11,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from ...mine import band_in_words
 from ..evaluation.significance import Gain
 from .data import ReportData
 from .facts import report_facts
@@ -44,6 +45,7 @@ def _markdown(data: ReportData, facts: Mapping[str, Any], captions: Mapping[str,
     filters = {
         "points": _points,
         "at": _at,
+        "band": band_in_words,
         "listed": _listed,
         "most_first": _most_first,
         "rank": _rank,

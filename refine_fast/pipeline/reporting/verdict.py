@@ -34,10 +34,11 @@ def verdict(data: ReportData) -> list[Statement]:
         return [refusal(data.choice)]
     own = data.in_domain.gain(data.weight, HEADLINE)
     how = ""
-    if data.queries.without_llm and data.queries.held_out_by_document:
+    if data.queries.made != "none" and data.queries.held_out_by_document:
+        which = "They" if data.queries.made == "all" else "Some of them"
         how = (
-            " They were made without an LLM, like those of training: people's questions may gain"
-            " less, or lose."
+            f" {which} were made without an LLM, like those of training: people's questions may"
+            " gain less, or lose."
         )
     statements = [_statement("On your documents", data.in_domain, data.weight, own, how)]
     if data.served is not None and "fused" in data.served.systems:
@@ -79,7 +80,7 @@ def refusal(choice: Choice) -> Statement:
             "Better queries (`--llm`, `--queries`), more documents or a lower `--lr` may help.",
         ),
         FORGETS: (
-            f"every fusion weight forgets more than is tolerated. {changes}",
+            f"every fusion weight that is better forgets more than is tolerated. {changes}",
             "A lower `--lr`, fewer `--epochs` or a smaller weight in `--curve` may help;"
             " `--tolerance` allows more.",
         ),
@@ -151,7 +152,12 @@ def _remedy_for_forgetting(data: ReportData) -> Statement:
 def caveats(data: ReportData) -> list[str]:
     """What limits the conclusions, as Markdown without any text of the user's."""
     found = []
-    if data.queries.without_llm:
+    if data.queries.made == "some":
+        found.append(
+            "Some of the queries were made from the documents without an LLM. Real questions of"
+            " your users (`--queries FILE`) are closer to what people ask, and train better models."
+        )
+    if data.queries.made == "all":
         found.append(
             "The queries were made from the documents without an LLM. An LLM writes queries that"
             " are closer to what people ask (`--llm URL --llm-model NAME`); real questions of your"

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ...files import name_of
 from ..artifacts import (
     ACCOUNT,
     ADAPTER,
@@ -48,6 +49,7 @@ from ..artifacts import (
     score_file,
 )
 from ..context import RunContext
+from ..corpus.beir import read_by_beir
 from ..corpus.documents import may_be_read
 from ..encoder.model_files import of_the_model
 from ..engine import Stage
@@ -121,6 +123,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         asked = given(queries=config.queries, query_texts=query_texts(config.queries))
     encoder = {"encoder": context.encoder}
     judged = given(docs=context.judged_corpus)
+    as_judged = {label: read_by_beir(folder) for label, folder in judged.items()}
     built_in = {"docs": f"the language reference of Python {platform.python_version()}"}
     built_in = built_in if config.docs is None else {}
     scores = made(*map(score_file, SYSTEMS))
@@ -143,6 +146,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             split,
             made(CHUNKS, TWINS) | asked | judged,
             "queries_per_chunk query_kinds llm held_out seed encoding",
+            counts=as_judged,
             facts=built_in,
         )
     else:
@@ -157,6 +161,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             | encoder
             | given(prompt=config.prompt, judge_prompt=config.judge_prompt),
             f"queries_per_chunk query_kinds held_out seed precision {LLM_SETTINGS}",
+            counts=as_judged,
             facts=built_in,
             unfinished=lambda: llm_query.unanswered(context),
         )
@@ -185,7 +190,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             teach,
             (TAUGHT, TEACHING_FACTS),
             pairs | {"teacher": context.teacher},
-            "precision",
+            "precision teacher",
         )
     elif taught:
         from . import llm_teach  # needs the extra llm
@@ -195,7 +200,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             llm_teach,
             (TAUGHT, TEACHING_FACTS),
             pairs,
-            f"queries_per_chunk seed {LLM_SETTINGS}",
+            f"queries_per_chunk seed teacher {LLM_SETTINGS}",
             unfinished=lambda: llm_teach.unanswered(context),
         )
     trained = (TUNED, TRAINING_FACTS, *([ADAPTER] if config.lora is not None else []))
@@ -224,15 +229,16 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             curve,
             (curve_file(weight),),
             made(CHUNKS, DEV, *([tuned] if weight else [*split, EMBEDDINGS])) | encoder,
-            "seed precision" + (" fusion" if 0 < weight < 1 else ""),
+            "seed precision" + (" fusion" if weight else ""),
             under=under,
             weight=weight,
             tuned=tuned,
         )
 
+    curves = {weight: scoring(f"curve {weight!r}", weight) for weight in context.curve_weights}
     compared = [weight for weight in context.compared_weights if weight > 0]
     if context.chooses_distill:
-        yield scoring("curve 0.0", 0.0)
+        yield curves.pop(0.0)
         candidates = made(curve_file(0))
         for share in context.shares:
             folder = at_share(share)
@@ -251,9 +257,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         )
     else:
         yield training("train", context.distill)
-    for weight in context.weights:
-        if not (context.chooses_distill and weight in context.compared_weights):
-            yield scoring(f"curve {weight!r}", weight)
+    yield from curves.values()
     yield stage(
         "choose",
         choose,
@@ -261,8 +265,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         curve_files if context.chooses_weight else {},
         "weight tolerance curve" if context.chooses_weight else "weight",
     )
-    sets = made(CHUNKS, HELD_OUT) | judged
-    sets |= {f"ood {folder.name}": folder for folder in context.ood}
+    sets = judged | {f"ood {name_of(folder.name)}": folder for folder in context.ood}
     for system in SYSTEMS:
         models: dict[str, Path] = {}
         settings = "ood_passages seed"
@@ -274,15 +277,16 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         if system in ("fine-tuned", "fused"):
             models |= made(TUNED)
         if system == "fused":
-            # a weight of 0 or 1 takes the scores of an end
+            # a weight of 0 or 1 may take the scores of an end
             models |= made(FUSION_FACTS, score_file("base"), score_file("fine-tuned"))
             settings += " fusion"
         yield stage(
             f"score {system}",
             score,
             (score_file(system), SETS) if system == "BM25" else (score_file(system),),
-            sets | models,
+            made(CHUNKS, HELD_OUT) | sets | models,
             settings,
+            counts={label: read_by_beir(folder) for label, folder in sets.items()},
             facts=built_in | {"ood": "general knowledge" if config.ood is None else "given"},
             system=system,
         )
@@ -295,6 +299,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             (SERVED,),
             made(CHUNKS, *split, EMBEDDINGS, TUNED, FUSION_FACTS) | judged | encoder,
             "seed precision fusion",
+            counts=as_judged,
         )
     recipe = made(MINING_FACTS, TRAINING_FACTS) | taught
     if context.chooses_distill:
@@ -325,6 +330,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         | judged,
         "weight curve fusion band skip select mine_by batch_size lr temperature seed served docs "
         f"{NAMES}",
+        counts=as_judged,
     )
 
 

@@ -34,7 +34,7 @@ def run(context: RunContext, folder: Path, *, weight: float, tuned: str = TUNED)
         weight,
         context.encoder,
         context.path(tuned),
-        twin=0 < weight < 1 and context.twin,
+        twin=context.twin,
         trust_remote_code=context.trust_remote_code,
     )
     spread = context.spread(folder, load, f"{tuned} {weight!r}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...files import read_json
 from ...fuse import fuse
+from ...mine import band_in_words
 from ..artifacts import (
     MINING_FACTS,
     MODEL,
@@ -39,6 +40,7 @@ def run(context: RunContext, folder: Path) -> None:
         weight,
         _recipe(context, weight),
         all_scores(context.out),
+        chosen=context.chooses_weight,
         twin=context.twin,
     )
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -49,7 +51,6 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
     config = context.config
     mining = read_json(context.path(MINING_FACTS))
     training = read_json(context.path(TRAINING_FACTS))
-    low, high = mining["band"]
     similarity = similarity_name(context.out)
     fused = "embeddings, in the loss too" if context.twin else "parameters"
     chosen = ", chosen on held-out queries and general knowledge" if context.chooses_weight else ""
@@ -75,7 +76,7 @@ def _recipe(context: RunContext, weight: float) -> dict[str, str]:
         f"{'cosine' if context.twin else similarity}, temperature {config.temperature:g}, "
         f"batch {config.batch_size}, {grouped}each document once{share}",
         "hard negatives": f"{training['negatives']} per query: after the {config.skip} most "
-        f"similar, {similarity} {low:.2f} to {high:.2f}{margin}, {config.select}; none for "
+        f"similar, {similarity} {band_in_words(mining['band'])}{margin}, {config.select}; none for "
         f"{mining['empty']} queries{relabelled}"
         if training["negatives"]
         else "none, in-batch negatives alone",

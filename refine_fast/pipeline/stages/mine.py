@@ -12,7 +12,7 @@ import numpy as np
 
 from ...errors import RefineFastError, RefineFastWarning
 from ...files import write_json
-from ...mine import mine
+from ...mine import band_in_words, mine
 from ...ops.band_topk import band_topk
 from ..artifacts import (
     MINING_FACTS,
@@ -72,9 +72,8 @@ def run(context: RunContext, folder: Path, *, negatives: int) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     in_band = np.asarray(mined.in_band)
     empty = int(np.sum(in_band == 0))
-    low, high = mined.band
     facts = {
-        "band": [low, high],
+        "band": mined.band,
         "empty": empty,
         "median_in_band": float(np.median(in_band)),
         "queries": len(q),
@@ -82,8 +81,8 @@ def run(context: RunContext, folder: Path, *, negatives: int) -> None:
     write_json(folder / MINING_FACTS, facts)
     if 2 * empty > len(q) and negatives:
         warnings.warn(
-            f"the band [{low:g}, {high:g}] after the {config.skip} most similar is empty for "
-            f"{empty} of {len(q)} queries under this encoder, so they train on in-batch "
+            f"the band {band_in_words(mined.band)} after the {config.skip} most similar is empty "
+            f"for {empty} of {len(q)} queries under this encoder, so they train on in-batch "
             "negatives alone; --band auto fits the band to the encoder.",
             RefineFastWarning,
             stacklevel=2,

@@ -119,7 +119,7 @@ def _costs(context: RunContext) -> dict[str, tuple[float, int]]:
             *(f"curve {weight!r} of {share!r}" for weight in context.compared_weights),
         )
     ]
-    curve = (f"curve {weight!r}" for weight in context.weights)
+    curve = (f"curve {weight!r}" for weight in context.curve_weights)
     scores = (f"score {system}" for system in SYSTEMS)
     sentences = ["sentences"] if context.config.mine_by == "sentence" else []
     teach = ["teach"] if context.teacher_kind is not None else []
@@ -141,7 +141,7 @@ def _queries(context: RunContext) -> Queries:
     queries = read_records(context.path(QUERIES), Query)
     return Queries(
         source=context.query_source,
-        without_llm=config.queries is None and config.llm is None,
+        made=context.made,
         kinds=dict(Counter(query.kind for query in queries)),
         held_out_by_document=not context.has_test_queries,
         account=read_json(context.path(ACCOUNT)) if config.llm_writes else None,

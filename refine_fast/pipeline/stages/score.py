@@ -39,7 +39,9 @@ _SYSTEMS = {weight: system for system, weight in _WEIGHTS.items()}
 def run(context: RunContext, folder: Path, *, system: str) -> None:
     """Writes the scores of one of ``SYSTEMS`` on every test set."""
     target = folder / score_file(system)
-    if system == "fused" and (same := _SYSTEMS.get(fused_weight(context.out))):
+    # not of a twin, which has unit vectors, as the fine-tuned encoder may not
+    same = None if system != "fused" or context.twin else _SYSTEMS.get(fused_weight(context.out))
+    if same is not None:
         shutil.copy(context.path(score_file(same)), target)
         return
     sets = scored_sets(context)
@@ -85,7 +87,7 @@ def scored_sets(context: RunContext) -> dict[str, RetrievalSet]:
         sets["ood:general knowledge"] = general_knowledge("test")
     for folder in context.ood:
         data = load_beir(folder)
-        sets[f"ood:{folder.name}"] = data.sample(
+        sets[f"ood:{data.name}"] = data.sample(
             queries=len(data.queries), docs=config.ood_passages, seed=config.seed
         )
     return sets

@@ -83,7 +83,7 @@ class _Encoder:
             weight,
             context.encoder,
             context.path(TUNED),
-            twin=0 < weight < 1 and context.twin,
+            twin=context.twin,
             trust_remote_code=context.trust_remote_code,
         )
         self._model = load()

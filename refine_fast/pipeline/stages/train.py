@@ -247,6 +247,8 @@ def _what_decides(
     fields = "epochs max_steps batch_size lr warmup temperature seed lora train_layers fusion" + (
         " teacher_temperature" if logits is not None else ""
     )
+    if context.twin:
+        fields += " weight"  # it is part of the loss
     data = hashlib.sha256(repr([(e.query, e.positive, e.negatives) for e in examples]).encode())
     data.update(repr((passages, logits)).encode())
     return {
@@ -265,7 +267,10 @@ def _say_how(context: RunContext, fit: Fit, precision: str, ranks: Ranks | None)
             f"  {ranks.size} processes share each batch of {context.config.batch_size} queries"
         )
     elif (gpus := torch.cuda.device_count()) > 1:
+        again = f"train --out {as_argument(context.out)}"
+        every = f"torchrun --nproc-per-node {gpus} -m refine_fast {again}"
+        if context.chooses_distill:  # which torchrun's processes do not share
+            every = f"refine-fast {again} --engine ray"
         context.console.say(
-            f"  {gpus} GPUs are visible; training uses the first (all of them: torchrun "
-            f"--nproc-per-node {gpus} -m refine_fast train --out {as_argument(context.out)})"
+            f"  {gpus} GPUs are visible; training uses the first (all of them: {every})"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import heapq
 import math
 import os
 from collections.abc import Iterable
@@ -112,6 +113,11 @@ CPU time with 8, 29 s with 16 or 32 and 43 s with the whole batch; with gradient
 126 (AMD EPYC, AVX2)."""
 
 
+CANDIDATES = 4
+"""Texts that are tokenized to find the longest. A character of Chinese, which has three bytes, is a
+token; four of English are."""
+
+
 class Fit(NamedTuple):
     """How many sequences training encodes at a time, and the memory that it takes."""
 
@@ -161,8 +167,8 @@ def fit_training(
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = PROCESS + (4 + 2 * bf16) * weights + 12 * trained
-    query = activation_bytes(model, _longest(queries), bf16=bf16, role="query")
-    passage = activation_bytes(model, _longest(passages), bf16=bf16)
+    query = activation_bytes(model, _longest(model, queries, "query"), bf16=bf16, role="query")
+    passage = activation_bytes(model, _longest(model, passages, "document"), bf16=bf16)
     whole = fixed + WHOLE_BATCH_OVERHEAD * (batch * query + documents * passage)
     each = FRAGMENTATION * max(query, passage)
     least = whole if _reads_bags(model) else fixed + each
@@ -200,8 +206,18 @@ def machine_memory(device: torch.device) -> int:
     return min(limits)
 
 
-def _longest(texts: Iterable[str]) -> str:
-    return max(texts, key=len, default="")
+def _longest(model: SentenceTransformer, texts: Iterable[str], role: Role) -> str:
+    """The text with the most tokens among ``CANDIDATES`` of the most characters and as many of the
+    most bytes."""
+    texts = list(texts)
+    sizes = (len, lambda text: len(text.encode("utf-8", "replace")))
+    longest = dict.fromkeys(t for size in sizes for t in heapq.nlargest(CANDIDATES, texts, size))
+    return max(longest, key=lambda t: _tokens(model, role, t), default="")
+
+
+def _tokens(model: SentenceTransformer, role: Role, text: str) -> int:
+    features = features_of(model, role, [text]).values()
+    return sum(x.numel() for x in features if isinstance(x, torch.Tensor))
 
 
 def _reads_bags(model: SentenceTransformer) -> bool:

@@ -37,6 +37,10 @@ SAMPLE = 500
 """Training queries that decide whether BM25 may teach."""
 
 
+BLOCK = 32
+"""Queries that are compared with every document at a time: the documents may be on the disk."""
+
+
 @dataclass(frozen=True)
 class Teachers:
     """Soft targets over the columns of a batch."""
@@ -151,11 +155,15 @@ def lexical_teacher(
         return None
     every = np.arange(len(documents))
     gain = 0.0
-    for query in np.random.default_rng(seed).permutation(len(queries))[:SAMPLE].tolist():
-        dense = torch.from_numpy(embeddings[0][[query]] @ embeddings[1].T)
-        hybrid = _standardized(lexical.scores([query], every)) + _standardized(dense)
-        gain += _reciprocal_rank(hybrid[0], relevant[query])
-        gain -= _reciprocal_rank(dense[0], relevant[query])
+    sample = np.random.default_rng(seed).permutation(len(queries))[:SAMPLE].tolist()
+    for start in range(0, len(sample), BLOCK):
+        block = sample[start : start + BLOCK]
+        dense = torch.from_numpy(embeddings[0][block] @ embeddings[1].T)
+        hybrid = _standardized(lexical.scores(block, every)) + _standardized(dense)
+        for query, alone, both in zip(block, dense, hybrid, strict=True):
+            gain += _reciprocal_rank(both, relevant[query]) - _reciprocal_rank(
+                alone, relevant[query]
+            )
     return lexical if gain > 0 else None
 
 

@@ -63,7 +63,8 @@ def steps_of(examples: int, *, batch_size: int, epochs: float, max_steps: int | 
         epochs: passes over the examples.
         max_steps: upper limit; None: no limit.
     """
-    steps = max(1, math.floor(examples * epochs / min(batch_size, examples)))
+    # 30 batches of 8 of 88 examples are 29.999999999999996
+    steps = max(1, math.floor(examples * epochs / min(batch_size, examples) + 1e-9))
     return steps if max_steps is None else min(steps, max_steps)
 
 
