@@ -31,7 +31,8 @@ BOILERPLATE = 3
 """A sentence in so many documents says nothing about one of them."""
 
 NAMED = 0.5
-"""Share of the queries that name their chunk's title where other chunks have it too."""
+"""Share of the queries that name their chunk's title where other chunks have it too. On travel
+(DSTC11) training gains 10.8 points of recall@3 [9.0, 12.7] with them, 0.0 [-2.0, 2.0] without."""
 
 _CROP_LENGTH = 24
 """Longest crop of a script without blanks, as for ``phrase_splitter``."""
