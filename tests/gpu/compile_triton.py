@@ -52,7 +52,12 @@ def argument_type(name: str, dtype: str) -> str:
 
 
 def compile_kernel(
-    name: str, dtype: str, capability: int, constants: dict[str, object], options: dict[str, int]
+    name: str,
+    dtype: str,
+    capability: int,
+    constants: dict[str, object],
+    options: dict[str, int],
+    unaligned: tuple[str, ...] = (),
 ) -> dict[str, object]:
     kernel = getattr(info_nce_kernels, name)
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
@@ -63,7 +68,7 @@ def compile_kernel(
     multiples = [
         i
         for i, (arg, kind) in enumerate(signature.items())
-        if kind[0] == "*" or arg.startswith("stride") or arg == "D"
+        if (kind[0] == "*" or arg.startswith("stride") or arg == "D") and arg not in unaligned
     ]
     aligned = {(i,): [["tt.divisibility", 16]] for i in multiples}
     built = triton.compile(
@@ -104,7 +109,11 @@ FORMS = {
     "no option": dict.fromkeys(FLAGS, False)
     | dict.fromkeys(("hard_mask", "tile_sums", "extra"), None),
     "ones": dict.fromkeys(FLAGS, True) | dict.fromkeys(INTS.keys() - {"D"}, 1),
+    # for the tile kernels alone: rows of 16-bit numbers that begin anywhere
+    "odd D": dict.fromkeys(FLAGS, True) | {"EVEN_K": False},
 }
+ODD_D = ("q", "d", "D", "stride_q", "stride_d")
+"""The arguments that are then no multiples of 16."""
 
 
 def main() -> None:
@@ -131,8 +140,11 @@ def main() -> None:
                 capability,
                 constants,
                 {"num_warps": tile.warps, "num_stages": tile.stages},
+                ODD_D if form == "odd D" else (),
             )
             print(json.dumps(built | {"form": form}), flush=True)
+        if form == "odd D":
+            continue
         for name in (
             "prepare_kernel",
             "combine_kernel",
