@@ -435,7 +435,7 @@ class RunConfig(BaseModel):
     @property
     def made_kinds(self) -> tuple[str, ...]:
         """``query_kinds``, decided. The bundled model is too small for its queries alone: on SQuAD
-        they gain 1.1 points of recall@3 [0.1, 2.1], those of these kinds 4.3 [2.7, 5.9], and both
+        they gain 1.1 points of recall@3 [0.1, 2.1], those of these kinds 3.9 [2.5, 5.4], and both
         3.4 [2.1, 4.7] (benchmarks/recipe.py)."""
         if self.query_kinds == NO_KINDS:
             return ()
