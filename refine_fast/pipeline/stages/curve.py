@@ -34,7 +34,7 @@ def run(context: RunContext, folder: Path, *, weight: float, tuned: str = TUNED)
         weight,
         context.encoder,
         context.path(tuned),
-        twin=context.twin,
+        twin=weight > 0 and context.twin,
         trust_remote_code=context.trust_remote_code,
     )
     spread = context.spread(folder, load, f"{tuned} {weight!r}")
