@@ -334,7 +334,7 @@ SETTINGS = objects("mask_token", "content", "special", "added_tokens_decoder", "
 
 
 @settings(
-    max_examples=int(os.environ.get("REFINE_FAST_FUZZ", "1000")) // 2,
+    max_examples=int(os.environ.get("REFINE_FAST_FUZZ", "1000")) // 5,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,

@@ -210,8 +210,7 @@ def test_no_rows(info_nce_backend: Backend, symmetric: bool, hards: int) -> None
     assert not grads[1].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("widths", [None, (8, D)])
+@pytest.mark.parametrize(("widths", "dtype"), [(None, torch.float16), ((8, D), torch.float32)])
 def test_no_hard_negatives(
     info_nce_backend: Backend, widths: tuple[int, ...] | None, dtype: torch.dtype
 ) -> None:
