@@ -187,9 +187,9 @@ def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
     except (
-        *(OSError, ValueError, LookupError, TypeError, AttributeError),
-        *(re.error, OverflowError, RecursionError),  # of a pattern
-    ) as error:
+        OSError, ValueError, LookupError, TypeError, AttributeError,
+        re.error, OverflowError, RecursionError,  # of a pattern
+    ) as error:  # fmt: skip
         raise RefineFastError(f"{file} is not a LoRA configuration: {error}") from error
     weights = path / "adapter_model.safetensors"
     if not weights.is_file():

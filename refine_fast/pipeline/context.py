@@ -224,8 +224,7 @@ class RunContext:
             return self.config.distill
         if self.config.teacher is not None:
             return 0.5
-        given = self.config.queries is not None or self.written_beforehand
-        return 0.0 if given or not self.config.made_kinds else 0.5
+        return 0.0 if self.made == "none" else 0.5
 
     def similar_batches(self, distill: float) -> bool:
         """Whether queries with similar documents share batches, at a share of the teachers.
