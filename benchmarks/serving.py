@@ -5,8 +5,7 @@
 
 Each model on each set, as passage vectors, with sentence vectors, BM25, and their blends. The
 weights are chosen on held-out queries: with --dev train, the default, the split "train" of the set
-without its test queries; with --dev synthetic, queries that are made from the documents, and as
-many of general knowledge.
+without its test queries; with --dev synthetic, queries that are made from the documents.
 Embeddings are kept in --cache. A row that is in the table is not measured again without --again.
 gain_recall@3 is the change against the better of passage vectors and BM25, with its paired 95%
 interval.
@@ -107,7 +106,7 @@ def measure(name: str, set_name: str, dev: str, given: argparse.Namespace) -> li
     data, encoder = load_beir(folder), Encoder(name, given.cache)
     held, kinds = dev_set(data, folder, dev)
     both = (encoder.documents, encoder.queries)
-    choice = choose(Choosing(components_of(held, *both), relevant_of(held)), kinds, *both)
+    choice = choose(Choosing(components_of(held, *both), relevant_of(held)), kinds)
     scores = score_systems(data, components_of(data, *both), choice)
     blends = {
         "sentences": choice.without["lexical"],

@@ -11,12 +11,13 @@ from refine_fast.pipeline.corpus.beir import RetrievalSet
 from refine_fast.pipeline.evaluation.metrics import METRICS
 from refine_fast.pipeline.serving import systems
 from refine_fast.pipeline.serving.blend import (
+    LEXICAL_SHARE,
     Blend,
     BlendChoice,
     Choosing,
     Components,
     choose_blend,
-    choose_in_turn,
+    choose_by_made,
 )
 
 
@@ -40,22 +41,32 @@ def test_the_blend_takes_what_helps_and_refuses_what_is_not_shown_to() -> None:
     assert choose_blend(Choosing([], [])).blend == Blend()
 
 
-def test_made_queries_choose_sentences_alone_and_bm25_together_with_others() -> None:
-    # Of the queries' own set sentences find the answer, and so does BM25; elsewhere neither does.
-    own = Choosing([components([1, 0.9, 0.8], [0, 2, 0], [0, 2, 0])] * 30, [{1: 1.0}] * 30)
-    alike = Choosing([components([1, 0.9, 0.8], [1, 0, 0], [1, 0, 0])] * 30, [{0: 1.0}] * 30)
-    misled = Choosing([components([1, 0.9, 0], [0, 0, 3], [0, 0, 99])] * 30, [{0: 1.0}] * 30)
-    choice = choose_in_turn(own, alike)
-    assert choice.blend.sentences > 0
-    assert choice.blend.lexical == 0  # sentences found them already
-    assert (choice.queries, choice.general) == (60, 30)
-    assert choice.gains["sentences"].low > 0
-    assert choice.without["lexical"] == choice.blend
-    assert choice.without["sentences"].sentences == 0 < choice.without["sentences"].lexical
-    assert choose_in_turn(own, misled).blend == choice.blend  # others do not judge sentences
-    unhelped = Choosing([components([1, 0.9, 0.8], [1, 0, 0], [0, 2, 0])] * 30, [{1: 1.0}] * 30)
-    assert choose_in_turn(unhelped, alike).blend.lexical > 0
-    assert choose_in_turn(unhelped, misled).blend == Blend()
+def test_made_queries_choose_sentences_and_bm25_keeps_its_share_unless_it_loses() -> None:
+    def queries(own: list[float], best: list[float], bm25: list[float]) -> Choosing:
+        return Choosing([components(own, best, bm25)] * 30, [{1: 1.0}] * 30)
+
+    both = choose_by_made(queries([1, 0.9, 0.8], [0, 2, 0], [0, 2, 0]))
+    assert both.blend.sentences > 0
+    assert both.blend.lexical == 0  # sentences found them already: BM25 gains nothing
+    assert both.gains["sentences"].low > 0
+    assert both.without["lexical"] == both.blend
+    assert both.queries == 30
+
+    words = choose_by_made(queries([1, 0.9, 0.8], [1, 0, 0], [0, 2, 0]))
+    assert words.blend == Blend(lexical=LEXICAL_SHARE)
+    assert words.without == {"sentences": words.blend, "lexical": Blend()}
+    assert words.gains["lexical"].low > 0
+    assert words.gains["all"] == words.gains["lexical"]
+
+    assert choose_by_made(queries([0, 1, 0], [0, 1, 0], [9, 0, 9])).blend == Blend()  # it loses
+    assert choose_by_made(queries([1, 0.9, 0.8], [1, 0, 0], [0, 0, 0])).blend == Blend()  # no words
+
+    # A share of BM25 that is not shown to gain, because one query of thirty does, stays.
+    found = [components([0, 1, 0], [0, 1, 0], [0, 1, 0])] * 29
+    hidden = components([1, 0.9, 0.8], [1, 0.9, 0.8], [0, 2, 0])
+    seldom = choose_by_made(Choosing([*found, hidden], [{1: 1.0}] * 30))
+    assert seldom.blend.lexical == LEXICAL_SHARE
+    assert seldom.gains["lexical"].low <= 0 < seldom.gains["lexical"].mean
 
 
 def test_without_queries_passages_alone_are_served() -> None:
@@ -66,28 +77,26 @@ def test_without_queries_passages_alone_are_served() -> None:
 
     data = RetrievalSet("dev", ["a"], ["A passage."], [], [], [])
     held = Choosing(systems.components_of(data, encoded, systems.Remembered(encoded)), [])
-    choice = systems.choose(held, [], encoded, encoded)
+    choice = systems.choose(held, [])
     assert (choice.blend, choice.queries) == (Blend(), 0)
     assert held.scores(Blend()).metrics == dict.fromkeys(METRICS, 0.0)
 
 
-def test_drawn_terms_do_not_choose_the_blend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their words are those that weigh most in BM25; if there are no others, they do."""
-    chosen: list[tuple[Choosing, Choosing]] = []
+def test_terms_of_several_sentences_do_not_choose_the_blend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If there are no other queries, they do."""
+    chosen: list[Choosing] = []
 
-    def record(own: Choosing, others: Choosing) -> BlendChoice:
-        chosen.append((own, others))
+    def record(queries: Choosing) -> BlendChoice:
+        chosen.append(queries)
         return BlendChoice(Blend(), 0, {})
 
-    def encoded(texts: Sequence[str]) -> np.ndarray:
-        return np.random.default_rng(0).standard_normal((len(texts), 8)).astype(np.float32)
-
-    monkeypatch.setattr(systems, "choose_in_turn", record)
+    monkeypatch.setattr(systems, "choose_by_made", record)
     held = Choosing([components([1, 0], [1, 0], [1, 0])] * 3, [{i: 1.0} for i in range(3)])
-    systems.choose(held, ["span", "keywords", "question"], encoded, encoded)
-    systems.choose(held, ["span"] * 3, encoded, encoded)
-    asked = [sorted(min(grades) for grades in own.relevant) for own, _ in chosen]
+    systems.choose(held, ["span", "keywords", "question"])
+    systems.choose(held, ["span"] * 3)
+    asked = [sorted(min(grades) for grades in queries.relevant) for queries in chosen]
     assert asked == [[1, 2], [0, 1, 2]]
-    assert [len(others.parts) for _, others in chosen] == [2, 3]
-    systems.choose(held, ["span", "user", "user"], encoded, encoded)
+    systems.choose(held, ["span", "user", "user"])
     assert len(chosen) == 2  # what people ask chooses both weights at once

@@ -359,7 +359,7 @@ def test_the_gain_in_the_served_system_is_the_second_line(copied: Path, capsys) 
         # batch that a text is encoded in, decide a few ranks.
         assert systems["passages"]["metrics"] == pytest.approx(at[weight], abs=0.08)
         assert systems["BM25"]["metrics"] == pytest.approx(judged["bm25"])
-        assert served["choices"][side]["general_knowledge"] > 0
+        assert served["choices"][side]["queries"] > 0
     assert "## The systems that can be served" in (copied / "report.md").read_text()
 
 

@@ -23,10 +23,12 @@ from refine_fast.cli import main
 from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.commands.search import open_searcher, printable
 from refine_fast.pipeline.console import Console
+from refine_fast.pipeline.corpus.bm25 import bm25_index
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.jsonl import read_records
 from refine_fast.pipeline.corpus.language import languages_of
 from refine_fast.pipeline.corpus.sentences import sentence_spans
+from refine_fast.pipeline.corpus.terms import search_terms
 from refine_fast.pipeline.serving import ann, storage
 from refine_fast.pipeline.serving import segment as segment_module
 from refine_fast.pipeline.serving.blend import (
@@ -109,12 +111,8 @@ TEXTS = [
 
 @pytest.mark.parametrize("query", ["cat house", "river river rivers", "unknown", "", "日本語"])
 def test_bm25_has_bm25s_scores(query: str) -> None:
-    import bm25s
-
-    from refine_fast.pipeline.corpus.terms import search_terms
-
-    peer = bm25s.BM25()
-    peer.index(search_terms(TEXTS), show_progress=False)
+    peer = bm25_index(TEXTS)
+    assert peer is not None
     (terms,) = search_terms([query])
     expected = peer.get_scores(terms) if terms else np.zeros(len(TEXTS))
     own = Lexical([Postings.of(TEXTS)], np.ones(len(TEXTS), bool)).scores(query)

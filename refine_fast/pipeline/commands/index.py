@@ -211,13 +211,7 @@ def _show(folder: IndexFolder, manifest: Manifest, console: Console) -> None:
         shown = ", ".join(f"{name} {points(change)}" for name, change in gains.items())
         console.say(
             f"blend: best sentence {blend['sentences']:g}, BM25 {blend['lexical']:g}, chosen on "
-            f"{blend['queries'] - blend['general_knowledge']:,} held-out queries"
-            + (
-                f" and {blend['general_knowledge']:,} questions of general knowledge"
-                if blend["general_knowledge"]
-                else ""
-            )
-            + f"; gain in {blend['metric']}: {shown}"
+            f"{blend['queries']:,} held-out queries; gain in {blend['metric']}: {shown}"
         )
     else:
         console.say("blend: passage vectors alone; there are no held-out queries to choose by")

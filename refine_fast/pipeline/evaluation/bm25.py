@@ -5,23 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from ..corpus.beir import RetrievalSet
+from ..corpus.bm25 import bm25_index
 from ..corpus.terms import search_terms
 from .metrics import DEPTH, score_ranking
 from .scores import Scores
 
 
 def score_bm25(data: RetrievalSet) -> Scores:
-    """Scores BM25 (bm25s, Lucene's variant, k1 = 1.5, b = 0.75) over ``search_terms``.
+    """Scores BM25 (``bm25_index``).
 
     A passage that shares no term with the query is not retrieved.
     """
-    import bm25s
-
     ranked = np.full((len(data.queries), DEPTH), -1)
-    docs = search_terms(data.docs)
-    if any(docs):  # bm25s rejects an empty vocabulary
-        index = bm25s.BM25()
-        index.index(docs, show_progress=False)
+    index = bm25_index(data.docs)
+    if index is not None:
         for row, terms, own in zip(ranked, search_terms(data.queries), data.own_rows, strict=True):
             if not terms:
                 continue

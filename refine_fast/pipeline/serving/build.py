@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -145,10 +144,6 @@ class Builder:
         if vectors is None:
             return choose_blend(Choosing([], []))
 
-        def documents(texts: Sequence[str]) -> np.ndarray:
-            with self.progress("choosing the blend") as progress:
-                return self.encoders.documents("product", texts, progress=progress)
-
         index = Index.open(self.folder, manifest)
         row = {id: i for i, id in enumerate(index.column("id")) if index.alive[i]}
         relevant: dict[str, dict[int, float]] = {text: {} for text in asked}
@@ -163,8 +158,6 @@ class Builder:
                 [relevant[text] for text, _ in kept],
             ),
             [kind_of[text] for text, _ in kept],
-            documents,
-            partial(self.encoders.queries, "product"),
         )
 
     def change(

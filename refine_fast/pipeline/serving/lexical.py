@@ -19,10 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..corpus.bm25 import K1, B
 from ..corpus.terms import search_terms
-
-K1, B = 1.5, 0.75
-"""bm25s's defaults."""
 
 _ARRAYS = ("terms", "term_ends", "ends", "rows", "counts", "lengths")
 

@@ -12,7 +12,6 @@ from ..corpus.language import languages_of
 from ..corpus.sentences import sentence_spans
 from ..corpus.text import passage_text
 from ..evaluation.bm25 import score_bm25
-from ..evaluation.general_knowledge import general_knowledge
 from ..evaluation.scores import Scores
 from ..queries.synthetic import mostly_made
 from .blend import (
@@ -21,7 +20,7 @@ from .blend import (
     Choosing,
     Components,
     choose_blend,
-    choose_in_turn,
+    choose_by_made,
     score_blend,
     standard,
 )
@@ -36,8 +35,8 @@ SYSTEM_NAMES = ("passages", "sentences", "BM25", "hybrid", SERVED)
 
 QUERIES_AT_A_TIME = 64
 
-DRAWN_BY_WEIGHT = ("span",)
-"""Kinds of query whose words are those that weigh most in the passage, as in BM25."""
+OF_SEVERAL_SENTENCES = ("span",)
+"""Kinds of query with words from all over the passage; what people ask is about one sentence."""
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 """Texts to float32 vectors."""
@@ -121,31 +120,18 @@ def relevant_of(data: RetrievalSet) -> list[dict[int, float]]:
     ]
 
 
-def choose(
-    held: Choosing, kinds: Sequence[str], documents: Encode, queries: Encode, *, seed: int = 0
-) -> BlendChoice:
+def choose(held: Choosing, kinds: Sequence[str]) -> BlendChoice:
     """The blend for what people will ask, from held-out queries.
-
-    Queries that are made from the documents without a language model share their words with the
-    passages, and alone would choose little but BM25; terms that were drawn by their weight in the
-    passage would choose nothing else, and are left out. The questions of general knowledge are in
-    other words than the passages. What people ask is in between, so as many of those count too.
 
     Args:
         held: the held-out queries.
-        kinds: the kind of each (``Query.kind``).
-        documents, queries: encode the passages and the questions of general knowledge.
-        seed: of the draws, where one of the two sets is larger.
+        kinds: the kind of each (``Query.kind``). Queries that were made from the documents without
+            a language model choose by ``choose_by_made``, those of several sentences left out.
     """
     if not mostly_made(kinds):
         return choose_blend(held)
-    fair = [i for i, kind in enumerate(kinds) if kind not in DRAWN_BY_WEIGHT] or range(len(kinds))
-    guard = general_knowledge("guard")
-    rng = np.random.default_rng(seed)
-    size = min(len(fair), len(guard.queries))
-    own, others = (rng.permutation(rows)[:size] for rows in (fair, len(guard.queries)))
-    general = Choosing(components_of(guard, documents, queries), relevant_of(guard))
-    return choose_in_turn(held.drawn(own), general.drawn(others))
+    of_one = [i for i, kind in enumerate(kinds) if kind not in OF_SEVERAL_SENTENCES]
+    return choose_by_made(held.drawn(of_one) if of_one else held)
 
 
 def score_systems(

@@ -45,7 +45,7 @@ def run(context: RunContext, folder: Path) -> None:
             continue  # the product is the base
         encoder = _Encoder(context, folder, side, at)
         held = Choosing(components_of(dev, encoder.documents, encoder.queries), relevant_of(dev))
-        choice = choose(held, kinds, encoder.documents, encoder.queries)
+        choice = choose(held, kinds)
         parts = components_of(test, encoder.documents, encoder.queries)
         scores = score_systems(test, parts, choice)
         facts[side] = {

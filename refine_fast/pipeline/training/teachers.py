@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..corpus.bm25 import bm25_index
 from ..corpus.terms import search_terms
 
 if TYPE_CHECKING:
@@ -111,14 +112,8 @@ class Lexical:
     @classmethod
     def of(cls, queries: Sequence[str], documents: Sequence[str]) -> Lexical | None:
         """An index of the documents; None where they have no terms."""
-        import bm25s
-
-        terms = search_terms(documents)
-        if not any(terms):
-            return None
-        index = bm25s.BM25()
-        index.index(terms, show_progress=False)
-        return cls(index, search_terms(queries))
+        index = bm25_index(documents)
+        return None if index is None else cls(index, search_terms(queries))
 
     def scores(self, queries: Sequence[int], documents: Sequence[int] | np.ndarray) -> Tensor:
         """(B, N) float32."""
