@@ -26,17 +26,15 @@ from keyed_table import read, save
 
 from refine_fast.bench.machine import commit, device_name
 from refine_fast.pipeline.corpus.beir import RetrievalSet, load_beir
-from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.text import normalize
 from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.encoder.load import encoder_folder, load_encoder
 from refine_fast.pipeline.evaluation.significance import gain
-from refine_fast.pipeline.queries.splits import held_out_set
-from refine_fast.pipeline.queries.synthetic import synthesize_queries
 from refine_fast.pipeline.serving.blend import Choosing
 from refine_fast.pipeline.serving.systems import (
     choose,
     components_of,
+    made_set,
     relevant_of,
     score_systems,
 )
@@ -81,15 +79,7 @@ class Encoder:
 def dev_set(data: RetrievalSet, folder: Path, source: str) -> tuple[RetrievalSet, list[str]]:
     """Held-out queries over the same passages, none of them a test query; and their kinds."""
     if source == "synthetic":
-        titles = data.titles or [""] * len(data.docs)
-        chunks = [
-            Chunk(id, doc[len(title) :].strip(), title, id, 0, len(doc))
-            for id, doc, title in zip(data.doc_ids, data.docs, titles, strict=True)
-        ]
-        made = synthesize_queries(chunks, seed=0, per_chunk=1)
-        rows = np.sort(np.random.default_rng(0).permutation(len(made))[:DEV_QUERIES])
-        chosen = [made[i] for i in rows]
-        return held_out_set(chunks, chosen, "dev"), [query.kind for query in chosen]
+        return made_set(data, DEV_QUERIES)
     train = load_beir(folder, "train")
     tested = {normalize(text) for text in data.queries}
     fresh = [i for i, text in enumerate(train.queries) if normalize(text) not in tested]

@@ -159,7 +159,7 @@ def add_eval_flags(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="score each model in the systems that search offers: passage vectors, best sentence, "
         "BM25 and their blends, whose weights are chosen on the set's split dev or train, else on "
-        "questions of general knowledge",
+        "queries that are made from its passages",
     )
     command.add_argument(
         "--precision",

@@ -13,6 +13,7 @@ from retrieval_sets import SMALL, folder_of
 from refine_fast.cli import main
 from refine_fast.pipeline.corpus.beir import load_beir
 from refine_fast.pipeline.evaluation.metrics import METRICS
+from refine_fast.pipeline.queries.query import MADE_KINDS
 from refine_fast.pipeline.serving.evaluate import choosing_set
 from refine_fast.pipeline.serving.systems import SYSTEM_NAMES
 
@@ -50,7 +51,7 @@ def test_the_rows(data: Path, tiny: Path, whole: Path, capsys) -> None:
     found = evaluated(capsys, *models, "--data", str(data), "--systems")
     alone = evaluated(capsys, *models, "--data", str(data))["rows"]
     assert found["queries"] == 10
-    assert found["chosen_on"] == {"name": "the split dev", "queries": 20}
+    assert found["chosen_on"] == {"name": "of the split dev", "queries": 20}
     assert list(found["blends"]) == models
     assert all(blend["queries"] == 20 for blend in found["blends"].values())
     rows = {(row["model"], row["system"]): row for row in found["rows"]}
@@ -90,15 +91,20 @@ def test_the_table(data: Path, tiny: Path, capsys) -> None:
 def test_where_the_weights_come_from(data: Path) -> None:
     """No query that chooses is scored."""
     held = load_beir(data)
-    for missing, name in ((None, "the split dev"), ("dev", "the split train")):
+    for missing, name in ((None, "of the split dev"), ("dev", "of the split train")):
         if missing:
             (data / "qrels" / f"{missing}.tsv").unlink()
-        label, chosen = choosing_set(data, "test", held)
+        label, chosen, kinds = choosing_set(data, "test", held)
         assert label == name
         assert len(chosen.queries) in (20, 30)
+        assert kinds == ["user"] * len(chosen.queries)
         assert not set(chosen.queries) & set(held.queries)
         assert chosen.docs == held.docs
-    label, chosen = choosing_set(data, "train", load_beir(data, "train"))
-    assert (label, len(chosen.queries)) == ("general knowledge", 432)
     shutil.copy(data / "qrels" / "test.tsv", data / "qrels" / "train.tsv")
-    assert choosing_set(data, "test", held)[0] == "general knowledge"
+    label, chosen, kinds = choosing_set(data, "test", held)
+    assert label == "made from the passages"
+    assert set(kinds) <= set(MADE_KINDS)
+    assert len(kinds) == len(chosen.queries) > 50
+    assert (chosen.docs, chosen.doc_ids) == (held.docs, held.doc_ids)
+    assert not set(chosen.queries) & set(held.queries)
+    assert all(set(grades) <= set(held.doc_ids) for grades in chosen.qrels)

@@ -16,13 +16,20 @@ from ..corpus.text import normalize
 from ..encoder.encode import Role, encode, has_fast_bf16
 from ..encoder.load import device, load_encoder
 from ..evaluation.evaluate import models_and_set
-from ..evaluation.general_knowledge import general_knowledge
 from ..evaluation.metrics import METRICS
 from ..evaluation.scores import Scores
 from ..evaluation.significance import gain
 from ..progress import Progress
-from .blend import Choosing, choose_blend
-from .systems import SYSTEM_NAMES, Remembered, components_of, relevant_of, score_systems
+from .blend import Choosing
+from .systems import (
+    SYSTEM_NAMES,
+    Remembered,
+    choose,
+    components_of,
+    made_set,
+    relevant_of,
+    score_systems,
+)
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -45,7 +52,8 @@ def evaluate_systems(
     """Scores every model in every system of ``SYSTEM_NAMES``.
 
     The weights of each model's blends are chosen on queries that are not scored: those of the
-    set's split dev, else of its split train, else questions of general knowledge.
+    set's split dev, else of its split train, else queries that are made from its passages, as in
+    the index of a run without a language model.
 
     Args:
         models: Folders or names, as for ``encoder_folder``.
@@ -63,7 +71,7 @@ def evaluate_systems(
         same system under the first model.
     """
     folders, held = models_and_set(models, data, split, trust_remote_code=trust_remote_code)
-    name, choosing = choosing_set(data, split, held)
+    name, choosing, kinds = choosing_set(data, split, held)
     bf16 = has_fast_bf16(device()) if precision == "auto" else precision == "bf16"
     rows: list[dict[str, Any]] = []
     blends: dict[str, Any] = {}
@@ -74,9 +82,8 @@ def evaluate_systems(
             Remembered(partial(_encode, model, role, bf16, progress))
             for role in ("document", "query")
         )
-        choice = choose_blend(
-            Choosing(components_of(choosing, documents, queries), relevant_of(choosing))
-        )
+        parts = Choosing(components_of(choosing, documents, queries), relevant_of(choosing))
+        choice = choose(parts, kinds)
         blends[label] = choice.facts()
         scores = score_systems(held, components_of(held, documents, queries), choice)
         if not first:
@@ -103,9 +110,11 @@ def evaluate_systems(
     }
 
 
-def choosing_set(folder: Path, split: str, held: RetrievalSet) -> tuple[str, RetrievalSet]:
-    """The name and the set of the queries that choose the weights: at most ``CHOOSING``, none with
-    the text of a query of ``held``, the split that is scored."""
+def choosing_set(
+    folder: Path, split: str, held: RetrievalSet
+) -> tuple[str, RetrievalSet, list[str]]:
+    """The queries that choose the weights: what they are, their set, and the kind of each. At most
+    ``CHOOSING``, none with the text of a query of ``held``, the split that is scored."""
     scored = {normalize(text) for text in held.queries}
     for name in ("dev", "train"):
         if name == split or not is_beir(folder, name):
@@ -114,13 +123,14 @@ def choosing_set(folder: Path, split: str, held: RetrievalSet) -> tuple[str, Ret
         other = [i for i, text in enumerate(found.queries) if normalize(text) not in scored]
         drawn = np.random.default_rng(0).permutation(other)[:CHOOSING].tolist()
         if drawn:
-            return f"the split {name}", replace(
+            chosen = replace(
                 found,
                 query_ids=[found.query_ids[i] for i in drawn],
                 queries=[found.queries[i] for i in drawn],
                 qrels=[found.qrels[i] for i in drawn],
             )
-    return "general knowledge", general_knowledge("guard")
+            return f"of the split {name}", chosen, ["user"] * len(drawn)
+    return "made from the passages", *made_set(held, CHOOSING)
 
 
 def _gains(before: Scores, after: Scores) -> dict[str, Any]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ...ops.best_of_groups import best_of_groups
 from ..corpus.beir import RetrievalSet
+from ..corpus.chunk import Chunk
 from ..corpus.language import languages_of
 from ..corpus.sentences import sentence_spans
 from ..corpus.text import passage_text
 from ..evaluation.bm25 import score_bm25
 from ..evaluation.scores import Scores
-from ..queries.synthetic import mostly_made
+from ..queries.splits import held_out_set
+from ..queries.synthetic import mostly_made, synthesize_queries
 from .blend import (
     Blend,
     BlendChoice,
@@ -65,8 +68,7 @@ class Remembered:
 
 def sentences_of(data: RetrievalSet) -> tuple[list[str], np.ndarray]:
     """What is encoded of every sentence of a set, and the offsets of each passage's."""
-    titles = data.titles or [""] * len(data.docs)
-    texts = [doc[len(title) :].strip() for doc, title in zip(data.docs, titles, strict=True)]
+    titles, texts = _titles_and_texts(data)
     sentences: list[str] = []
     offsets = [0]
     for title, text, language in zip(titles, texts, languages_of(texts), strict=True):
@@ -74,6 +76,28 @@ def sentences_of(data: RetrievalSet) -> tuple[list[str], np.ndarray]:
         sentences += [passage_text(title, text[start:end]) for start, end in spans]
         offsets.append(len(sentences))
     return sentences, np.array(offsets, np.int64)
+
+
+def made_set(data: RetrievalSet, most: int) -> tuple[RetrievalSet, list[str]]:
+    """At most so many queries that are made from the passages of a set, against those, and the kind
+    of each, for ``choose``: where the set has no other queries than those that are scored."""
+    chunks = [
+        Chunk(id, text, title, id, 0, len(text))
+        for id, title, text in zip(data.doc_ids, *_titles_and_texts(data), strict=True)
+    ]
+    made = synthesize_queries(chunks, seed=0, per_chunk=1)
+    rows = np.sort(np.random.default_rng(0).permutation(len(made))[:most])
+    drawn = [made[i] for i in rows]
+    kind_of = {query.text: query.kind for query in drawn}
+    found = replace(held_out_set(chunks, drawn, data.name), docs=data.docs)
+    return found, [kind_of[text] for text in found.queries]
+
+
+def _titles_and_texts(data: RetrievalSet) -> tuple[list[str], list[str]]:
+    """Of each passage."""
+    titles = data.titles or [""] * len(data.docs)
+    texts = [doc[len(title) :].strip() for doc, title in zip(data.docs, titles, strict=True)]
+    return titles, texts
 
 
 def components_of(data: RetrievalSet, documents: Encode, queries: Encode) -> list[Components]:
