@@ -73,6 +73,23 @@ def test_the_recall_counts_the_exact_neighbours_of_every_block() -> None:
     assert ann.recall(half, vectors, vectors[-20:]) < 0.2
 
 
+@pytest.mark.parametrize(("rank", "found"), [(ann.CANDIDATES - 11, 1), (ann.CANDIDATES, 0)])
+def test_the_recall_is_that_of_the_candidates_of_a_search(rank: int, found: float) -> None:
+    """An index that ranks the ten nearest vectors lower, among the candidates or behind them."""
+    import faiss
+
+    vectors = np.zeros((1000, 4), np.float32)
+    vectors[:, 0] = np.arange(1000)[::-1]
+    moved = vectors.copy()
+    moved[:10, 0] = vectors[10 + rank, 0] - 0.5
+    index = faiss.IndexFlatIP(4)
+    index.add(moved)
+    query = np.eye(1, 4, dtype=np.float32)
+    assert ann.recall(index, vectors, query) == found
+    candidates = ann.nearest(index, vectors, query[0], ann.CANDIDATES)
+    assert len(set(range(10)) & set(candidates.tolist())) == 10 * found
+
+
 def test_a_segment_returns_what_was_written(tmp_path: Path) -> None:
     """On both sides of the edges of its batches; a lone surrogate becomes a question mark."""
     n = 2 * BATCH_ROWS + 5

@@ -25,6 +25,9 @@ PROBES = 32
 TRAINING_ROWS_PER_LIST, ITERATIONS = 40, 5
 """Of k-means. faiss warns below 39 rows; more iterations do not raise the recall."""
 
+CANDIDATES = 400
+"""Vectors that an index contributes to a search; they are then scored exactly."""
+
 SAMPLE = 100
 """Vectors that the recall is measured with."""
 
@@ -127,10 +130,8 @@ def _only(index: Any, live: np.ndarray) -> Any:
 
 
 def recall(index: Any, vectors: np.ndarray, queries: np.ndarray, k: int = 10) -> float:
-    """The share of the exact ``k`` nearest vectors that the index finds among 10 k.
-
-    The search reads 10 times as many candidates as it returns and scores them exactly.
-    """
+    """The share of the exact ``k`` nearest vectors that are among the ``CANDIDATES`` which the
+    index contributes to a search."""
     best = np.full((len(queries), 0), 0.0, np.float32)
     ids = np.full((len(queries), 0), 0, np.int64)
     for start in range(0, len(vectors), 1 << 16):
@@ -140,6 +141,6 @@ def recall(index: Any, vectors: np.ndarray, queries: np.ndarray, k: int = 10) ->
         ids = np.concatenate([ids, rows], axis=1)
         order = np.argpartition(-best, min(k, best.shape[1]) - 1, axis=1)[:, :k]
         best, ids = np.take_along_axis(best, order, 1), np.take_along_axis(ids, order, 1)
-    _, found = index.search(np.ascontiguousarray(queries), 10 * k)
+    _, found = index.search(np.ascontiguousarray(queries), CANDIDATES)
     hits = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(ids, found, strict=True)]
     return sum(hits) / max(ids.size, 1)

@@ -22,9 +22,6 @@ from .lexical import Lexical
 from .segment import Segment
 from .storage import IndexFolder, Manifest, readable
 
-CANDIDATES = 400
-"""Vectors that an approximate index contributes for each query; they are then scored exactly."""
-
 MAX_QUERY = 10_000
 """Characters of a query. BM25 reads all of them, an encoder the first few hundred words."""
 
@@ -165,21 +162,21 @@ class Index:
             return np.flatnonzero(self.alive[start : start + len(segment)])
         sentences = self._nearest(segment, start, "sentences", vector)
         found = (
-            _best(bm25[start : start + len(segment)], CANDIDATES),
+            _best(bm25[start : start + len(segment)], ann.CANDIDATES),
             self._nearest(segment, start, "product", vector),
             np.searchsorted(segment.offsets, sentences, side="right") - 1,
         )
         return np.unique(np.concatenate(found))
 
     def _nearest(self, segment: Segment, start: int, side: str, vector: np.ndarray) -> np.ndarray:
-        """Rows of the ``CANDIDATES`` nearest live vectors of a segment, in any order."""
+        """Rows of the ``ann.CANDIDATES`` nearest live vectors of a segment, in any order."""
         live = None
         if len(self._dead):
             live = self.alive[start : start + len(segment)]
             if side == "sentences":
                 live = np.repeat(live, np.diff(segment.offsets))
         index, vectors = segment.indexes.get(side), segment.vectors[side]
-        return ann.nearest(index, vectors, vector, CANDIDATES, live)
+        return ann.nearest(index, vectors, vector, ann.CANDIDATES, live)
 
     def base(self, vector: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The best passages by the base encoder's passage vectors: rows and similarities."""
