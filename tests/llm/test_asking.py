@@ -324,7 +324,7 @@ def test_kill_9_loses_and_repeats_only_what_was_in_flight(
     endpoint: Endpoint, tmp_path: Path
 ) -> None:
     endpoint.set(faults=0.2, latency=0.1, kinds=["429", "500", "503", "drop", "half", "garbage"])
-    store, count, kills = tmp_path / "replies.jsonl", 300, 2
+    store, count, kills = tmp_path / "replies.jsonl", 160, 2
     command = [
         sys.executable,
         "-c",

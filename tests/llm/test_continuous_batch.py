@@ -136,7 +136,7 @@ from pathlib import Path
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.llm import LLMSettings, generate_queries
 model, store = sys.argv[1:]
-texts = [f"Harbour {i} was built by the city of Port {i}." for i in range(60)]
+texts = [f"Harbour {i} was built by the city of Port {i}." for i in range(40)]
 chunks = [Chunk(f"c{i}", text, "", f"f{i}", 0, len(text)) for i, text in enumerate(texts)]
 settings = LLMSettings(
     "transformers", (model,), {"question": 1.0}, 2, temperature=1.0, max_reply_tokens=40
@@ -156,14 +156,14 @@ def test_kill_9_repeats_nothing_and_changes_nothing(tiny_model: Path, tmp_path: 
         process.send_signal(signal.SIGKILL)
     before = killed.read_bytes()
     before = before[: before.rfind(b"\n") + 1]
-    assert 0 < before.count(b"\n") < 60
+    assert 0 < before.count(b"\n") < 40
     for store in (killed, whole):
         subprocess.run([*run, str(store)], check=True, stdout=subprocess.DEVNULL)
     assert killed.read_bytes().startswith(before)
 
     def texts(store: Path) -> dict[str, str]:
         records = [json.loads(line) for line in store.read_text().splitlines()]
-        assert len({record["key"] for record in records}) == len(records) == 60
+        assert len({record["key"] for record in records}) == len(records) == 40
         return {record["chunk"]: record["text"] for record in records}
 
     assert texts(killed) == texts(whole)
