@@ -64,11 +64,11 @@ def test_made_queries_choose_sentences_and_bm25_keeps_its_share_unless_it_loses(
     loses = queries([0, 1, 0], [0, 1, 0], [9, 0, 9])
     assert choose_by_made(loses).blend == Blend()
     assert choose_by_made(loses).gains["lexical"].high < 0
-    # One query of thirty that loses shows nothing.
+    # One query of a hundred that loses shows no more than that the encoder finds them all.
     found = components([0, 1, 0], [0, 1, 0], [0, 1, 0])
-    mixed = Choosing([found] * 29 + loses.parts[:1], [{1: 1.0}] * 30)
+    mixed = Choosing([*[found] * 594, *loses.parts[:6]], [{1: 1.0}] * 600)
+    assert choose_by_made(mixed).gains["lexical"].high < 0
     assert choose_by_made(mixed).blend.lexical == LEXICAL_SHARE
-    assert choose_by_made(mixed).gains["lexical"].mean < 0
 
 
 def test_without_queries_passages_alone_are_served() -> None:
