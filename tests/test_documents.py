@@ -404,6 +404,15 @@ def test_deduplicate() -> None:
     assert deduplicate([]) == ([], Duplicates(0, 0))
 
 
+def test_the_same_answer_under_two_titles_is_two_passages() -> None:
+    answer = "Do you have high chairs? Yes, high chairs are available here."
+    chunks = [Chunk(name, answer, name, name, 0, len(answer)) for name in ("Hakka", "Sesame")]
+    assert deduplicate(chunks) == (chunks, Duplicates(0, 0))
+    page = " ".join(SENTENCES[:40])  # but a page that is mirrored under another title is one
+    mirrored = [Chunk(name, page, name, name, 0, len(page)) for name in ("Hakka", "Sesame")]
+    assert deduplicate(mirrored) == (mirrored[:1], Duplicates(0, 1))
+
+
 def test_records_survive_a_round_trip(tmp_path: Path) -> None:
     chunks = [Chunk("a#0", "Zeile\u2028eins\n", "T", "a", 0, 11)]
     write_records(tmp_path / "chunks.jsonl", chunks)

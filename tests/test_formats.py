@@ -16,8 +16,10 @@ import pytest
 from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.columns import Columns
 from refine_fast.pipeline.corpus.documents import Document, Reading, load_documents
+from refine_fast.pipeline.corpus.formats.content import Unreadable
 from refine_fast.pipeline.corpus.formats.files import read_file
 from refine_fast.pipeline.corpus.formats.pdf import join_pages
+from refine_fast.pipeline.corpus.formats.tables import read_table
 
 pytest.importorskip("markdown_it", reason="needs the pipeline: pip install '.[pipeline]'")
 
@@ -446,3 +448,18 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "a.doc").write_bytes(b"x")
     with pytest.raises(RefineFastError, match=r"a.doc is of a kind that is not read; give a file"):
         load_documents(tmp_path / "a.doc")
+
+
+def test_cells_that_are_left_out_at_the_end_of_a_row_are_empty(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("id,text,note\n1,the first text,x\n2,the second text\n")
+    rows = [row for _, row in read_table(path)]
+    assert rows[1] == {"id": "2", "text": "the second text", "note": ""}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_number_of_thousands_of_digits_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text('{"text": "a", "n": ' + "9" * 5000 + "}\n")
+    with pytest.raises((RefineFastError, Unreadable), match="is not JSON"):
+        list(read_table(path))

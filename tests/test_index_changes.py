@@ -22,7 +22,7 @@ from refine_fast.pipeline.serving import build
 from refine_fast.pipeline.serving.build import Builder
 from refine_fast.pipeline.serving.encoders import Encoders, Side
 from refine_fast.pipeline.serving.judged import Texts
-from refine_fast.pipeline.serving.search import Index
+from refine_fast.pipeline.serving.search import Index, Searcher
 from refine_fast.pipeline.serving.segment import Segment
 from refine_fast.pipeline.serving.storage import IndexFolder
 
@@ -93,6 +93,29 @@ def live(builder: Builder) -> dict[str, str]:
     found = {chunk.id: chunk.text for chunk in chunks}
     assert len(found) == len(chunks)
     return found
+
+
+@dataclass(frozen=True)
+class Searched(Random):
+    """Also encodes queries."""
+
+    def queries(self, side: Side, texts: Sequence[str]) -> np.ndarray:
+        return self.documents(side, texts)
+
+
+def test_an_open_index_sees_a_document_that_was_removed_and_added_anew(tmp_path: Path) -> None:
+    """The segment has the number of the removed one, and index.json says the same as before."""
+    encoders = Searched({"product": tmp_path})
+    builder = Builder(IndexFolder(tmp_path), encoders, silent, print)
+    built = builder.build(document("a", "one") + document("b", "two"), no_queries, {})
+    first = builder.change(built, document("x", "a xylophone"), ["x"], [])
+    searcher = Searcher(tmp_path, encoders)
+    assert [hit.chunk.text for hit in searcher.search("xylophone")["BM25"]] == ["a xylophone"]
+    removed = builder.change(first, [], [], ["x"])
+    again = builder.change(removed, document("x", "another xylophone"), ["x"], [])
+    assert again == first
+    searcher.refresh()
+    assert [hit.chunk.text for hit in searcher.search("xylophone")["BM25"]] == ["another xylophone"]
 
 
 def test_what_a_kill_left_is_gone_before_the_disk_is_needed(

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from refine_fast.pipeline.corpus.chunk import Chunk
-from refine_fast.pipeline.queries.llm.filters import MIN_LEAD, lead_over_neighbours
+from refine_fast.pipeline.queries.llm.filters import (
+    MIN_LEAD,
+    check,
+    found_by_retriever,
+    lead_over_neighbours,
+)
 from refine_fast.pipeline.queries.prose import not_prose
 from refine_fast.pipeline.queries.synthetic import BOILERPLATE, synthesize_queries
 
@@ -83,7 +88,49 @@ def test_a_vague_query_leads_its_neighbours_by_little() -> None:
     ]
     np.testing.assert_allclose(leads, expected, atol=1e-5)
     assert leads[0] > MIN_LEAD > 0
+    longer = lead_over_neighbours(
+        7 * queries.astype(np.float32), 3 * chunks.astype(np.float32), np.array([0, 1])
+    )
+    np.testing.assert_allclose(longer, leads, rtol=1e-5)  # a dot product's unit is another
     alone = lead_over_neighbours(
         queries[:1].astype(np.float32), chunks[:1].astype(np.float32), np.array([0])
     )
     assert alone == [np.inf]
+
+
+def test_the_round_trip_finds_by_any_similarity() -> None:
+    """Dot products are not within (-1, 1), as cosines are."""
+    rng = np.random.default_rng(0)
+    chunks = 10 * rng.standard_normal((50, 16)).astype(np.float32)
+    assert found_by_retriever(chunks, chunks, np.arange(50), 3).all()
+    assert not found_by_retriever(-chunks, chunks, np.arange(50), 3).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("how to center a <div> with flexbox", "how-to"),
+        ("difference between == and === in JavaScript", "keywords"),
+        ("I have chest pain after taking ibuprofen", "claim"),
+        ("sure start programme eligibility", "keywords"),
+        ("sorry day Australia date", "keywords"),
+        ("Okay Airways fleet size", "keywords"),
+    ],
+)
+def test_a_kind_that_the_reply_names_may_begin_and_name_what_prose_does_not(
+    text: str, kind: str
+) -> None:
+    assert check(text, "A passage about something else.", kind) is None
+    assert check(text, "A passage about something else.", "query") is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Here are the keywords for the passage",
+        "I cannot provide a claim for this",
+        "Sorry, I am unable to help with this",
+    ],
+)
+def test_a_preamble_under_a_kind_is_one(text: str) -> None:
+    assert check(text, "A passage about something else.", "claim") in ("preamble", "refusal")

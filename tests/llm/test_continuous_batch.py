@@ -12,11 +12,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from refine_fast.pipeline.queries.llm.continuous_batch import (
+    FULL,
     MIN_SHARED,
+    SLIDING,
     ContinuousBatch,
     Lines,
     Row,
     Sampling,
+    unsupported_layers,
 )
 
 GREEDY, HOT = Sampling(), Sampling(2.0, 40, 0.95)
@@ -69,6 +72,46 @@ def test_greedy_replies_are_those_of_transformers(model: Any) -> None:
             expected = output[0, len(prompt) :].tolist()
             assert row.finish == ("stop" if expected[-1] == END else "length")
             assert row.tokens == [token for token in expected if token != END]
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 120, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16,
+    "bos_token_id": 0, "eos_token_id": END, "pad_token_id": 0, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "layers", [None, [SLIDING, FULL], [SLIDING, SLIDING], [FULL, FULL]], ids=str
+)
+def test_layers_that_slide_see_their_window_alone(layers: list[str] | None) -> None:
+    """Prompts longer than it, replies that grow beyond it, and beginnings that are shared."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = (
+        MistralForCausalLM(MistralConfig(**SHAPE))
+        if layers is None
+        else Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, layer_types=layers))
+    )
+    model.eval()
+    given = [*prompts(5, MIN_SHARED + 3), [5, 6, 7]]
+    for prompt, row in zip(
+        given, write(model, [Row(p, GREEDY, 0, 24) for p in given], places=3), strict=True
+    ):
+        with torch.inference_mode():
+            output = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+        expected = output[0, len(prompt) :].tolist()
+        assert row.tokens == [token for token in expected if token != END]
+
+
+def test_a_layer_that_keeps_more_than_keys_and_values_is_named() -> None:
+    from transformers import Lfm2Config, MambaConfig
+
+    assert unsupported_layers(LlamaConfig()) is None
+    mixed = Lfm2Config(num_hidden_layers=2, layer_types=[FULL, "conv"])
+    assert unsupported_layers(mixed) == "conv"
+    assert unsupported_layers(MambaConfig()) == "linear_attention"
 
 
 def test_a_shared_beginning_is_read_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from ..encoder.prepare import prepare_encoder
 from ..engine import RunFolder
 from ..evaluation.significance import Gain
 from ..queries.query import Query
+from ..queries.user_formats import query_files
 from ..reporting.format import points
 from ..serving import build
 from ..serving.ann import Kind
@@ -187,7 +188,9 @@ def _documents(context: RunContext, path: Path | None) -> tuple[list[Chunk], lis
     """The chunks of documents, read, named and cut as the run's, and the documents' ids."""
     if path is None:
         return [], []
-    documents = read_documents(context, path, root=context.config.docs)
+    config = context.config
+    asked = () if config.queries is None else query_files(config.queries)
+    documents = read_documents(context, path, root=config.docs, exclude=[context.out, *asked])
     encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     return cut(context, encoder, documents), [document.id for document in documents]
 

@@ -40,6 +40,7 @@ def search(out: Path, query: str, k: int, console: Console) -> None:
     Raises:
         RefineFastError: an empty query, or no index.
     """
+    query = query.encode("utf-8", "replace").decode()  # the shell's bytes, which may not be UTF-8
     if not query.strip():
         raise RefineFastError("search: the query is empty; give some words.")
     searcher = open_searcher(out, console)

@@ -66,7 +66,11 @@ def serve(out: Path, host: str, port: int, console: Console) -> None:
             hosts=[*LOCAL_HOSTS, shown] if local else None,
         )
         console.result({"address": address})
-        console.say(f"search at {address}; marks go to {out / JUDGED}; Ctrl-C stops it")
+        said = f"search at {address}; marks go to {out / JUDGED}; Ctrl-C stops it"
+        if console.quiet and token is not None and TOKEN_VARIABLE not in os.environ:
+            console.warn(said)  # nobody else knows the token
+        else:
+            console.say(said)
         uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listener])
 
 

@@ -20,7 +20,8 @@ from ..stages.chunk import cut, read_documents
 def try_prompt(config: RunConfig, count: int, console: Console) -> None:
     """Sends passages drawn by the seed through the prompt, and prints what would be kept.
 
-    Duplicates and the round trip, which need the whole collection, are not filtered.
+    The round trip, which needs the whole collection, is left out; of duplicates, those among these
+    passages are dropped.
 
     Args:
         config: the documents, the prompt and the language model; replies go to its folder.

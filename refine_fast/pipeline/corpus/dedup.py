@@ -40,9 +40,10 @@ def deduplicate(
 ) -> tuple[list[Chunk], Duplicates]:
     """Drops the chunks that repeat an earlier one.
 
-    exact: the same text after ``normalize``; found in this process, by a digest of 16 bytes a
-    chunk. near: Jaccard similarity of at least ``threshold`` over the sets of five words in a row
-    (Lee et al. 2022, arXiv 2107.06499).
+    A chunk is compared as the encoder reads it, title and text: the same answer under two hotels'
+    names is two passages. exact: the same after ``normalize``; found in this process, by a digest
+    of 16 bytes a chunk. near: Jaccard similarity of at least ``threshold`` over the sets of five
+    words in a row (Lee et al. 2022, arXiv 2107.06499).
 
     Args:
         chunks: in order of preference.
@@ -59,12 +60,12 @@ def deduplicate(
     if remove == "keep":
         return list(chunks), Duplicates(0, 0)
     numbers: dict[bytes, int] = {}
-    text_of = [numbers.setdefault(_digest(chunk.text), len(numbers)) for chunk in chunks]
+    text_of = [numbers.setdefault(_digest(chunk.passage), len(numbers)) for chunk in chunks]
     repeats = np.zeros(len(numbers), bool)
     if remove == "near":
         # A labelled chunk that is near an earlier one is kept, and others are not compared with it.
         _, first = np.unique(text_of, return_index=True)
-        texts = [chunks[i].text for i in first]
+        texts = [chunks[i].passage for i in first]
         repeats = near_duplicate_mask(texts, shingles, threshold, progress=progress, spread=spread)
     kept: list[Chunk] = []
     seen: dict[int, str | None] = {}  # id of the chunk with this text; None: it was removed

@@ -47,15 +47,15 @@ def read_jsonl(
                         "each line must be an object {...}."
                     )
                 yield number, row
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RefineFastError(
-            f"{path}:{number} is not JSON ({error}); write one JSON object a line."
-        ) from None
     except UnicodeDecodeError as error:
         name = encoding.removesuffix("-sig").upper()
         raise RefineFastError(
             f"{path}:{_invalid_line(path, encoding, number + 1)} is not {name} ({error.reason}); "
             f"{remedy}."
+        ) from None
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        raise RefineFastError(
+            f"{path}:{number} is not JSON ({error}); write one JSON object a line."
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise RefineFastError(

@@ -43,17 +43,23 @@ LIST_MARK = regex.compile(r"^(?:[*•·‣▪–—-]|\(?\d{1,2}[.)])\s+(?=\p{L}
 _SIGNS_ALONE = regex.compile(r"(?m)^[^\S\n]*[^\w\s](?:[^\w\n]*[^\w\s])?[^\S\n]*$")
 
 
-def not_prose(text: str) -> str | None:
+def not_prose(text: str, *, may_name_code: bool = False) -> str | None:
     """Why a text is no prose: "no letters", "line of a table", "markup", "code", "reference" (to
     literature) or "mostly signs".
 
-    None where it is prose.
+    Args:
+        text: a sentence or a query.
+        may_name_code: whether it may name tags and operators, as every question may ("What does
+            <table> do?").
+
+    Returns:
+        None where it is prose.
     """
     visible = sum(not c.isspace() for c in text)
     letters = len(_LETTER.findall(text))
     if not letters:
         return "no letters"
-    allowed = _NAMED_IN_QUESTIONS if _QUESTION.search(text) else ()  # "What does <table> do?"
+    allowed = _NAMED_IN_QUESTIONS if may_name_code or _QUESTION.search(text) else ()
     for reason, pattern in _NOT_PROSE:
         if pattern not in allowed and pattern.search(text):
             return reason

@@ -260,6 +260,7 @@ class Searcher:
         """
         self.run = run
         self._encoders = encoders
+        self._stamp = IndexFolder(run).stamp()  # before the index is read: a later one is seen
         self.manifest, self.index = open_index(run)
 
     def refresh(self) -> None:
@@ -268,12 +269,17 @@ class Searcher:
         Raises:
             RefineFastError: if the index was built anew under another encoder.
         """
-        manifest = IndexFolder(self.run).manifest()
-        if manifest is None or manifest == self.manifest:
+        folder = IndexFolder(self.run)
+        stamp = folder.stamp()
+        if stamp == self._stamp:
+            return
+        manifest = folder.manifest()
+        if manifest is None:
             return
         if manifest.key != self.manifest.key:
             raise RefineFastError(f"{self.run}: the index was rebuilt; start the command again.")
         self.manifest, self.index = open_index(self.run)
+        self._stamp = stamp
 
     @property
     def blend(self) -> Blend:

@@ -99,6 +99,15 @@ class IndexFolder:
             values = {"segments": tuple(found["segments"]), "edited": dict(edited)}
             return Manifest(**{**found, **values})
 
+    def stamp(self) -> tuple[int, int, int] | None:
+        """Differs once a writer has replaced the index, even by one that index.json describes in
+        the same words; None without an index."""
+        try:
+            found = (self.path / "index.json").stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
     @contextmanager
     def new_segment(self) -> Iterator[Path]:
         """Yields an empty folder for a segment, which is on the disk when the block ends. It

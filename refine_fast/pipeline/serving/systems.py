@@ -95,7 +95,7 @@ def made_set(data: RetrievalSet, most: int) -> tuple[RetrievalSet, list[str]]:
 
 def _titles_and_texts(data: RetrievalSet) -> tuple[list[str], list[str]]:
     """Of each passage."""
-    titles = data.titles or [""] * len(data.docs)
+    titles = [title.strip() for title in data.titles] or [""] * len(data.docs)
     texts = [doc[len(title) :].strip() for doc, title in zip(data.docs, titles, strict=True)]
     return titles, texts
 

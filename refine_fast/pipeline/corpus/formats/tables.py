@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -108,7 +109,7 @@ def read_json(path: Path, encoding: str | None = None) -> Any:
     text = _text(path, encoding).strip()
     try:
         value, end = json.JSONDecoder().raw_decode(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Unreadable(f"it is not JSON ({error}); one object a line is .jsonl") from None
     return value if end == len(text) else [row for _, row in _json_lines(path, encoding)]
 
@@ -193,7 +194,8 @@ def _delimited(path: Path, encoding: str | None) -> Iterator[tuple[int, Row]]:
                 f"{path}:{number} has {len(cells)} cells and the header {len(names)}; put "
                 f"cells that hold {delimiter!r} in double quotes."
             )
-        yield number, dict(zip(names, cells, strict=False))
+        # Programs leave out empty cells at the end of a row.
+        yield number, dict(zip_longest(names, cells[: len(names)], fillvalue=""))
 
 
 def _delimiter(path: Path, text: str) -> str:

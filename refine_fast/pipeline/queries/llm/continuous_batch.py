@@ -24,6 +24,9 @@ MIN_SHARED = 24
 MAX_PREFIXES = 8
 """Beginnings that are kept: one for each language's prompt, say."""
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""transformers' names of the kinds of layer whose state is keys and values alone."""
+
 _GROWTH = 128  # tokens
 
 
@@ -109,6 +112,13 @@ class Row:
         return len(self.prompt) + len(self.tokens) - 1
 
 
+def unsupported_layers(config: Any) -> str | None:
+    """The first kind of layer of a model that keeps more than keys and values of every token, such
+    as a convolution or a recurrence; None if there is none."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    return next((kind for kind in kinds if kind not in (FULL, SLIDING)), None)
+
+
 class ContinuousBatch:
     """Prompts in, replies out, token by token.
 
@@ -125,6 +135,13 @@ class ContinuousBatch:
         self._prefixes: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._last_prompt: Sequence[int] = ()
         parameters = inspect.signature(model.forward).parameters
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        self._mixed = {FULL, SLIDING} <= kinds
+        self._window: int | None = getattr(config, "sliding_window", None)
+        """Tokens that a sliding layer sees; None if no layer slides."""
+        if kinds and SLIDING not in kinds:
+            self._window = None
         self._state_name = "cache" if "cache" in parameters else "past_key_values"
 
     def __len__(self) -> int:
@@ -178,12 +195,23 @@ class ContinuousBatch:
         output = self._model(
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=mask,
+            attention_mask=self._windowed(positions, mask),
             logits_to_keep=1,
             use_cache=True,
             **{self._state_name: self._state},
         )
         return output.logits[:, -1].float()
+
+    def _windowed(
+        self, positions: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The mask that each kind of layer takes: some see only the last tokens."""
+        keys = mask.shape[-1]
+        if self._window is None or keys <= self._window:
+            return mask
+        first = positions[:, None, :, None] - self._window
+        near = mask & (torch.arange(keys, device=mask.device) > first)
+        return {FULL: mask, SLIDING: near} if self._mixed else near
 
     def _extend(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
         for row, token in zip(rows, draw_tokens(logits, rows), strict=True):

@@ -33,6 +33,14 @@ the text?", 70%."""
 NEIGHBOURS = 10
 """Chunks that resemble a query's own, with which it is compared."""
 
+_EVERY = (-np.inf, np.inf)
+"""The band that holds every similarity, a dot product's too."""
+
+_OF_ITSELF = re.compile(
+    r"\b(?:quer(?:y|ies)|questions?|keywords?|claims?|passage|text|assist|help|provide)\b", re.I
+)
+"""What a preamble or a refusal speaks of."""
+
 _LOOP = regex.compile(r"\b(\w+)(?:\W+\1\b){3}", regex.IGNORECASE)
 
 _PLACEHOLDER = re.compile(
@@ -107,9 +115,10 @@ def check(text: str, passage: str, kind: str, prompt: str = "") -> str | None:
         return "too short"
     if length > MAX_WORDS or len(text) > MAX_CHARACTERS:
         return "too long"
-    if reason := no_query(text):
+    of_named_kind = kind not in ("question", "query")  # the reply says what it is
+    if (reason := no_query(text)) and not (of_named_kind and not _OF_ITSELF.search(text)):
         return reason
-    if reason := not_prose(text):
+    if reason := not_prose(text, may_name_code=of_named_kind):
         return reason
     if _LOOP.search(text):
         return "repeats itself"
@@ -183,8 +192,8 @@ def found_by_retriever(
     """Round-trip consistency (Alberti et al. 2019, arXiv 1906.05416), exactly.
 
     Args:
-        query_embeddings: (n, d) float32, unit rows.
-        chunk_embeddings: (m, d) float32, unit rows.
+        query_embeddings: (n, d) float32, rows of any length.
+        chunk_embeddings: (m, d) float32.
         source: (n,) integers, the row of each query's chunk.
         top_n: ranks that count as found.
 
@@ -195,7 +204,7 @@ def found_by_retriever(
         query_embeddings,
         chunk_embeddings,
         min(top_n, len(chunk_embeddings)),
-        band=(-2.0, 2.0),
+        band=_EVERY,
         skip=0,
     )
     return (np.asarray(nearest.ids) == source[:, None]).any(axis=1)
@@ -209,23 +218,26 @@ def lead_over_neighbours(
     A vague query ("What is the purpose of it?") fits them as well.
 
     Args:
-        query_embeddings: (n, d) float32, unit rows.
-        chunk_embeddings: (m, d) float32, unit rows.
+        query_embeddings: (n, d) float32, rows of any length.
+        chunk_embeddings: (m, d) float32.
         source: (n,) integers, the row of each query's chunk.
 
     Returns:
         (n,) float32: the similarity to the own chunk, less the mean of those to its
-        ``NEIGHBOURS`` most similar chunks; infinite where there is no other chunk.
+        ``NEIGHBOURS`` most similar chunks, in units of the mean ``|q| * |d|``, which is 1 under a
+        cosine; infinite where there is no other chunk.
     """
+    lengths = [np.linalg.norm(rows, axis=1).mean() for rows in (query_embeddings, chunk_embeddings)]
+    unit = max(float(lengths[0] * lengths[1]), 1e-12)
     chunks, row_of = np.unique(source, return_inverse=True)
     count = min(NEIGHBOURS + 1, len(chunk_embeddings))
     nearest = np.asarray(
-        band_topk(chunk_embeddings[chunks], chunk_embeddings, count, band=(-2.0, 2.0), skip=0).ids
+        band_topk(chunk_embeddings[chunks], chunk_embeddings, count, band=_EVERY, skip=0).ids
     )
     leads = np.full(len(source), np.inf, dtype=np.float32)
     for i, (own, ids) in enumerate(zip(source, nearest[row_of], strict=True)):
         others = [id for id in ids if id != own][:NEIGHBOURS]
         if others:
             similar = chunk_embeddings[[own, *others]] @ query_embeddings[i]
-            leads[i] = similar[0] - similar[1:].mean()
+            leads[i] = (similar[0] - similar[1:].mean()) / unit
     return leads

@@ -264,19 +264,23 @@ class HttpBackend:
 
         tokens_in = used("prompt_tokens", tokens_in)
         tokens_out = used("completion_tokens", count_tokens(content + reasoning))
+        # xAI, and gateways to Gemini, count what was thought in the total alone.
+        tokens_out = max(tokens_out, used("total_tokens", 0) - tokens_in)
         if not content.strip() and finish != "length":
             content = reasoning  # a server that takes the whole reply for reasoning
         return Reply(content, finish, tokens_in, tokens_out)
 
     async def models(self) -> list[dict[str, Any]]:
-        """The models that the endpoint lists.
+        """The models that the endpoint lists; none where it does so in another form.
 
         Raises:
-            Failure: if it lists none.
+            Failure: if it does not answer, or with an error.
         """
         try:
             async with asyncio.timeout(self._timeout):
                 return [model.model_dump() for model in (await self.client.models.list()).data]
+        except (ValueError, TypeError, AttributeError):
+            return []  # in another form than OpenAI's: a bare list, a page of HTML
         except Exception as error:
             raise self.failure(error) from None
 
@@ -345,7 +349,8 @@ class HttpBackend:
             )
         if status in (429, 503, 529):
             return Failure("busy", message, wait, status=status)
-        if status in (408, 409, 425):
+        # Groq's json_validate_failed is about this reply: asked again, the model writes another.
+        if status in (408, 409, 425) or code == "json_validate_failed":
             return Failure("broken", message, wait, status=status)
         return _Rejected(message, status, wait)
 

@@ -119,9 +119,15 @@ _REFUSAL = re.compile(
 )
 
 _GRADE = re.compile(
-    r"^\W*(?:(?:passage|document|doc|text)s?\W*)?(\d{1,3})[\s\])*\"'_`]*"
+    r"^\W*(?:(?:passage|document|doc|text)s?[\W_]*)?(\d{1,3})[\s\])*\"'_`]*"
     r"(?:[:：=|.)\]]|[-=]>|→|\s[-–—]\s)[\s\[(|*\"'_`]*"
     r"(?:(?:relevance|grade|score|rating)\w*[\s:：=*_`]*)*(\d)(?!\d|\.\d)",
+    re.IGNORECASE,
+)
+
+_GRADED_OBJECT = re.compile(
+    r"\{[^{}]*?\b(?:passage|document|doc|text|id|number|index)\w*\W+(\d{1,3})\b[^{}]*?"
+    r"\b(?:relevance|grade|score|rating)\w*\W+(\d)(?![\d.])",
     re.IGNORECASE,
 )
 
@@ -189,8 +195,14 @@ def parse_grades(text: str, highest: int) -> dict[int, int]:
     """
     text = strip_reasoning(text)
     by_line = _grades(text.splitlines(), highest)
-    # one line for all: "1: 3, 2: 0" or {"1": 3, "2": 0}
-    return by_line if len(by_line) > 1 else _grades(re.split(r"[,;{}\n]", text), highest)
+    # several on a line: "1: 3, 2: 0" or {"1": 3, "2": 0}; or [{"passage": 1, "grade": 3}, ...]
+    ways = (_grades(re.split(r"[,;{}\n]", text), highest), _graded_objects(text, highest))
+    return max(by_line, *ways, key=len)
+
+
+def _graded_objects(text: str, highest: int) -> dict[int, int]:
+    pairs = _GRADED_OBJECT.findall(text)
+    return {int(number): int(grade) for number, grade in pairs if int(grade) <= highest}
 
 
 def _grades(rows: list[str], highest: int) -> dict[int, int]:

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from ....errors import RefineFastError
 from ...encoder.encode import has_fast_bf16
 from ...encoder.load import device
-from .continuous_batch import ContinuousBatch, Lines, Row, Sampling
+from .continuous_batch import ContinuousBatch, Lines, Row, Sampling, unsupported_layers
 from .request import Failure, Reply, Request
 
 MAX_ROWS = 32
@@ -104,7 +104,7 @@ class LocalBackend:
             row = model.row(request)
             try:
                 finished += model.batch.admit(row)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, IndexError) as error:
                 # Out of memory, or a prompt beyond the model's positions.
                 ended.append((future, _failure(error)))
             else:
@@ -139,6 +139,12 @@ class _Model:
                 f"llm_model: {name} cannot be loaded ({why}); give a folder or the name of a "
                 "model on the hub."
             ) from None
+        if other := unsupported_layers(model.config):
+            raise RefineFastError(
+                f"llm_model: {name} has layers of the kind {other}, which cannot be generated with "
+                "here; give a model whose layers are attention alone, or serve it (vLLM, Ollama) "
+                "and give its URL to --llm."
+            )
         if on.type == "cpu":
             # Without such hardware, products of 16 bits are many times slower than float32's.
             model = model.to(torch.bfloat16 if has_fast_bf16(on) else torch.float32)
@@ -185,7 +191,7 @@ class _Model:
 
 
 def _failure(error: Exception) -> Exception:
-    if isinstance(error, RuntimeError | ValueError):
+    if isinstance(error, RuntimeError | ValueError | IndexError):
         return Failure("wrong", f"generation failed: {' '.join(str(error).split())[:300]}")
     return error
 
