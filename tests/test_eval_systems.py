@@ -51,7 +51,7 @@ def test_the_rows(data: Path, tiny: Path, whole: Path, capsys) -> None:
     found = evaluated(capsys, *models, "--data", str(data), "--systems")
     alone = evaluated(capsys, *models, "--data", str(data))["rows"]
     assert found["queries"] == 10
-    assert found["chosen_on"] == {"name": "of the split dev", "queries": 20}
+    assert found["chosen_on"] == {"name": "the split dev", "queries": 20}
     assert list(found["blends"]) == models
     assert all(blend["queries"] == 20 for blend in found["blends"].values())
     rows = {(row["model"], row["system"]): row for row in found["rows"]}
@@ -85,13 +85,13 @@ def test_the_table(data: Path, tiny: Path, capsys) -> None:
         assert system in captured.out
     (line,) = (line for line in captured.err.splitlines() if "blend of best sentence" in line)
     assert line.startswith(f"{tiny}: ")
-    assert line.endswith("chosen on 20 queries of the split dev")
+    assert line.endswith("chosen on 20 queries (the split dev)")
 
 
 def test_where_the_weights_come_from(data: Path) -> None:
     """No query that chooses is scored."""
     held = load_beir(data)
-    for missing, name in ((None, "of the split dev"), ("dev", "of the split train")):
+    for missing, name in ((None, "the split dev"), ("dev", "the split train")):
         if missing:
             (data / "qrels" / f"{missing}.tsv").unlink()
         label, chosen, kinds = choosing_set(data, "test", held)

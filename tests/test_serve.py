@@ -24,7 +24,7 @@ import pytest
 from refine_fast.cli import main
 from refine_fast.errors import RefineFastWarning
 from refine_fast.pipeline.commands.search import open_searcher
-from refine_fast.pipeline.commands.serve import LOCAL_HOSTS, is_loopback
+from refine_fast.pipeline.commands.serve import LOCAL_HOSTS, TOKEN_VARIABLE, is_loopback
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.jsonl import read_records
@@ -294,6 +294,16 @@ def test_the_command_serves_until_it_is_stopped(run: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(30) in (0, 130)
     assert "Traceback" not in process.stderr.read()
+
+
+def test_a_token_that_was_made_is_shown_even_if_quiet(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_: None)
+    for given in ("", "a secret"):  # an empty variable gives none
+        monkeypatch.setenv(TOKEN_VARIABLE, given)
+        assert main(["serve", str(run), "--host", "0.0.0.0", "--port", "0", "--quiet"]) == 0
+        assert ("?token=" in capsys.readouterr().err) == (not given)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from ...errors import RefineFastError
 from ..console import Console
+from ..corpus.text import whole_characters
 from ..serving.search import Hit, Searcher
 from .index import refuse_older, serving_encoders
 
@@ -40,7 +41,7 @@ def search(out: Path, query: str, k: int, console: Console) -> None:
     Raises:
         RefineFastError: an empty query, or no index.
     """
-    query = query.encode("utf-8", "replace").decode()  # the shell's bytes, which may not be UTF-8
+    query = whole_characters(query)  # the shell's bytes may not be UTF-8
     if not query.strip():
         raise RefineFastError("search: the query is empty; give some words.")
     searcher = open_searcher(out, console)

@@ -43,7 +43,8 @@ def serve(out: Path, host: str, port: int, console: Console) -> None:
             f"serve: needs the package {error.name}; pip install 'refine-fast[serve]'."
         ) from None
     local = is_loopback(host)
-    token = os.environ.get(TOKEN_VARIABLE) or (None if local else secrets.token_urlsafe(24))
+    given = os.environ.get(TOKEN_VARIABLE)
+    token = given or (None if local else secrets.token_urlsafe(24))
     searcher = open_searcher(out, console)
     searcher.search("ready", 1)  # loads the encoders
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -67,7 +68,7 @@ def serve(out: Path, host: str, port: int, console: Console) -> None:
         )
         console.result({"address": address})
         said = f"search at {address}; marks go to {out / JUDGED}; Ctrl-C stops it"
-        if console.quiet and token is not None and TOKEN_VARIABLE not in os.environ:
+        if console.quiet and token is not None and not given:
             console.warn(said)  # nobody else knows the token
         else:
             console.say(said)

@@ -179,7 +179,7 @@ def show_systems(
     for name, blend in found["blends"].items():
         console.say(
             f"{name}: blend of best sentence {blend['sentences']:g}, BM25 {blend['lexical']:g}, "
-            f"chosen on {chosen_on['queries']:,} queries {chosen_on['name']}"
+            f"chosen on {chosen_on['queries']:,} queries ({chosen_on['name']})"
         )
 
 

@@ -63,8 +63,11 @@ def unit_of_similarity(model: SentenceTransformer, q: np.ndarray, d: np.ndarray)
     Returns:
         1 under a cosine; the mean ``|q| * |d|`` under a dot product.
     """
-    if compares_by_cosine(model):
-        return 1.0
+    return 1.0 if compares_by_cosine(model) else mean_product_of_lengths(q, d)
+
+
+def mean_product_of_lengths(q: np.ndarray, d: np.ndarray) -> float:
+    """The mean ``|q| * |d|`` over all pairs of rows: 1 for unit rows."""
     return float(np.linalg.norm(q, axis=1).mean() * np.linalg.norm(d, axis=1).mean())
 
 

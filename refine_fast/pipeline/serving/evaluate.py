@@ -129,7 +129,7 @@ def choosing_set(
                 queries=[found.queries[i] for i in drawn],
                 qrels=[found.qrels[i] for i in drawn],
             )
-            return f"of the split {name}", chosen, ["user"] * len(drawn)
+            return f"the split {name}", chosen, ["user"] * len(drawn)
     return "made from the passages", *made_set(held, CHOOSING)
 
 

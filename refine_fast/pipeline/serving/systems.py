@@ -89,6 +89,7 @@ def made_set(data: RetrievalSet, most: int) -> tuple[RetrievalSet, list[str]]:
     rows = np.sort(np.random.default_rng(0).permutation(len(made))[:most])
     drawn = [made[i] for i in rows]
     kind_of = {query.text: query.kind for query in drawn}
+    # The set's own texts, which are encoded to score it, whatever blanks they have.
     found = replace(held_out_set(chunks, drawn, data.name), docs=data.docs)
     return found, [kind_of[text] for text in found.queries]
 

@@ -138,10 +138,9 @@ class ContinuousBatch:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         self._mixed = {FULL, SLIDING} <= kinds
-        self._window: int | None = getattr(config, "sliding_window", None)
+        slides = not kinds or SLIDING in kinds
+        self._window: int | None = getattr(config, "sliding_window", None) if slides else None
         """Tokens that a sliding layer sees; None if no layer slides."""
-        if kinds and SLIDING not in kinds:
-            self._window = None
         self._state_name = "cache" if "cache" in parameters else "past_key_values"
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ import regex
 from ....ops.band_topk import band_topk
 from ...corpus.near_duplicates import near_duplicate_mask
 from ...corpus.text import normalized_words, word_count, words
+from ...encoder.encode import mean_product_of_lengths
 from ..prose import not_prose
 from .languages import is_question, other_language
 from .passage_reference import refers_to_passage
@@ -227,8 +228,7 @@ def lead_over_neighbours(
         ``NEIGHBOURS`` most similar chunks, in units of the mean ``|q| * |d|``, which is 1 under a
         cosine; infinite where there is no other chunk.
     """
-    lengths = [np.linalg.norm(rows, axis=1).mean() for rows in (query_embeddings, chunk_embeddings)]
-    unit = max(float(lengths[0] * lengths[1]), 1e-12)
+    unit = max(mean_product_of_lengths(query_embeddings, chunk_embeddings), 1e-12)
     chunks, row_of = np.unique(source, return_inverse=True)
     count = min(NEIGHBOURS + 1, len(chunk_embeddings))
     nearest = np.asarray(
