@@ -105,3 +105,16 @@ def test_the_build_noted_what_it_was_built_from() -> None:
     commit, tree = noted.read_text().splitlines()
     assert len(commit.rstrip("+")) >= 7
     assert len(tree.rstrip("+")) == 40
+
+
+def test_virtual_machines_of_several_generations_have_names_of_their_own() -> None:
+    def info(vendor: str, family: int, model: int, name: str) -> str:
+        one = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\n"
+        return (one + f"model name\t: {name}\nflags\t\t: fpu vme\nbugs\t\t:\n\n") * 2
+
+    assert machine.cpu_name(info("AuthenticAMD", 25, 1, "AMD EPYC")) == "AMD EPYC (Zen 3)"
+    assert machine.cpu_name(info("AuthenticAMD", 25, 17, "AMD EPYC")) == "AMD EPYC (Zen 4)"
+    assert machine.cpu_name(info("AuthenticAMD", 26, 2, "AMD EPYC")) == "AMD EPYC (Zen 5)"
+    assert machine.cpu_name(info("AuthenticAMD", 23, 49, "AMD EPYC")) == "AMD EPYC"
+    assert machine.cpu_name(info("GenuineIntel", 6, 143, "Xeon")) == "Xeon"
+    assert machine.cpu_name("processor\t: 0\nBogoMIPS\t: 50.00\n") == ""  # of an Arm

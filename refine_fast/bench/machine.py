@@ -15,6 +15,7 @@ from .. import _core
 from .._native import available_isas
 
 CHECKOUT = Path(__file__).parents[2]
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def device_name() -> str:
@@ -22,10 +23,24 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
-        models = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        cpu = cpu_name(CPU_INFO.read_text())
     except OSError:
-        models = []
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+        cpu = ""
+    return f"{cpu or platform.machine()}, {os.cpu_count()} cores"
+
+
+def cpu_name(info: str) -> str:
+    """The model name in a ``/proc/cpuinfo``; of AMD's, with the microarchitecture: virtual machines
+    name every generation "AMD EPYC". Empty if there is none."""
+    fields = dict(re.findall(r"^(.+?)\s*:[ \t]*(.*)$", info, re.MULTILINE))
+    name = fields.get("model name", "")
+    if fields.get("vendor_id") != "AuthenticAMD":
+        return name
+    family, model = int(fields["cpu family"]), int(fields["model"])
+    # as Linux tells them apart (arch/x86/kernel/cpu/amd.c)
+    zen_4 = 0x10 <= model <= 0x1F or 0x60 <= model <= 0xAF
+    zen = {0x19: " (Zen 4)" if zen_4 else " (Zen 3)", 0x1A: " (Zen 5)"}.get(family, "")
+    return name + zen
 
 
 def file_name() -> str:
