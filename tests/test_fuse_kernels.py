@@ -119,12 +119,13 @@ def test_fp8_conversion_is_torchs(dtype: torch.dtype) -> None:
     assert_same_bits(native(base, values, 1.0), reference.lerp(base, values, 1.0))
 
 
-def test_misaligned_memory(isa: str) -> None:
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_misaligned_memory(isa: str, dtype: torch.dtype) -> None:
     """A header of odd length puts every element at an odd address."""
-    base, tuned = torch.randn(5000), torch.randn(5000)
-    memory = [bytearray(5000 * 4 + 1) for _ in range(2)]
-    for buffer, values in zip(memory, (base, tuned), strict=True):
-        buffer[1:] = values.numpy().tobytes()
-    views = [torch.frombuffer(buffer, dtype=torch.uint8) for buffer in memory]
-    _core.lerp(views[0].data_ptr() + 1, 0, views[1].data_ptr() + 1, 0, 5000, 0.35)
-    assert bytes(memory[0][1:]) == reference.lerp(base, tuned, 0.35).numpy().tobytes()
+    base, tuned = (torch.randn(5000).to(dtype) for _ in range(2))
+    moved = [torch.zeros(5000 * dtype.itemsize + 1, dtype=torch.uint8) for _ in range(2)]
+    for memory, values in zip(moved, (base, tuned), strict=True):
+        memory[1:] = values.view(torch.uint8)
+    out, other = (memory.data_ptr() + 1 for memory in moved)
+    _core.lerp(out, FLOATS[dtype], other, FLOATS[dtype], 5000, 0.35)
+    assert torch.equal(moved[0][1:], reference.lerp(base, tuned, 0.35).view(torch.uint8))

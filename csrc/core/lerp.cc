@@ -69,22 +69,34 @@ struct Fp8 {
 };
 
 // --- any storage type <-> a block of float32 or float64 -----------------------------------------
-// Memory is reached through memcpy: a header of odd length misaligns the data after it.
+// A header of odd length misaligns the data after it: such a block is copied first.
+
+bool aligned(Storage type, const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(storage_bytes(type)) == 0;
+}
 
 void to_f32(Storage type, const void* src, int64_t n, float* dst) {
   if (type == Storage::f8_e4m3) return Fp8<4>::to_f32(static_cast<const uint8_t*>(src), n, dst);
   if (type == Storage::f8_e5m2) return Fp8<5>::to_f32(static_cast<const uint8_t*>(src), n, dst);
-  alignas(64) char aligned[kBlock * 8];
-  std::memcpy(aligned, src, static_cast<size_t>(n * storage_bytes(type)));
-  kernels().to_f32(aligned, static_cast<Dtype>(type), n, dst);
+  alignas(64) char copy[kBlock * 8];
+  if (!aligned(type, src)) src = std::memcpy(copy, src, static_cast<size_t>(n * storage_bytes(type)));
+  kernels().to_f32(src, static_cast<Dtype>(type), n, dst);
 }
 
 void from_f32(const float* src, Storage type, int64_t n, void* dst) {
   if (type == Storage::f8_e4m3) return Fp8<4>::from_f32(src, n, static_cast<uint8_t*>(dst));
   if (type == Storage::f8_e5m2) return Fp8<5>::from_f32(src, n, static_cast<uint8_t*>(dst));
-  alignas(64) char aligned[kBlock * 8];
-  kernels().from_f32(src, static_cast<Dtype>(type), n, aligned);
-  std::memcpy(dst, aligned, static_cast<size_t>(n * storage_bytes(type)));
+  if (aligned(type, dst)) return kernels().from_f32(src, static_cast<Dtype>(type), n, dst);
+  alignas(64) char copy[kBlock * 8];
+  kernels().from_f32(src, static_cast<Dtype>(type), n, copy);
+  std::memcpy(dst, copy, static_cast<size_t>(n * storage_bytes(type)));
+}
+
+// The block as float32: where it lies if it can be used there, else in `buffer`.
+const float* as_f32(Storage type, const void* src, int64_t n, float* buffer) {
+  if (type == Storage::f32 && aligned(type, src)) return static_cast<const float*>(src);
+  to_f32(type, src, n, buffer);
+  return buffer;
 }
 
 void to_f64(Storage type, const void* src, int64_t n, double* dst) {
@@ -97,16 +109,30 @@ void to_f64(Storage type, const void* src, int64_t n, double* dst) {
   for (int64_t i = 0; i < n; ++i) dst[i] = block[i];
 }
 
+// Whether all three are of one 16-bit type for which the level has a kernel.
+bool in_registers(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type,
+                  const void* out) {
+  return kernels().lerp->half != nullptr && (base_type == Storage::bf16 || base_type == Storage::f16) &&
+         tuned_type == base_type && out_type == base_type && aligned(base_type, base) && aligned(base_type, tuned) &&
+         aligned(base_type, out);
+}
+
 void block_in_f32(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type,
                   void* out, int64_t n, double weight, Change* change) {
-  alignas(64) float a[kBlock], b[kBlock], o[kBlock];
-  to_f32(base_type, base, n, a);
-  to_f32(tuned_type, tuned, n, b);
-  kernels().lerp->f32(a, b, n, static_cast<float>(weight), o);
-  from_f32(o, out_type, n, out);
+  alignas(64) float base_buffer[kBlock], tuned_buffer[kBlock], out_buffer[kBlock];
+  const float w = static_cast<float>(weight);
+  if (in_registers(base_type, base, tuned_type, tuned, out_type, out)) {
+    kernels().lerp->half(static_cast<const uint16_t*>(base), static_cast<const uint16_t*>(tuned),
+                         static_cast<Dtype>(base_type), n, w, static_cast<uint16_t*>(out));
+  } else {
+    const float *a = as_f32(base_type, base, n, base_buffer), *b = as_f32(tuned_type, tuned, n, tuned_buffer);
+    const bool there = out_type == Storage::f32 && aligned(out_type, out);
+    float* o = there ? static_cast<float*>(out) : out_buffer;
+    kernels().lerp->f32(a, b, n, w, o);
+    if (!there) from_f32(o, out_type, n, out);
+  }
   if (change == nullptr) return;
-  if (out_type != Storage::f32) to_f32(out_type, out, n, o);
-  kernels().lerp->change(a, o, n, change);
+  kernels().lerp->change(as_f32(base_type, base, n, base_buffer), as_f32(out_type, out, n, out_buffer), n, change);
 }
 
 void block_in_f64(const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out, int64_t n,

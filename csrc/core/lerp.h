@@ -15,8 +15,8 @@ constexpr int64_t storage_bytes(Storage s) {
   return kBytes[static_cast<int>(s)];
 }
 
-// Pointers need no alignment, and out may be base. Arithmetic is in float64 if base is f64, else in float32, with one
-// rounding to nearest even into out's type. `change` may be null.
+// Pointers need no alignment. `change` may be null, and out may be base then. Arithmetic is in float64 if base is f64,
+// else in float32, with one rounding to nearest even into out's type.
 void lerp(Storage base_type, const void* base, Storage tuned_type, const void* tuned, Storage out_type, void* out,
           int64_t n, double weight, Change* change);
 

@@ -10,7 +10,6 @@
 #include "isa/simd_avx512.h"
 #include "isa/tile_avx512.h"
 #include "kernels/kernels.h"
-#include "kernels/lerp_kernels.h"
 #include "kernels/select_kernels.h"
 
 namespace refine_fast {
@@ -94,56 +93,13 @@ double dot(const float* x, const float* y, int64_t d) {
 
 const SelectKernels select_kernels = {append, dot};
 
-// --- lerp: bound by the loads; the ragged tail is one masked step --------------------------------
-
-void lerp_f32(const float* base, const float* tuned, int64_t n, float weight, float* out) {
-  const bool from_base = __builtin_fabsf(weight) < 0.5f;
-  const __m512 w = _mm512_set1_ps(from_base ? weight : weight - 1.0f);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 lanes = n - i < 16 ? static_cast<__mmask16>((1u << (n - i)) - 1u) : static_cast<__mmask16>(0xffff);
-    const __m512 a = _mm512_maskz_loadu_ps(lanes, base + i), b = _mm512_maskz_loadu_ps(lanes, tuned + i);
-    const __m512 r = _mm512_fmadd_ps(w, _mm512_sub_ps(b, a), from_base ? a : b);
-    _mm512_mask_storeu_ps(out + i, lanes, _mm512_mask_mov_ps(r, _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), a));
-  }
-}
-
-void lerp_f64(const double* base, const double* tuned, int64_t n, double weight, double* out) {
-  const bool from_base = __builtin_fabs(weight) < 0.5;
-  const __m512d w = _mm512_set1_pd(from_base ? weight : weight - 1.0);
-  for (int64_t i = 0; i < n; i += 8) {
-    const __mmask8 lanes = n - i < 8 ? static_cast<__mmask8>((1u << (n - i)) - 1u) : static_cast<__mmask8>(0xff);
-    const __m512d a = _mm512_maskz_loadu_pd(lanes, base + i), b = _mm512_maskz_loadu_pd(lanes, tuned + i);
-    const __m512d r = _mm512_fmadd_pd(w, _mm512_sub_pd(b, a), from_base ? a : b);
-    _mm512_mask_storeu_pd(out + i, lanes, _mm512_mask_mov_pd(r, _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ), a));
-  }
-}
-
-// float32 sums over at most a few thousand elements, spread over 16 lanes: relative error below 1e-5
-void lerp_change(const float* base, const float* out, int64_t n, Change* change) {
-  __m512 moved = _mm512_setzero_ps(), size = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 lanes = n - i < 16 ? static_cast<__mmask16>((1u << (n - i)) - 1u) : static_cast<__mmask16>(0xffff);
-    const __m512 a = _mm512_maskz_loadu_ps(lanes, base + i), o = _mm512_maskz_loadu_ps(lanes, out + i);
-    const __m512 d = _mm512_sub_ps(o, a), zero = _mm512_sub_ps(o, o);
-    moved = _mm512_fmadd_ps(d, d, moved);
-    size = _mm512_fmadd_ps(a, a, size);
-    change->not_finite += __builtin_popcount(_mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q));
-  }
-  float m[16], s[16];
-  _mm512_storeu_ps(m, moved);
-  _mm512_storeu_ps(s, size);
-  for (int k = 0; k < 16; ++k) change->change_squared += m[k], change->base_squared += s[k];
-}
-
-const LerpKernels lerp = {lerp_f32, lerp_f64, lerp_change};
-
 }  // namespace
 
 extern const Kernels avx512_kernels = {
     .isa = Isa::avx512,
     .matmul_f32 = &matmul_f32,
     .matmul_bf16 = &matmul_bf16,
-    .lerp = &lerp,
+    .lerp = nullptr,  // bound by memory: 256 bits are enough
     .screen = &screen_int<Words, kMr>,
     .select = &select_kernels,
     .loss = &loss_kernels<Floats>,

@@ -192,7 +192,7 @@ void lerp_change(const float* base, const float* out, int64_t n, Change* change)
   }
 }
 
-const LerpKernels lerp = {lerp_f32, lerp_f64, lerp_change};
+const LerpKernels lerp = {lerp_f32, lerp_f64, nullptr, lerp_change};
 
 }  // namespace
 

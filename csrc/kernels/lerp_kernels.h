@@ -4,10 +4,12 @@
 // subtraction. Equal elements are copied, since torch.lerp would turn the -inf of a mask into NaN and -0 into +0:
 // weights that were not trained must not change. (The payload of a NaN is unspecified.)
 //
-// Roofline: memory. Two element types are enough: 16- and 8-bit types pass through float32 in blocks that stay in L1
-// (core/lerp.cc). A conversion there costs a load and a store, against two reads and one write of memory.
+// Roofline: memory, two reads and one write. Types without a kernel of their own pass through float32 in blocks that
+// stay in L1 (core/lerp.cc).
 #pragma once
 #include <cstdint>
+
+#include "kernels/types.h"
 
 namespace refine_fast {
 
@@ -22,6 +24,8 @@ struct Change {
 struct LerpKernels {
   void (*f32)(const float* base, const float* tuned, int64_t n, float weight, float* out);
   void (*f64)(const double* base, const double* tuned, int64_t n, double weight, double* out);
+  // Both inputs and the output in one 16-bit type; null where a level has none.
+  void (*half)(const uint16_t* base, const uint16_t* tuned, Dtype dtype, int64_t n, float weight, uint16_t* out);
   // Adds to the first three sums of `change`. n is at most a few thousand, since a level may sum in float32.
   void (*change)(const float* base, const float* out, int64_t n, Change* change);
 };
