@@ -200,21 +200,43 @@ ABOUT_THE_PASSAGE = {
             "What does the document say about the crane?",
             "Who is described in the text as a builder?",
             "Who built the tower in this document of the city?",
+            "What is the passage about?",
+            "Who wrote the passage of the book?",
+            "Who crossed the ice in this passage through the north?",
+            "What does the author of the passage want?",
+            "What does the author want?",
+            "What is told, as described in the text?",
+            "What information is provided about the crane?",
         ],
         [
             "When was the text message invented?",
             "Which passage links the two rivers?",
             "How do I set the language of the document in Word?",
             "How do I change the colour of the text in CSS?",
+            "What is the passage of the Stamp Act?",
+            "When was the passage through the canal opened?",
+            "How long is the passage from Dover to Calais?",
+            "Who gained from the passage of time?",
+            "Which other novels were written by the author of Dracula?",
+            "What does the ark look like as described in the Book of Exodus?",
+            "What information is provided on a customs form?",
         ],
     ),
     "German": (
         ["Wer baute laut dem Text den Turm?", "Was steht im Abschnitt über den Kran?"],
-        ["Welcher Text steht auf dem Turm?", "Wann wurde der Abschnitt der Autobahn gebaut?"],
+        [
+            "Welcher Text steht auf dem Turm?",
+            "Wann wurde der Abschnitt der Autobahn gebaut?",
+            "Welches Schiff sank in der Passage durch das Eis?",
+        ],
     ),
     "French": (
         ["Selon le texte, qui a construit la tour ?", "Que dit l'auteur dans cet extrait ?"],
-        ["Quel texte est gravé sur la tour ?", "Où se trouve le passage souterrain ?"],
+        [
+            "Quel texte est gravé sur la tour ?",
+            "Où se trouve le passage souterrain ?",
+            "Quels navires ont hiverné dans le passage du Nord-Ouest ?",
+        ],
     ),
     "Spanish": (
         ["Según el texto, ¿quién construyó la torre?", "¿Qué se explica en este fragmento?"],
@@ -230,7 +252,11 @@ ABOUT_THE_PASSAGE = {
     ),
     "Dutch": (
         ["Wie bouwde volgens de tekst de toren?", "Wat wordt in deze passage beschreven?"],
-        ["Welke tekst staat op de toren?", "Hoe lang is de passage onder het spoor?"],
+        [
+            "Welke tekst staat op de toren?",
+            "Hoe lang is de passage onder het spoor?",
+            "Welk schip zonk in de passage door het ijs?",
+        ],
     ),
     "Swedish": (
         ["Vem byggde tornet enligt texten?", "Vad beskrivs i den här texten?"],

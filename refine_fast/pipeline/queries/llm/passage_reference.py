@@ -6,10 +6,20 @@ import unicodedata
 
 import regex
 
+_TRANSIT = (
+    r"(?! (?:through|to|between|into|across|around|under|over|past)\b| from (?:\S+ ){1,4}?to\b|"
+    r" of (?!(?:the |this )?(?:text|article|document|book|story)\b))"
+)
+"""What follows "the passage" of a law, of time or of a ship is not this."""
+
 _PATTERNS = {
     "English": (
+        rf"\bthe passage\b{_TRANSIT}",
+        r"\b(?:this|(?:the|this) (?:above|given|provided)) passage\b",
+        r"\b(?:the|this) (?:(?:above|given|provided) )?(?:excerpt|snippet)\b",
+        # "the author of Dracula" is a person
         r"\b(?:according to|in|from|by|of|does) (?:the|this) (?:(?:above|given|provided) )?"
-        r"(?:passage|excerpt|author|snippet)\b",
+        r"author\b(?! of\b)",
         # "the colour of the text in CSS" is about any text
         r"\baccording to (?:the|this) (?:(?:above|given|provided) )?(?:text|document)\b",
         r"\b(?:in|from|by|of|does) (?:this|(?:the|this) (?:above|given|provided)) "
@@ -18,19 +28,25 @@ _PATTERNS = {
         r"\bdoes the (?:text|document) (?:say|state|mention|describe|explain|discuss|suggest)\b",
         r"\b(?:said|stated|mentioned|described|explained|discussed|given) (?:in|by) the "
         r"(?:text|document)\b",
-        r"\b(?:the|this) (?:passage|excerpt|snippet)\b",
-        r"\bas (?:mentioned|described|stated) (?:above|in the)\b",
+        r"\bas (?:mentioned|described|stated) (?:above|in the "
+        r"(?:text|document|article|paragraph|section|context))\b",
         r"\b(?:this|(?:the|this) (?:above|given|provided|following)) "
         r"(?:article|paragraph|section|context)\b",
         r"\b(?:is|are|was|were) mentioned(?: about|\W*$)",
-        r"\binformation (?:is|was) (?:provided|given)\b",
+        # "the information that is provided on a form" is asked for
+        r"\binformation (?:is|was) (?:provided|given)(?: (?:about|regarding|concerning)\b|\W*$)",
     ),
     "German": (
-        r"\b(?:laut|gemäß|in) (?:dem|der|diesem|dieser) (?:text|passage|abschnitt|textabschnitt)\b",
+        r"\b(?:laut|gemäß|in) (?:dem|der|diesem|dieser) (?:text|abschnitt|textabschnitt)\b",
+        # "in der Passage durch das Eis" is a voyage
+        r"\b(?:laut|gemäß|in) (?:der|dieser) passage\b(?! (?:durch|nach|von|zwischen|des)\b)",
         r"\b(?:im|laut) (?:text|abschnitt|textabschnitt)\b",
     ),
     "French": (
-        r"\b(?:selon|d['’]après|dans) (?:le|ce) (?:texte|passage)\b",
+        r"\b(?:selon|d['’]après|dans) (?:le|ce) texte\b",
+        # "dans le passage du Nord-Ouest" is a strait
+        r"\b(?:selon|d['’]après|dans) (?:le|ce) passage\b"
+        r"(?! (?:de|du|des|à|au|entre|vers)\b| d['’])",
         r"\b(?:selon|d['’]après|dans) (?:l['’]|cet )extrait\b",
     ),
     "Spanish": (r"\b(?:según|en) (?:el|este) (?:texto|pasaje|fragmento)\b",),
@@ -46,7 +62,8 @@ _PATTERNS = {
         r"\b(?:segundo|conforme|de acordo com) a passagem\b",
     ),
     "Dutch": (
-        r"\b(?:volgens|in|uit) (?:de|deze) (?:tekst|passage)\b",
+        r"\b(?:volgens|in|uit) (?:de|deze) tekst\b",
+        r"\b(?:volgens|in|uit) (?:de|deze) passage\b(?! (?:door|naar|van|tussen)\b)",
         r"\b(?:volgens|in|uit) (?:het|dit) (?:fragment|tekstfragment)\b",
     ),
     "Swedish": (r"\b(?:enligt|i) (?:den här )?texten\b",),
