@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 import openai
 
 from ...corpus.text import whole_characters
+from .reply_parser import is_bare_answer
 from .request import Failure, Reply, Request, count_tokens
 
 MODES = ("json_schema", "json_object", "plain")
@@ -266,8 +267,9 @@ class HttpBackend:
         tokens_out = used("completion_tokens", count_tokens(content + reasoning))
         # xAI, and gateways to Gemini, count what was thought in the total alone.
         tokens_out = max(tokens_out, used("total_tokens", 0) - tokens_in)
-        if not content.strip() and finish != "length":
-            content = reasoning  # a server that takes the whole reply for reasoning
+        # Some servers take a whole reply for reasoning. What a model thinks is no answer.
+        if not content.strip() and finish != "length" and is_bare_answer(reasoning):
+            content = reasoning
         return Reply(content, finish, tokens_in, tokens_out)
 
     async def models(self) -> list[dict[str, Any]]:

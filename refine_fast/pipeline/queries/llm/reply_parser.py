@@ -37,7 +37,8 @@ class Parsed:
     """"schema", "json", "repaired", "lines" or "nothing"."""
     dropped: Counter[str] = field(default_factory=Counter)
     """What was left out: "preamble", "refusal", "cut off" (the reply ended within it), "beside the
-    list" (prose between or under the marked lines: explanations, answers)."""
+    list" (prose between or under the marked lines: explanations, answers), "reasoning" (a whole
+    reply)."""
 
 
 _TEXT_KEYS = ("text", "query", "question", "content", "value")
@@ -46,21 +47,38 @@ _KIND_KEYS = ("kind", "type", "category")
 
 _REASONING_TAG = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis)"
 
-_REASONING_OPENS = (
-    rf"<{_REASONING_TAG}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|"
-    r"<\|channel>thought\b|<\|channel\|>(?:analysis|commentary)\b"
+_OPENING_MARK = (
+    r"\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel>thought\b|"
+    r"<\|channel\|>(?:analysis|commentary)\b"
 )
 
-_REASONING_CLOSES = (
-    rf"</{_REASONING_TAG}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|"
-    r"<channel\|>|<\|channel\|>final<\|message\|>|assistantfinal"
+_CLOSING_MARK = (
+    r"\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<channel\|>|<\|channel\|>final<\|message\|>|"
+    r"assistantfinal"
 )
 
-# Closed, never closed, or opened by the chat template before the reply.
+# Closed, never closed, or opened by the chat template before the reply. A tag opens it at the
+# beginning of a line, and alone closes it outside of a sentence: queries may be about "<think>".
 _REASONING = re.compile(
-    rf"(?:{_REASONING_OPENS}).*?(?:{_REASONING_CLOSES}|\Z)|\A.*?(?:{_REASONING_CLOSES})",
-    re.DOTALL | re.IGNORECASE,
+    rf"(?:^[ \t]*<{_REASONING_TAG}>|{_OPENING_MARK}).*?"
+    rf"(?:</{_REASONING_TAG}>|{_CLOSING_MARK}|\Z)|"
+    rf"\A.*?(?:(?<![ \t\"'`(])</{_REASONING_TAG}>|</{_REASONING_TAG}>(?=\s*(?:[\n{{\[]|\Z))|"
+    rf"{_CLOSING_MARK})",
+    re.DOTALL | re.IGNORECASE | re.MULTILINE,
 )
+
+_THINKS = re.compile(
+    r"^[\W_]*(?:(?:okay|ok|alright|all right|hmm+|well|so|now|first|right)\b[,.:…]*\s+)*"
+    r"(?:let(?:'s| me| us) (?:think|see|look|start|begin|read|analy[sz]e|consider|break|figure)\b|"
+    r"(?:here'?s (?:a|my) )?thinking process\b|"
+    r"(?:(?:i|we)(?:'m| am|'re| are)? (?:need|should|must|have to|asked|supposed|told|given)|"
+    r"the user (?:wants|asks|asked|is asking|has|needs|gave|provided))\b"
+    r".*\b(?:quer(?:y|ies)|questions?|claims?|keywords?|json|passage)\b|"
+    r"the (?:passage|text) (?:is|says|describes|mentions|talks|discusses|states|explains)\b)|"
+    r"^(?:好的|嗯|首先)[，,]?(?:用户|我|让)",
+    re.IGNORECASE,
+)
+"""How reasoning without marks begins. "I need" alone may begin a query."""
 
 _CHAT_MARK = re.compile(
     r"<\|[^|>]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|\A\s*assistant\s*:",
@@ -210,8 +228,18 @@ def _grades(rows: list[str], highest: int) -> dict[int, int]:
     return {int(match[1]): int(match[2]) for match in matches if int(match[2]) <= highest}
 
 
+def is_bare_answer(text: str) -> bool:
+    """Whether the text is an answer and nothing else: a JSON value, or lines of grades; what a
+    model thinks is prose."""
+    bare = _FENCE.sub("", text).strip()
+    return _load(bare) is not None or (bare != "" and all(map(_GRADE.match, bare.splitlines())))
+
+
 def strip_reasoning(text: str) -> str:
-    """The reply without its reasoning and without the marks of chat templates."""
+    """The reply without its reasoning and without the marks of chat templates. In a reply that is
+    JSON, they are part of a text."""
+    if _load(text) is not None:
+        return text.strip()
     return _CHAT_MARK.sub(" ", _REASONING.sub("", text)).strip()
 
 
@@ -328,6 +356,8 @@ def _lines(text: str, cut: bool) -> Parsed:
     text = re.sub(r"(?<=\?)\s+(?=\(?\d{1,2}[.)]\s)", "\n", text)  # "1. ...? 2. ...?"
     rows = [row for row in text.splitlines() if re.search(r"[^\s`{}\[\]\",=]", row)]
     rows = [row for row in rows if not _REMAINS.match(row)]
+    if rows and _THINKS.match(rows[0].replace("’", "'")):
+        return Parsed([], "nothing", Counter({"reasoning": 1}))
     listed = [row for row in rows if _marked(row) and not _HEADING.fullmatch(row)]
     outermost = min(map(_indent, listed), default=0)
     dropped: Counter[str] = Counter()

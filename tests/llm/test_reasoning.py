@@ -1,0 +1,146 @@
+"""What a model thinks is no query, and a query about its marks is one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.llm import generate_queries, grade_passages
+from refine_fast.pipeline.queries.llm.grade import Candidates
+from refine_fast.pipeline.queries.llm.reply_parser import (
+    parse_grades,
+    parse_numbers,
+    parse_queries,
+    strip_reasoning,
+)
+
+Endpoint = Any  # conftest's
+
+TAGS = [
+    "What does the <think> tag do?",
+    "How do I close it with </think> in a prompt?",
+    "What is between <think> and </think>?",
+]
+MARKS = ["What does <|im_end|> mean?", "How is [INST] used?", "What does <s>old</s> show?"]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        json.dumps,
+        lambda texts: json.dumps({"queries": [{"kind": "question", "text": t} for t in texts]}),
+        lambda texts: json.dumps(json.dumps(texts)),
+    ],
+    ids=["list", "schema", "in a string"],
+)
+def test_texts_about_the_marks_of_reasoning_in_json(form: Any) -> None:
+    parsed = parse_queries(form([*TAGS, *MARKS]))
+    assert [candidate.text for candidate in parsed.candidates] == [*TAGS, *MARKS]
+
+
+@pytest.mark.parametrize("text", TAGS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}",
+        "1. {}\n2. Who wrote it?",
+        '```json\n["{}"]\n```',
+        'Here they are:\n["{}"]',
+        '<think>\nA tag?\n</think>\n["{}"]',
+    ],
+)
+def test_texts_about_the_marks_of_reasoning_elsewhere(form: str, text: str) -> None:
+    assert parse_queries(form.format(text)).candidates[0].text == text
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "<think>Hm.</think>1. A?",
+        "  <think>\nHm.\n</think>\n\n1. A?",
+        "Hm.</think>1. A?",
+        "Hm. </think>\n1. A?",
+        "Hm.\n</think>\n\n1. A?",
+        "<|start|>assistant<|channel|>analysis<|message|>Hm.<|channel|>final<|message|>1. A?",
+        "<think>Hm.</think>\n<reflection>So?</reflection>\n1. A?",
+    ],
+)
+def test_reasoning_before_the_reply(reply: str) -> None:
+    assert strip_reasoning(reply) == "1. A?"
+
+
+def test_verdicts_and_grades_after_reasoning() -> None:
+    assert parse_numbers('Is it [1]? </think>{"answerable": [2]}') == [2]
+    assert parse_grades("1: 0?\n</think>\n1: 3", 3) == {1: 3}
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "Okay, let's see. The passage is about a lighthouse.\nWhen was it completed, and by whom?",
+        "We need to generate two queries.\nWhat fuel did the old lamp use?",
+        "The user wants me to write questions.\n1. When was the lighthouse completed?",
+        "Alright, I need to come up with search queries.\nWho built it, and when?",
+        "Hmm, the passage describes a lighthouse.\nThe lamp burnt rape oil until 1931.",
+        "Here's a thinking process:\n\n1. **Analyze the Request:**\n2. Which lamp was it?",
+        "**Thinking Process:**\n\n1. Identify the facts.",
+        "First, I should find keywords. Lighthouse of the Oder.",
+        "嗯，用户想要两个问题。\n灯塔是什么时候建成的？",
+    ],
+)
+def test_thoughts_without_marks_are_no_queries(thought: str) -> None:
+    parsed = parse_queries(thought)
+    assert (parsed.candidates, parsed.how) == ([], "nothing")
+    assert parsed.dropped == {"reasoning": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I need a replacement for my lamp",
+        "What do we need to renew a lighthouse's licence?",
+        "The user has to confirm the password twice",
+        "the passage of the Stamp Act",
+        "Now I have no light, what should I do?",
+    ],
+)
+def test_what_only_begins_like_a_thought_is_a_query(text: str) -> None:
+    assert [candidate.text for candidate in parse_queries(text).candidates] == [text]
+
+
+def test_a_preamble_is_no_thought() -> None:
+    for preamble in (
+        "Okay, here are 2 questions:",
+        "I have written these queries:",
+        "Let me help:",
+    ):
+        parsed = parse_queries(f"{preamble}\n1. Who built it?\n2. When was it lit?")
+        assert len(parsed.candidates) == 2
+
+
+PROSE = "The passage tells of a harbour.\nOne may ask: who built the harbour? Its crane is strong."
+
+
+def test_a_server_that_sends_thoughts_alone(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    """In the field for them; queries in that field are a reply that the server takes for thoughts:
+    ``test_the_form_that_the_model_accepts``."""
+    endpoint.set(rules=["only reasoning"], reply=PROSE)
+    with pytest.raises(RefineFastError, match=r"no chunk got a reply.*empty reply \(stop\)"):
+        generate_queries(chunks[:3], endpoint.settings(), tmp_path / "replies.jsonl")
+
+
+def test_grades_that_the_server_takes_for_thoughts(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    asked = [Candidates("who built it", tuple(chunks[:2]))]
+    endpoint.set(rules=["only reasoning"], reply="1: 3\n2: 0")
+    grades, _ = grade_passages(asked, endpoint.settings(), tmp_path / "a.jsonl")
+    assert sorted(grades[0] or ()) == [0, 3]
+    endpoint.set(reply="1: 3 at first sight.\nBut the second one, 2: 0?")
+    with pytest.raises(RefineFastError, match=r"graded no query \(empty reply"):
+        grade_passages(asked, endpoint.settings(), tmp_path / "b.jsonl")
