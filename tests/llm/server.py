@@ -59,6 +59,8 @@ class Options:
     """A JSON file: passage -> list of queries."""
     card: dict = dataclasses.field(default_factory=lambda: {"max_model_len": 4096})
     """What the list of models says of the model besides its name."""
+    bare_list: bool = False
+    """Whether the list of models is a bare JSON list."""
     pages: dict = dataclasses.field(default_factory=dict)
     """What else it answers to GET, by path."""
 
@@ -129,7 +131,8 @@ class Server:
                 "owned_by": "us",
                 **self.options.card,
             }
-            return await self.send(writer, 200, {"object": "list", "data": [model]})
+            listed = [model] if self.options.bare_list else {"object": "list", "data": [model]}
+            return await self.send(writer, 200, listed)
         if method == "GET":
             page = self.options.pages.get(path)
             return await self.send(writer, 200 if page else 404, page or {"error": "no such page"})
@@ -166,6 +169,9 @@ class Server:
         self.calls[fault] += 1
         if options.flagged and options.flagged in body["messages"][-1]["content"]:
             return await self.send(writer, 403, {"error": options.flag})
+        if fault == "json_validate_failed":
+            error = {"message": "Failed to validate JSON", "code": fault}
+            return await self.send(writer, 400, {"error": error})
         if fault == "429":
             return await self.send(
                 writer,

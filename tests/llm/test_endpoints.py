@@ -62,6 +62,34 @@ def test_an_endpoint_that_never_works(
     assert calls is None or endpoint.stats()["received"] == calls
 
 
+@pytest.mark.parametrize("total", [100, 120, 700])
+def test_tokens_that_only_the_total_tells_of_count(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, total: int
+) -> None:
+    """Some servers leave what was thought out of the reply's tokens; some totals are too small."""
+    endpoint.set(usage={"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": total})
+    _, account = generate_queries(chunks[:5], endpoint.settings(), tmp_path / "replies.jsonl")
+    assert (account.tokens_in, account.tokens_out) == (5 * 100, 5 * max(20, total - 100))
+
+
+def test_json_that_the_server_finds_invalid_is_asked_again(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    """Groq's json_validate_failed, with status 400, is about this reply, not about the form."""
+    endpoint.set(faults=0.3, kinds=["json_validate_failed"])
+    _, account = generate_queries(chunks[:30], endpoint.settings(), tmp_path / "replies.jsonl")
+    stats = endpoint.stats()
+    assert (account.replied, account.rejected, account.structured_output) == (30, 0, "json_schema")
+    assert account.calls == stats["received"] == 30 + stats["calls"]["json_validate_failed"] > 30
+
+
+def test_a_bare_list_of_models_is_none(endpoint: Endpoint) -> None:
+    endpoint.set(bare_list=True)
+    (report,) = probe(endpoint.settings())
+    assert (report.reachable, report.served, report.problem) == (True, None, None)
+    assert report.form == "json_schema"
+
+
 @pytest.mark.parametrize("structured", ["json_schema", "json_object", "plain"])
 def test_probe(endpoint: Endpoint, structured: str) -> None:
     endpoint.set(structured=structured, reply='{"queries": []}', rejection=400)
