@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,47 @@ def test_appends_of_one_moment_share_an_fsync_and_none_returns_before_it(
 
     asyncio.run(run())
     assert len(durable) <= 3
+
+
+def test_a_full_disk_is_named_and_leaves_whole_lines(tmp_path: Path) -> None:
+    """The limit on the size of files stands for the disk: it too cuts a line within."""
+    path = tmp_path / "replies.jsonl"
+    fill(path, record("a"))
+    room = path.stat().st_size + 40
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    async def run() -> None:
+        with ReplyStore(path) as store:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            try:
+                with pytest.raises(RefineFastError) as caught:
+                    await store.append(record("b"))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            said = f"{path}: a reply cannot be written (File too large); free disk space and run"
+            assert str(caught.value).startswith(said)
+            await store.append(record("c"))
+
+    asyncio.run(run())
+    with ReplyStore(path) as store:
+        assert [r["key"] for r in store.replies(["a", "b", "c"])] == ["a", "c"]
+
+
+def test_a_full_disk_at_the_end_is_named_too(tmp_path: Path) -> None:
+    """Nothing is left to be written when the file is closed, which would hide the sentence."""
+    path = tmp_path / "replies.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    async def run() -> None:
+        with ReplyStore(path) as store:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+            await store.append(record("b"))
+
+    try:
+        with pytest.raises(RefineFastError, match="free disk space and run the same command again"):
+            asyncio.run(run())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:

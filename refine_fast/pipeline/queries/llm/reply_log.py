@@ -9,6 +9,7 @@ An incomplete last line was never returned; it is cut off when the file is opene
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -48,7 +49,8 @@ class ReplyStore:
 
     def __enter__(self) -> ReplyStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")
+        # Unbuffered: what cannot be written must not wait for the next write, or for the end.
+        self._file = open(self.path, "ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -64,20 +66,20 @@ class ReplyStore:
         self._file.close()
 
     def _load(self) -> None:
-        self._file.seek(0)
         position = 0
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                self._file.truncate(position)
-                break
-            try:
-                self._enter(json.loads(line), position)
-            except (ValueError, KeyError, TypeError):
-                raise RefineFastError(
-                    f"{self.path}:{number} is damaged; delete the line, and its reply is requested "
-                    "again."
-                ) from None
-            position += len(line)
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    self._file.truncate(position)
+                    break
+                try:
+                    self._enter(json.loads(line), position)
+                except (ValueError, KeyError, TypeError):
+                    raise RefineFastError(
+                        f"{self.path}:{number} is damaged; delete the line, and its reply is "
+                        "requested again."
+                    ) from None
+                position += len(line)
         self._end = position
 
     def _enter(self, record: dict[str, Any], position: int) -> None:
@@ -142,9 +144,14 @@ class ReplyStore:
                     durable.set_result(None)
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            while data:  # a disk may have room for a part
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)  # later lines must not follow half a one
+            raise
 
     async def drain(self) -> None:
         """Waits until everything is written."""
