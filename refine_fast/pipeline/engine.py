@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,18 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def reasons(self, stage: Stage) -> list[str]:
-        """Why the stage must be done, in a few words each; empty if its outputs are up to date."""
+    def reasons(self, stage: Stage, *, but: Collection[str] = ()) -> list[str]:
+        """Why the stage must be done, in a few words each; empty if its outputs are up to date.
+
+        ``but``: names of settings that do not count.
+        """
         record = self._manifest().get(stage.name)
         if record is None:
             return ["not done yet"]
+        key = self._key(stage)
+        same = {name: value for name, value in key["settings"].items() if name in but}
         return (
-            differences(record, self._key(stage))
+            differences({**record, "settings": record["settings"] | same}, key)
             + self._changed_outputs(record, stage.outputs)
             + stage.unfinished()
         )

@@ -274,8 +274,15 @@ def test_a_run(command: list[str], endpoint: Endpoint, tmp_path: Path, capsys, m
     assert main(["run", *command, "--teacher-temperature", "2"]) == 0
     assert "teach: up to date" in capsys.readouterr().err
     assert endpoint.stats()["served"] == served
-    assert main(["plan", *command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["llm_calls"] == 0
+    for changed, calls in (
+        ([], 0),
+        (["--max-calls", "1000"], 0),  # what is written stays as it is
+        (["--skip", "0"], planned["llm_calls"]),
+        (["--chunk-tokens", "48"], None),
+    ):
+        assert main(["plan", *command, *changed, "--json"]) == 0
+        fresh = json.loads(capsys.readouterr().out)
+        assert fresh["llm_calls"] == (fresh["training_queries"] if calls is None else calls)
 
 
 def test_queries_without_a_reply_are_asked_again(

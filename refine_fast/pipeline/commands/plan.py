@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..artifacts import CHUNKS, DEV, HELD_OUT, REPLIES, to_judge
-from ..artifacts import QUERIES as QUERIES_FILE
+from ...files import read_json
+from ..artifacts import ACCOUNT, REPLIES, to_judge
 from ..cluster.object_path import ObjectPath
 from ..config import RunConfig
 from ..console import Console, facts_table
@@ -31,7 +31,7 @@ from ..preflight import try_encoder, try_language_model, try_teacher
 from ..queries.python_questions import python_questions
 from ..queries.query import KINDS_IN_TURN, Query
 from ..queries.splits import require_enough
-from ..stages import systems
+from ..stages import run_stages, systems
 from ..stages.chunk import cut_corpus
 from ..stages.curve import PASSAGES, QUERIES
 from ..stages.query import made_queries, offline_queries, split_queries
@@ -48,6 +48,12 @@ SAMPLE = 64
 
 TRAINING_OVER_ENCODING = 3.0
 """Time of forward and backward relative to forward: the backward has twice the products."""
+
+CHANGE_NO_QUERY = {"max_calls", "max_tokens", "max_cost", "price_in", "price_out"} | {
+    "llm",
+    "llm_batch",
+}
+"""Settings that leave what a language model has written as it is."""
 
 CHECKPOINTS = 2 * 3
 """Copies of the weights on disk: two checkpoints, each with Adam's two moments."""
@@ -252,14 +258,19 @@ def _remaining_calls(
 def _to_grade(
     context: RunContext, chunks: Sequence[Chunk], train: Sequence[Query]
 ) -> list[Candidates]:
-    """The queries that are graded, with their passages; before mining, with other passages in place
-    of the negatives."""
+    """The queries that are graded, with their passages. Where the run is to mine yet, or anew, with
+    other passages in place of the negatives."""
     from ..queries.llm import Candidates
     from ..stages.llm_teach import to_grade
 
-    files = {name: context.path(name) for name in (CHUNKS, QUERIES_FILE, DEV, HELD_OUT)}
-    if not RunFolder(context.out).changes("mine", files):
-        return to_grade(*to_judge(context.out))
+    folder = RunFolder(context.out)
+    for stage in run_stages(context):
+        if folder.reasons(stage, but=CHANGE_NO_QUERY):
+            break
+        if stage.name == "query" and (read_json(context.path(ACCOUNT)) or {}).get("stopped"):
+            break
+        if stage.name == "mine":
+            return to_grade(*to_judge(context.out))
     row = {chunk.id: i for i, chunk in enumerate(chunks)}
     shown = min(1 + context.mined_negatives, len(chunks))
     return [
