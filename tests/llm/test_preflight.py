@@ -42,6 +42,29 @@ def test_a_model_that_writes_no_query_is_found_out_first(
     assert endpoint.stats()["served"] == 3
 
 
+@pytest.mark.parametrize("first", ["plan", "queries"])
+def test_a_judge_without_verdicts_is_found_out_first(
+    command: list[str], endpoint, tmp_path: Path, capsys, first: str
+) -> None:
+    """Of two writers, the first one judges."""
+    endpoint.set(flagged="Queries:", flag={"message": "your input was flagged"})
+    assert main([first, *command, "--llm-model", "one,two", "--judge", "yes"]) == 2
+    message = capsys.readouterr().err
+    assert f"one at {endpoint.url} gives no verdicts on queries: HTTP 403" in message
+    assert not (tmp_path / "run" / "chunks.jsonl").exists()
+    assert endpoint.stats()["served"] == 2
+
+
+@pytest.mark.parametrize("first", ["plan", "queries"])
+def test_a_model_in_this_process_that_is_not_there_is_found_out_first(
+    command: list[str], endpoint, tmp_path: Path, capsys, first: str
+) -> None:
+    command = ["transformers" if part == endpoint.url else part for part in command]
+    assert main([first, *command, "--llm-model", str(tmp_path)]) == 2
+    assert f"llm_model: {tmp_path} cannot be loaded (" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "chunks.jsonl").exists()
+
+
 def test_a_resumed_run_does_not_pay_for_it_again(command: list[str], endpoint) -> None:
     assert main(["plan", *command]) == 0
     assert endpoint.stats()["served"] == 1

@@ -268,8 +268,9 @@ def test_prompt_is_printed_and_taken_back(
     assert main(command) == 0
     assert "judge prompt changed (judge.jinja)" in capsys.readouterr().err
     assert "Thou judgest" in endpoint.stats()["bodies"][-1]["messages"][0]["content"]
-    # The first request of the run; of twelve chunks, the queries once and the verdicts twice.
-    assert endpoint.stats()["calls"]["none"] == 1 + 36
+    # The first requests, for queries and for verdicts under each prompt of the judge; of twelve
+    # chunks, the queries once and the verdicts twice.
+    assert endpoint.stats()["calls"]["none"] == 1 + 2 + 36
 
 
 @pytest.mark.usefixtures("no_cluster")

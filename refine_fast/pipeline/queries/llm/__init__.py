@@ -13,7 +13,8 @@ Modules:
     dispatch, send: requests to replies, through the four above.
     prompt, reply_parser, filters, languages, coverage: what is asked for in which order, and which
         part of a reply becomes a query.
-    generate, grade: the stages, which turn replies into queries and into grades of passages.
+    generate, judge, grade: the stages, which turn replies into queries, into verdicts on these,
+        and into grades of passages.
     estimate, trial, probe: what a stage will cost, its first request, and what ``doctor`` reports
         about an endpoint.
     local_speed: how fast a model in this process writes, for ``plan``.

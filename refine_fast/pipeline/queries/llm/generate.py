@@ -20,7 +20,8 @@ from .coverage import spread
 from .dispatch import CallProgress, Watch
 from .estimate import Calls, Estimate
 from .event_loop import run
-from .prompt import Template, judge_schema, query_schema, wanted
+from .judge import holds_verdicts, judge_requests
+from .prompt import query_schema, wanted
 from .reply_log import ReplyStore, Spent
 from .reply_parser import parse_numbers, parse_queries
 from .request import Request, count_tokens
@@ -231,12 +232,16 @@ def holds_queries(text: str) -> bool:
     return bool(parsed.candidates) or parsed.how == "schema"
 
 
-def _holds_verdicts(text: str) -> bool:
-    return parse_numbers(text) is not None
-
-
 Found = list[tuple[int, str, str]]
 """(row of the chunk, kind, text) of each remaining candidate."""
+
+
+def _by_chunk(chunks: list[Chunk], found: Found) -> list[tuple[Chunk, list[str]]]:
+    """Each chunk that has queries, with them."""
+    own: dict[int, list[str]] = {}
+    for i, _, text in found:
+        own.setdefault(i, []).append(text)
+    return [(chunks[i], texts) for i, texts in own.items()]
 
 
 def _candidates(
@@ -327,34 +332,18 @@ async def _judged(
     own: dict[int, list[int]] = {}
     for position, (i, _, _) in enumerate(found):
         own.setdefault(i, []).append(position)
-    template = Template(settings.judge_prompt, name="judge")
-
-    def request(i: int) -> Request:
-        texts = [found[position][2] for position in own[i]]
-        system, user = template.render(passage=chunks[i].text, title=chunks[i].title, queries=texts)
-        return Request(
-            chunks[i].id,
-            settings.models[0],
-            system,
-            user,
-            judge_schema(),
-            settings.max_reply_tokens,
-            settings.temperature,
-            settings.extra,
-            seed=settings.seed if settings.in_process else None,
-        )
-
-    missing = [i for i in own if request(i).key not in replies]
-    reused = len(own) - len(missing)
-    progress = CallProgress(len(own), reused, reused)
-    requests = (request(i) for i in missing)
-    await send(requests, progress, settings, replies, _holds_verdicts, watch)
+    asked = _by_chunk(chunks, found)
+    keys = [request.key for request in judge_requests(asked, settings)]
+    reused = sum(key in replies for key in keys)
+    progress = CallProgress(len(keys), reused, reused)
+    missing = (each for each in judge_requests(asked, settings) if each.key not in replies)
+    await send(missing, progress, settings, replies, holds_verdicts, watch)
     account.failed += progress.failed
     account.rejected += progress.rejected
     account.stopped = account.stopped or progress.stopped
     verdicts: list[str | None] = [None] * len(found)
-    for i, positions in own.items():
-        record = next(replies.replies([request(i).key]), None)
+    for key, positions in zip(keys, own.values(), strict=True):
+        record = next(replies.replies([key]), None)
         passed = parse_numbers(record["text"]) if record else None
         if passed is None:
             account.unjudged += len(positions)

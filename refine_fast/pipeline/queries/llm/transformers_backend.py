@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from jinja2 import TemplateError
@@ -117,6 +119,51 @@ class LocalBackend:
         return ended
 
 
+def check_model(name: str) -> None:
+    """Loads the model's configuration and tokenizer, which takes a moment.
+
+    Raises:
+        RefineFastError: if they cannot be loaded, or replies cannot be generated with the model.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source = _source(name)
+    with _as_user_error(name):
+        AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
+    _require_supported_layers(name, config)
+
+
+def _source(name: str) -> str:
+    """The folder of a model, or its name on the hub."""
+    from .settings import SMOLLM2_MODEL
+    from .smollm2 import smollm2_folder
+
+    return str(smollm2_folder()) if name == SMOLLM2_MODEL else name
+
+
+@contextlib.contextmanager
+def _as_user_error(name: str) -> Iterator[None]:
+    """Raises RefineFastError with the remedy if the model cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise RefineFastError(
+            f"llm_model: {name} cannot be loaded ({why}); give a folder or the name of a "
+            "model on the hub."
+        ) from None
+
+
+def _require_supported_layers(name: str, config: Any) -> None:
+    if other := unsupported_layers(config):
+        raise RefineFastError(
+            f"llm_model: {name} has layers of the kind {other}, which cannot be generated with "
+            "here; give a model whose layers are attention alone, or serve it (vLLM, Ollama) "
+            "and give its URL to --llm."
+        )
+
+
 class _Model:
     """A model, its tokenizer, and the replies that it is writing."""
 
@@ -124,27 +171,13 @@ class _Model:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from .settings import SMOLLM2_MODEL
-        from .smollm2 import smollm2_folder
-
         self.name = name
-        source = str(smollm2_folder()) if name == SMOLLM2_MODEL else name
+        source = _source(name)
         on = device()
-        try:
+        with _as_user_error(name):
             self._tokenizer = AutoTokenizer.from_pretrained(source)
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        except (OSError, ValueError) as error:
-            why = " ".join(str(error).split())[:200]
-            raise RefineFastError(
-                f"llm_model: {name} cannot be loaded ({why}); give a folder or the name of a "
-                "model on the hub."
-            ) from None
-        if other := unsupported_layers(model.config):
-            raise RefineFastError(
-                f"llm_model: {name} has layers of the kind {other}, which cannot be generated with "
-                "here; give a model whose layers are attention alone, or serve it (vLLM, Ollama) "
-                "and give its URL to --llm."
-            )
+        _require_supported_layers(name, model.config)
         if on.type == "cpu":
             # Without such hardware, products of 16 bits are many times slower than float32's.
             model = model.to(torch.bfloat16 if has_fast_bf16(on) else torch.float32)

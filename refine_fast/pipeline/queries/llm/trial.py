@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from .event_loop import run
 from .generate import holds_queries, query_requests
 from .grade import Candidates, grade_requests, holds_grades
 from .http_backend import HttpBackend
-from .prompt import Template
+from .judge import holds_verdicts, judge_requests
 from .reply_log import ReplyStore
 from .request import Failure, Request
 from .samples import sample_chunks
 from .settings import LLMSettings
+from .transformers_backend import check_model
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,21 @@ def _grade_requests(settings: LLMSettings) -> Iterator[Request]:
     return grade_requests([Candidates(chunk.text[:24], chunks) for chunk in chunks], settings)
 
 
+def _judge_requests(settings: LLMSettings) -> Iterator[Request]:
+    return judge_requests([(chunk, [chunk.text[:24]]) for chunk in sample_chunks()], settings)
+
+
 WRITING = Task(_query_requests, holds_queries, "writes no queries")
+JUDGING = Task(_judge_requests, holds_verdicts, "gives no verdicts on queries")
 GRADING = Task(_grade_requests, holds_grades, "grades no passages")
 
 
 def try_models(settings: LLMSettings, store: Path, task: Task = WRITING) -> None:
     """Sends each model at most three requests of a stage, until a reply holds what it asks for; of
-    several endpoints, the first that works is enough.
+    several endpoints, the first that works is enough. Where queries are judged, the judge is tried
+    with their writers.
 
-    A model in this process is not tried: it costs nothing, and is loaded soon enough.
+    Of a model in this process, which costs nothing, it is only seen that it is there.
 
     Args:
         settings: the models, and what is asked of them.
@@ -56,19 +63,27 @@ def try_models(settings: LLMSettings, store: Path, task: Task = WRITING) -> None
         task: what the stage asks for.
 
     Raises:
-        RefineFastError: if a model cannot be asked, its replies are of no use, or the prompt of the
-            judge is no template.
+        RefineFastError: if a model cannot be asked, its replies are of no use, or a prompt is
+            no template.
     """
-    if task is WRITING and settings.judge:  # its first use comes after every query is paid
-        template = Template(settings.judge_prompt, name="judge")
-        template.render(passage="passage", title="title", queries=["query"])
+    tasks = [task, JUDGING] if task is WRITING and settings.judge else [task]
+    for each in tasks:
+        next(each.requests(settings))  # renders its prompt
     if not settings.in_process:
-        run(_try_all(settings, store, task))
+        run(_try_all(settings, store, tasks))
+        return
+    for model in settings.models:
+        check_model(model)
 
 
-async def _try_all(settings: LLMSettings, store: Path, task: Task) -> None:
+async def _try_all(settings: LLMSettings, store: Path, tasks: Sequence[Task]) -> None:
+    asked = [
+        (task, model)
+        for task in tasks
+        for model in (settings.models[:1] if task is JUDGING else settings.models)
+    ]
     with ReplyStore(store) as replies:
-        for model in settings.models:
+        for task, model in asked:
             own = replace(settings, models=(model,))
             problems = {}
             for url in settings.urls:
