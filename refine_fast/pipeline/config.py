@@ -208,7 +208,9 @@ class RunConfig(BaseModel):
     llm_concurrency: int = _option(
         64, "calls at a time at each endpoint; fewer where the server asks for it", "N", ge=1
     )
-    llm_timeout: Positive = _option(120.0, "longest time that a call may take", "SECONDS")
+    llm_timeout: Positive = _option(
+        120.0, "longest time that a call may take; tried three times", "SECONDS"
+    )
     prompt: ExistingPath | None = _option(
         None, "your own prompt; start from the output of 'refine-fast prompt'", "FILE"
     )

@@ -18,7 +18,7 @@ from refine_fast.pipeline.queries.llm.transformers_backend import LocalBackend
 
 BUSY = Failure("busy", "HTTP 429", status=429)
 BROKEN = Failure("broken", "HTTP 500")
-SILENT = Failure("busy", "no reply within 1 s")
+LATE = Failure("late", "no reply within 1 s")
 
 
 def feed(throttle: Throttle, *outcomes: Failure | None) -> None:
@@ -67,7 +67,7 @@ def test_half_of_the_calls_failing_opens_the_circuit_for_as_long_as_the_server_s
 
 @pytest.mark.parametrize(
     ("before", "openings"),
-    [([], 3), ([SILENT], 3), ([None], 12), ([BUSY], 12)],
+    [([], 3), ([LATE], 3), ([None], 12), ([BUSY], 12)],
     ids=["never answered", "never in time", "answered once", "refused once"],
 )
 def test_the_circuit_gives_up(before: list[Failure | None], openings: int) -> None:
@@ -80,6 +80,17 @@ def test_the_circuit_gives_up(before: list[Failure | None], openings: int) -> No
         with pytest.raises(Failure, match="half of the calls fail") as failure:
             throttle.record(BROKEN)
         assert failure.value.kind == "fatal"
+
+    asyncio.run(run())
+
+
+def test_a_server_that_hangs_after_it_answered_is_given_up_soon() -> None:
+    async def run() -> None:
+        throttle = Throttle(8, pause=0.0)
+        for outcome in [None] * 16 + [LATE] * (16 * 4 - 1):
+            throttle.record(outcome)
+        with pytest.raises(Failure, match="half of the calls fail"):
+            throttle.record(LATE)
 
     asyncio.run(run())
 

@@ -12,7 +12,7 @@ import asyncio
 import json
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -23,17 +23,20 @@ from openai.types.chat import ChatCompletion
 from ....errors import RefineFastWarning
 from ....files import read_json, write_json
 from .budget import Budget
-from .dispatch import CallProgress, Watch, reply_record
+from .dispatch import CallProgress, Watch, failure_record, reply_record
 from .http_backend import HttpBackend
 from .reply_log import ReplyStore
 from .request import Failure, Reply, Request, Sent
-from .throttle import MAX_REFUSALS, delay
+from .throttle import delay
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 150_000_000
 """Size of a batch; OpenAI takes 50,000 requests and 200 MB. Batches with more tokens than the
 account may queue are halved."""
 
 POLL_SECONDS = 15.0
+
+MAX_TRIES = 30
+"""Give up on a call about a file or a batch, which costs nothing, after this many failures."""
 
 ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 
@@ -142,18 +145,19 @@ class _Batches:
         return (group, stream) if group else None
 
     async def _alone(self, request: Request) -> None:
-        used = (0, 0)
+        used, reserved = (0, 0), (request.tokens_in, request.max_tokens)
         try:
-            reply = await _patiently(lambda: self._backend.complete(request))
+            reply = await _patiently(lambda: self._backend.complete(request), ("busy", "broken"))
             used = reply.tokens_in, reply.tokens_out
         except Failure as failure:
             if failure.kind == "fatal":
                 raise
-            record = _failed(Sent(request.key, request.chunk_id, request.model), str(failure))
+            used = reserved if failure.kind == "late" else used
+            record = failure_record(request, str(failure), lost=used)
         else:
             record = reply_record(request, reply, 1)
         finally:
-            await self._budget.settle((request.tokens_in, request.max_tokens), used)
+            await self._budget.settle(reserved, used)
         await self._enter(record)
 
     async def submit(self, group: list[Request]) -> _Sent:
@@ -247,11 +251,12 @@ class _Batches:
                 used = reply.tokens_in, reply.tokens_out
                 record = reply_record(request, reply, 1)
             except Failure as failure:
-                record = _failed(request, str(failure))
+                record = failure_record(request, str(failure))
         else:
             error = line.get("error") or body.get("error") or body
             said = error.get("message") if isinstance(error, dict) else error
-            record = _failed(request, f"HTTP {response.get('status_code')}: {said}")
+            said = f"HTTP {response.get('status_code')}: {said}"
+            record = failure_record(request, said)
         await self._settle(sent, key, used)
         if key not in self._store:
             await self._enter(record)
@@ -284,25 +289,25 @@ class _Batches:
         named = (batch for batch in page.data if (batch.metadata or {}).get(_NAME) == name)
         return next((batch.id for batch in named), None)
 
-    async def _call(
-        self, call: Callable[[], Awaitable[Result]], tries: int = MAX_REFUSALS
-    ) -> Result:
+    async def _call(self, call: Callable[[], Awaitable[Result]], tries: int = MAX_TRIES) -> Result:
         async def once() -> Result:
             try:
                 return await call()
             except Exception as error:
                 raise self._backend.failure(error) from None
 
-        return await _patiently(once, tries)
+        return await _patiently(once, ("busy", "late", "broken"), tries)
 
 
-async def _patiently(call: Callable[[], Awaitable[Result]], tries: int = MAX_REFUSALS) -> Result:
-    """The call's result, tried again while the server is busy or the connection breaks."""
+async def _patiently(
+    call: Callable[[], Awaitable[Result]], kinds: Collection[str], tries: int = MAX_TRIES
+) -> Result:
+    """The call's result, tried again after failures of these kinds."""
     for attempt in range(tries):
         try:
             return await call()
         except Failure as failure:
-            if failure.kind not in ("busy", "broken") or attempt + 1 == tries:
+            if failure.kind not in kinds or attempt + 1 == tries:
                 raise
             await asyncio.sleep(delay(attempt, failure))
     raise AssertionError("unreachable")
@@ -327,14 +332,3 @@ def _line(request: Request, backend: HttpBackend) -> bytes:
     fields, extra = backend.forms[request.model].fields(request)
     line = {"custom_id": request.key, "method": "POST", "url": ENDPOINT, "body": fields | extra}
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
-
-
-def _failed(request: Sent, error: str) -> dict[str, Any]:
-    """The record of a request without a reply."""
-    return {
-        "key": request.key,
-        "chunk": request.chunk_id,
-        "model": request.model,
-        "error": error,
-        "calls": 1,
-    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from .budget import Budget
 from .reply_log import ReplyStore
 from .reply_parser import strip_reasoning
 from .request import Backend, Failure, Reply, Request, Sent
-from .throttle import MAX_BROKEN, MAX_REFUSALS, MAX_WAIT, Throttle, delay
+from .throttle import MAX_TRIES, MAX_WAIT, Throttle, delay
 
 MAX_USELESS_FIRST, MAX_USELESS = 8, 30
 """The stage stops after this many useless replies in a row: before the first useful one of this
@@ -78,10 +79,17 @@ class _Task:
     request: Request
     calls: int = 0
     """Made for it so far, at all endpoints."""
+    late: int = 0
+    """Of those, the ones whose reply did not come in time."""
     tried: set[str] = field(default_factory=set)
     """Endpoints that did not answer it."""
     error: str = ""
     """Of its last call."""
+
+    @property
+    def lost(self) -> tuple[int, int]:
+        """Tokens in and out that the late calls took at most: they may be paid all the same."""
+        return self.late * self.request.tokens_in, self.late * self.request.max_tokens
 
 
 class _Tasks:
@@ -143,6 +151,11 @@ async def ask(
         for task in tasks.returned:
             error = f"stopped by {state.stopped}" if state.stopped else task.error
             await next(iter(live.values())).put(_failure_record(task, error))
+    except Failure:
+        for task in tasks.returned:
+            if task.late:  # what it may have cost counts
+                await store.append(_failure_record(task, task.error))
+        raise
     finally:
         await store.drain()
 
@@ -259,7 +272,7 @@ class _Dispatcher:
 
         None when a limit allows no further call.
         """
-        broken = refused = 0
+        failures: Counter[str] = Counter()
         while True:
             outcome, stopped = await self._call(task.request)
             if stopped:
@@ -268,7 +281,7 @@ class _Dispatcher:
             task.calls += 1
             if isinstance(outcome, Reply):
                 self._judge(outcome)
-                return reply_record(task.request, outcome, task.calls)
+                return reply_record(task.request, outcome, task.calls, task.lost)
             assert outcome is not None
             if outcome.kind == "fatal":
                 raise outcome
@@ -277,12 +290,13 @@ class _Dispatcher:
                     "fatal",
                     f"the server asks to come back in {outcome.retry_after:.0f} s ({outcome})",
                 )
-            refused += outcome.kind == "busy"
-            broken += outcome.kind != "busy"
-            if outcome.kind == "wrong" or broken >= MAX_BROKEN or refused >= MAX_REFUSALS:
+            task.late += outcome.kind == "late"
+            task.error = str(outcome)
+            failures[outcome.kind] += 1
+            if failures[outcome.kind] >= MAX_TRIES[outcome.kind]:
                 record = _failure_record(task, str(outcome))
                 return record | ({"rejected": True} if outcome.kind == "wrong" else {})
-            await asyncio.sleep(delay(broken + refused - 1, outcome))
+            await asyncio.sleep(delay(failures.total() - 1, outcome))
 
     async def _call(self, request: Request) -> tuple[Reply | Failure | None, str | None]:
         """(the outcome of one call, None), or (None, the limit that forbade it)."""
@@ -301,24 +315,39 @@ class _Dispatcher:
                 used = (0, 0)
                 if isinstance(outcome, Reply):
                     used = outcome.tokens_in, outcome.tokens_out
+                elif outcome is not None and outcome.kind == "late":
+                    used = reserved
                 await self._budget.settle(reserved, used)
             self.throttle.record(None if isinstance(outcome, Reply) else outcome)
         return outcome, None
 
 
 def _failure_record(task: _Task, error: str) -> dict[str, Any]:
-    request = task.request
+    return failure_record(task.request, error, task.calls, task.lost)
+
+
+def failure_record(
+    request: Request | Sent, error: str, calls: int = 1, lost: tuple[int, int] = (0, 0)
+) -> dict[str, Any]:
+    """What the store keeps of a request without a reply.
+
+    ``lost``: tokens in and out of calls whose reply did not come in time.
+    """
     return {
         "key": request.key,
         "chunk": request.chunk_id,
         "model": request.model,
         "error": error,
-        "calls": task.calls,
+        "calls": calls,
+        "tokens_in": lost[0],
+        "tokens_out": lost[1],
     }
 
 
-def reply_record(request: Request | Sent, reply: Reply, calls: int) -> dict[str, Any]:
-    """What the store keeps of a reply.
+def reply_record(
+    request: Request | Sent, reply: Reply, calls: int, lost: tuple[int, int] = (0, 0)
+) -> dict[str, Any]:
+    """What the store keeps of a reply, and of late calls before it.
 
     An empty reply is an error, so that the next start requests it again.
     """
@@ -330,8 +359,8 @@ def reply_record(request: Request | Sent, reply: Reply, calls: int) -> dict[str,
         **({"error": empty} if empty else {"text": reply.text}),
         "finish": reply.finish,
         "calls": calls,
-        "tokens_in": reply.tokens_in,
-        "tokens_out": reply.tokens_out,
+        "tokens_in": reply.tokens_in + lost[0],
+        "tokens_out": reply.tokens_out + lost[1],
     }
 
 

@@ -20,6 +20,7 @@ import openai
 from ...corpus.text import whole_characters
 from .reply_parser import is_bare_answer
 from .request import Failure, Reply, Request, count_tokens
+from .throttle import MAX_TRIES
 
 MODES = ("json_schema", "json_object", "plain")
 """Ways of asking for JSON, the strictest first. Servers differ: some obey, some ignore it, some
@@ -142,7 +143,7 @@ class HttpBackend:
     """
 
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
-        self._url = url
+        self.url = url
         self._key = key
         self._timeout = timeout
         address = Address.of(url)
@@ -158,6 +159,7 @@ class HttpBackend:
         self._first_form = Form(MODES[0], "max_completion_tokens" if own else "max_tokens")
         self._probing = asyncio.Lock()
         self._rejected_requests = 0
+        self._late_requests = 0
         self._fatal: Failure | None = None
         self.forms: dict[str, Form] = {}
         """Model -> the form that it accepts."""
@@ -180,9 +182,16 @@ class HttpBackend:
                     try:
                         return await self._find_form(request)
                     except Failure as failure:
-                        self._fatal = failure if failure.kind == "fatal" else None
+                        self._fatal = failure if failure.kind == "fatal" else self._hangs(failure)
                         raise
         return await self.call(request, self.forms[request.model])
+
+    def _hangs(self, failure: Failure) -> Failure | None:
+        """What ends the search for a form after several requests without a reply in time."""
+        self._late_requests += failure.kind == "late"
+        if self.forms or self._late_requests < MAX_TRIES["late"]:
+            return None
+        return Failure("fatal", f"the first {self._late_requests} requests got {failure}")
 
     async def _find_form(self, request: Request) -> Reply:
         """Tries forms until one is accepted. A 500 may be a rejection or chance: asked twice."""
@@ -288,7 +297,7 @@ class HttpBackend:
 
     async def page(self, path: str) -> Any:
         """The JSON at ``path``, relative to where the API's own "/v1" is; None if there is none."""
-        root = Address.of(self._url).base.removesuffix("/v1")
+        root = Address.of(self.url).base.removesuffix("/v1")
         try:
             async with asyncio.timeout(self._timeout):
                 return await self.client.get(root + path, cast_to=object)
@@ -302,7 +311,10 @@ class HttpBackend:
     def failure(self, error: Exception) -> Failure:
         """What an error of the client means; raises it again if it is a fault of this program."""
         if isinstance(error, openai.APITimeoutError | TimeoutError):
-            return Failure("busy", f"no reply within {self._timeout:g} s")
+            return Failure(
+                "late",
+                f"no reply within {self._timeout:g} s (raise --llm-timeout if it needs longer)",
+            )
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
             # openai before 3.40 puts the whole body into its message.
@@ -312,7 +324,7 @@ class HttpBackend:
                 said += " (flagged)"
             said = said.removeprefix(f"Error code: {status} - ")
             wait = retry_after(error.response.headers)
-            return self._status(status, said, error.code, wait)
+            return self.status_failure(status, said, error.code, wait)
         if isinstance(error, openai.APIConnectionError):
             cause = error.__cause__ or error
             return Failure(
@@ -334,9 +346,19 @@ class HttpBackend:
         code = str(fields.get("code"))
         status = int(code) if code.isdigit() else 500
         said = " ".join(str(fields.get("message") or fields).split())
-        return self._status(status, f"{said} (with status 200)", code, None)
+        return self.status_failure(status, f"{said} (with status 200)", code, None)
 
-    def _status(self, status: int, said: str, code: str | None, wait: float | None) -> Failure:
+    def status_failure(
+        self, status: int, said: str, code: str | None, wait: float | None
+    ) -> Failure:
+        """What an HTTP status other than 200 means.
+
+        Args:
+            status: the status.
+            said: the server's message.
+            code: the server's name of the error, if it gives one.
+            wait: seconds that it asks to wait.
+        """
         message = self.redact(f"HTTP {status}: {said[:300]}")
         if status == 403 and _FLAGGED.search(said):  # of this passage alone, as OpenRouter says it
             return Failure("wrong", message, status=status)
@@ -351,6 +373,8 @@ class HttpBackend:
             )
         if status in (429, 503, 529):
             return Failure("busy", message, wait, status=status)
+        if status in (504, 524):  # a gateway's time limit; the server behind it may go on
+            return Failure("late", message, wait, status=status)
         # Groq's json_validate_failed is about this reply: asked again, the model writes another.
         if status in (408, 409, 425) or code == "json_validate_failed":
             return Failure("broken", message, wait, status=status)

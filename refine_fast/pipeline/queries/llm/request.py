@@ -99,7 +99,8 @@ class Failure(Exception):
     """A call without a reply.
 
     kind:
-        "busy": 429, 503 or a time-out; send less, later.
+        "busy": 429 or 503; send less, later.
+        "late": no reply in time; it may have been written, and paid for, all the same.
         "broken": 5xx, a lost connection or half a reply; try again.
         "wrong": this request cannot succeed.
         "fatal": no request can succeed.
@@ -109,7 +110,7 @@ class Failure(Exception):
 
     def __init__(
         self,
-        kind: Literal["busy", "broken", "wrong", "fatal"],
+        kind: Literal["busy", "late", "broken", "wrong", "fatal"],
         message: str,
         retry_after: float | None = None,
         *,

@@ -20,15 +20,13 @@ from dataclasses import dataclass
 
 from .request import Failure
 
-MAX_BROKEN = 8
-"""Give up on a request after this many broken calls, until the next run.
+MAX_TRIES = {"wrong": 1, "late": 3, "broken": 8, "busy": 30}
+"""Give up on a request after this many failures of a kind, until the next run.
 
-Where a seventh of all calls break at random, five tries leave one of 15,000 requests without a
-reply, eight leave one of five million. The waits between eight add up to a minute.
+Each late call lasts as long as the time limit, and may be paid for. Where a seventh of all calls
+break at random, five tries leave one of 15,000 requests without a reply, eight leave one of five
+million. The waits between eight add up to a minute.
 """
-
-MAX_REFUSALS = 30
-"""Give up on a request after this many 429s."""
 
 MAX_WAIT = 120.0
 """A Retry-After of more seconds than this is a quota, not a rate: the run stops with a message."""
@@ -36,7 +34,7 @@ MAX_WAIT = 120.0
 MAX_OPENINGS, MAX_OPENINGS_UNANSWERED = 12, 3
 """Openings of the circuit in a row before the server is declared dead: about eight minutes for one
 that may be restarting, a few seconds for one that neither replied nor refused a call by 429 or 503:
-it is most likely misnamed."""
+it is most likely misnamed, or hangs."""
 
 MAX_OPENINGS_AMONG_SEVERAL = 5
 """The same, about half a minute, where other endpoints can take the requests."""
@@ -59,6 +57,7 @@ class _Window:
 
     seen: int = 0
     refused: int = 0
+    late: int = 0
     failed: int = 0
     retry_after: float = 0.0
 
@@ -122,9 +121,10 @@ class Throttle:
         if failure is None or failure.kind == "wrong":  # the server works
             self._openings = 0
             self._is_there = True
-        elif failure.kind == "busy":
+        elif failure.kind in ("busy", "late"):
             window.refused += 1
-            self._is_there |= failure.status is not None
+            window.late += failure.kind == "late"
+            self._is_there |= failure.kind == "busy"
             window.retry_after = max(window.retry_after, failure.retry_after or 0.0)
         else:
             window.failed += 1
@@ -135,6 +135,8 @@ class Throttle:
             self._wake()
 
     def _decide(self, window: _Window, last: Failure | None) -> None:
+        if window.late == window.seen:
+            self._is_there = False  # it hangs
         if window.refused + window.failed >= window.seen / 2:
             self._open(window.retry_after, last)
         elif window.refused > window.seen / 4:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ....errors import RefineFastError
-from .dispatch import IsUseful, reply_record, why_useless
+from .dispatch import IsUseful, failure_record, reply_record, why_useless
 from .event_loop import run
 from .generate import holds_queries, query_requests
 from .grade import Candidates, grade_requests, holds_grades
@@ -123,6 +123,9 @@ async def _problem(
             if failure.kind == "busy":
                 return None  # the server works; the stage waits for it
             problem = str(failure)
+            if failure.kind == "late":  # it may be paid for
+                lost = request.tokens_in, request.max_tokens
+                await replies.append(failure_record(request, problem, lost=lost))
             if failure.kind == "fatal":
                 break
             continue
