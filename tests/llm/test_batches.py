@@ -4,6 +4,7 @@ import email
 import email.policy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from refine_fast.pipeline.queries.llm import (
     generate_queries,
     grade_passages,
 )
+from refine_fast.pipeline.queries.llm.coverage import spread
+from refine_fast.pipeline.queries.llm.trial import try_models
 
 KEY = "sk-secret-of-the-test"
 
@@ -109,9 +113,11 @@ class Handler(BaseHTTPRequestHandler):
     def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         passage = body["messages"][-1]["content"].partition("Passage: ")[2].partition("\n")[0]
         self.server.asked[passage] += 1
-        if any(text in passage for text in self.server.wrong):
+        if any(text in body["messages"][-1]["content"] for text in self.server.wrong):
             return 400, {"error": {"message": "content filter"}}
         text = json.dumps({"queries": [{"kind": "question", "text": f"What is {passage[:30]}?"}]})
+        if "\nQueries:" in body["messages"][-1]["content"]:
+            text = '{"answerable": [1]}'
         if "\nGrades:" in body["messages"][-1]["content"]:
             text = "1: 3\n2: 0"
         choice = {"index": 0, "finish_reason": "stop"}
@@ -219,9 +225,8 @@ generate_queries(chunks, given, Path(sys.argv[3]))
 """
 
 
-def test_a_kill_while_the_batch_runs_sends_nothing_twice(
-    server: Server, chunks: list[Chunk], tmp_path: Path
-) -> None:
+def killed_while_the_batch_runs(server: Server, chunks: list[Chunk], tmp_path: Path) -> Path:
+    """The store of a start that was killed."""
     server.finished = False
     rows = [[c.id, c.text, c.title, c.source, c.start, c.end] for c in chunks]
     (tmp_path / "chunks.json").write_text(json.dumps(rows))
@@ -236,11 +241,55 @@ def test_a_kill_while_the_batch_runs_sends_nothing_twice(
     process.send_signal(signal.SIGKILL)
     process.wait()
     server.finished = True
-    queries, _ = generate_queries(chunks, settings(url), store)
+    return store
+
+
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_kill_while_the_batch_runs_sends_nothing_twice(
+    server: Server, chunks: list[Chunk], tmp_path: Path, batch: bool
+) -> None:
+    """Nor where the next start sends no batches, which is said."""
+    store = killed_while_the_batch_runs(server, chunks, tmp_path)
+    journal = store.with_suffix(".batches.json")
+    again = settings(f"{server.root}/v1/chat/completions", batch=batch)
+    said = rf"waiting for the batch .* delete {re.escape(str(journal))}\.$"
+    waits = pytest.warns(RefineFastWarning, match=said)
+    with nullcontext() if batch else waits:
+        queries, _ = generate_queries(chunks, again, store)
     assert len({query.chunk_id for query in queries}) == len(chunks)
     assert len(server.batches) == 1
     assert set(server.asked.values()) == {1}
     assert json.loads(journal.read_text()) == []
+
+
+def test_a_batch_at_another_url_is_not_paid_for_again(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    store = killed_while_the_batch_runs(server, chunks, tmp_path)
+    own, other = server.root + "/v1", server.root + "/v2"
+    said = f"batches.json: a batch of 119 requests is open at {own}; use --llm {own} until it is"
+    for start in (generate_queries, lambda _, *rest: try_models(*rest)):
+        for batch in (True, False):
+            with pytest.raises(RefineFastError, match=said):
+                start(chunks, settings(other, batch=batch), store)
+    with pytest.raises(RefineFastError, match=said):
+        generate_queries(chunks, settings("transformers", batch=False), store)
+    assert generate_queries(chunks, settings(own), store)[1].replied == len(chunks)
+    assert set(server.asked.values()) == {1}
+    generate_queries(chunks, settings(other), store)  # nothing is open any more
+
+
+def test_verdicts_in_an_open_batch_are_not_asked_twice(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    store, url = tmp_path / "replies.jsonl", server.root + "/v1"
+    generate_queries(chunks, settings(url), store)
+    server.drop_created = True
+    with pytest.raises(RefineFastError, match="the connection failed"):
+        generate_queries(chunks, settings(url, judge=True), store)
+    _, account = generate_queries(chunks, settings(url, judge=True), store)
+    assert (account.unjudged, account.calls) == (0, 2 * len(chunks))
+    assert len(server.batches) == 2
 
 
 def test_a_batch_whose_id_was_never_told_is_found_by_its_name(
@@ -292,13 +341,24 @@ def test_batches_shrink_to_what_the_account_may_queue(
         generate_queries(chunks[:5], settings(url, models=("other",)), store)
 
 
+def test_the_first_request_is_rejected_for_good_too(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    server.wrong = {f"Harbour {i} " for i in spread(chunks[:3], seed=0)[:2]}
+    store = tmp_path / "replies.jsonl"
+    _, account = generate_queries(chunks[:3], settings(server.root + "/v1"), store)
+    assert (account.replied, account.failed, account.rejected) == (1, 2, 2)
+    assert not server.batches
+
+
 def test_requests_that_fail_are_asked_again_by_the_next_start(
     server: Server, chunks: list[Chunk], tmp_path: Path
 ) -> None:
     server.wrong = {"Harbour 7 ", "Harbour 8 "}
     store, url = tmp_path / "replies.jsonl", server.root + "/v1"
     _, account = generate_queries(chunks, settings(url), store)
-    assert (account.replied, account.failed) == (len(chunks) - 2, 2)
+    # as from a single call: no reason to run the stage again
+    assert (account.replied, account.failed, account.rejected) == (len(chunks) - 2, 2, 2)
     assert account.failures == {"HTTP 400: content filter": 2}
     server.wrong = set()
     _, account = generate_queries(chunks, settings(url), store)

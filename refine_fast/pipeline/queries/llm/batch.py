@@ -1,9 +1,9 @@
 """OpenAI's batch endpoint: requests in a file, replies within a day, at half the price.
 
 What a batch holds is on disk before it is created, and its id before anything waits for it. A start
-that finds a batch there collects its replies and sends only what is left. Each batch carries a name
-in its metadata, so that one that was created just before a kill is found at the server. Source:
-https://platform.openai.com/docs/guides/batch
+that finds a batch there collects its replies and sends only what is left, in batches or not. Each
+batch carries a name in its metadata, so that one that was created just before a kill is found at
+the server. Source: https://platform.openai.com/docs/guides/batch
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import asyncio
 import json
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from openai.types.chat import ChatCompletion
 
-from ....errors import RefineFastWarning
+from ....errors import RefineFastError, RefineFastWarning
 from ....files import read_json, write_json
 from .budget import Budget
 from .dispatch import CallProgress, Watch, failure_record, reply_record
-from .http_backend import HttpBackend
+from .http_backend import Address, HttpBackend
 from .reply_log import ReplyStore
 from .request import Failure, Reply, Request, Sent
 from .throttle import delay
@@ -46,31 +47,21 @@ _NAME = "refine_fast"  # the metadata field that names a batch
 Result = TypeVar("Result")
 
 
-async def ask_in_batches(
-    requests: Iterable[Request],
-    state: CallProgress,
-    backend: HttpBackend,
-    store: ReplyStore,
-    budget: Budget,
-    watch: Watch | None = None,
-) -> None:
-    """Sends the requests in batches and puts every reply into the store.
+def require_endpoints_of_batches(store: Path, urls: Sequence[str]) -> None:
+    """Raises RefineFastError if a batch is open at another endpoint than those at ``urls``: asked
+    there, its requests would be paid for twice."""
+    for entry in _entries(journal_of(store)):
+        if not _is_at(entry, urls):
+            raise RefineFastError(
+                f"{journal_of(store)}: a batch of {len(entry['chunks'])} requests is open at "
+                f"{entry['url']}; use --llm {entry['url']} until it is collected, or delete this "
+                "file to ask, and to pay, once more."
+            )
 
-    One request to each model is sent alone first, to find the form that the model accepts.
 
-    Raises:
-        Failure: if the server has no batches, or refuses one.
-    """
-    batches = _Batches(state, backend, store, budget, watch)
-    for sent in await batches.unfinished():
-        await batches.collect(sent)
-    # Drawn only now: a request whose reply has just been collected is not among them.
-    stream = iter(requests)
-    while drawn := await batches.draw(stream):
-        group, stream = drawn
-        for sent in [await batches.submit(part) for part in _by_model(group)]:
-            if await batches.collect(sent):
-                stream = chain(sent.requests, stream)
+def is_batch_open(store: Path, url: str) -> bool:
+    """Whether an earlier start left a batch at this endpoint."""
+    return any(_is_at(entry, [url]) for entry in _entries(journal_of(store)))
 
 
 @dataclass(frozen=True)
@@ -87,8 +78,8 @@ class _Sent:
     """Those that this start sent; an earlier start's are drawn again."""
 
 
-class _Batches:
-    """Batches of one run folder; their ids are in a file beside the replies."""
+class Batches:
+    """Batches of one run folder at an endpoint; their ids are in a file beside the replies."""
 
     def __init__(
         self,
@@ -103,21 +94,43 @@ class _Batches:
         self._store = store
         self._budget = budget
         self._watch = watch
-        self._file = store.path.with_suffix(".batches.json")
+        self._file = journal_of(store.path)
         self._most = MAX_REQUESTS
 
-    async def unfinished(self) -> list[_Sent]:
-        """The batches that an earlier start sent and did not collect."""
-        entries = self._entries()
-        for entry in entries:
+    async def collect_open(self) -> None:
+        """Waits for the batches that an earlier start sent and did not collect.
+
+        Raises:
+            Failure: if the server refused one.
+        """
+        entries = _entries(self._file)
+        own = [entry for entry in entries if _is_at(entry, [self._backend.url])]
+        for entry in own:
             if entry["id"] is None:  # killed before the answer that told the id
                 entry["id"] = await self._id_of(entry["name"])
-        entries = [entry for entry in entries if entry["id"] is not None]
-        write_json(self._file, entries)
-        for entry in entries:
+        never_sent = [entry for entry in own if entry["id"] is None]
+        write_json(self._file, [entry for entry in entries if entry not in never_sent])
+        own = [entry for entry in own if entry not in never_sent]
+        for entry in own:
             for _ in entry["chunks"]:
                 self._budget.hold_sent()
-        return [_Sent(entry["id"], entry["model"], entry["chunks"], {}) for entry in entries]
+        for entry in own:
+            await self.collect(_Sent(entry["id"], entry["model"], entry["chunks"], {}))
+
+    async def ask(self, requests: Iterable[Request]) -> None:
+        """Sends the requests in batches and puts every reply into the store.
+
+        One request to each model is sent alone first, to find the form that the model accepts.
+
+        Raises:
+            Failure: if the server has no batches, or refuses one.
+        """
+        stream = iter(requests)
+        while drawn := await self.draw(stream):
+            group, stream = drawn
+            for sent in [await self.submit(part) for part in _by_model(group)]:
+                if await self.collect(sent):
+                    stream = chain(sent.requests, stream)
 
     async def draw(
         self, stream: Iterator[Request]
@@ -130,12 +143,13 @@ class _Batches:
         size = 0
         for request in stream:
             reserved = request.tokens_in, request.max_tokens
+            is_alone = request.model not in self._backend.forms
             if stopped := self._budget.hold(*reserved):
                 if not group:
                     self._state.stopped = stopped
                     return None
                 return group, chain([request], stream)
-            if request.model not in self._backend.forms:
+            if is_alone:
                 await self._alone(request)
                 continue
             group.append(request)
@@ -153,7 +167,7 @@ class _Batches:
             if failure.kind == "fatal":
                 raise
             used = reserved if failure.kind == "late" else used
-            record = failure_record(request, str(failure), lost=used)
+            record = _failed(request, failure, used)
         else:
             record = reply_record(request, reply, 1)
         finally:
@@ -175,7 +189,8 @@ class _Batches:
         model, name = group[0].model, uuid.uuid4().hex
         chunks = {request.key: request.chunk_id for request in group}
         entry: dict[str, Any] = {"name": name, "id": None, "model": model, "chunks": chunks}
-        others = self._entries()
+        entry["url"] = self._backend.url
+        others = _entries(self._file)
         write_json(self._file, [*others, entry])
         # Sent once: whether a lost answer was that of a new batch is found out by the next start.
         batch = await self._call(
@@ -218,7 +233,8 @@ class _Batches:
         too_large = batch is not None and _too_large(batch)
         for key in left:
             await self._settle(sent, key, (0, 0), calls=0 if too_large else 1)
-        write_json(self._file, [entry for entry in self._entries() if entry["id"] != sent.id])
+        entries = _entries(self._file)
+        write_json(self._file, [entry for entry in entries if entry["id"] != sent.id])
         if too_large and len(sent.chunks) > 1:
             self._most = min(self._most, len(sent.chunks) // 2)
             return True
@@ -251,15 +267,21 @@ class _Batches:
                 used = reply.tokens_in, reply.tokens_out
                 record = reply_record(request, reply, 1)
             except Failure as failure:
-                record = failure_record(request, str(failure))
+                record = _failed(request, failure)
         else:
-            error = line.get("error") or body.get("error") or body
-            said = error.get("message") if isinstance(error, dict) else error
-            said = f"HTTP {response.get('status_code')}: {said}"
-            record = failure_record(request, said)
+            record = _failed(request, self._refusal(line, response.get("status_code"), body))
         await self._settle(sent, key, used)
         if key not in self._store:
             await self._enter(record)
+
+    def _refusal(self, line: dict[str, Any], status: Any, body: Any) -> Failure:
+        """Why a line of a batch has no reply."""
+        error = line.get("error") or body.get("error") or body
+        fields = error if isinstance(error, dict) else {"message": error}
+        said = str(fields.get("message"))
+        if not isinstance(status, int):  # such as a batch that expired
+            return Failure("broken", self._backend.redact(said))
+        return self._backend.status_failure(status, said, fields.get("code"), None)
 
     def _refuse(self, batch: Any, sent: _Sent) -> None:
         """Raises the server's reason for a batch without replies."""
@@ -274,14 +296,12 @@ class _Batches:
         await self._store.append(record)
         state, budget = self._state, self._budget
         state.failed += "error" in record
+        state.rejected += record.get("rejected", False)
         state.done += "error" not in record
         state.calls, state.cost = budget.calls, budget.cost
         state.tokens_in, state.tokens_out = budget.tokens_in, budget.tokens_out
         if self._watch:
             self._watch(state)
-
-    def _entries(self) -> list[dict[str, Any]]:
-        return list(read_json(self._file) or [])
 
     async def _id_of(self, name: str) -> str | None:
         """The id of the batch with this name, if the server has it."""
@@ -297,6 +317,21 @@ class _Batches:
                 raise self._backend.failure(error) from None
 
         return await _patiently(once, ("busy", "late", "broken"), tries)
+
+
+def journal_of(store: Path) -> Path:
+    """The file beside the replies that names the open batches."""
+    return store.with_suffix(".batches.json")
+
+
+def _entries(journal: Path) -> list[dict[str, Any]]:
+    return list(read_json(journal) or [])
+
+
+def _is_at(entry: dict[str, Any], urls: Sequence[str]) -> bool:
+    """Whether the batch is at one of these endpoints. Before its URL was written, it was at the
+    only one."""
+    return Address.of(entry.get("url", urls[0])).base in {Address.of(url).base for url in urls}
 
 
 async def _patiently(
@@ -332,3 +367,11 @@ def _line(request: Request, backend: HttpBackend) -> bytes:
     fields, extra = backend.forms[request.model].fields(request)
     line = {"custom_id": request.key, "method": "POST", "url": ENDPOINT, "body": fields | extra}
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def _failed(
+    request: Request | Sent, failure: Failure, lost: tuple[int, int] = (0, 0)
+) -> dict[str, Any]:
+    """The record of a request without a reply."""
+    record = failure_record(request, str(failure), lost=lost)
+    return record | ({"rejected": True} if failure.kind == "wrong" else {})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Iterator
 
-from ....errors import RefineFastError
-from .batch import ask_in_batches
+from ....errors import RefineFastError, RefineFastWarning
+from .batch import Batches, is_batch_open, journal_of, require_endpoints_of_batches
 from .budget import Budget, Limits
 from .dispatch import CallProgress, Endpoint, IsUseful, Watch, ask
 from .http_backend import HttpBackend
@@ -44,13 +45,17 @@ async def send(
 ) -> str | None:
     """Sends the requests, alone or in batches, and puts every reply into the store.
 
+    An open batch of an earlier start is waited for first, so ``requests`` must leave out what has
+    a reply when it is drawn.
+
     Returns:
         The form in which the server accepted them, None in this process.
 
     Raises:
-        RefineFastError: if the endpoint is declared dead or its replies are useless. Replies so far
-            stay in the store.
+        RefineFastError: if the endpoint is declared dead, its replies are useless, or a batch is
+            open at another one. Replies so far stay in the store.
     """
+    require_endpoints_of_batches(replies.path, settings.urls)
     endpoints = endpoints_of(settings)
     spent = replies.spent
     budget = Budget(
@@ -61,9 +66,24 @@ async def send(
         tokens_out=spent.tokens_out,
     )
     try:
-        only = endpoints[0].backend
-        if settings.batch and isinstance(only, HttpBackend):
-            await ask_in_batches(requests, progress, only, replies, budget, watch)
+        batches = [
+            Batches(progress, endpoint.backend, replies, budget, watch)
+            for endpoint in endpoints
+            if isinstance(endpoint.backend, HttpBackend)
+            and (settings.batch or is_batch_open(replies.path, endpoint.name))
+        ]
+        if batches and not settings.batch:
+            warnings.warn(
+                "llm: waiting for the batch that an earlier start sent with --llm-batch, so that "
+                "its replies are not paid for again; to pay again instead, stop and delete "
+                f"{journal_of(replies.path)}.",
+                RefineFastWarning,
+                stacklevel=2,
+            )
+        for each in batches:
+            await each.collect_open()
+        if settings.batch:
+            await batches[0].ask(requests)
         else:
             await ask(requests, progress, endpoints, replies, budget, is_useful, watch)
     except Failure as failure:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ....errors import RefineFastError
+from .batch import require_endpoints_of_batches
 from .dispatch import IsUseful, failure_record, reply_record, why_useless
 from .event_loop import run
 from .generate import holds_queries, query_requests
@@ -63,9 +64,10 @@ def try_models(settings: LLMSettings, store: Path, task: Task = WRITING) -> None
         task: what the stage asks for.
 
     Raises:
-        RefineFastError: if a model cannot be asked, its replies are of no use, or a prompt is
-            no template.
+        RefineFastError: if a model cannot be asked, its replies are of no use, a prompt is no
+            template, or a batch is open at another endpoint.
     """
+    require_endpoints_of_batches(store, settings.urls)
     tasks = [task, JUDGING] if task is WRITING and settings.judge else [task]
     for each in tasks:
         next(each.requests(settings))  # renders its prompt
