@@ -189,10 +189,29 @@ def test_a_reply_a_chunk_in_one_batch(server: Server, chunks: list[Chunk], tmp_p
     assert len(server.batches) == 1
     assert set(server.asked.values()) == {1}
     assert account.calls == len(chunks)
-    assert account.cost == pytest.approx(len(chunks) * (100 * 10 + 20 * 20) / 1e6 / 2)
+    # the first one is asked alone, at the full price
+    spent = pytest.approx((len(chunks) - 1 + 2) * (100 * 10 + 20 * 20) / 1e6 / 2)
+    assert account.cost == spent
     again, _ = generate_queries(chunks, priced, store)
     assert again == queries
     assert len(server.batches) == 1
+    for later in (full, settings(server.root + "/v1", price_in=1.0, price_out=2.0)):
+        assert generate_queries(chunks, later, store)[1].cost == spent
+
+
+def test_what_was_paid_in_full_stays_so_in_batches(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    """Their limit counts it so, too."""
+    store, url = tmp_path / "replies.jsonl", server.root + "/v1"
+    prices = {"price_in": 10.0, "price_out": 20.0}
+    _, account = generate_queries(chunks[:60], settings(url, batch=False, **prices), store)
+    _, rest = generate_queries(chunks[:60], settings(url, **prices), store)
+    assert rest.cost == account.cost == pytest.approx(60 * (100 * 10 + 20 * 20) / 1e6)
+    limited = settings(url, max_cost=account.cost, **prices)
+    assert estimate(chunks, limited, store).stops_after == 0
+    _, rest = generate_queries(chunks, limited, store)
+    assert (rest.replied, rest.stopped, rest.calls) == (60, "max_cost", 60)
 
 
 def test_grades_in_one_batch(server: Server, chunks: list[Chunk], tmp_path: Path) -> None:
@@ -201,7 +220,7 @@ def test_grades_in_one_batch(server: Server, chunks: list[Chunk], tmp_path: Path
     batched = settings(server.root + "/v1", price_in=10.0, price_out=20.0)
     grades, account = grade_passages(asked, batched, tmp_path / "replies.jsonl")
     assert {tuple(sorted(each)) for each in grades} == {(0, 3)}
-    assert account.cost == pytest.approx(9 * (100 * 10 + 20 * 20) / 1e6 / 2)
+    assert account.cost == pytest.approx((8 + 2) * (100 * 10 + 20 * 20) / 1e6 / 2)
     [batch] = server.batches.values()
     assert server.files[batch["input_file_id"]].count("\n") == 8
 

@@ -283,6 +283,24 @@ def test_a_full_disk_at_the_end_is_named_too(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_what_was_spent_keeps_its_price(tmp_path: Path) -> None:
+    """Under other prices, in a batch, and where it had none."""
+    path = tmp_path / "replies.jsonl"
+
+    async def run() -> None:
+        with ReplyStore(path, (2.0, 4.0)) as store:
+            await store.append(record("a", tokens_in=1_000_000, tokens_out=0))
+            await store.append(record("b", tokens_in=0, tokens_out=1_000_000), share=0.5)
+            assert store.spent.cost == 2 + 4 / 2
+        with ReplyStore(path) as store:
+            await store.append(record("c", tokens_in=1_000_000, tokens_out=0), share=0.5)
+            assert store.spent.cost == 2 + 4 / 2
+
+    asyncio.run(run())
+    with ReplyStore(path, (20.0, 40.0)) as store:
+        assert store.spent.cost == 2 + 4 / 2 + 20 / 2
+
+
 def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:
     path = tmp_path / "replies.jsonl"
     fill(path, record("a"), record("b"))

@@ -28,6 +28,7 @@ from .dispatch import CallProgress, Watch, failure_record, reply_record
 from .http_backend import Address, HttpBackend
 from .reply_log import ReplyStore
 from .request import Failure, Reply, Request, Sent
+from .settings import BATCH_PRICE
 from .throttle import delay
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 150_000_000
@@ -144,7 +145,7 @@ class Batches:
         for request in stream:
             reserved = request.tokens_in, request.max_tokens
             is_alone = request.model not in self._backend.forms
-            if stopped := self._budget.hold(*reserved):
+            if stopped := self._budget.hold(*reserved, 1.0 if is_alone else BATCH_PRICE):
                 if not group:
                     self._state.stopped = stopped
                     return None
@@ -172,7 +173,7 @@ class Batches:
             record = reply_record(request, reply, 1)
         finally:
             await self._budget.settle(reserved, used)
-        await self._enter(record)
+        await self._enter(record, 1.0)
 
     async def submit(self, group: list[Request]) -> _Sent:
         """Sends a batch, and returns when its id is on disk."""
@@ -272,7 +273,7 @@ class Batches:
             record = _failed(request, self._refusal(line, response.get("status_code"), body))
         await self._settle(sent, key, used)
         if key not in self._store:
-            await self._enter(record)
+            await self._enter(record, BATCH_PRICE)
 
     def _refusal(self, line: dict[str, Any], status: Any, body: Any) -> Failure:
         """Why a line of a batch has no reply."""
@@ -290,10 +291,11 @@ class Batches:
         raise Failure("fatal", f"the batch {sent.id} {batch.status}: {self._backend.redact(why)}")
 
     async def _settle(self, sent: _Sent, key: str, used: tuple[int, int], calls: int = 1) -> None:
-        await self._budget.settle(sent.reserved.get(key, (0, 0)), used, calls)
+        reserved = sent.reserved.get(key, (0, 0))
+        await self._budget.settle(reserved, used, calls, BATCH_PRICE)
 
-    async def _enter(self, record: dict[str, Any]) -> None:
-        await self._store.append(record)
+    async def _enter(self, record: dict[str, Any], share: float) -> None:
+        await self._store.append(record, share=share)
         state, budget = self._state, self._budget
         state.failed += "error" in record
         state.rejected += record.get("rejected", False)

@@ -24,7 +24,7 @@ class Budget:
         limits: the limits.
         price_in: price of a million prompt tokens.
         price_out: price of a million reply tokens.
-        calls: calls that were made before; likewise ``tokens_in`` and ``tokens_out``.
+        calls: calls that were made before; likewise ``tokens_in``, ``tokens_out`` and ``cost``.
     """
 
     def __init__(
@@ -35,23 +35,24 @@ class Budget:
         calls: int = 0,
         tokens_in: int = 0,
         tokens_out: int = 0,
+        cost: float = 0.0,
     ) -> None:
         self.limits = limits
         self._prices = price_in / 1e6, price_out / 1e6
         self.calls, self.tokens_in, self.tokens_out = calls, tokens_in, tokens_out
-        self._held = [0, 0, 0]  # calls, tokens in, tokens out of the calls in flight
+        self.cost = cost
+        self._held = [0, 0]  # calls in flight, and their tokens
+        self._held_cost = 0.0
         self._settled = asyncio.Condition()
 
-    @property
-    def cost(self) -> float:
-        """Cost of all settled calls."""
-        return self.tokens_in * self._prices[0] + self.tokens_out * self._prices[1]
+    def hold(self, tokens_in: int, tokens_out: int, share: float = 1.0) -> str | None:
+        """Reserves like ``reserve``, without waiting for calls in flight.
 
-    def hold(self, tokens_in: int, tokens_out: int) -> str | None:
-        """Reserves like ``reserve``, without waiting for calls in flight."""
-        if reason := self._exceeded(tokens_in, tokens_out):
+        ``share``: the part of the price that the call costs.
+        """
+        if reason := self._exceeded(tokens_in, tokens_out, share):
             return reason
-        self._hold(tokens_in, tokens_out)
+        self._hold(tokens_in, tokens_out, share)
         return None
 
     def hold_sent(self) -> None:
@@ -71,34 +72,41 @@ class Budget:
             self._hold(tokens_in, tokens_out)
         return None
 
-    def _hold(self, tokens_in: int, tokens_out: int) -> None:
-        for i, amount in enumerate((1, tokens_in, tokens_out)):
-            self._held[i] += amount
+    def _hold(self, tokens_in: int, tokens_out: int, share: float = 1.0) -> None:
+        self._held[0] += 1
+        self._held[1] += tokens_in + tokens_out
+        self._held_cost += share * self._price(tokens_in, tokens_out)
 
     async def settle(
-        self, reserved: tuple[int, int], used: tuple[int, int], calls: int = 1
+        self,
+        reserved: tuple[int, int],
+        used: tuple[int, int],
+        calls: int = 1,
+        share: float = 1.0,
     ) -> None:
         """Replaces what a call had reserved, (tokens in, tokens out), by what it used; ``calls`` is
         0 if it was never made."""
         async with self._settled:
-            for i, amount in enumerate((1, *reserved)):
-                self._held[i] -= amount
+            self._held[0] -= 1
+            self._held[1] -= sum(reserved)
+            self._held_cost -= share * self._price(*reserved)
             self.calls += calls
             self.tokens_in += used[0]
             self.tokens_out += used[1]
+            self.cost += share * self._price(*used)
             self._settled.notify_all()
 
-    def _exceeded(self, tokens_in: int, tokens_out: int) -> str | None:
+    def _price(self, tokens_in: int, tokens_out: int) -> float:
+        return tokens_in * self._prices[0] + tokens_out * self._prices[1]
+
+    def _exceeded(self, tokens_in: int, tokens_out: int, share: float = 1.0) -> str | None:
         calls = self.calls + self._held[0] + 1
-        tokens_in += self.tokens_in + self._held[1]
-        tokens_out += self.tokens_out + self._held[2]
+        tokens = self.tokens_in + self.tokens_out + self._held[1] + tokens_in + tokens_out
+        cost = self.cost + self._held_cost + share * self._price(tokens_in, tokens_out)
         if self.limits.calls is not None and calls > self.limits.calls:
             return "max_calls"
-        if self.limits.tokens is not None and tokens_in + tokens_out > self.limits.tokens:
+        if self.limits.tokens is not None and tokens > self.limits.tokens:
             return "max_tokens"
-        if (
-            self.limits.cost is not None
-            and tokens_in * self._prices[0] + tokens_out * self._prices[1] > self.limits.cost
-        ):
+        if self.limits.cost is not None and cost > self.limits.cost:
             return "max_cost"
         return None

@@ -54,10 +54,10 @@ class Estimate(Calls):
                 spent.tokens_in + spent.tokens_out,
                 calls.tokens_in + calls.tokens_out,
             ),
-            (settings.max_cost, settings.cost(spent.tokens_in, spent.tokens_out), cost),
+            (settings.max_cost, spent.cost, cost),
         )
         shares = [
-            max(0.0, limit - (used or 0)) / needed
+            max(0.0, limit - used) / needed
             for limit, used, needed in limits
             if limit is not None and needed
         ]

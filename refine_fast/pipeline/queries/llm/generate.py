@@ -127,7 +127,7 @@ def estimate(
     known: set[str] = set()
     spent = Spent()
     if store.exists():
-        with ReplyStore(store) as replies:
+        with ReplyStore(store, settings.prices) as replies:
             spent = replies.spent
             known = {
                 request.key
@@ -180,7 +180,7 @@ def generate_queries(
     if settings.round_trip and encode is None:
         raise ValueError("round_trip needs encode, the base encoder")
     order = spread(chunks, seed=settings.seed, embeddings=embeddings)
-    with ReplyStore(store) as replies:
+    with ReplyStore(store, settings.prices) as replies:
         keys = {
             request.key: i
             for i, request in enumerate(query_requests(chunks, list(range(len(chunks))), settings))
@@ -211,7 +211,7 @@ def generate_queries(
             replies.spent.tokens_in,
             replies.spent.tokens_out,
         )
-        account.cost = settings.cost(account.tokens_in, account.tokens_out)
+        account.cost = replies.spent.cost if settings.has_prices else None
         account.failures = dict(
             Counter(error for key, error in replies.failures.items() if key in keys).most_common(5)
         )

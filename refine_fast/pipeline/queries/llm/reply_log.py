@@ -4,6 +4,9 @@ One append-only JSONL file. A record is a reply or a failure, under the key of i
 record for a key wins. Records that arrive together share one write and one fsync (group commit),
 and :meth:`ReplyStore.append` returns after it: what was returned survives kill -9 and a power cut.
 An incomplete last line was never returned; it is cut off when the file is opened again.
+
+A record says what it cost, at the prices of its time. Without prices then, it is priced by those of
+today; "share" is the part of them that it costs, if not all.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ class Spent:
     calls: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+    cost: float = 0.0
 
 
 class ReplyStore:
@@ -35,12 +39,17 @@ class ReplyStore:
 
     Keys and positions are in memory (about 150 bytes per reply), texts on disk.
 
+    Args:
+        path: the file.
+        prices: of a million tokens of prompts and of replies; 0: unknown.
+
     Raises:
         RefineFastError: on entry, if another process has the file or a line is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, prices: tuple[float, float] = (0.0, 0.0)) -> None:
         self.path = path
+        self._prices = prices
         self.spent = Spent()
         self.failures: dict[str, str] = {}
         self._positions: dict[str, int] = {}
@@ -92,6 +101,12 @@ class ReplyStore:
         self.spent.calls += record["calls"]
         self.spent.tokens_in += record.get("tokens_in", 0)
         self.spent.tokens_out += record.get("tokens_out", 0)
+        self.spent.cost += record.get("cost") or self._cost(record)
+
+    def _cost(self, record: dict[str, Any]) -> float:
+        tokens = record.get("tokens_in", 0), record.get("tokens_out", 0)
+        at_full_price = sum(n * price for n, price in zip(tokens, self._prices, strict=True)) / 1e6
+        return float(at_full_price * record.get("share", 1.0))
 
     def __contains__(self, key: str) -> bool:
         return key in self._positions
@@ -107,12 +122,20 @@ class ReplyStore:
                     file.seek(self._positions[key])
                     yield json.loads(file.readline())
 
-    async def append(self, record: dict[str, Any]) -> None:
+    async def append(self, record: dict[str, Any], *, share: float = 1.0) -> None:
         """Writes a record, and returns when it is durable.
+
+        Args:
+            record: a reply or a failure.
+            share: the part of the price that its tokens cost.
 
         Raises:
             RefineFastError: if it cannot be written.
         """
+        if share != 1.0:
+            record = record | {"share": share}
+        if cost := self._cost(record):
+            record = record | {"cost": cost}
         durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append((record, durable))
         if self._flusher is None or self._flusher.done():

@@ -64,6 +64,7 @@ async def send(
         calls=spent.calls,
         tokens_in=spent.tokens_in,
         tokens_out=spent.tokens_out,
+        cost=spent.cost,
     )
     try:
         batches = [

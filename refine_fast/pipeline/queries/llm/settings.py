@@ -125,7 +125,7 @@ class LLMSettings:
             raise RefineFastError(
                 f"llm_extra: --llm {self.url} reads only 'chat_template_kwargs'; remove the rest."
             )
-        if self.max_cost is not None and not (self.price_in or self.price_out):
+        if self.max_cost is not None and not self.has_prices:
             raise RefineFastError(
                 "max_cost: a cost limit needs prices; add --price-in and --price-out, per million "
                 "tokens."
@@ -178,14 +178,18 @@ class LLMSettings:
         return key or None
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
-        """The price of these tokens; None without prices."""
-        if not (self.price_in or self.price_out):
+        """The price of these tokens in calls to come; None without prices."""
+        if not self.has_prices:
             return None
-        price_in, price_out = self.prices
-        return (tokens_in * price_in + tokens_out * price_out) / 1e6
+        share = BATCH_PRICE if self.batch else 1.0
+        return share * (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
     @property
     def prices(self) -> tuple[float, float]:
-        """What a million prompt tokens and a million reply tokens cost in the way they are sent."""
-        share = BATCH_PRICE if self.batch else 1.0
-        return self.price_in * share, self.price_out * share
+        """What a million prompt tokens and a million reply tokens cost, outside of a batch."""
+        return self.price_in, self.price_out
+
+    @property
+    def has_prices(self) -> bool:
+        """Whether a price was given."""
+        return bool(self.price_in or self.price_out)

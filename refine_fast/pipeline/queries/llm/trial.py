@@ -84,7 +84,7 @@ async def _try_all(settings: LLMSettings, store: Path, tasks: Sequence[Task]) ->
         for task in tasks
         for model in (settings.models[:1] if task is JUDGING else settings.models)
     ]
-    with ReplyStore(store) as replies:
+    with ReplyStore(store, settings.prices) as replies:
         for task, model in asked:
             own = replace(settings, models=(model,))
             problems = {}
@@ -147,6 +147,6 @@ def _limit_is_reached(settings: LLMSettings, replies: ReplyStore) -> bool:
     used = (
         (settings.max_calls, spent.calls),
         (settings.max_tokens, spent.tokens_in + spent.tokens_out),
-        (settings.max_cost, settings.cost(spent.tokens_in, spent.tokens_out)),
+        (settings.max_cost, spent.cost),
     )
-    return any(limit is not None and (value or 0) >= limit for limit, value in used)
+    return any(limit is not None and value >= limit for limit, value in used)
