@@ -42,6 +42,7 @@ from ..training.trainer import epochs_of, steps_of
 
 if TYPE_CHECKING:
     from ..queries.llm import Candidates, LLMSettings
+    from ..queries.llm.generate import Encode
 
 SAMPLE = 64
 """Chunks that are encoded to time the encoder on this machine."""
@@ -202,7 +203,13 @@ def plan(config: RunConfig) -> Plan:
         encoding_minutes=round(encoded * seconds / 60, 1),
         llm=None
         if settings is None
-        else _remaining_calls(context, settings, chunks, queries["train"]),
+        else _remaining_calls(
+            context,
+            settings,
+            chunks,
+            queries["train"],
+            lambda texts, role: encode(model, texts, role=role, bf16=bf16),
+        ),
         # tuned and fused; with a twin, the tuned encoder twice and the frozen one
         disk_mb=round((2 + context.twin + candidates + CHECKPOINTS) * weight_bytes / 1e6),
     )
@@ -224,6 +231,7 @@ def _remaining_calls(
     settings: LLMSettings,
     chunks: Sequence[Chunk],
     train: Sequence[Query],
+    encode: Encode,
 ) -> dict[str, float | None]:
     """Calls, tokens and cost that remain at the language model, and the time of one in this
     process."""
@@ -235,7 +243,7 @@ def _remaining_calls(
     graded = _to_grade(context, chunks, train) if context.teacher_kind == "llm" else []
     store = context.path(REPLIES)
     grading = calls_to_grade(graded, settings, store)
-    remaining = asdict(estimate(written, settings, store, others=grading))
+    remaining = asdict(estimate(written, settings, store, encode=encode, others=grading))
     speed, seconds = None, 0.0
     if settings.in_process and remaining["calls"]:
         from ..queries.llm.local_speed import local_speed

@@ -29,6 +29,8 @@ from .send import send
 from .settings import LLMSettings
 from .small_models import TOKENS_PER_LINE, example_for
 
+_TOKENS_OF_VERDICTS = 20
+
 Encode = Callable[[list[str], Literal["query", "document"]], np.ndarray]
 """The base encoder: (n texts, role) -> (n, d) float32, unit rows."""
 
@@ -115,40 +117,69 @@ def query_requests(
         )
 
 
+def _rows_by_key(chunks: list[Chunk], settings: LLMSettings) -> dict[str, int]:
+    """Key of each request for queries -> the row of its chunk."""
+    requests = query_requests(chunks, list(range(len(chunks))), settings)
+    return {request.key: i for i, request in enumerate(requests)}
+
+
 def estimate(
-    chunks: list[Chunk], settings: LLMSettings, store: Path, *, others: Calls | None = None
+    chunks: list[Chunk],
+    settings: LLMSettings,
+    store: Path,
+    *,
+    encode: Encode | None = None,
+    others: Calls | None = None,
 ) -> Estimate:
     """Calls, tokens and cost of the requests without a reply in the store, before one is sent, and
     of ``others``, which follow.
 
     A reply counts 30 tokens per query and 20 around them. With ``judge`` there is a second call per
-    chunk: its prompt, the queries and a short list of numbers.
+    chunk: its prompt, the queries and a short list of numbers. For chunks with a reply, these
+    requests are made from the queries in it; ``encode``, the base encoder, tells which of them
+    ``round_trip`` keeps.
     """
-    known: set[str] = set()
+    missing = _rows_by_key(chunks, settings)
     spent = Spent()
+    own = Calls(0, 0, 0, 0)
     if store.exists():
         with ReplyStore(store, settings.prices) as replies:
             spent = replies.spent
-            known = {
-                request.key
-                for request in query_requests(chunks, list(range(len(chunks))), settings)
-                if request.key in replies
-            }
-    calls = tokens_in = 0
-    for request in query_requests(chunks, list(range(len(chunks))), settings):
-        if request.key not in known:
-            calls += 1
-            tokens_in += request.tokens_in
-    tokens_out = calls * (30 * settings.per_chunk + 20)
-    most = calls * settings.max_reply_tokens
+            if settings.judge:
+                found = _found(chunks, missing, settings, replies, encode=encode)
+                own = _verdicts_to_come(chunks, found, settings, replies)
+            missing = {key: i for key, i in missing.items() if key not in replies}
+    calls = len(missing)
+    requests = query_requests(chunks, list(missing.values()), settings)
+    own += Calls(
+        calls,
+        sum(request.tokens_in for request in requests),
+        calls * (30 * settings.per_chunk + 20),
+        calls * settings.max_reply_tokens,
+    )
     if settings.judge:
         passages = sum(count_tokens(chunk.text) for chunk in chunks) // max(len(chunks), 1) + 100
-        tokens_in += calls * (passages + 30 * settings.per_chunk)
-        tokens_out += calls * 20
-        most += calls * settings.max_reply_tokens
-        calls *= 2
-    own = Calls(calls, tokens_in, tokens_out, most)
+        own += Calls(
+            calls,
+            calls * (passages + 30 * settings.per_chunk),
+            calls * _TOKENS_OF_VERDICTS,
+            calls * settings.max_reply_tokens,
+        )
     return Estimate.of(own if others is None else own + others, settings, spent)
+
+
+def _verdicts_to_come(
+    chunks: list[Chunk], found: Found, settings: LLMSettings, replies: ReplyStore
+) -> Calls:
+    """The calls for verdicts on queries that are written, as far as the store has none."""
+    requests = judge_requests(_by_chunk(chunks, found), settings)
+    missing = [request for request in requests if request.key not in replies]
+    return Calls(
+        len(missing),
+        sum(request.tokens_in for request in missing),
+        len(missing) * _TOKENS_OF_VERDICTS,
+        len(missing) * settings.max_reply_tokens,
+    )
 
 
 def generate_queries(
@@ -181,10 +212,7 @@ def generate_queries(
         raise ValueError("round_trip needs encode, the base encoder")
     order = spread(chunks, seed=settings.seed, embeddings=embeddings)
     with ReplyStore(store, settings.prices) as replies:
-        keys = {
-            request.key: i
-            for i, request in enumerate(query_requests(chunks, list(range(len(chunks))), settings))
-        }
+        keys = _rows_by_key(chunks, settings)
         reused = sum(key in replies for key in keys)
         requests = zip(order, query_requests(chunks, order, settings), strict=True)
         missing = (
@@ -200,10 +228,9 @@ def generate_queries(
         account.stopped = progress.stopped
         account.seconds, account.replies_per_second = progress.seconds, progress.rate
         account.structured_output = form
-        found = _candidates(chunks, keys, settings, replies, account)
-        found = _deduplicated(found, settings.duplicates, account)
-        if settings.round_trip and encode is not None:
-            found = _round_trip(chunks, found, settings.round_trip, embeddings, encode, account)
+        found = _found(
+            chunks, keys, settings, replies, account, embeddings=embeddings, encode=encode
+        )
         if settings.judge:
             found = run(_judged(chunks, found, settings, replies, account, watch))
         account.calls, account.tokens_in, account.tokens_out = (
@@ -234,6 +261,26 @@ def holds_queries(text: str) -> bool:
 
 Found = list[tuple[int, str, str]]
 """(row of the chunk, kind, text) of each remaining candidate."""
+
+
+def _found(
+    chunks: list[Chunk],
+    keys: dict[str, int],
+    settings: LLMSettings,
+    replies: ReplyStore,
+    account: Account | None = None,
+    *,
+    embeddings: np.ndarray | None = None,
+    encode: Encode | None = None,
+) -> Found:
+    """What remains of the replies before it is judged; counted in the account, if there is one.
+    Without ``encode``, what the round trip would drop remains."""
+    account = account or Account(settings.models, len(chunks))
+    found = _candidates(chunks, keys, settings, replies, account)
+    found = _deduplicated(found, settings.duplicates, account)
+    if settings.round_trip and encode is not None:
+        found = _round_trip(chunks, found, settings.round_trip, embeddings, encode, account)
+    return found
 
 
 def _by_chunk(chunks: list[Chunk], found: Found) -> list[tuple[Chunk, list[str]]]:

@@ -1,0 +1,76 @@
+"""``plan`` knows which verdicts remain."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.queries.llm import estimate, generate_queries
+
+Endpoint = Any  # conftest's
+
+
+def test_the_estimate_counts_the_verdicts_that_remain(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    store, some = tmp_path / "replies.jsonl", chunks[:12]
+    judged = endpoint.settings(judge=True)
+    assert estimate(some, judged, store).calls == 24
+    generate_queries(some[:8], endpoint.settings(), store)
+    assert estimate(some, judged, store).calls == 8 + 2 * 4
+    half = estimate(some[:8], judged, store)
+    _, account = generate_queries(some[:8], judged, store)
+    assert half.calls == account.calls - 8 == 8
+    assert half.tokens_in >= account.tokens_in - 8 * 100
+    assert estimate(some[:8], judged, store).calls == 0
+    assert estimate(some, judged, store).calls == 2 * 4
+    other = tmp_path / "judge.jinja"
+    other.write_text("{% block user %}Queries: {{ queries }} Passage: {{ passage }}{% endblock %}")
+    anew = endpoint.settings(judge=True, judge_prompt=other)
+    assert estimate(some[:8], anew, store).calls == 8
+
+
+def test_the_estimate_judges_what_the_round_trip_keeps(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    store, some = tmp_path / "replies.jsonl", chunks[:12]
+    unit = np.eye(16, dtype=np.float32)
+
+    def encode(texts: list[str], role: str) -> np.ndarray:
+        """Every query lies nearest to chunk 3."""
+        return unit[: len(texts)] if role == "document" else np.repeat(unit[3:4], len(texts), 0)
+
+    generate_queries(some, endpoint.settings(), store)
+    judged = endpoint.settings(judge=True, round_trip=1)
+    assert estimate(some, judged, store, encode=encode).calls == 1
+    assert estimate(some, judged, store).calls == 12
+
+
+def test_chunks_of_one_text_are_one_call(endpoint: Endpoint, tmp_path: Path) -> None:
+    texts = ["The quay is long. It was built by the city.", "The crane is old and lifts tonnes."]
+    chunks = [Chunk(f"c{i}", texts[i % 2], "", "file", 0, 40) for i in range(6)]
+    store = tmp_path / "replies.jsonl"
+    assert estimate(chunks, endpoint.settings(), store).calls == 2
+    assert generate_queries(chunks, endpoint.settings(), store)[1].calls == 2
+
+
+def test_plan_counts_the_verdicts_of_another_prompt(
+    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from refine_fast.cli import main
+
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for i in range(12):
+        text = f"Harbour {i} was built by the city of Port {i}. Its crane lifts {i} tonnes."
+        (docs / f"{i}.md").write_text(f"# Harbour {i}\n\n{text}\n")
+    command = [str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url]
+    command += ["--llm-model", "tiny"]
+    assert main(["queries", *command, "--quiet"]) == 0
+    capsys.readouterr()
+    for judge, calls in (("no", 0), ("yes", 12)):
+        assert main(["plan", *command, "--judge", judge, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["llm_calls"] == calls
