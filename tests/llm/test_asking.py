@@ -273,10 +273,6 @@ def test_judge_and_round_trip(endpoint: Endpoint, chunks: list[Chunk], tmp_path:
     endpoint.set(reply="")
     queries, account = generate_queries(some, endpoint.settings(judge=True), tmp_path / "b.jsonl")
     assert (len(queries), account.calls, account.dropped, account.unjudged) == (20, 40, {}, 0)
-    account = generate_queries(
-        some, endpoint.settings(judge=True, max_calls=20), tmp_path / "c.jsonl"
-    )[1]
-    assert (account.kept, account.unjudged, account.stopped) == (20, 20, "max_calls")
     endpoint.set(flagged="Queries:", flag={"message": "your input was flagged"})
     refused = endpoint.settings(judge=True, models=("strict",))
     account = generate_queries(some, refused, tmp_path / "d.jsonl")[1]

@@ -134,10 +134,9 @@ def test_a_limit_stops_it_and_a_higher_one_resumes(endpoint: Endpoint, tmp_path:
     grades, account = grade_passages(asked, endpoint.settings(max_calls=50), store)
     assert (account.graded, account.stopped, account.reused) == (12, None, 5)
     assert endpoint.stats()["served"] == 12
-    with pytest.raises(RefineFastError, match=r"^teacher: .* graded no query \(stopped by max_ca"):
-        grade_passages(
-            [Candidates("another", asked[0].passages)], endpoint.settings(max_calls=12), store
-        )
+    another = [Candidates("another", asked[0].passages)]
+    grades, account = grade_passages(another, endpoint.settings(max_calls=12), store)
+    assert (grades, account.graded, account.stopped) == ([None], 0, "max_calls")
 
 
 STAGE = """
@@ -314,6 +313,25 @@ def test_a_model_that_writes_and_grades(
     assert facts["stopped"] == "max_calls"  # of both stages together
     assert facts["calls"] == endpoint.stats()["served"] == limit
     assert facts["graded"] == 10 < facts["queries"]
+
+
+def test_a_limit_that_leaves_nothing_to_the_teacher(
+    command: list[str], endpoint: Endpoint, tmp_path: Path, capsys
+) -> None:
+    """The run goes on without it and says so; with a higher limit it grades."""
+    at = command.index("--queries")
+    del command[at : at + 2]
+    assert main(["queries", *command, "--quiet"]) == 0
+    served = str(endpoint.stats()["served"])
+    assert main(["run", *command, "--max-calls", served]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "stopped by max_calls after 0 of " in said
+    assert "the frozen encoder alone teaches the queries that a limit left out" in said
+    assert json.loads((tmp_path / "run" / "teaching.json").read_text())["grading"]["graded"] == 0
+    assert (tmp_path / "run" / "report.md").exists()
+    assert main(["train", *command, "--max-calls", "1000", "--quiet"]) == 0
+    facts = json.loads((tmp_path / "run" / "teaching.json").read_text())["grading"]
+    assert facts["graded"] == facts["queries"] > 0
 
 
 def test_a_model_that_grades_nothing_is_found_out_first(

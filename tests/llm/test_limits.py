@@ -1,4 +1,4 @@
-"""``plan`` knows which verdicts remain."""
+"""A limit leaves the judge its part; ``plan`` knows which verdicts remain."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,55 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.llm import estimate, generate_queries
 
 Endpoint = Any  # conftest's
+
+
+def test_the_judge_gets_its_part_of_a_limit_and_a_higher_one_resumes(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    store, some = tmp_path / "replies.jsonl", chunks[:20]
+    limited = endpoint.settings(judge=True, max_calls=20)
+    for _ in range(2):  # the repeated command spends no more
+        _, account = generate_queries(some, limited, store)
+        assert (account.replied, account.kept, account.unjudged) == (10, 10, 0)
+        assert (account.stopped, account.calls) == ("max_calls", 20)
+    _, account = generate_queries(some, endpoint.settings(judge=True, max_calls=40), store)
+    assert (account.replied, account.unjudged, account.stopped) == (20, 0, None)
+    assert account.calls == endpoint.stats()["served"] == 40
+
+
+@pytest.mark.parametrize("limit", [{"max_tokens": 8_000}, {"max_cost": 0.008}])
+def test_the_judge_gets_its_part_of_tokens_and_money(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, limit: dict[str, Any]
+) -> None:
+    settings = endpoint.settings(judge=True, price_in=1.0, price_out=1.0, **limit)
+    _, account = generate_queries(chunks, settings, tmp_path / "replies.jsonl")
+    assert (account.stopped, account.unjudged) == (*limit, 0)
+    assert 0 < account.replied < len(chunks)
+    assert account.tokens_in + account.tokens_out <= 8_000
+
+
+def test_verdicts_that_are_owed_come_before_new_queries(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    store = tmp_path / "replies.jsonl"
+    generate_queries(chunks[:10], endpoint.settings(), store)
+    limited = endpoint.settings(judge=True, max_calls=10 + 10 + 6)
+    _, account = generate_queries(chunks[:20], limited, store)
+    assert (account.replied, account.unjudged) == (13, 0)
+
+
+def test_a_limit_that_allows_no_call_names_the_remedy(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    store = tmp_path / "replies.jsonl"
+    generate_queries(chunks[:1], endpoint.settings(models=("other",)), store)
+    with pytest.raises(RefineFastError, match=r"\(stopped by max_calls\); raise the limit\.$"):
+        generate_queries(chunks, endpoint.settings(max_calls=1), store)
 
 
 def test_the_estimate_counts_the_verdicts_that_remain(

@@ -54,11 +54,8 @@ def _ask(context: RunContext, chunks: list[Chunk], folder: Path) -> tuple[list[Q
         with console.progress(f"embedding {len(texts):,} texts") as advance:
             return encode(model, texts, role=role, bf16=context.bf16, out=out, progress=advance)
 
-    limited = any(
-        limit is not None for limit in (settings.max_calls, settings.max_tokens, settings.max_cost)
-    )
     embeddings = None
-    if limited or settings.round_trip:
+    if settings.is_limited or settings.round_trip:
         passages = folder / "passages.npy"
         if not passages.exists():
             embed([chunk.passage for chunk in chunks], "document", passages)

@@ -72,3 +72,5 @@ def _say_what_is_missing(context: RunContext, account: GradingAccount) -> None:
         done=f"{account.graded:,} of {account.queries:,}",
         lack="grades",
     )
+    if account.stopped:
+        context.console.say("  the frozen encoder alone teaches the queries that a limit left out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -221,7 +222,12 @@ def generate_queries(
             if keys[request.key] == i and request.key not in replies
         )
         progress = CallProgress(len(keys), reused, reused)
-        form = run(send(missing, progress, settings, replies, holds_queries, watch))
+        within = settings
+        if settings.judge and settings.is_limited:
+            found = _found(chunks, keys, settings, replies, embeddings=embeddings, encode=encode)
+            verdicts = _verdicts_to_come(chunks, found, settings, replies)
+            within = _leaving_verdicts(settings, replies.spent, verdicts)
+        form = run(send(missing, progress, within, replies, holds_queries, watch))
         account = Account(settings.models, len(chunks), reused=reused)
         account.replied = sum(key in replies for key in keys)
         account.failed, account.rejected = progress.failed, progress.rejected
@@ -244,12 +250,11 @@ def generate_queries(
         )
     account.kept = len(found)
     if chunks and not account.replied:
-        stopped = account.stopped and f"stopped by {account.stopped}"
-        why = next(iter(account.failures), stopped) or "no call was made"
-        raise RefineFastError(
-            f"llm: no chunk got a reply from {settings.url} ({why}); check the endpoint with "
-            "'refine-fast doctor --llm URL'."
-        )
+        why = next(iter(account.failures), "no call was made")
+        remedy = "check the endpoint with 'refine-fast doctor --llm URL'"
+        if account.stopped:
+            why, remedy = f"stopped by {account.stopped}", "raise the limit"
+        raise RefineFastError(f"llm: no chunk got a reply from {settings.url} ({why}); {remedy}.")
     return [Query(text, chunks[i].id, f"llm:{kind}") for i, kind, text in found], account
 
 
@@ -289,6 +294,28 @@ def _by_chunk(chunks: list[Chunk], found: Found) -> list[tuple[Chunk, list[str]]
     for i, _, text in found:
         own.setdefault(i, []).append(text)
     return [(chunks[i], texts) for i, texts in own.items()]
+
+
+def _leaving_verdicts(settings: LLMSettings, spent: Spent, verdicts: Calls) -> LLMSettings:
+    """The settings with the limits up to which queries are written: what the verdicts on those
+    that are there need is left, and half of the rest, for the verdicts on those to come."""
+
+    def most(limit: float | None, used: float, needed: float) -> float | None:
+        return None if limit is None else used + max(0.0, limit - used - needed) / 2
+
+    calls = most(settings.max_calls, spent.calls, verdicts.calls)
+    tokens = most(
+        settings.max_tokens,
+        spent.tokens_in + spent.tokens_out,
+        verdicts.tokens_in + verdicts.tokens_out_most,
+    )
+    cost = settings.cost(verdicts.tokens_in, verdicts.tokens_out_most) or 0.0
+    return dataclasses.replace(
+        settings,
+        max_calls=None if calls is None else math.ceil(calls),
+        max_tokens=None if tokens is None else math.ceil(tokens),
+        max_cost=most(settings.max_cost, spent.cost, cost),
+    )
 
 
 def _candidates(

@@ -139,7 +139,7 @@ def grade_passages(
 
     Raises:
         RefineFastError: if the endpoint is declared dead, its replies are useless, or no query has
-            grades. Replies so far stay in the store.
+            grades although no limit was reached. Replies so far stay in the store.
     """
     keys = [request.key for request in grade_requests(asked, settings)]
     with ReplyStore(store, settings.prices) as replies:
@@ -171,13 +171,12 @@ def grade_passages(
         failures=dict(Counter(failures[key] for key in keys if key in failures).most_common(5)),
     )
     account.unusable = len(texts) - account.graded
-    if not account.graded:
-        if account.stopped:
-            why, remedy = f"stopped by {account.stopped}", "raise the limit"
-        else:
-            why = next(iter(account.failures), "no reply grades each passage")
-            remedy = "check the endpoint with 'refine-fast doctor --llm URL', or name another model"
-        raise RefineFastError(f"teacher: {settings.url} graded no query ({why}); {remedy}.")
+    if not account.graded and not account.stopped:
+        why = next(iter(account.failures), "no reply grades each passage")
+        raise RefineFastError(
+            f"teacher: {settings.url} graded no query ({why}); check the endpoint with "
+            "'refine-fast doctor --llm URL', or name another model."
+        )
     return grades, account
 
 

@@ -190,6 +190,11 @@ class LLMSettings:
         return self.price_in, self.price_out
 
     @property
+    def is_limited(self) -> bool:
+        """Whether a limit was set."""
+        return any(each is not None for each in (self.max_calls, self.max_tokens, self.max_cost))
+
+    @property
     def has_prices(self) -> bool:
         """Whether a price was given."""
         return bool(self.price_in or self.price_out)
