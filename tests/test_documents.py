@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,6 +123,19 @@ def test_html_that_nests_by_the_thousand(tmp_path: Path) -> None:
         "<div>" * 5000 + "<p>At the bottom,<p> twice." + "</div>" * 4000 + "<script>never(</script>"
     )
     assert [document.text for document in load_documents(tmp_path)] == ["At the bottom,\n\ntwice."]
+
+
+def test_html_with_a_long_run_of_blanks_takes_linear_time(tmp_path: Path) -> None:
+    """In its text, and in the title of front matter that is not YAML."""
+    blanks = " \t" * 10_000
+    (tmp_path / "page.html").write_text(
+        f"---\ntitle: Of: A{blanks}B\n---\n<pre>a{blanks}b</pre><p>c</p>"
+    )
+    start = time.process_time()
+    (document,) = load_documents(tmp_path)
+    assert time.process_time() - start < 2
+    assert document.title == "Of: A B"
+    assert document.text == f"```\na{blanks}b\n```\n\nc"
 
 
 @pytest.mark.filterwarnings("ignore::refine_fast.errors.RefineFastWarning")

@@ -66,7 +66,8 @@ def read_html(path: Path, text: str) -> Content:
     except AssertionError as error:  # what html.parser makes of some broken declarations
         raise Unreadable(f"it is not HTML ({error})") from None
     text = "".join(parser.parts).replace("\u00ad", "")
-    text = re.sub(r"[ \t]*\n(?:[ \t]*\n)+ ?", "\n\n", text).strip()
+    # Not from within a run of blanks: every such try would read the rest of the run.
+    text = re.sub(r"(?<![ \t])[ \t]*\n(?:[ \t]*\n)+ ?", "\n\n", text).strip()
     title = title or " ".join(parser.title.split())
     headings = (heading for _, heading in markdown_headings(text))
     return Content(title or next(headings, title_of_name(path)), text, "markdown")

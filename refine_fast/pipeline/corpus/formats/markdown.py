@@ -18,7 +18,7 @@ _FRONT_MATTER = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 _KEY_LINE = re.compile(r"[\w.-]+[ \t]*:(?:[ \t].*)?|[ \t]+.*|[ \t]*#.*|[ \t]*-(?:[ \t].*)?|[ \t]*")
-_TITLE_LINE = re.compile(r"^title[ \t]*:[ \t]*(.+?)[ \t]*\r?$", re.MULTILINE | re.IGNORECASE)
+_TITLE_LINE = re.compile(r"^title[ \t]*:(.*)", re.MULTILINE | re.IGNORECASE)
 # What site generators append to a heading: {#anchor .class}, and a link to the heading itself.
 _HEADING_TAIL = re.compile(r"(?:\s*\{[#.:][^{}]*\}|\s*\[[^\w\[\]]*\]\(#[^()]*\))+$")
 
@@ -66,7 +66,7 @@ def _yaml(block: str) -> dict[Any, Any] | None:
         if not all(_KEY_LINE.fullmatch(line) for line in block.splitlines()):
             return None
         title = _TITLE_LINE.search(block)
-        return {} if title is None else {"title": title[1].strip("\"'")}
+        return {} if title is None else {"title": title[1].strip().strip("\"'")}
     if fields is None and not block.strip():
         return None  # two rules, one below the other
     return fields if isinstance(fields, dict) else {} if fields is None else None
