@@ -239,6 +239,15 @@ def test_beir_queries_that_the_test_asks_too_are_left_out(tmp_path: Path) -> Non
     assert [query.chunk_id for query in load_queries(tmp_path, CHUNKS)] == ["rivers#0", "glaciers"]
 
 
+@pytest.mark.parametrize("judged", ["q3\tglaciers\t0", "q3\tunknown\t1", ""])
+def test_beir_queries_beside_a_split_that_hides_its_judgements(tmp_path: Path, judged: str) -> None:
+    """Its queries are left out all the same."""
+    folder = beir(tmp_path)
+    (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}\n")
+    kept = ["rivers#0"] if judged else ["rivers#0", "glaciers"]
+    assert [query.chunk_id for query in load_queries(folder, CHUNKS)] == kept
+
+
 @pytest.mark.parametrize(("name", "count"), [(SMALL, 149), ("squad", 2611)])
 def test_real_train_queries(name: str, count: int) -> None:
     """All of train, less what dev or test ask too: 1 of 150, and 3 of 2,614."""

@@ -173,6 +173,17 @@ def load_beir(folder: Path, split: str = "test") -> RetrievalSet:
     )
 
 
+def judged_queries(folder: Path, split: str) -> list[str]:
+    """The texts of the queries in a split of a folder in BEIR layout, which may hide its grades.
+
+    Raises:
+        RefineFastError: A missing or malformed file.
+    """
+    queries = _texts(folder, "queries")
+    qrels = read_qrels(folder / "qrels" / f"{split}.tsv", queries.keys())
+    return [passage_text(*queries[key]) for key in qrels]
+
+
 def _texts(folder: Path, stem: str) -> dict[str, tuple[str, str]]:
     """_id -> title and text of a passage or query of ``stem``.jsonl[.gz]."""
     path = beir_file(folder, stem)

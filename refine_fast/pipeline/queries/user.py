@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import RefineFastError, RefineFastWarning
-from ..corpus.beir import load_beir
+from ..corpus.beir import judged_queries
 from ..corpus.chunk import Chunk, document_id
 from ..corpus.dedup import shingles
 from ..corpus.text import normalize, words
@@ -72,7 +72,7 @@ def load_queries(
     if path.is_dir():
         others = sorted(other.stem for other in path.glob("qrels/*.tsv") if other.stem != split)
         queries = without(
-            queries, [text for other in others for text in load_beir(path, other).queries]
+            queries, [text for other in others for text in judged_queries(path, other)]
         )
     return list(dict.fromkeys(queries))
 
