@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -211,6 +212,47 @@ def test_the_run_counts_again_where_it_changed(builder: Builder, said: list[str]
     builder.build([*document("b", "six"), *document("n", "of the run")], no_queries, {})
     assert live(builder) == {"b": "six", "n": "of the run"}
     assert said[1].endswith("for 2 documents, because they changed in the run: 'b', 'n'")
+
+
+def test_an_index_in_which_every_document_was_replaced_is_built_anew(builder: Builder) -> None:
+    """More than once: what was added is then its first segment."""
+    run = document("a", "one")
+    manifest = builder.build(run, no_queries, {})
+    builder.change(manifest, document("a", "edited"), ["a"], [])
+    for _ in range(2):
+        manifest = builder.build(run, no_queries, {})
+        assert live(builder) == {"a": "edited"}
+    manifest = builder.change(manifest, document("a", "again"), ["a"], [])
+    builder.change(manifest, document("b", "new"), ["b"], [])
+    builder.build(run, no_queries, {})
+    assert live(builder) == {"a": "again", "b": "new"}
+    builder.build(document("a", "three"), no_queries, {})
+    assert live(builder) == {"a": "three", "b": "new"}
+
+
+def test_an_index_that_would_have_no_passage_is_not_built(builder: Builder) -> None:
+    run = [*document("a", "one"), *document("b", "two")]
+    builder.change(builder.build(run, no_queries, {}), [], [], ["a"])
+    with pytest.raises(RefineFastError, match=r"no passage is left, .*; delete .*/index to have"):
+        builder.build(run[:1], no_queries, {})
+
+
+def test_an_open_index_goes_on_with_a_new_one_of_the_same_encoders(tmp_path: Path) -> None:
+    encoders = Searched({"product": tmp_path})
+    builder = Builder(IndexFolder(tmp_path), encoders, silent, print)
+    key = {"the product encoder": "1", "the code": {}, "the passages": "1", "--type": "auto"}
+    builder.build(document("a", "one"), no_queries, key)
+    searcher = Searcher(tmp_path, encoders)
+    builder.build(document("b", "a xylophone"), no_queries, {**key, "the passages": "2"})
+    searcher.refresh()
+    assert [hit.chunk.id for hit in searcher.search("xylophone")["BM25"]] == ["b"]
+    for changed in ("the product encoder", "the base encoder", "the code"):
+        builder.build(document("c", "another"), no_queries, {**key, changed: "2"})
+        with pytest.raises(RefineFastError, match=rf"rebuilt \({changed} changed\); start"):
+            searcher.refresh()
+    shutil.rmtree(builder.folder.path)
+    searcher.refresh()
+    assert searcher.index.count == 1
 
 
 def test_an_index_without_the_digests_of_its_changes(builder: Builder, said: list[str]) -> None:

@@ -27,10 +27,10 @@ from ..queries.user_formats import query_files
 from ..reporting.format import points
 from ..serving import build
 from ..serving.ann import Kind
-from ..serving.build import Builder
-from ..serving.encoders import Encoders, Side
+from ..serving.build import Builder, sources_of
+from ..serving.encoders import LABELS, Encoders, Side
 from ..serving.judged import JUDGED, Judged, Texts
-from ..serving.search import Index
+from ..serving.search import CODE, Index
 from ..serving.storage import IndexFolder, Manifest
 from ..stages.chunk import cut, read_documents
 
@@ -117,13 +117,13 @@ def index_key(out: Path, encoders: Encoders, kind: str) -> dict[str, Any]:
         **_content(out, encoders.folders),
         "the held-out queries": _digest(out / DEV),
         "--type": kind,
-        "the code": code_version(build.__name__).modules,
+        CODE: code_version(build.__name__).modules,
     }
 
 
 def _content(out: Path, folders: Mapping[Side, Path]) -> dict[str, str]:
     """The digests of the passages and of the encoders in ``folders``."""
-    encoders = {f"the {side} encoder": folder for side, folder in folders.items()}
+    encoders = {LABELS[side]: folder for side, folder in folders.items()}
     files = {"the passages": out / CHUNKS, **encoders}
     return {label: _digest(path) for label, path in files.items()}
 

@@ -62,7 +62,7 @@ class Builder:
             kind: of the faiss indexes; None: by size.
 
         Raises:
-            RefineFastError: if no passage of the run is left.
+            RefineFastError: if no passage is left.
         """
         old = self.folder.manifest()
         self.folder.sweep(old)
@@ -75,10 +75,12 @@ class Builder:
                 f"because they changed in the run: {_shown(changed)}"
             )
         first = [chunk for chunk in chunks if _owner(chunk.id, chunk.start, edited) not in edited]
-        added = [] if old is None or len(old.segments) < 2 else _added(self.folder, old)
-        added = [chunk for chunk in added if _owner(chunk.id, chunk.start, before) in edited]
-        if not first:
-            raise RefineFastError("index: no passage of the run is left; add documents to the run.")
+        added = [] if old is None else _added(self.folder, old, edited)
+        if not first and not added:
+            raise RefineFastError(
+                "index: no passage is left, since every document of the run was removed from the "
+                f"index; delete {self.folder.path} to have them back, or add documents to the run."
+            )
         texts = {chunk.id: chunk.text for chunk in (*first, *added)}
         dev = held_out(lambda ids: texts)
         asked, vectors = self._asked(dev)
@@ -201,7 +203,7 @@ class Builder:
         dying = [row for row, document in owner.items() if document in documents]
         if len(dying) == len(live) and not added:
             raise RefineFastError("remove: the index would be empty; keep at least one document.")
-        own = [index.chunk(row) for row in dying if row < len(index.segments[0])]
+        run = [index.chunk(row) for row in dying if owner[row] not in manifest.edited]
         rows = np.concatenate([np.flatnonzero(~index.alive), np.array(dying, np.int64)])
         names = list(manifest.segments)
         if added:
@@ -210,7 +212,7 @@ class Builder:
             manifest,
             segments=tuple(names),
             dead=self.folder.write_dead(np.sort(rows)) if len(rows) else None,
-            edited=dict(sorted({**_versions(documents, own), **manifest.edited}.items())),
+            edited=dict(sorted({**_versions(documents, run), **manifest.edited}.items())),
         )
         changed = self._merged(changed, kind)
         self.folder.commit(changed)
@@ -275,11 +277,28 @@ def _digest(dev: Sequence[Query]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _added(folder: IndexFolder, manifest: Manifest) -> list[Chunk]:
-    """The live chunks of the documents that were added."""
+def _added(folder: IndexFolder, manifest: Manifest, edited: Container[str]) -> list[Chunk]:
+    """The chunks of those documents in ``edited`` that were added: those of the run are dead."""
+    if not manifest.edited:
+        return []
     index = Index.open(folder, manifest)
-    first = len(index.segments[0])
-    return [index.chunk(int(row)) for row in np.flatnonzero(index.alive) if row >= first]
+    parts = zip(index.column("id"), index.column("start"), index.alive, strict=True)
+    return [
+        index.chunk(row)
+        for row, (id, start, alive) in enumerate(parts)
+        if alive and _owner(id, start, manifest.edited) in edited
+    ]
+
+
+def sources_of(index: Index) -> dict[str, str]:
+    """Id of each passage, and of the document that it is or may be a part of -> its source."""
+    ids, starts, sources = (index.column(name) for name in ("id", "start", "source"))
+    return {
+        either: source
+        for id, start, source, alive in zip(ids, starts, sources, index.alive, strict=True)
+        if alive
+        for either in (id, _owner(id, start, ()))
+    }
 
 
 def _merge(parts: Sequence[tuple[Segment, np.ndarray]], folder: Path) -> None:

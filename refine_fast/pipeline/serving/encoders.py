@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Side = Literal["product", "base"]
 
+LABELS: dict[Side, str] = {"product": "the product encoder", "base": "the base encoder"}
+"""Names of their digests in what an index is made from."""
+
 
 @dataclass(frozen=True)
 class Encoders:

@@ -17,12 +17,15 @@ from ..corpus.chunk import Chunk
 from . import ann
 from .blend import Blend, Components, best_places, standard
 from .dense import Moments, rows_of_groups
-from .encoders import Encoders
+from .encoders import LABELS, Encoders
 from .lexical import Lexical
 from .segment import Segment
 from .storage import IndexFolder, Manifest, readable
 
 MAX_QUERY = 10_000
+CODE = "the code"
+"""Name of the code's digest in what an index is made from."""
+
 """Characters of a query. BM25 reads all of them, an encoder the first few hundred words."""
 
 
@@ -269,17 +272,16 @@ class Searcher:
         Raises:
             RefineFastError: if the index was built anew under another encoder.
         """
-        folder = IndexFolder(self.run)
-        stamp = folder.stamp()
-        if stamp == self._stamp:
+        stamp = IndexFolder(self.run).stamp()
+        if stamp in (None, self._stamp):
             return
-        manifest = folder.manifest()
-        if manifest is None:
-            return
-        if manifest.key != self.manifest.key:
-            raise RefineFastError(f"{self.run}: the index was rebuilt; start the command again.")
-        self.manifest, self.index = open_index(self.run)
-        self._stamp = stamp
+        manifest, index = open_index(self.run)
+        for label in (*LABELS.values(), CODE):
+            if manifest.key.get(label) != self.manifest.key.get(label):
+                raise RefineFastError(
+                    f"{self.run}: the index was rebuilt ({label} changed); start the command again."
+                )
+        self.manifest, self.index, self._stamp = manifest, index, stamp
 
     @property
     def blend(self) -> Blend:

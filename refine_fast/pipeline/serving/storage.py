@@ -36,7 +36,7 @@ class Manifest:
     key: dict[str, Any]
     """What the first segment was built from; another one means a rebuild."""
     segments: tuple[str, ...]
-    """Names, the run's own passages first, then added ones."""
+    """Names, the run's own passages first, if it has any left, then added ones."""
     dead: str | None = None
     edited: Mapping[str, str | None] = field(default_factory=dict)
     """Ids of the documents that were added, changed or removed, with a digest of what the run had
