@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from refine_fast import files
 from refine_fast.cli import main
 from refine_fast.errors import RefineFastWarning
 from refine_fast.pipeline.commands.search import open_searcher
@@ -28,7 +30,9 @@ from refine_fast.pipeline.commands.serve import LOCAL_HOSTS, TOKEN_VARIABLE, is_
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.jsonl import read_records
+from refine_fast.pipeline.corpus.text import whole_characters
 from refine_fast.pipeline.queries.user import load_queries
+from refine_fast.pipeline.serving import judged as judged_module
 from refine_fast.pipeline.serving.judged import JUDGED, Judged
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn: pip install '.[serve]'")
@@ -173,7 +177,7 @@ def test_twenty_users_with_odd_queries_lose_nothing(address: str, run: Path) -> 
         for query in (f"user {number} asks for operators", ODD[number % len(ODD)]):
             status, found = call(f"{address}/api/search", {"query": query, "k": 5})
             assert status == 200
-            assert found["query"] == query.encode("utf-8", "replace").decode()
+            assert found["query"] == whole_characters(query)
             assert len(found["systems"]["blend"]) == 5
         mark = {"query": f"user {number} asks for operators", "doc_id": target}
         assert call(f"{address}/api/judge", mark)[0] == 200
@@ -201,10 +205,62 @@ def mine_of(mark: dict[str, str]) -> dict[str, str]:
 def test_marks_with_odd_texts_are_read_back(tmp_path: Path) -> None:
     judged = Judged(tmp_path / JUDGED)
     for number, query in enumerate(ODD):
-        judged.mark(query.encode("utf-8", "replace").decode(), f"d{number}\n\x00")
+        judged.mark(query, f"d{number}\n\x00")
     again = Judged(tmp_path / JUDGED)
     assert len(again) == len(ODD)
     assert again.of(LONG, {"d0\n\x00": "any text"}) == ["d0\n\x00"]
+
+
+def test_a_mark_that_cannot_be_written_is_refused_with_the_reason(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next one is kept."""
+    target = read_records(run / "chunks.jsonl", Chunk)[0].id
+    out = shutil.copytree(run, tmp_path / "run")
+    mark = {"query": "who writes?", "doc_id": target}
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with serving(out) as address:
+        marks = call(f"{address}/api/about")[1]["marks"]
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "fsync", full)
+            status, refused = call(f"{address}/api/judge", mark)
+        assert (status, refused["error"]) == (
+            400,
+            f"{out / JUDGED} cannot be written (No space left on device); fix this and mark again.",
+        )
+        assert call(f"{address}/api/about")[1]["marks"] == marks
+        assert call(f"{address}/api/judge", mark) == (200, {"marks": marks + 1})
+
+
+def test_a_new_file_of_marks_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name too, once a mark counts."""
+    synced = []
+    monkeypatch.setattr(judged_module, "fsync", synced.append)
+    Judged(tmp_path / JUDGED).mark("q", "a")
+    assert synced == [tmp_path]
+
+
+def test_a_server_goes_on_with_a_rebuilt_index(run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(run, tmp_path / "run")
+    with serving(out) as address:
+        assert call(f"{address}/api/search", {"query": "operators"})[0] == 200
+        assert main(["index", str(out), "--type", "hnsw", "--quiet"]) == 0
+        assert main(["index", str(out), "--remove", "hostile.txt", "--quiet"]) == 0
+        status, found = call(f"{address}/api/search", {"query": "zebra crossing"})
+        assert status == 200
+        assert "hostile" not in json.dumps(found["systems"])
+        shutil.copy(out / "tuned" / "model.safetensors", out / "model" / "model.safetensors")
+        assert main(["index", str(out), "--quiet"]) == 0
+        status, refused = call(f"{address}/api/search", {"query": "zebra crossing"})
+        assert (status, refused["error"]) == (
+            400,
+            f"{out}: the index was rebuilt (the product encoder changed); start the command again.",
+        )
 
 
 def test_two_servers_of_one_run_lose_no_mark(tmp_path: Path) -> None:
@@ -220,10 +276,10 @@ def test_a_mark_counts_for_the_passage_that_was_marked(tmp_path: Path) -> None:
     path = tmp_path / JUDGED
     path.write_text(json.dumps({"text": "old", "doc_id": "a"}) + "\n")
     judged = Judged(path)
-    judged.mark("q", "a", "the text of a \ud800")
+    judged.mark("q", "a", "the text of a \ud800")  # as the index has it: whole
     judged.mark("q", "b", "the text of b")
     judged.mark("q", "gone", "another text")
-    texts = {"a": "the text of a ?", "b": "an edited text", "c": "x"}
+    texts = {"a": "the text of a \ufffd", "b": "an edited text", "c": "x"}
     for marks in (judged, Judged(path)):
         assert marks.matching(lambda ids: texts) == ([("old", "a"), ("q", "a")], 2)
         assert marks.of("q", texts) == ["a"]

@@ -261,7 +261,7 @@ def _versions(documents: Iterable[str], chunks: Iterable[Chunk]) -> dict[str, st
     digests = {id: hashlib.sha256() for id in documents}
     for chunk in chunks:
         if own := digests.get(_owner(chunk.id, chunk.start, digests)):
-            own.update("".join(re.findall(r"\w+", chunk.text)).encode("utf-8", "replace"))
+            own.update("".join(re.findall(r"\w+", chunk.text)).encode())
     return {id: digest.hexdigest() for id, digest in digests.items()}
 
 

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
-from ...files import atomic
+from ...errors import RefineFastError
+from ...files import atomic, fsync
 from ..corpus.jsonl import read_jsonl, text_field
+from ..corpus.text import whole_characters
 
 JUDGED = "judged.jsonl"
 """File in the run folder: {"text", "doc_id"} a line, as ``--queries`` reads, and a digest of the
@@ -48,10 +50,18 @@ class Judged:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other thread and no other process changes the file meanwhile."""
-        with self._lock, open(self._path.with_name(f".{self._path.name}.lock"), "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        """No other thread and no other process changes the file meanwhile; says so if it cannot be
+        changed."""
+        lock = self._path.with_name(f".{self._path.name}.lock")
+        try:
+            with self._lock, lock.open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+        except OSError as error:
+            raise RefineFastError(
+                f"{self._path} cannot be written ({error.strerror or error}); fix this and mark "
+                "again."
+            ) from None
 
     def __len__(self) -> int:
         return len(self._marks)
@@ -91,7 +101,7 @@ class Judged:
             answers: whether the passage answers the query.
 
         Raises:
-            RefineFastError: for a malformed line.
+            RefineFastError: for a malformed line, or if the file cannot be written.
         """
         with self._alone():
             marks = self._read()
@@ -105,7 +115,8 @@ class Judged:
             )
             with atomic(self._path) as temporary:
                 text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-                temporary.write_text(text, encoding="utf-8", errors="replace")
+                temporary.write_text(whole_characters(text), encoding="utf-8")
+            fsync(self._path.parent)  # the name of a new file too
             self._marks = marks
             return len(marks)
 
@@ -114,4 +125,4 @@ def _digest(passage: str | None) -> str:
     """Of a passage's text; empty without one."""
     if passage is None:
         return ""
-    return hashlib.sha256(passage.encode("utf-8", "replace")).hexdigest()
+    return hashlib.sha256(whole_characters(passage).encode()).hexdigest()

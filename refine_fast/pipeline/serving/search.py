@@ -14,6 +14,7 @@ from ...errors import RefineFastError
 from ...files import as_argument
 from ...ops.best_of_groups import best_of_groups
 from ..corpus.chunk import Chunk
+from ..corpus.text import whole_characters
 from . import ann
 from .blend import Blend, Components, best_places, standard
 from .dense import Moments, rows_of_groups
@@ -22,10 +23,10 @@ from .lexical import Lexical
 from .segment import Segment
 from .storage import IndexFolder, Manifest, readable
 
-MAX_QUERY = 10_000
 CODE = "the code"
 """Name of the code's digest in what an index is made from."""
 
+MAX_QUERY = 10_000
 """Characters of a query. BM25 reads all of them, an encoder the first few hundred words."""
 
 
@@ -267,10 +268,11 @@ class Searcher:
         self.manifest, self.index = open_index(run)
 
     def refresh(self) -> None:
-        """Opens the index anew if a writer has added, changed or removed documents.
+        """Opens the index anew if a writer has replaced it.
 
         Raises:
-            RefineFastError: if the index was built anew under another encoder.
+            RefineFastError: if the new one is damaged, or was built under another encoder or by
+                another version.
         """
         stamp = IndexFolder(self.run).stamp()
         if stamp in (None, self._stamp):
@@ -308,7 +310,7 @@ class Searcher:
                 f"query must have at most {MAX_QUERY:,} characters (got {len(query):,}); "
                 "shorten it."
             )
-        query, index = query.encode("utf-8", "replace").decode(), self.index  # lone surrogates
+        query, index = whole_characters(query), self.index
         vector = self._encoders.queries("product", [query])[0]
         parts = index.components(query, vector)
         mean, spread = parts.scale

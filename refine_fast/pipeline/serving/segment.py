@@ -22,6 +22,7 @@ import numpy as np
 from ...files import read_json, write_json
 from ..corpus.chunk import Chunk
 from ..corpus.sentences import Spans, sentence_texts
+from ..corpus.text import whole_characters
 from . import ann
 from .dense import Moments
 from .lexical import Postings
@@ -57,7 +58,9 @@ def write_segment(
     with pa.ipc.new_file(str(folder / PASSAGES), schema) as file:
         for first in range(0, len(chunks), BATCH_ROWS):
             part = chunks[first : first + BATCH_ROWS]
-            columns = {name: [_storable(getattr(chunk, name)) for chunk in part] for name in names}
+            columns = {name: [getattr(chunk, name) for chunk in part] for name in names}
+            for name in set(names).difference(numbers):
+                columns[name] = list(map(whole_characters, columns[name]))
             file.write_batch(pa.record_batch(columns, schema=schema))
     flat = [span for own in spans for span in own]
     np.save(folder / "spans.npy", np.array(flat, np.int32).reshape(-1, 2))
@@ -68,11 +71,6 @@ def write_segment(
     if base:
         encode("base", passages, folder / "base.npy")
     Postings.of(passages).save(folder / "postings")
-
-
-def _storable(value: Any) -> Any:
-    """A lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def finish_segment(

@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from ....errors import RefineFastError
+from ...corpus.text import whole_characters
 from ..judged import Judged
 from ..search import Searcher
 
@@ -215,7 +216,7 @@ async def _json(request: Request) -> dict[str, Any]:
 
 
 def _text(value: Any, name: str) -> str:
-    """A text that is not blank. A lone surrogate, which UTF-8 cannot hold, becomes "?"."""
+    """A text that is not blank, as ``whole_characters``."""
     if not isinstance(value, str) or not value.strip():
         raise BadRequest(f"{name} must be a text that is not empty")
-    return value.encode("utf-8", "replace").decode()
+    return whole_characters(value)
