@@ -305,6 +305,44 @@ def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:
         load_documents(tmp_path / "docs.jsonl")
 
 
+def test_each_sheet_of_a_workbook_has_columns_of_its_own(tmp_path: Path) -> None:
+    """One that cannot be read is named; ids that it repeats get its name."""
+    openpyxl = pytest.importorskip("openpyxl", reason="needs pip install '.[documents]'")
+    sheets = {
+        "Pages": [["id", "text"], ["a", "One."], ["b", "Two."]],
+        "Answers": [["no.", "id", "Answer"], [1, "a", "Three."], [2, "c", "Four."]],
+        "Sums": [["year", "count"], [2024, 3]],
+        "Twice": [["x", "x"], [1, 2]],
+        "Empty": [],
+    }
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for title, rows in sheets.items():
+        sheet = book.create_sheet(title)
+        for row in rows:
+            sheet.append(row)
+    book.save(tmp_path / "a.xlsx")
+    expected = [
+        Document("a", "", "One.", "a.xlsx:Pages:2"),
+        Document("b", "", "Two.", "a.xlsx:Pages:3"),
+        Document("a.xlsx:Answers:a", "", "Three.", "a.xlsx:Answers:2"),
+        Document("c", "", "Four.", "a.xlsx:Answers:3"),
+    ]
+    for path in (tmp_path, tmp_path / "a.xlsx"):
+        with pytest.warns(RefineFastWarning) as caught:
+            assert load_documents(path) == expected
+        sums, twice, renamed = (str(warning.message) for warning in caught)
+        assert sums.startswith(f"the sheet 'Sums' of {tmp_path / 'a.xlsx'} is skipped: ")
+        assert 'a.xlsx:Sums:2 has no field "text"' in sums
+        assert "a.xlsx:Twice: two columns are named 'x'; rename one." in twice
+        assert renamed.endswith('a.xlsx:Answers:2, now "a.xlsx:Answers:a".')
+    for title in ("Pages", "Answers"):
+        del book[title]
+    book.save(tmp_path / "a.xlsx")
+    with pytest.raises(RefineFastError, match=r'a.xlsx:Sums:2 has no field "text"'):
+        load_documents(tmp_path / "a.xlsx")
+
+
 def test_truncated_gzip(tmp_path: Path) -> None:
     (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(b'{"text": "cut off"}\n' * 1000)[:-20])
     with pytest.raises(

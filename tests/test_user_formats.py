@@ -290,6 +290,24 @@ def test_the_files_that_hold_queries(tmp_path: Path) -> None:
     assert [document.id for document in documents] == ["corpus.txt", "lathe.txt"]
 
 
+def test_a_sheet_that_holds_no_queries_is_named(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl", reason="pip install '.[documents]'")
+    book = openpyxl.load_workbook(excel(tmp_path))
+    sheets = {
+        "Sums": [["year", "count"], [2024, 3]],
+        "More": [["question", "positive"], ["what is oiled", DOCUMENTS["lathe"]]],
+    }
+    for title, rows in sheets.items():
+        sheet = book.create_sheet(title)
+        for row in rows:
+            sheet.append(row)
+    book.save(tmp_path / "q.xlsx")
+    with pytest.warns(RefineFastWarning, match="the sheet 'Sums' of .* is skipped: .*Sums:2"):
+        found = list(read_judgements(tmp_path / "q.xlsx"))
+    assert [item.query for item in found] == [*QUERIES, "what is oiled"]
+    assert found[-1].where == f"{tmp_path / 'q.xlsx'}:More:2"
+
+
 def test_json_lines_in_another_encoding_name_line_and_remedy(tmp_path: Path) -> None:
     path = encoded(tmp_path, "q.jsonl", "windows-1251")
     with pytest.raises(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
@@ -53,7 +53,9 @@ class Reading:
     encoding: of text files and tables; None: find it. columns: of tables. exclude: files and
     folders that are no documents, although they lie in the folder. root: a folder that the names of
     files in it are relative to, wherever below it the documents are; None: what is read. say: told
-    in one line what was guessed.
+    in one line what was guessed. known: ids of earlier documents, and of their chunks, with the
+    source of each: a row whose id a row of its file has had keeps it, and none in the folder
+    ``root`` gets one that is another file's.
     """
 
     encoding: str | None = None
@@ -61,6 +63,7 @@ class Reading:
     exclude: Sequence[Path] = ()
     root: Path | None = None
     say: Callable[[str], None] | None = None
+    known: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_documents(
@@ -158,28 +161,118 @@ def _single_file(path: Path, reading: Reading) -> list[Document]:
         raise RefineFastError(
             f"{path} is of a kind that is not read; give a file of {', '.join(SUFFIXES)}."
         )
+    named = _Named(path.parent, reading)
     try:
         read = partial(files.read_file, encoding=reading.encoding)
-        root, place = _root(path.parent, reading)
-        return _file(path, root, name_of(place / path.name), reading, read)
+        named.add(path, path.name, read)
     except Unreadable as reason:
         raise RefineFastError(f"{path} cannot be read: {reason}.") from None
+    named.warn()
+    return list(named.documents.values())
 
 
-def _root(folder: Path, reading: Reading) -> tuple[Path, Path]:
-    """The folder that the names of the files in ``folder`` are relative to, and its place there."""
-    if reading.root is not None:
+def _place(folder: Path, root: Path | None) -> tuple[Path, Path] | None:
+    """``root`` and where ``folder`` is in it, by a name that both have; None if it is not there."""
+    if root is not None:
         for real in (os.path.abspath, os.path.realpath):  # either may be given by way of a link
-            if (place := Path(real(folder))).is_relative_to(root := Path(real(reading.root))):
-                return root, place.relative_to(root)
-    return folder, Path()
+            if (place := Path(real(folder))).is_relative_to(parent := Path(real(root))):
+                return parent, place.relative_to(parent)
+    return None
+
+
+class _Named:
+    """The documents of the files in a folder, each under an id of its own."""
+
+    def __init__(self, folder: Path, reading: Reading) -> None:
+        place = _place(folder, reading.root)
+        self.documents: dict[str, Document] = {}
+        self._root, self._place = (folder, Path()) if place is None else place
+        self._in_root = place is not None
+        self._reading = reading
+        self._repeated: list[str] = []
+        self._renamed: list[str] = []
+        self._replacing: list[str] = []
+
+    def add(self, path: Path, name: str, read: Callable[[Path], Content]) -> None:
+        """Reads a file, called ``name`` in the folder: the rows of its tables, or what ``read``
+        gives.
+
+        Raises:
+            Unreadable: if the file cannot be read.
+            RefineFastError: for a malformed row of a table.
+        """
+        name = name_of(self._place / name)
+        if tables.table_suffix(path) is None:
+            content = read(path)
+            own = Document(name, content.title, content.text, name, content.markup)
+            self._add(name, name, [own])
+            return
+
+        def documents(title: str, rows: tables.Rows) -> list[Document]:
+            table = f"{name}:{title}" if title else name
+            placed = ((f"{table}:{place}", row) for place, row in rows)
+            return _guessed(placed, self._root, self._reading)
+
+        for title, found in tables.read_each(path, self._reading.encoding, documents):
+            self._add(name, f"{name}:{title}" if title else name, found)
+
+    def _add(self, file: str, table: str, found: Sequence[Document]) -> None:
+        own = {document.id for document in found}
+        for document in found:
+            id, where = document.id, str(self._root / document.source)
+            earlier = self.documents.get(id)
+            if earlier and document == replace(earlier, source=document.source):
+                self._repeated.append(where)
+                continue
+            while (
+                id in self.documents
+                or self._is_anothers(id, file, table)
+                or (id != document.id and id in own)  # a row without an id has "table:number"
+            ):
+                id = f"{table}:{id}"
+            if id != document.id:
+                self._renamed.append(f'{where}, now "{id}"')
+            elif not _is_of(there := self._reading.known.get(id, file), file):
+                self._replacing.append(f"{where} that of {there}")
+            self.documents[id] = replace(document, id=id)
+
+    def _is_anothers(self, id: str, file: str, table: str) -> bool:
+        """Whether an id is that of an earlier document of another table, and not to be replaced."""
+        known = self._reading.known
+        there = known.get(id)
+        if there is None or _is_of(there, table):
+            return False
+        return _is_of(known.get(f"{table}:{id}", ""), table) or (
+            self._in_root and not _is_of(there, file)
+        )
+
+    def warn(self) -> None:
+        """Names what was left out or renamed."""
+        _warn_of_skipped(self._repeated, "they repeat a row of another file or sheet")
+        if self._renamed:
+            warnings.warn(
+                f"{len(self._renamed)} documents have the id of another file's document, or of "
+                "another sheet's; the name of theirs is put before it, the first at "
+                f"{self._renamed[0]}.",
+                RefineFastWarning,
+                stacklevel=4,
+            )
+        if self._replacing and self._reading.say is not None:
+            self._reading.say(
+                f"{len(self._replacing)} documents replace those with the same id of other files, "
+                f"the first {self._replacing[0]}; give them other ids to keep both"
+            )
+
+
+def _is_of(source: str, table: str) -> bool:
+    """Whether the source of a document lies in a file, or in a sheet of one."""
+    return source == table or source.startswith(f"{table}:")
 
 
 def _folder(
     folder: Path, reading: Reading, progress: Progress | None, spread: Spread | None
 ) -> list[Document]:
-    documents: dict[str, Document] = {}
-    repeated, renamed = [], []
+    named = _Named(folder, reading)
     other: Counter[str] = Counter()
     excluded = {_real(path) for path in reading.exclude}
 
@@ -187,10 +280,7 @@ def _folder(
         real = _real(path)
         return excluded.isdisjoint([real, *real.parents])
 
-    root, place = _root(folder, reading)
-    paths = [
-        (path, name_of(place / name)) for path, name in walk(folder, _closed) if is_document(path)
-    ]
+    paths = [(path, name) for path, name in walk(folder, _closed) if is_document(path)]
     extracted: dict[Path, Extracted] = {}
     wanted = [path for path, _ in paths if path.suffix.lower() in files.EXTRACTED]
     if spread is not None and wanted:
@@ -207,30 +297,11 @@ def _folder(
             other[path.suffix.lower() or "no suffix"] += 1
             continue
         try:
-            found = _file(path, root, name, reading, read)
+            named.add(path, name, read)
         except (Unreadable, RefineFastError) as reason:
             message = f"{path} is skipped: {str(reason).removesuffix('.')}."
             warnings.warn(message, RefineFastWarning, stacklevel=3)
-            continue
-        own = {document.id for document in found}
-        for document in found:
-            id, where = document.id, str(root / document.source)
-            if id in documents and document == replace(documents[id], source=document.source):
-                repeated.append(where)
-                continue
-            while id in documents or (id != document.id and id in own):  # tables count from 1
-                id = f"{name}:{id}"
-            if id != document.id:
-                renamed.append(f'{where}, now "{id}"')
-            documents[id] = replace(document, id=id)
-    _warn_of_skipped(repeated, "they repeat a row of another file")
-    if renamed:
-        warnings.warn(
-            f"{len(renamed)} documents have the id of another file's document; the name of their "
-            f"file is put before it, the first at {renamed[0]}.",
-            RefineFastWarning,
-            stacklevel=3,
-        )
+    named.warn()
     if other:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in other.most_common(5))
         warnings.warn(
@@ -239,7 +310,7 @@ def _folder(
             RefineFastWarning,
             stacklevel=3,
         )
-    return list(documents.values())
+    return list(named.documents.values())
 
 
 def _real(path: Path) -> Path:
@@ -251,23 +322,6 @@ def _suffix(path: Path) -> str | None:
     """The suffix by which the file is read; None if it is not."""
     suffix = path.suffix.lower()
     return suffix if suffix in files.SUFFIXES else tables.table_suffix(path)
-
-
-def _file(
-    path: Path, root: Path, name: str, reading: Reading, read: Callable[[Path], Content]
-) -> list[Document]:
-    """The documents in one file, called ``name`` in ``root``: the rows of a table, or what ``read``
-    gives.
-
-    Raises:
-        Unreadable: if the file cannot be read.
-        RefineFastError: for a malformed row of a table.
-    """
-    if tables.table_suffix(path) is None:
-        content = read(path)
-        return [Document(name, content.title, content.text, name, content.markup)]
-    rows = tables.read_table(path, reading.encoding)
-    return _guessed(((f"{name}:{place}", row) for place, row in rows), root, reading)
 
 
 def _dataset(path: Path, reading: Reading) -> list[Document]:

@@ -34,8 +34,10 @@ from ..corpus.formats.content import Unreadable
 from ..corpus.formats.tables import (
     SUFFIXES,
     Row,
+    Rows,
     is_utf8,
     read_cells,
+    read_each,
     read_json,
     read_table,
     rows_of_json,
@@ -169,30 +171,42 @@ def _folder(folder: Path, split: str) -> Iterator[Judgement]:
 
 
 def _file(path: Path, encoding: str | None) -> Iterator[Judgement]:
-    suffix = table_suffix(path)
     if _names_by_id(path, None):
         yield from _gpl(path, path.parent, encoding)
         return
-    if suffix == ".json":
+
+    def judgements(title: str, rows: Rows) -> list[Judgement]:
+        first = next(rows, None)
+        if first is None:
+            return []
+        if _names_by_id(path, first):
+            return list(_gpl(path, path.parent, encoding))
+        table = f"{path}:{title}" if title else path
+        return [
+            judgement
+            for place, row in chain([first], rows)
+            for judgement in _row(_filled(path, row), f"{table}:{place}")
+        ]
+
+    if table_suffix(path) == ".json":
         value = read_json(path, encoding)
         if isinstance(value, dict) and {"queries", "relevant_docs"} <= value.keys():
             yield from _llama_index(path, value)
-            return
-        rows = rows_of_json(path, value)
-    else:
-        rows = read_table(path, encoding)
-    first = next(rows, None)
-    if first is None:
+        else:
+            yield from judgements("", rows_of_json(path, value))
         return
-    if _names_by_id(path, first):
-        yield from _gpl(path, path.parent, encoding)
-        return
-    for place, row in chain([first], rows):
-        if suffix not in (".jsonl", ".ndjson", ".json"):
-            row = {name: plain(value) for name, value in row.items()}
-        if suffix in (".csv", ".tsv"):  # an empty cell is a missing one
-            row = {name: value for name, value in row.items() if value}
-        yield from _row(row, f"{path}:{place}")
+    for _, found in read_each(path, encoding, judgements):
+        yield from found
+
+
+def _filled(path: Path, row: Row) -> Row:
+    """The row of a table with plain values; in CSV, an empty cell is a missing one."""
+    suffix = table_suffix(path)
+    if suffix not in (".jsonl", ".ndjson", ".json"):
+        row = {name: plain(value) for name, value in row.items()}
+    if suffix in (".csv", ".tsv"):
+        row = {name: value for name, value in row.items() if value}
+    return row
 
 
 def _gpl(path: Path, folder: Path, encoding: str | None = None) -> Iterator[Judgement]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,6 +106,7 @@ def read_documents(
     *,
     exclude: Sequence[Path] = (),
     root: Path | None = None,
+    known: Mapping[str, str] | None = None,
     spread: Spread | None = None,
 ) -> list[Document]:
     """The documents at ``docs``, read with the run's encoding and columns.
@@ -115,11 +116,13 @@ def read_documents(
         docs: as ``--docs``; None: Python's language reference.
         exclude: files there that are no documents.
         root: as for ``Reading``.
+        known: likewise; None: there are no earlier documents.
         spread: the workers; None: this process.
     """
     config = context.config
     columns = Columns(config.text_column, config.title_column, config.id_column)
-    reading = Reading(config.encoding, columns, exclude, root, context.console.say)
+    say = context.console.say
+    reading = Reading(config.encoding, columns, exclude, root, say, known or {})
     with context.console.progress("reading documents") as progress:
         return load_documents(docs, progress, reading=reading, spread=spread)
 

@@ -7,15 +7,16 @@ import gzip
 import io
 import json
 import re
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
-from ....errors import RefineFastError
+from ....errors import RefineFastError, RefineFastWarning
 from ..columns import TEXT_NAMES, named
 from ..jsonl import read_jsonl
 from .content import Unreadable, missing
@@ -23,6 +24,11 @@ from .encoding import decode, marked_encoding
 from .files import read_bytes
 
 Row = dict[str, Any]
+Rows = Iterator[tuple[int | str, Row]]
+"""(place, row): the place is the row's number or line from 1, or its key."""
+
+Item = TypeVar("Item")
+
 _NAMED_DELIMITER = re.compile(r'"?sep=([,;\t|])"?\r?\n', re.IGNORECASE)
 """The first line by which Excel is told the delimiter of a CSV file."""
 MAX_TABLE_BYTES = 1 << 30
@@ -40,8 +46,9 @@ def table_suffix(path: Path) -> str | None:
     return None if packed and suffix in (".xlsx", ".parquet") else suffix
 
 
-def read_table(path: Path, encoding: str | None = None) -> Iterator[tuple[int | str, Row]]:
-    """(place, row) of every row that is not blank; the place is its number or line from 1.
+def read_table(path: Path, encoding: str | None = None) -> Rows:
+    """Every row that is not blank, with its place; in a workbook of several sheets, the sheet's
+    title is before it.
 
     A row maps column names to values. In JSON it is an object: in a list, alone in its file, or
     under its id in an object of objects.
@@ -50,17 +57,51 @@ def read_table(path: Path, encoding: str | None = None) -> Iterator[tuple[int | 
         RefineFastError: for a malformed row; the message names file, line and remedy.
         Unreadable: if the file as a whole cannot be read.
     """
+    for title, rows in _tables(path, encoding):
+        for place, row in rows:
+            yield (f"{title}:{place}" if title else place), row
+
+
+def read_each(
+    path: Path, encoding: str | None, read: Callable[[str, Rows], list[Item]]
+) -> list[tuple[str, list[Item]]]:
+    """(title, what ``read`` makes of the title and the rows) of every table in a file: of the
+    sheets of a workbook, each of which may have columns of its own. The title is "" where there is
+    one table.
+
+    A sheet that ``read`` refuses is named in a RefineFastWarning, unless there is no other.
+
+    Raises:
+        RefineFastError: as ``read_table``, or of ``read``.
+        Unreadable: as ``read_table``.
+    """
+    found: list[tuple[str, list[Item]]] = []
+    refused: list[tuple[str, RefineFastError]] = []
+    for title, rows in _tables(path, encoding):
+        try:
+            found.append((title, read(title, rows)))
+        except RefineFastError as error:
+            refused.append((title, error))
+    if refused and not any(items for _, items in found):
+        raise refused[0][1]
+    for title, reason in refused:
+        message = f"the sheet {title!r} of {path} is skipped: {reason}"
+        warnings.warn(message, RefineFastWarning, stacklevel=3)
+    return found
+
+
+def _tables(path: Path, encoding: str | None) -> Iterator[tuple[str, Rows]]:
     suffix = table_suffix(path)
-    if suffix in (".jsonl", ".ndjson"):
-        yield from _json_lines(path, encoding)
-    elif suffix == ".json":
-        yield from rows_of_json(path, read_json(path, encoding))
-    elif suffix in (".csv", ".tsv"):
-        yield from _delimited(path, encoding)
-    elif suffix == ".xlsx":
+    if suffix == ".xlsx":
         yield from _sheets(path)
+    elif suffix in (".jsonl", ".ndjson"):
+        yield "", _json_lines(path, encoding)
+    elif suffix == ".json":
+        yield "", rows_of_json(path, read_json(path, encoding))
+    elif suffix in (".csv", ".tsv"):
+        yield "", _delimited(path, encoding)
     else:
-        yield from _parquet(path)
+        yield "", _parquet(path)
 
 
 def is_utf8(path: Path) -> bool:
@@ -91,7 +132,7 @@ def _text(path: Path, encoding: str | None) -> str:
     return decode(path, _unpacked(path), encoding)
 
 
-def _json_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, Row]]:
+def _json_lines(path: Path, encoding: str | None) -> Rows:
     if encoding is None:
         opener = gzip.open if path.suffix.lower() == ".gz" else open
         with suppress(OSError, EOFError, zlib.error), opener(path, "rb") as file:
@@ -114,7 +155,7 @@ def read_json(path: Path, encoding: str | None = None) -> Any:
     return value if end == len(text) else [row for _, row in _json_lines(path, encoding)]
 
 
-def rows_of_json(path: Path, value: Any) -> Iterator[tuple[int | str, Row]]:
+def rows_of_json(path: Path, value: Any) -> Rows:
     """The rows of ``read_table`` in the value of a JSON file."""
     if isinstance(value, dict):
         value = _wrapped(value) or value
@@ -178,7 +219,7 @@ def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[st
         ) from None
 
 
-def _delimited(path: Path, encoding: str | None) -> Iterator[tuple[int, Row]]:
+def _delimited(path: Path, encoding: str | None) -> Rows:
     text = _text(path, encoding)
     named = _NAMED_DELIMITER.match(text)
     delimiter = named[1] if named else _delimiter(path, text)
@@ -187,7 +228,7 @@ def _delimited(path: Path, encoding: str | None) -> Iterator[tuple[int, Row]]:
         if named and number == 1:
             continue
         if not names:
-            names = _header(path, cells)
+            names = _header(str(path), cells)
             continue
         if len(cells) > len(names) and any(cells[len(names) :]):
             raise RefineFastError(
@@ -208,16 +249,15 @@ def _delimiter(path: Path, text: str) -> str:
     return max(",;\t|", key=outside.count)
 
 
-def _header(path: Path, cells: list[Any]) -> list[str]:
+def _header(table: str, cells: list[Any]) -> list[str]:
     names = [" ".join(str(cell).split()) for cell in cells]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
-        raise RefineFastError(f"{path}: two columns are named {twice[0]!r}; rename one.")
+        raise RefineFastError(f"{table}: two columns are named {twice[0]!r}; rename one.")
     return names
 
 
-def _sheets(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of every sheet, the first that is not blank as its header."""
+def _sheets(path: Path) -> Iterator[tuple[str, Rows]]:
     try:
         import openpyxl
     except ImportError:
@@ -231,18 +271,23 @@ def _sheets(path: Path) -> Iterator[tuple[str, Row]]:
     except Exception as error:  # BadZipFile, KeyError, XML errors, ...
         raise Unreadable(f"it is not an Excel workbook ({type(error).__name__}: {error})") from None
     for title, rows in sheets:
-        names: list[str] = []
-        for number, cells in enumerate(rows, 1):
-            if all(cell is None or not str(cell).strip() for cell in cells):
-                continue
-            if not names:
-                names = _header(path, ["" if cell is None else cell for cell in cells])
-                continue
-            place = str(number) if len(sheets) == 1 else f"{title}:{number}"
-            yield place, {n: cell for n, cell in zip(names, cells, strict=False) if n}
+        alone = len(sheets) == 1
+        yield "" if alone else title, _sheet(str(path) if alone else f"{path}:{title}", rows)
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
+def _sheet(table: str, rows: Sequence[Sequence[Any]]) -> Rows:
+    """The rows of a sheet, the first that is not blank as its header."""
+    names: list[str] = []
+    for number, cells in enumerate(rows, 1):
+        if all(cell is None or not str(cell).strip() for cell in cells):
+            continue
+        if not names:
+            names = _header(table, ["" if cell is None else cell for cell in cells])
+            continue
+        yield number, {n: cell for n, cell in zip(names, cells, strict=False) if n}
+
+
+def _parquet(path: Path) -> Rows:
     try:
         import pyarrow.parquet
     except ImportError:
