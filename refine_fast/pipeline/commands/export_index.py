@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ...files import atomic, atomic_folder
-from ..artifacts import MODEL
+from ..artifacts import CHUNKS, MODEL
 from ..config_file import saved_config
 from ..console import Console
+from ..corpus.chunk import Chunk
+from ..corpus.jsonl import read_records
 from ..encoder.encode import compares_by_cosine, encode
 from ..evaluation.evaluate import score_vectors
 from ..queries.splits import held_out_set
@@ -25,7 +27,7 @@ from .export_target import (
     naming_extras,
     target_path,
 )
-from .index import refuse_older
+from .index import of_same_passages, refuse_older
 
 SUFFIX = {"vectors": ".parquet"}
 """Format -> suffix of its file; the others are folders."""
@@ -66,7 +68,7 @@ def export_index(
     path = target_path(out, format, suffix, target, overwrite=overwrite)
     writer, loss, facts = exports.WRITERS[format], None, {}
     if smaller:
-        compact, loss = _compact(out, index, numbers, dimensions)
+        compact, loss = _compact(out, index, numbers, dimensions, console)
         writer = partial(exports.write_vectors, compact=compact)
         facts = {**compact.facts(), "loss": None if loss is None else loss.facts()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,7 @@ def export_index(
 
 
 def _compact(
-    out: Path, index: Index, numbers: Numbers, dimensions: int | None
+    out: Path, index: Index, numbers: Numbers, dimensions: int | None, console: Console
 ) -> tuple[CompactVectors, Loss | None]:
     """How the vectors are stored, and what it costs on the run's held-out queries. Those are
     stored as the passages are."""
@@ -89,8 +91,9 @@ def _compact(
     vectors = np.concatenate([rows for _, rows in parts])
     model = load_product(out)
     compact = CompactVectors.of(vectors, numbers, dimensions, unit=compares_by_cosine(model))
-    ids = {chunk.id for chunk in chunks}
-    held = [query for query in held_out_queries(out) if query.chunk_id in ids]
+    texts = {chunk.id: chunk.text for chunk in chunks}
+    run = read_records(out / CHUNKS, Chunk)
+    held = of_same_passages(held_out_queries(out), run, texts, console)
     if not held:
         return compact, None
     data = held_out_set(chunks, held).sample(queries=QUERIES, docs=len(chunks), seed=0)

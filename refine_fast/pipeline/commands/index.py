@@ -70,22 +70,25 @@ def index(
         builder = Builder(folder, encoders, console.progress, console.say)
         if add is not None or remove:
             if manifest is None or different(manifest, key):
+                of_type = "" if kind is None else f" --type {kind}"
                 raise RefineFastError(
                     f"index: {out} has no index that is up to date; "
-                    f"make it first: refine-fast index {as_argument(out)}."
+                    f"make it first: refine-fast index {as_argument(out)}{of_type}."
                 )
-            manifest = builder.change(manifest, *_documents(context, add), remove, of_kind)
-        elif manifest is None or different(manifest, key):
-            reasons = ["not done yet"] if manifest is None else different(manifest, key)
-            console.say(f"index: {'; '.join(reasons)}")
-            chunks = read_records(out / CHUNKS, Chunk)
-            held_out = partial(held_out_queries, out, console)
-            manifest = builder.build(chunks, held_out, key, of_kind)
+            known = sources_of(Index.open(folder, manifest))
+            manifest = builder.change(manifest, *_documents(context, add, known), remove, of_kind)
         else:
-            dev = held_out_queries(out, console, Index.open(folder, manifest).texts)
-            old, manifest = manifest, builder.with_blend_of(manifest, dev)
-            same = manifest is old
-            console.say(f"index: {'up to date' if same else 'marks changed; new blend'}")
+            chunks = read_records(out / CHUNKS, Chunk)
+            held_out = partial(held_out_queries, out, console, chunks)
+            reasons = ["not done yet"] if manifest is None else different(manifest, key)
+            if manifest is None or reasons:
+                console.say(f"index: {'; '.join(reasons)}")
+                manifest = builder.build(chunks, held_out, key, of_kind)
+            else:
+                old, dev = manifest, held_out(Index.open(folder, manifest).texts)
+                manifest = builder.with_blend_of(old, dev)
+                news = "up to date" if manifest is old else "marks or passages changed; new blend"
+                console.say(f"index: {news}")
     _show(folder, manifest, console)
 
 
@@ -166,13 +169,16 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def held_out_queries(out: Path, console: Console, texts: Texts) -> list[Query]:
+def held_out_queries(
+    out: Path, console: Console, chunks: Sequence[Chunk], texts: Texts
+) -> list[Query]:
     """The queries that choose the blend: a person's marks if they are enough, else those and the
     run's held-out queries.
 
     Args:
         out: the run folder.
-        console: told how many marks are of passages that are gone or have changed.
+        console: told how many of either are of passages that are gone or have changed.
+        chunks: of the run.
         texts: of the passages in the index.
     """
     marks, others = Judged(out / JUDGED).matching(texts)
@@ -181,16 +187,48 @@ def held_out_queries(out: Path, console: Console, texts: Texts) -> list[Query]:
     marked = [Query(text, doc_id, "user") for text, doc_id in marks]
     if len({query.text for query in marked}) >= MIN_JUDGED:
         return marked
-    return [*marked, *read_records(out / DEV, Query)]
+    held_out = read_records(out / DEV, Query)
+    found = texts({query.chunk_id for query in held_out})
+    return [*marked, *of_same_passages(held_out, chunks, found, console)]
 
 
-def _documents(context: RunContext, path: Path | None) -> tuple[list[Chunk], list[str]]:
-    """The chunks of documents, read, named and cut as the run's, and the documents' ids."""
+def of_same_passages(
+    queries: Sequence[Query], chunks: Sequence[Chunk], texts: Mapping[str, str], console: Console
+) -> list[Query]:
+    """The queries whose passages have the texts that they were made from: an edit or another cut
+    gives the id to another passage.
+
+    Args:
+        queries: of the run.
+        chunks: of the run.
+        texts: passage id -> text, in the index.
+        console: told how many queries are left out.
+    """
+    before = {chunk.id: chunk.text for chunk in chunks}
+    kept = [
+        query
+        for query in queries
+        if query.chunk_id in texts and texts[query.chunk_id] == before.get(query.chunk_id)
+    ]
+    if others := len(queries) - len(kept):
+        console.say(
+            f"{others:,} held-out queries do not count: their passages have changed or are gone"
+        )
+    return kept
+
+
+def _documents(
+    context: RunContext, path: Path | None, known: Mapping[str, str]
+) -> tuple[list[Chunk], list[str]]:
+    """The chunks of documents, read, named and cut as the run's, and the documents' ids. ``known``
+    is that of ``Reading``."""
     if path is None:
         return [], []
     config = context.config
     asked = () if config.queries is None else query_files(config.queries)
-    documents = read_documents(context, path, root=config.docs, exclude=[context.out, *asked])
+    documents = read_documents(
+        context, path, root=config.docs, known=known, exclude=[context.out, *asked]
+    )
     encoder = load_encoder(context.encoder, trust_remote_code=context.trust_remote_code)
     return cut(context, encoder, documents), [document.id for document in documents]
 
