@@ -11,11 +11,12 @@ import pytest
 from retrieval_sets import SMALL, folder_of
 
 from refine_fast.cli import main
-from refine_fast.pipeline.corpus.beir import load_beir
+from refine_fast.pipeline.corpus.beir import RetrievalSet, load_beir
+from refine_fast.pipeline.corpus.text import passage_text
 from refine_fast.pipeline.evaluation.metrics import METRICS
 from refine_fast.pipeline.queries.query import MADE_KINDS
 from refine_fast.pipeline.serving.evaluate import choosing_set
-from refine_fast.pipeline.serving.systems import SYSTEM_NAMES
+from refine_fast.pipeline.serving.systems import SYSTEM_NAMES, sentences_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,6 +87,16 @@ def test_the_table(data: Path, tiny: Path, capsys) -> None:
     (line,) = (line for line in captured.err.splitlines() if "blend of best sentence" in line)
     assert line.startswith(f"{tiny}: ")
     assert line.endswith("chosen on 20 queries (the split dev)")
+
+
+def test_titles_with_blanks() -> None:
+    """Around them, or alone: a passage begins with its title as it is without."""
+    titles, texts = [" The  Loire ", "  ", ""], ["It flows west.", "A text.", " Another one. "]
+    docs = [passage_text(*pair) for pair in zip(titles, texts, strict=True)]
+    data = RetrievalSet("blanks", ["a", "b", "c"], docs, [], [], [], titles)
+    sentences, offsets = sentences_of(data)
+    assert sentences == ["The  Loire It flows west.", "A text.", "Another one."]
+    assert offsets.tolist() == [0, 1, 2, 3]
 
 
 def test_where_the_weights_come_from(data: Path) -> None:

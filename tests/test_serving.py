@@ -199,6 +199,8 @@ def test_search_shows_each_system(indexed: Path, capsys) -> None:
             assert first == chunk.start + start
     assert main(["search", str(indexed), QUERIES[0]]) == 0
     assert found["systems"]["blend"][0]["id"] in capsys.readouterr().out
+    assert main(["search", str(indexed), "op\udce9rateurs", "--json"]) == 0  # not UTF-8
+    assert json.loads(capsys.readouterr().out)["query"] == "op\ufffdrateurs"
     assert main(["search", str(indexed), " "]) == 2
     assert "search: the query is empty" in capsys.readouterr().err
 
