@@ -267,6 +267,12 @@ def test_choose_weight(
     assert (chosen.gain.low > 0) == (refused != NOT_BETTER)
 
 
+@pytest.mark.parametrize(("most", "weight"), [(1.0, 1.0), (0.5, 0.35), (0.1, 0.35)])
+def test_larger_weights_are_not_chosen(most: float, weight: float) -> None:
+    dev, guard = curve({0.0: 0.5, 0.35: 0.6, 1.0: 0.7}), curve({0.0: 0.8, 0.35: 0.8, 1.0: 0.8})
+    assert choose_weight(dev, guard, tolerance=0.005, most=most).weight == weight
+
+
 def test_without_queries_the_base_is_kept() -> None:
     nothing = curve({0.0: 0.5, 1.0: 0.6}, queries=0)
     chosen = choose_weight(nothing, curve({0.0: 0.5, 1.0: 0.5}), tolerance=0.005)

@@ -11,6 +11,11 @@ from .significance import Gain, gain
 METRIC = "ndcg@10"
 """What decides: unlike recall at one depth, it changes with every rank."""
 
+MADE_MOST = 0.5
+"""The largest weight that is chosen where the held-out queries were made from the passages, as those
+of training were: they prefer larger ones, at which people's questions gain nothing more and other
+collections lose."""
+
 NOT_BETTER = "not better"
 FORGETS = "forgets"
 NO_QUERIES = "no queries"
@@ -68,7 +73,11 @@ def choose_share(dev: Mapping[float, Scores], rule: float) -> ShareChoice:
 
 
 def choose_weight(
-    dev: Mapping[float, Scores], guard: Mapping[float, Scores], *, tolerance: float
+    dev: Mapping[float, Scores],
+    guard: Mapping[float, Scores],
+    *,
+    tolerance: float,
+    most: float = 1.0,
 ) -> Choice:
     """The weight with the highest mean on ``dev`` among those that are better there, the 95%
     interval of the gain lying above 0, and lose at most ``tolerance`` on ``guard``.
@@ -82,8 +91,10 @@ def choose_weight(
         guard: weight -> scores on text unlike the documents.
         tolerance: the largest loss of the mean on ``guard``, relative to the base; 0.005 is half a
             percent.
+        most: the largest weight that may be chosen; if all are larger, the smallest may be.
     """
-    weights = [weight for weight in sorted(dev) if weight > 0]
+    positive = [weight for weight in sorted(dev) if weight > 0]
+    weights = [weight for weight in positive if weight <= most] or positive[:1]
     if not len(dev[0]):
         unknown = Gain(0.0, 0.0, 0.0)
         return Choice(0.0, weights[0], unknown, unknown, NO_QUERIES)

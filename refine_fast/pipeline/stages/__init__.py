@@ -239,7 +239,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
     compared = [weight for weight in context.compared_weights if weight > 0]
     if context.chooses_distill:
         yield curves.pop(0.0)
-        candidates = made(curve_file(0))
+        candidates = made(DEV, curve_file(0))
         for share in context.shares:
             folder = at_share(share)
             yield training(f"train {share!r}", share, folder)
@@ -262,7 +262,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         "choose",
         choose,
         (FUSION_FACTS,),
-        curve_files if context.chooses_weight else {},
+        made(DEV) | curve_files if context.chooses_weight else {},
         "weight tolerance curve" if context.chooses_weight else "weight",
     )
     sets = judged | {f"ood {name_of(folder.name)}": folder for folder in context.ood}

@@ -17,8 +17,9 @@ from ..artifacts import (
     curve_file,
     read_scores,
 )
-from ..evaluation.choice import choose_share, choose_weight
+from ..evaluation.choice import choose_share
 from ..evaluation.scores import Scores
+from .choose import chosen
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -38,12 +39,12 @@ def run(context: RunContext, folder: Path, *, rule: float) -> None:
         weights[share] = _weight(context, curve)
         dev[share] = curve[weights[share]]["dev"]
     choice = choose_share(dev, rule)
-    chosen = context.path(at_share(choice.share))
+    trained = context.path(at_share(choice.share))
     for name in (TUNED, ADAPTER):
-        if (chosen / name).exists():
-            shutil.copytree(chosen / name, folder / name, dirs_exist_ok=True)
+        if (trained / name).exists():
+            shutil.copytree(trained / name, folder / name, dirs_exist_ok=True)
     for name in (TRAINING_FACTS, *map(curve_file, fused)):
-        shutil.copy(chosen / name, folder / name)
+        shutil.copy(trained / name, folder / name)
     write_json(folder / DISTILL_FACTS, {**asdict(choice), "weights": weights})
     scores = ", ".join(f"{share:g}: {score:.3f}" for share, score in choice.scores.items())
     context.console.say(
@@ -56,5 +57,4 @@ def _weight(context: RunContext, curve: dict[float, dict[str, Scores]]) -> float
     config = context.config
     if config.weight != "auto":
         return float(config.weight)
-    dev, guard = ({w: sets[name] for w, sets in curve.items()} for name in ("dev", "guard"))
-    return choose_weight(dev, guard, tolerance=config.tolerance).weight
+    return chosen(context, curve).weight
