@@ -12,9 +12,9 @@ METRIC = "ndcg@10"
 """What decides: unlike recall at one depth, it changes with every rank."""
 
 MADE_MOST = 0.5
-"""The largest weight that is chosen where the held-out queries were made from the passages, as those
-of training were: they prefer larger ones, at which people's questions gain nothing more and other
-collections lose."""
+"""The largest weight that is chosen where the held-out queries were made from the passages, as
+those of training were: they prefer larger ones, at which people's questions gain nothing more and
+other collections lose."""
 
 NOT_BETTER = "not better"
 FORGETS = "forgets"
