@@ -13,8 +13,9 @@ METRIC = "ndcg@10"
 
 MADE_MOST = 0.5
 """The largest weight that is chosen where the held-out queries were made from the passages, as
-those of training were: they prefer larger ones, at which people's questions gain nothing more and
-other collections lose."""
+those of training were: they prefer 1 (SQuAD without a language model, seed 0: nDCG@10 +6.7, +7.7
+and +8.8 points at .5, .75 and 1). People's questions do not: recall@3 of SQuAD's split dev +4.2,
++3.8 and +3.1; of SciFact's and COVID-QA's train questions -1.2, -1.5, -1.5 and +3.5, +3.0, +0.5."""
 
 NOT_BETTER = "not better"
 FORGETS = "forgets"
