@@ -258,13 +258,15 @@ def test_adapters_in_subfolders(tmp_path: Path) -> None:
     assert_merged(tmp_path / "last", merged)
 
     # a whole model is no adapter because one lies beside it
-    build("bert", 1).save_pretrained(tmp_path / "tuned")
+    whole = build("bert", 1)
+    whole.save_pretrained(tmp_path / "tuned")
     lora(tmp_path / "tuned" / "adapter")
-    with pytest.raises(RefineFastError, match="has no weights in 'adapter'"):
-        rf.fuse(tmp_path / "base", tmp_path / "tuned", tmp_path / "whole")
+    report = rf.fuse(tmp_path / "base", tmp_path / "tuned", tmp_path / "whole", 1.0)
+    assert "adapter/adapter_model.safetensors of tuned is not read" in str(report)
+    assert_merged(tmp_path / "whole", whole)
 
     with pytest.raises(RefineFastError, match="is an adapter, not a model: give the model"):
-        rf.fuse(tmp_path / "named", tmp_path / "tuned", tmp_path / "whole")
+        rf.fuse(tmp_path / "named", tmp_path / "tuned", tmp_path / "other")
 
 
 @pytest.mark.parametrize("place", ["", "0_Transformer"])

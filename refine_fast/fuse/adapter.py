@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RefineFastError
-from .checkpoint import Entry, Header, parse_json, read_header
+from .checkpoint import Entry, Header, read_header
+from .model_files import parse_json
 from .modules import folders_of
 from .names import first_and_count, match_names
 

@@ -7,17 +7,18 @@ a byte of data is read, by the rules of the safetensors reference implementation
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ..errors import RefineFastError
+from .model_files import parse_json
+from .modules import modules_and_routes_of
 
 DTYPES: dict[str, tuple[int, int | None]] = {
     "F32": (32, 0),
@@ -56,6 +57,7 @@ WEIGHT_SUFFIXES = (
 """Weight files that fuse does not read."""
 
 _JSON_SPACE = b" \t\n\r"  # writers may pad a header with it, on either side
+_INDEX = "model.safetensors.index.json"
 _UNUSED_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json")
 
 
@@ -123,54 +125,6 @@ def _reject(path: Path, why: str) -> NoReturn:
     raise RefineFastError(
         f"{path} is not a valid safetensors file: {why}; download it or save it again"
     )
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(
-            f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice"
-        )
-    return keys
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _integer(digits: str) -> int:
-    if digits == "-0":  # a float to the reference implementation
-        raise ValueError("-0 is not an integer")
-    finite(digits)
-    return int(digits)
-
-
-def finite(digits: str) -> float:
-    """The number in a JSON file; ValueError where a float cannot hold it."""
-    if math.isinf(value := float(digits)):
-        raise ValueError(f"the number {digits[:20]}... is out of range")
-    return value
-
-
-def parse_json(text: bytes) -> Any:
-    """Parses strict JSON.
-
-    Raises:
-        ValueError: a key that occurs twice, a number out of range, NaN, an unpaired surrogate, or
-            nesting that is too deep.
-    """
-    hooks: dict[str, Any] = {
-        "parse_int": _integer,
-        "parse_float": finite,
-        "parse_constant": _no_constant,
-    }
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, **hooks)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    return value
 
 
 def _is_size(value: object) -> bool:
@@ -316,18 +270,19 @@ def _read_component(
     """The weights of one folder and the names of the files that they are read from."""
     files = [name for name in names if name.endswith(".safetensors")]
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
-    # transformers also prefers one file to an index
+    # transformers also prefers one file to an index, and these names to others
     if "model.safetensors" in files or (len(files) == 1 and not indexes):
         name = "model.safetensors" if "model.safetensors" in files else files[0]
         check_inside(root, folder / name)
         return Component(folder, [read_header(folder / name)]), {name}
-    if len(indexes) == 1:
-        component = _read_index(folder / indexes[0], root)
-        return component, {indexes[0], *(shard.path.name for shard in component.shards)}
+    if _INDEX in indexes or len(indexes) == 1:
+        index = _INDEX if _INDEX in indexes else indexes[0]
+        component = _read_index(folder / index, root)
+        return component, {index, *(shard.path.name for shard in component.shards)}
     if files or indexes:
         raise RefineFastError(
             f"{folder} has {len(files)} safetensors files and {len(indexes)} indexes; it must have"
-            " one model.safetensors or one index"
+            f" one safetensors file, or a model.safetensors or {_INDEX} among them"
         )
     return None, set()
 
@@ -340,11 +295,43 @@ def read_component(root: Path, folder: str) -> Component | None:
         folder: relative to it.
 
     Raises:
-        RefineFastError: weights that are ambiguous or malformed.
+        RefineFastError: weights that are ambiguous, malformed or only in pytorch_model.bin.
     """
-    place = root / folder
-    names = [path.name for path in place.iterdir()] if place.is_dir() else []
-    return _read_component(place, names, root)[0]
+    component = _read_component(root / folder, _names(root / folder), root)[0]
+    if component is None:
+        _check_no_pickle(root / folder)
+    return component
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of its files and folders, in order; none if there is no such folder."""
+    try:
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        _unreadable(error)
+
+
+def _check_no_pickle(folder: Path) -> None:
+    """Refuses weights of a module that fuse does not read and no safetensors replace: the output
+    would lack the module."""
+    for name in _names(folder):
+        if name.startswith("pytorch_model") and name.endswith(".bin"):
+            raise RefineFastError(
+                f"{folder} has its weights only in {name}, which fuse does not read: load the whole"
+                " model and save it again, which writes safetensors"
+            )
+
+
+def _of_the_model(root: Path, modules: list[str]) -> Callable[[str], bool]:
+    """Whether a folder's weights are the model's: of a module, or below its folder, as the parts of
+    an older router are. Other folders of a model, such as ``checkpoint-500`` of a trainer or
+    ``original``, hold copies. Every folder is the model's where no module has weights."""
+    if not any(
+        name.endswith(".safetensors") for folder in modules for name in _names(root / folder)
+    ):
+        return lambda _: True
+    below = tuple(f"{folder}/" for folder in modules if folder != ".")
+    return lambda folder: folder in modules or folder.startswith(below)
 
 
 def _unreadable(error: OSError) -> NoReturn:
@@ -370,6 +357,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path} does not exist or cannot be read: give a model folder or a .safetensors file"
             " (`hf download NAME --local-dir FOLDER` fetches one)"
         )
+    modules = [module.folder for module in modules_and_routes_of(path)] or ["."]
+    of_the_model = _of_the_model(path, modules)
     components, others, left_out = {}, [], []
     for current, folders, names in os.walk(path, onerror=_unreadable):
         folder = Path(current)
@@ -379,8 +368,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 raise RefineFastError(
                     f"{folder / name} is a link to a folder: put the folder itself there"
                 )
-        component, used = _read_component(folder, names, path)
         relative = folder.relative_to(path)
+        component, used = None, set[str]()
+        if of_the_model(str(relative)):
+            component, used = _read_component(folder, names, path)
         if component is not None:
             components[str(relative)] = component
         for name in sorted(set(names) - used):
@@ -395,4 +386,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 f" AutoModel.from_pretrained({str(path)!r}).save_pretrained(FOLDER)"
             )
         raise RefineFastError(f"{path} has no weights: it has no *.safetensors file")
+    for name in modules:
+        if name not in components:
+            _check_no_pickle(path / name)
     return Checkpoint(path, components, others, left_out)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
-
-from .checkpoint import finite
+from typing import Any, NoReturn
 
 _DEEPEST = 100
 """Objects and lists inside each other: more than a model has, and few enough for recursion."""
@@ -14,6 +13,54 @@ _DEEPEST = 100
 
 class UnreadableFileError(Exception):
     """A file that exists and does not hold what its name says; the message names it and why."""
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice"
+        )
+    return keys
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _strict_integer(digits: str) -> int:
+    if digits == "-0":  # a float to the reference implementation
+        raise ValueError("-0 is not an integer")
+    _finite(digits)
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    """The number in a JSON file; ValueError where a float cannot hold it."""
+    if math.isinf(value := float(digits)):
+        raise ValueError(f"the number {digits[:20]}... is out of range")
+    return value
+
+
+def parse_json(text: bytes) -> Any:
+    """Parses strict JSON.
+
+    Raises:
+        ValueError: a key that occurs twice, a number out of range, NaN, an unpaired surrogate, or
+            nesting that is too deep.
+    """
+    hooks: dict[str, Any] = {
+        "parse_int": _strict_integer,
+        "parse_float": _finite,
+        "parse_constant": _no_constant,
+    }
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, **hooks)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
 
 
 def read_bytes(path: Path) -> bytes | None:
@@ -63,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def _integer(digits: str) -> int:
     """One that a float can hold, if not exactly: numbers are compared as floats."""
-    finite(digits)
+    _finite(digits)
     return int(digits)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import RefineFastError
-from .checkpoint import parse_json
+from .model_files import parse_json
 
 MODULES = "modules.json"
 """In the root of a sentence-transformers model: its modules, in order."""

@@ -26,11 +26,11 @@ from .checkpoint import (
     Entry,
     Header,
     check_inside,
-    parse_json,
     read_checkpoint,
     read_component,
 )
 from .compatibility import compare_models
+from .model_files import parse_json
 from .modules import MODULES, folders_of, modules_and_routes_of, pair_modules
 from .names import first_and_count, match_names
 from .quantized import check_not_quantized
@@ -317,6 +317,11 @@ def make_plan(
             f"{base_path} has no weights in {unused[0]!r}, but {tuned_path} has some:"
             f" {ARCHITECTURES}"
         )
+    plan.notes += [
+        f"{name} of tuned is not read: it belongs to none of its modules, or another file does"
+        for name in tuned.left_out
+        if name.endswith(".safetensors")
+    ]
     weights.check_all_used()
     plan.differences += _dtypes(plan)
     if plan.is_folder:
