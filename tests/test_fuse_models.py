@@ -114,6 +114,31 @@ def test_fuse_into(tmp_path: Path, kind: str) -> None:
             assert torch.equal(model.state_dict()[name], wanted), name
 
 
+class Tied(torch.nn.Module):
+    """Three parameters, of which two are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lm_head, self.pooler = (torch.nn.Linear(2, 2, False) for _ in range(3))
+        self.lm_head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("names", [("lm_head", "embed"), ("embed", "lm_head"), ("embed", "embed")])
+def test_fuse_into_with_base_does_not_compound(tmp_path: Path, names: tuple[str, str]) -> None:
+    """A tied parameter that the files hold under different names, and a tensor that only tuned
+    has."""
+    base, tuned = (tmp_path / f"{side}.safetensors" for side in ("base", "tuned"))
+    save_file({f"{names[0]}.weight": torch.zeros(2, 2)}, base)
+    save_file({f"{names[1]}.weight": torch.ones(2, 2), "pooler.weight": torch.ones(2, 2)}, tuned)
+    model = Tied()
+    before = model.pooler.weight.clone()
+    for weight in (0.5, 0.5, 0.25):
+        notes = rf.fuse_into(model, tuned, weight, base=base)
+        assert torch.equal(model.embed.weight, torch.full((2, 2), weight))
+        assert torch.equal(model.pooler.weight, before)
+        assert "pooler.weight is in tuned only: left alone" in notes
+
+
 class Halves(torch.nn.Module):
     """A buffer that is the first half of another."""
 

@@ -27,6 +27,8 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 
+_Memory = tuple[int, torch.Size, tuple[int, ...]]
+
 
 def fuse_into(
     model: nn.Module,
@@ -51,7 +53,8 @@ def fuse_into(
         weights: as in ``fuse``, globs over the model's parameter names.
 
     Returns:
-        Notes on the names that were reconciled.
+        Notes on the names that were reconciled, and on tensors that are not in base, which stay as
+        they are.
 
     Raises:
         RefineFastError: files that do not fit the model or hold quantized weights, before any
@@ -61,7 +64,10 @@ def fuse_into(
     own_weights = Weights([weight], weights)
     targets = _targets(model)
     theirs = _partners(model, targets, read_checkpoint(Path(tuned)), notes)
-    ours = {} if base is None else _partners(model, targets, read_checkpoint(Path(base)), [])
+    ours: dict[_Memory, Entry] | None = None
+    if base is not None:  # its files may hold a tied parameter under another of its names
+        found = _partners(model, targets, read_checkpoint(Path(base)), [])
+        ours = {_memory(targets[name]): entry for name, entry in found.items()}
     pieces: list[tuple[Tensor, tuple[Entry, ...], float]] = []
     seen: dict[int, Tensor] = {}
     for name, target in targets.items():
@@ -72,14 +78,19 @@ def fuse_into(
                     " each memory of its own before the merge"
                 )
         elif name in theirs:  # tied parameters once
-            sources = (theirs[name], ours[name]) if name in ours else (theirs[name],)
-            pieces.append((target.detach(), sources, own_weights.of(name)[0]))
+            sources = [theirs[name]]
+            if ours is not None and (own := ours.get(_memory(target))) is not None:
+                sources.append(own)
+            elif ours is not None:  # as fuse does; every call would move it further
+                notes.append(f"{name} is in tuned only: left alone")
+                continue
+            pieces.append((target.detach(), tuple(sources), own_weights.of(name)[0]))
     own_weights.check_all_used()
     flats = [target.contiguous().view(-1) for target, _, _ in pieces]
     for device in {flat.device for flat in flats}:
         here = (
-            (flat, sources, own)
-            for flat, (_, sources, own) in zip(flats, pieces, strict=True)
+            (flat, sources, share)
+            for flat, (_, sources, share) in zip(flats, pieces, strict=True)
             if flat.device == device
         )
         chunks = (chunk for tensor in here for chunk in _chunks(*tensor))
@@ -111,6 +122,11 @@ def check_fuse_into(model: nn.Module, tuned: str | Path) -> list[str]:
         for name, entry in pairs.items()
         if first.setdefault(targets[name].data_ptr(), entry) is not entry
     ]
+
+
+def _memory(tensor: Tensor) -> _Memory:
+    """Equal for two names of one parameter."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _targets(model: nn.Module) -> dict[str, Tensor]:
