@@ -286,6 +286,8 @@ def test_output_dtype_in_config_json(tmp_path: Path, dtype: str | None, said: st
             folder.mkdir()
             save_file({"a": torch.full((8,), float(i))}, folder / "model.safetensors")
             (folder / "config.json").write_text(config)
+        listed = [{"path": "", "type": "Transformer"}, {"path": "1_Dense", "type": "Dense"}]
+        (tmp_path / side / "modules.json").write_text(json.dumps(listed))
     rf.fuse(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", dtype=dtype)
     for folder in (tmp_path / "out", tmp_path / "out" / "1_Dense"):
         assert (folder / "config.json").read_text() == config.replace("float8", said or "float8")
@@ -335,6 +337,9 @@ def test_nan_and_unequal_buffers_are_reported(
         "layer.0.bias": 2,
     }
     assert len(warned) == 2
+    with pytest.warns(RefineFastWarning) as by_sweep:
+        rf.fuse_sweep(*pair, {0.1: tmp_path / "1.safetensors", 0.2: tmp_path / "2.safetensors"})
+    assert {w.filename for w in (*warned, *by_sweep)} == {__file__}
     assert "layer.0.weight" in str(report)
 
 

@@ -254,6 +254,34 @@ def test_why_an_output_cannot_be_published(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(os.listdir(tmp_path)) == ["base", "tuned"]
 
 
+@pytest.mark.parametrize("at", ["second", "after"])
+def test_outputs_that_are_whole_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """A failure at the second output of a sweep, or after the rename."""
+    base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
+    rename, sync = Path.rename, atomic_output.fsync
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target.name == "b":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    def fail(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+        sync(path)
+
+    if at == "second":
+        monkeypatch.setattr(Path, "rename", refuse)
+    else:
+        monkeypatch.setattr(atomic_output, "fsync", fail)
+    with pytest.raises(RefineFastError, match=r"failed and left only \S*/a, which is whole: \["):
+        rf.fuse_sweep(base, tuned, {0.2: tmp_path / "a", 0.5: tmp_path / "b"})
+    assert sorted(os.listdir(tmp_path)) == ["a", "base", "tuned"]
+    assert snapshot(tmp_path / "a").keys() == snapshot(base).keys()
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_an_output_that_appears_during_the_merge_stays(tmp_path: Path, kind: str) -> None:
     base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)

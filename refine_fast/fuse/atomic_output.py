@@ -29,8 +29,8 @@ class AtomicOutput:
     """One output being written; a context manager that removes everything it wrote if an exception
     leaves it.
 
-    ``content`` is the path to write to, which ``publish`` moves to ``final``; ``state`` is what an
-    earlier, killed run of the same ``plan`` had finished.
+    ``content`` is the path to write to, which ``publish`` moves to ``final``; ``published``:
+    whether it has; ``state`` is what an earlier, killed run of the same ``plan`` had finished.
 
     Raises:
         RefineFastError: another merge is writing ``final``.
@@ -44,6 +44,7 @@ class AtomicOutput:
         self._plan = plan
         self._is_folder = is_folder
         self._overwrite = overwrite
+        self.published = False
 
     def __enter__(self) -> AtomicOutput:
         self._made = [parent for parent in self.folder.parents if not parent.exists()]
@@ -133,5 +134,6 @@ class AtomicOutput:
                     self.content.rename(self.final)
         else:
             self.content.replace(self.final)
+        self.published = True
         fsync(self.final.parent)
         shutil.rmtree(self.folder)

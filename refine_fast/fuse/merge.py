@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -133,22 +134,20 @@ def fuse_sweep(
     base, tuned = Path(base), Path(tuned)
     finals = [Path(os.path.abspath(out)) for out in outs.values()]
     overlap = _overlaps(threads)
+    outputs: list[AtomicOutput] = []
     try:
         with stage("plan"):
             plan = make_plan(base, tuned, list(outs), weights, dtype, force=force)
             _check_outputs(plan, [base, tuned], finals, overwrite)
         with ExitStack() as stack:
-            outputs = [
-                stack.enter_context(
-                    AtomicOutput(
-                        final,
-                        _fingerprint(plan, i, dtype),
-                        is_folder=plan.is_folder,
-                        overwrite=overwrite,
-                    )
+            for i, final in enumerate(finals):
+                output = AtomicOutput(
+                    final,
+                    _fingerprint(plan, i, dtype),
+                    is_folder=plan.is_folder,
+                    overwrite=overwrite,
                 )
-                for i, final in enumerate(finals)
-            ]
+                outputs.append(stack.enter_context(output))
             merge = _Merge(plan, outputs, checksum, overlap, progress)
             changes = merge.run()
             with stage("finish"):
@@ -158,7 +157,9 @@ def fuse_sweep(
                 for output in outputs:
                     output.publish()
     except OSError as error:
-        raise RefineFastError(f"the merge failed and left nothing behind: {error}") from error
+        whole = ", ".join(str(output.final) for output in outputs if output.published)
+        left = f"left only {whole}, which is whole" if whole else "left nothing behind"
+        raise RefineFastError(f"the merge failed and {left}: {error}") from error
     seconds = time.perf_counter() - start
     return {w: merge.report(i, changes, seconds) for i, w in enumerate(outs)}
 
@@ -419,16 +420,24 @@ class _Merge:
             warnings.warn(
                 f"{final} holds NaN or infinite values, first in {report.not_finite[0]!r}",
                 RefineFastWarning,
-                stacklevel=4,
+                stacklevel=_stack_level(),
             )
         if unequal:
             warnings.warn(
                 f"{len(unequal)} integer tensors differ between base and tuned, first"
                 f" {unequal[0]!r}: base's were kept",
                 RefineFastWarning,
-                stacklevel=4,
+                stacklevel=_stack_level(),
             )
         return report
+
+
+def _stack_level() -> int:
+    """Of a warning that is to name the call of ``fuse`` or ``fuse_sweep``, from its caller here."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename == __file__:
+        level, frame = level + 1, frame.f_back
+    return level - 1
 
 
 def _batches(pieces: list[Piece], first: int) -> Iterator[tuple[int, int]]:
