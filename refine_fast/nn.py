@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .collectives import gather_rows, ranks, row_counts
 from .ops.info_nce import info_nce
-from .ops.info_nce_problem import assert_rows
+from .ops.info_nce_problem import assert_rows, check_reduction
 
 
 class InfoNCELoss(nn.Module):
@@ -34,7 +34,7 @@ class InfoNCELoss(nn.Module):
             gradient. With "sum" and "none" the result covers the process's own rows.
 
     Raises:
-        ValueError: a temperature that is not positive and finite.
+        ValueError: a temperature that is not positive and finite, or another word for reduction.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class InfoNCELoss(nn.Module):
         gather: bool = False,
     ) -> None:
         super().__init__()
+        check_reduction(reduction)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a positive number (got {temperature})")
         self.margin, self.symmetric, self.normalize = margin, symmetric, normalize

@@ -88,6 +88,8 @@ def info_nce_losses(
 ) -> Tensor:
     """(1, B), or (2, B) if symmetric: each row's loss from the query's side and from its
     positive's."""
+    if hard is not None and hard_mask is not None:  # 0 * NaN would reach the gradient
+        hard = hard.masked_fill(~hard_mask[..., None], 0)
     if normalize:
         q, d = F.normalize(q, dim=-1), F.normalize(d, dim=-1)
         hard = None if hard is None else F.normalize(hard, dim=-1)

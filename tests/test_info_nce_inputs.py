@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from backends import OnGPU
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import refine_fast as rf
@@ -106,6 +107,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"row 1 of hard.flatten\(0, 1\) holds NaN",
     ),
+    ({"q": q.numpy(), "d": d.numpy()}, TypeError, r"q must be a torch tensor \(got ndarray\)"),
+    ({"positives": [0, 1, 2, 3]}, TypeError, r"positives must be a torch tensor \(got list\)"),
+    ({"widths": [2.0, 8]}, TypeError, r"widths must be integers \(got \[2.0, 8\]\)"),
     (
         {"q": q * 1e30, "d": d * 1e30},
         ValueError,
@@ -155,16 +159,77 @@ def test_rows_of_other_processes_are_no_positives_by_mistake(
             gathered(q, d[:4], positives=positives)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_is_not_used_may_hold_anything(
+    dtype: torch.dtype, soft: bool, normalize: bool
+) -> None:
+    """Padding that was allocated and never written; with a teacher too, whose shares torch adds."""
+    options: dict[str, Any] = {"normalize": normalize, "temperature": 0.5}
+    if soft:
+        options |= {"soft_columns": torch.tensor([[5, 7]] * 4)}
+        options |= {"soft_targets": torch.full((4, 2), 0.25)}
+    mask = torch.tensor([[False, True], [True, True], [False, False], [True, False]])
+    found = []
+    for filler in (0.0, math.nan):
+        hard = torch.ones(4, 2, 8, dtype=dtype).masked_fill(~mask[..., None], filler)
+        leaves = [x.to(dtype).clone().requires_grad_() for x in (q, d, hard)]
+        loss = rf.info_nce(leaves[0], leaves[1], hard=leaves[2], hard_mask=mask, **options)
+        loss.backward()
+        found.append([loss.detach(), *(x.grad for x in leaves)])
+    for clean, padded in zip(*found, strict=True):
+        assert torch.equal(clean, padded)
+
+
+def test_a_forward_derivative_is_refused() -> None:
+    """torch would take it for zero."""
+
+    def loss(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return rf.info_nce(x.to(dtype), d.to(dtype), temperature=0.5)
+
+    trained = q.clone().requires_grad_()
+    for call in (
+        lambda: torch.func.jvp(loss, (q,), (q,)),
+        lambda: torch.func.jvp(
+            lambda t: rf.info_nce(q, d, temperature=t), (torch.tensor(0.5),), (torch.tensor(1.0),)
+        ),
+        lambda: torch.func.jvp(lambda w: rf.info_nce(trained, d, weight=w), (q[:, 0],), (q[:, 0],)),
+        lambda: torch.func.jacfwd(loss)(q),
+    ):
+        with pytest.raises(RuntimeError, match="info_nce has no forward-mode derivative"):
+            call()
+    (slope,) = torch.autograd.grad(loss(trained), trained)
+    exact = torch.func.jvp(lambda x: loss(x, torch.float64), (q,), (q,))[1]
+    torch.testing.assert_close(exact.float(), (slope * q).sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_that_are_not_finite(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     rows = torch.zeros(6, 40, dtype=dtype)
-    rows[:, 33] = torch.tensor([1, -1]).repeat(3) * largest
+    rows[:, 33] = torch.tensor([1, -1], dtype=dtype).repeat(3) * largest
     assert math.isclose(rf.info_nce(rows, torch.zeros_like(rows)), math.log(6), rel_tol=1e-6)
     for wrong in (math.inf, -math.inf, math.nan):
         rows[4, 38] = wrong
         with pytest.raises(ValueError, match="row 4 of q holds NaN or infinity"):
             rf.info_nce(rows, torch.zeros_like(rows))
+        hard = rows.reshape(6, 1, 40)
+        mask = torch.ones(6, 1, dtype=torch.bool)
+        clean = torch.zeros_like(rows)
+        with pytest.raises(ValueError, match=r"row 4 of hard.flatten\(0, 1\) holds NaN"):
+            rf.info_nce(clean, clean, hard=hard, hard_mask=mask)
+        mask[4] = False
+        assert rf.info_nce(clean, clean, hard=hard, hard_mask=mask).isfinite()
+
+
+def test_a_loss_checks_its_reduction_when_it_is_made() -> None:
+    """With gather and several processes another word would be a sum."""
+    with pytest.raises(ValueError, match=r"reduction must be .* \(got 'avg'\)"):
+        rf.nn.InfoNCELoss(reduction="avg", gather=True)
 
 
 INTERRUPTED = """

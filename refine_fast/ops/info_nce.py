@@ -11,12 +11,22 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .. import reference
 from ..errors import warn_once
 from ..triton_kernels import missing_requirement
 from .info_nce_operators import by_row, losses_by_row, weighted_sum
-from .info_nce_problem import Problem, assert_values, check, check_values, check_widths
+from .info_nce_problem import (
+    Problem,
+    assert_values,
+    check,
+    check_finite,
+    check_reduction,
+    check_tensors,
+    check_values,
+    check_widths,
+)
 from .soft_targets import check_soft_targets, soft_target_losses
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,11 +127,15 @@ def info_nce(  # type: ignore[misc]  # the overloads name only what decides the 
             temperature that is not positive. On a CPU also a temperature tensor that is not
             positive, a positive outside d, and NaN or infinity in q, d or the hard negatives that
             are used.
-        RuntimeError: a second derivative. On a GPU a positive outside d is a device-side
-            assertion, as an index out of bounds is in torch: a later CUDA call reports it.
+        RuntimeError: a second derivative, or a forward-mode one. On a GPU a positive outside d is a
+            device-side assertion, as an index out of bounds is in torch: a later CUDA call reports
+            it.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none" (got {reduction!r})')
+    check_reduction(reduction)
+    check_tensors(
+        q=q, d=d, positives=positives, doc_ids=doc_ids, hard=hard, hard_mask=hard_mask,
+        weight=weight, soft_columns=soft_columns, soft_targets=soft_targets,
+    )  # fmt: skip
     q, d = autocast(q), autocast(d)
     hard = None if hard is None else autocast(hard)
     has_kernel = _has_kernel(q)
@@ -168,6 +182,7 @@ def _hard_target_loss(
     if not has_kernel:
         losses = _reference_losses(problem)
         return _reduced(by_row(losses, problem), weight, reduction), losses
+    _refuse_tangents(q, d, hard, problem.temperature, weight)
     if reduction == "none" or not _wants_gradient(q, d, hard, problem.temperature, weight):
         loss, losses = losses_by_row(*problem)
         return _reduced(loss, weight, reduction), losses
@@ -217,10 +232,22 @@ def _wants_gradient(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
+def _refuse_tangents(*inputs: Tensor | None) -> None:
+    """The operators have no forward derivative, and torch would take it for zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            "info_nce has no forward-mode derivative: use backward() or torch.autograd.grad, or"
+            " float64 inputs, which the reference takes"
+        )
+
+
 def _reference_losses(problem: Problem) -> Tensor:
     """(widths, directions, B), by the reference."""
     if problem.q.is_cpu:
         check_values(problem)
+        check_finite(problem)
     elif problem.q.is_cuda:
         assert_values(problem)
     widths = problem.all_widths()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,12 @@ class Problem(NamedTuple):
         """2 if the loss is symmetric, else 1."""
         return 2 if self.symmetric else 1
 
+    def used_hard(self) -> Tensor | None:
+        """``hard`` with zeros where it is not used, so that what lies there cannot matter."""
+        if self.hard is None or self.hard_mask is None:
+            return self.hard
+        return self.hard.masked_fill(~self.hard_mask[..., None], 0)
+
     def of_width(self, width: int) -> dict[str, Any]:
         """The problem of the first ``width`` columns, as the keyword arguments of
         ``reference.info_nce_losses`` and of the Triton kernels."""
@@ -60,6 +67,22 @@ class Problem(NamedTuple):
         }
 
 
+def check_reduction(reduction: str) -> None:
+    """Raises ValueError unless ``reduction`` is one of the three words."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none" (got {reduction!r})')
+
+
+def check_tensors(**arguments: Any) -> None:
+    """Raises TypeError for an argument that is neither a tensor nor None."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a torch tensor (got {type(value).__name__});"
+                f" pass torch.as_tensor({name})"
+            )
+
+
 def check_widths(
     widths: Sequence[int] | None, width_weights: Sequence[float] | None, columns: int
 ) -> tuple[list[int], list[float]]:
@@ -70,12 +93,16 @@ def check_widths(
 
     Raises:
         ValueError: widths that do not ascend to ``columns``, or not one finite weight per width.
+        TypeError: a width that is not an integer.
     """
     if widths is None:
         if width_weights is not None:
             raise ValueError("width_weights is given without widths")
         return [], []
-    widths = list(widths)
+    try:
+        widths = [index(width) for width in widths]  # also of numpy
+    except TypeError:
+        raise TypeError(f"widths must be integers (got {widths!r})") from None
     ascending = all(a < b for a, b in itertools.pairwise([0, *widths]))
     if not widths or not ascending or widths[-1] != columns:
         raise ValueError(
@@ -171,6 +198,16 @@ def check_values(problem: Problem) -> None:
                 f"positives must be rows of d, 0 to {len(problem.d) - 1}"
                 f" (got {low if low < 0 else high})"
             )
+
+
+def check_finite(problem: Problem) -> None:
+    """As the CPU kernels do: raises ValueError for NaN or infinity in a row that is used."""
+    hard = problem.used_hard()
+    flat = None if hard is None else hard.flatten(0, 1)
+    for name, rows in (("q", problem.q), ("d", problem.d), ("hard.flatten(0, 1)", flat)):
+        if rows is not None and not (finite := rows.isfinite().all(1)).all():
+            row = int((~finite).nonzero()[0])
+            raise ValueError(f"info_nce: row {row} of {name} holds NaN or infinity")
 
 
 def assert_values(problem: Problem) -> None:

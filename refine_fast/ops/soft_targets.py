@@ -125,8 +125,8 @@ def _term(
     own = d[: len(q)] if problem.positives is None else d[problem.positives]
     shared = shares.masked_fill(columns >= N, 0)
     bag = F.embedding_bag(columns.clamp(0, N - 1), d, per_sample_weights=shared, mode="sum")
-    if problem.hard is not None and problem.hard.shape[1]:
-        hard = prefix(problem.hard)
+    if (used := problem.used_hard()) is not None and used.shape[1]:
+        hard = prefix(used)
         private = shares.masked_fill(columns < N, 0)
         at = (columns - N).clamp(0, hard.shape[1] - 1)
         by_hard = shares.new_zeros(hard.shape[:2]).scatter_add(1, at, private)
