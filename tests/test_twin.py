@@ -117,6 +117,11 @@ def test_the_frozen_one_stays_frozen(tiny: Path) -> None:
 def test_what_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^weight must be from 0 to 1 \(got 1.5\)$"):
         TwinEncoder(load_encoder(tiny), load_encoder(tiny), 1.5)
+    one = load_encoder(tiny)
+    for frozen in (one, SentenceTransformer(modules=[*one], device="cpu")):
+        with pytest.raises(ValueError, match=r"^tuned and frozen share parameters, .*model twice$"):
+            TwinEncoder(one, frozen)
+    assert all(parameter.requires_grad for parameter in one.parameters())
     other = load_encoder(tiny)
     other.tokenizer.add_tokens(["unheard-of"])
     with pytest.raises(

@@ -41,7 +41,7 @@ class TwinEncoder(InputModule):
         weight: the share of the tuned embedding, 0 to 1; may be changed later.
 
     Raises:
-        ValueError: a weight out of range, or two vocabularies.
+        ValueError: a weight out of range, two vocabularies, or encoders that share parameters.
     """
 
     config_file_name = "twin_config.json"
@@ -56,6 +56,11 @@ class TwinEncoder(InputModule):
         if tuned.tokenizer.get_vocab() != frozen.tokenizer.get_vocab():
             raise ValueError(
                 "tuned and frozen have different vocabularies; they must read the same tokens"
+            )
+        if not {*tuned.parameters()}.isdisjoint(frozen.parameters()):
+            raise ValueError(
+                "tuned and frozen share parameters, so that nothing would be trained; load the"
+                " model twice"
             )
         self.tuned, self.frozen, self.weight = tuned, frozen.requires_grad_(False).eval(), weight
 
