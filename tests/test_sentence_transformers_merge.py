@@ -68,6 +68,8 @@ def assert_mean(merged: Any, models: list[Any], weights: list[float]) -> None:
         ([1, 3, 0.5], [1, 3, 0.5]),
         ((0, 0, 2), [0, 0, 1]),
         ({2: 1, 0: 5, 1: 0}, [5, 0, 1]),
+        (np.float32(2), [1, 1, 1]),
+        ([np.float32(0.5), np.int64(2), 1], [0.5, 2, 1]),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,11 +142,11 @@ def _shares(count: int, parameters: Mapping[str, Any]) -> list[float] | None:
     given = parameters.get("weight", 1.0)
     if isinstance(given, Mapping):
         given = [given[i] for i in range(count)] if given.keys() == set(range(count)) else None
-    weights = [given] * count if isinstance(given, int | float) else given
+    weights = [given] * count if isinstance(given, Real) else given
     if (
         not isinstance(weights, list | tuple)
         or len(weights) != count
-        or not all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights)
+        or not all(isinstance(w, Real) and 0 <= float(w) < math.inf for w in weights)
         or not sum(weights)
     ):
         return None
