@@ -47,17 +47,24 @@ def missing_cuda(device: torch.device, least: tuple[int, int]) -> str | None:
         least: the compute capability that the kernel needs.
     """
     if cuda_module() is None:
-        return "install refine_fast again with nvcc of CUDA 12 or newer on the PATH"
+        return _load_cuda()[1]
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < least:
         name, needed = torch.cuda.get_device_name(device), ".".join(map(str, least))
         return f"use a GPU of compute capability {needed} or newer ({name} is older)"
     return None
 
 
-@cache
 def cuda_module() -> ModuleType | None:
-    """``refine_fast._cuda``, or None if it was not built."""
+    """``refine_fast._cuda``, or None if it was not built or does not load."""
+    return _load_cuda()[0]
+
+
+@cache
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    """``refine_fast._cuda`` if it loads, and what to do if not."""
+    again = "install refine_fast again with nvcc of CUDA 12 or newer on the PATH"
     try:
-        return importlib.import_module("refine_fast._cuda")
-    except ImportError:
-        return None
+        return importlib.import_module("refine_fast._cuda"), again
+    except ImportError as error:
+        built = not isinstance(error, ModuleNotFoundError)
+        return None, f"{again} (refine_fast._cuda does not load: {error})" if built else again

@@ -4,6 +4,7 @@ or emulated."""
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,8 +130,8 @@ def test_no_page_of_a_map_stays(tmp_path: Path) -> None:
     written[:] = unit_rows(140_000, 96, 1)
     written.flush()  # what is not on the disk yet is not mapped around a fault
     del written
-    mapped = np.load(tmp_path / "docs.npy", mmap_mode="r")
-    for docs in (mapped, mapped[::3]):
+    mapped = [np.load(tmp_path / "docs.npy", mmap_mode=mode) for mode in ("r", "r+")]
+    for docs in (mapped[0], mapped[0][::3], mapped[1]):
         rf.band_topk(unit_rows(4, 96, 0), docs, 8, band=(0.1, 0.5))
         maps = Path("/proc/self/smaps").read_text().split("docs.npy\n")[1:]
         # KiB: the window around the last fault
@@ -399,6 +400,33 @@ def test_documents_that_require_a_gradient_are_streamed_without() -> None:
     for begin, end, rows in band_topk_cuda._streamed(docs, 20, 8, CPU):
         assert torch.equal(rows, docs[begin:end])
         assert not rows.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModuleNotFoundError("No module named 'refine_fast._cuda'"), r"on the PATH$"),
+        (
+            ImportError("libcudart.so.12: not found"),
+            r"\(.*does not load: libcudart.so.12: not found",
+        ),
+    ],
+)
+def test_an_extension_that_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, error: ImportError, message: str
+) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    _native._load_cuda.cache_clear()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(_native.importlib, "import_module", fail)
+            missing = _native.missing_cuda(torch.device("cpu"), (8, 0))
+    finally:
+        _native._load_cuda.cache_clear()
+    assert missing is not None
+    assert re.search(message, missing)
 
 
 def test_a_gpu_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
