@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import RefineFastWarning
-from .ops.band_inputs import Progress
+from .ops.band_inputs import Excluded, Progress, checked_offsets, shape
 from .ops.band_topk import BandTopK, band_topk
 
 Search = Callable[..., BandTopK]
@@ -45,7 +45,7 @@ def mine(
     select: str = "hardest",
     seed: int = 0,
     normalize: bool = True,
-    groups: np.ndarray | None = None,
+    groups: Any = None,
     progress: Progress | None = None,
     search: Search = band_topk,
 ) -> Mined:
@@ -61,11 +61,15 @@ def mine(
             similarity of the query's least similar positive; such documents are often answers that
             nobody marked (NV-Retriever, arXiv 2407.15831, has 0.05).
         normalize: uses the cosine; without it, the inner product.
-        groups: (N + 1,) int64 offsets of documents that are groups of rows of doc_embeddings, such
+        groups: (N + 1,) offsets of documents that are groups of rows of doc_embeddings, such
             as sentences; a document is then as similar as its best row.
         k, skip, select, seed, progress: as for ``band_topk``.
         search: does the search, such as one in shards (``band_topk_part``).
+
+    Raises:
+        ValueError, TypeError: as ``band_topk``, and as ``calibrate_band`` for "auto".
     """
+    groups = _checked_groups(query_embeddings, doc_embeddings, positives, groups)
     if band == "auto":
         edges = calibrate_band(
             query_embeddings,
@@ -118,7 +122,7 @@ def calibrate_band(
     sample: int = 1024,
     seed: int = 0,
     normalize: bool = True,
-    groups: np.ndarray | None = None,
+    groups: Any = None,
     search: Search = band_topk,
 ) -> tuple[float, float]:
     """Fits a band to an encoder: the range of cosines differs between encoders, and [0.5, 0.7] is
@@ -145,8 +149,11 @@ def calibrate_band(
         lo and hi.
 
     Raises:
-        ValueError: no query has a positive, or a row holds NaN or infinity.
+        ValueError: no query has a positive, one has a positive that is no document, or a row
+            holds NaN or infinity.
+        TypeError: a positive that is not an integer.
     """
+    groups = _checked_groups(query_embeddings, doc_embeddings, positives, groups)
     if k < 1:
         raise ValueError(f"k must be an integer >= 1 (got {k})")
     known = np.array([i for i, rows in enumerate(positives) if len(rows)])
@@ -190,6 +197,18 @@ def calibrate_band(
     return lo, hi
 
 
+def _checked_groups(
+    queries: Any, docs: Any, positives: Sequence[Sequence[int]], groups: Any
+) -> np.ndarray | None:
+    """The offsets as an array, after a check of them and of the positives."""
+    count = shape(docs, "docs")[0]
+    if groups is not None:
+        groups = checked_offsets(groups, count, "groups", "docs")
+        count = len(groups) - 1
+    Excluded.of(positives, shape(queries, "queries")[0], "positives").check(count, "positives")
+    return groups
+
+
 def _ceiling(
     queries: Any,
     docs: Any,
@@ -227,17 +246,18 @@ def _similarity(
 
 
 def _row(source: Any, i: int) -> Tensor:
-    """(1, D); torch shares no read-only map."""
+    """(1, D); torch shares no read-only map, and no bfloat16 of numpy."""
     row = source[i : i + 1]
-    return row if isinstance(row, Tensor) else torch.from_numpy(np.array(row))
+    return row if isinstance(row, Tensor) else torch.from_numpy(np.array(row, np.float32))
 
 
 def _picked(source: Any, rows: np.ndarray, name: str, normalize: bool) -> Tensor:
     """The given rows in float32, as unit vectors with ``normalize``."""
     if isinstance(source, Tensor):
-        picked = source[rows].float()
+        picked = source[rows]
     else:
-        picked = torch.cat([_row(source, int(i)) for i in rows]).float()
+        picked = torch.cat([_row(source, int(i)) for i in rows])
+    picked = picked.detach().float()
     if normalize:
         picked = torch.nn.functional.normalize(picked, dim=1)
     if (bad := rows[~picked.isfinite().all(1).numpy(force=True)]).size:

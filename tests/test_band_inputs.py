@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import refine_fast as rf
+from refine_fast.mine import mine
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,38 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
         rf.band_topk(
             arguments.pop("queries"), arguments.pop("docs"), arguments.pop("k"), **arguments
         )
+
+
+def test_scores_carry_no_graph() -> None:
+    """A ceiling made of the embeddings of a training step would keep its graph alive."""
+    queries, docs = torch.ones(2, 8, requires_grad=True), torch.ones(9, 8)
+    ceiling = 0.95 * queries.sum(1)
+    found = rf.band_topk(queries, docs, 3, band=(-9, 9), ceiling=ceiling)
+    assert not found.scores.requires_grad
+    part = rf.band_topk_part(queries, docs, 3, band=(-9, 9), ceiling=ceiling)
+    assert not any(x.requires_grad for x in part if isinstance(x, torch.Tensor))
+
+
+def test_changes_of_a_private_map_stay(tmp_path: Path) -> None:
+    """Only mode "c" keeps what was written to the map in its pages alone."""
+    np.save(tmp_path / "docs.npy", np.zeros((4096, 8), np.float32))
+    for mode in ("c", "r+"):
+        docs = np.load(tmp_path / "docs.npy", mmap_mode=mode)
+        docs[:] = 0.5
+        rf.band_topk(torch.ones(1, 8), docs, 1, band=(-9, 9))
+        assert (docs == 0.5).all()
+
+
+def test_bfloat16_of_numpy() -> None:
+    """A type of ml_dtypes, which numpy itself does not know."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    rows = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    arrays = [x.float().numpy().astype(ml_dtypes.bfloat16) for x in rows]
+    positives = [[i] for i in range(60)]
+    gold = rf.band_topk(rows[0], rows[1], 3, band=(-9, 9))
+    assert torch.equal(rf.band_topk(*arrays, 3, band=(-9, 9)).ids, gold.ids)
+    mined = [mine(*given, positives, k=3, band="auto").ids for given in (arrays, rows)]
+    assert torch.equal(*mined)
 
 
 def test_integers_of_numpy() -> None:

@@ -164,7 +164,11 @@ def test_progress_and_bad_rows_count_from_the_first_document() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id_offset": -1}, r"id_offset must be an integer >= 0 \(got -1\)"),
+        ({"id_offset": -1}, r"id_offset must be an integer from 0 to .* \(got -1\)"),
+        (
+            {"id_offset": 2**63 - 9},
+            r"from 0 to 9223372036854775798, so .* \(got 9223372036854775799",
+        ),
         ({"k": -1}, r"k must be an integer from 0 .* \(got -1\)"),
         ({"skip": 2**31}, r"skip must be an integer from 0 .* \(got 2147483648\)"),
         (
@@ -180,6 +184,12 @@ def test_errors_of_a_shard(change: dict[str, Any], message: str) -> None:
     arguments = {"k": 3, **change}
     with pytest.raises(ValueError, match=message):
         rf.band_topk_part(torch.zeros(2, 8), torch.zeros(9, 8), arguments.pop("k"), **arguments)
+
+
+def test_a_flag_of_numpy_can_be_saved(tmp_path: Path) -> None:
+    part = rf.band_topk_part(torch.ones(2, 8), torch.ones(9, 8), 3, normalize=np.True_)
+    part.save(tmp_path / "part.safetensors")
+    assert rf.BandPart.load(tmp_path / "part.safetensors").rule == part.rule
 
 
 def test_parts_that_do_not_fit_are_named() -> None:

@@ -171,6 +171,47 @@ def test_calibration_says_when_it_cannot(
         calibrate_band(broken, docs, positives)
 
 
+@pytest.mark.parametrize("as_numpy", [False, True])
+def test_positives_are_checked_before_they_are_read(
+    embeddings: tuple[Tensor, Tensor, list[list[int]]], as_numpy: bool
+) -> None:
+    queries, docs, positives = embeddings
+    given = (queries.numpy(), docs.numpy()) if as_numpy else (queries, docs)
+    for wrong, kind, message in (
+        ([[5000], *positives[1:]], ValueError, "positives of query 0 names document 5000, but"),
+        ([*positives[:-1], [-1]], ValueError, "names document -1, but the ids are 0 to"),
+        ([*positives, [0]], ValueError, "positives must have one list for each of the"),
+        ([[0.5], *positives[1:]], TypeError, "positives of query 0 must hold integer"),
+    ):
+        with pytest.raises(kind, match=message):
+            mine(*given, wrong, k=2, band="auto")
+        with pytest.raises(kind, match=message):
+            mine(*given, wrong, k=2, relative_margin=0.05)
+        with pytest.raises(kind, match=message):
+            calibrate_band(*given, wrong)
+
+
+def test_offsets_of_groups_in_any_container(
+    embeddings: tuple[Tensor, Tensor, list[list[int]]],
+) -> None:
+    queries, docs, positives = embeddings
+    groups = np.arange(len(docs) + 1)
+    ids = [
+        mine(queries, docs, positives, k=2, band="auto", relative_margin=0.05, groups=given).ids
+        for given in (groups, groups.tolist(), torch.from_numpy(groups))
+    ]
+    assert torch.equal(ids[0], ids[1])
+    assert torch.equal(ids[0], ids[2])
+
+
+def test_embeddings_in_training(embeddings: tuple[Tensor, Tensor, list[list[int]]]) -> None:
+    queries, docs, positives = embeddings
+    mined = mine(
+        queries.clone().requires_grad_(), docs, positives, k=2, band="auto", relative_margin=0.05
+    )
+    assert not mined.scores.requires_grad
+
+
 def test_too_few_documents_for_the_coverage(
     embeddings: tuple[Tensor, Tensor, list[list[int]]],
 ) -> None:

@@ -49,33 +49,34 @@ class Excluded(NamedTuple):
     """int64, ascending within each query."""
 
     @classmethod
-    def of(cls, exclude: Sequence[Any], rows: int) -> Excluded:
-        """From a list, set, array or tensor of ids for each of the ``rows`` queries.
+    def of(cls, exclude: Sequence[Any], rows: int, name: str = "exclude") -> Excluded:
+        """From a list, set, array or tensor of ids for each of the ``rows`` queries; ``name``: of
+        the argument.
 
         Raises:
             ValueError: another number of lists. TypeError: an id that is not an integer; a
                 dictionary.
         """
         if isinstance(exclude, Mapping):
-            raise TypeError("exclude must be a sequence with one list for each query, in order")
+            raise TypeError(f"{name} must be a sequence with one list for each query, in order")
         if len(exclude) != rows:
             raise ValueError(
-                f"exclude must have one list for each of the {rows} queries (got {len(exclude)})"
+                f"{name} must have one list for each of the {rows} queries (got {len(exclude)})"
             )
-        lists = [_ids(ids, row) for row, ids in enumerate(exclude)]
+        lists = [_ids(ids, row, name) for row, ids in enumerate(exclude)]
         lengths = np.array([len(ids) for ids in lists], dtype=np.int64)
         flat = np.concatenate(lists) if lists else np.empty(0, np.int64)
         flat = flat[np.lexsort((flat, np.repeat(np.arange(rows), lengths)))]
         return cls(np.concatenate(([0], np.cumsum(lengths))), flat)
 
-    def check(self, count: int | None) -> None:
+    def check(self, count: int | None, name: str = "exclude") -> None:
         """Raises ValueError for an id outside 0 .. count - 1; None: below 0."""
         wrong = self.ids < 0 if count is None else (self.ids < 0) | (self.ids >= count)
         if (at := np.flatnonzero(wrong)).size:
             row = np.searchsorted(self.offsets, at[0], side="right") - 1
             ids = "start at 0" if count is None else f"are 0 to {count - 1}"
             raise ValueError(
-                f"exclude of query {row} names document {self.ids[at[0]]}, but the ids {ids}"
+                f"{name} of query {row} names document {self.ids[at[0]]}, but the ids {ids}"
             )
 
     def within(self, begin: int, end: int) -> Excluded:
@@ -85,11 +86,11 @@ class Excluded(NamedTuple):
         return Excluded(before[self.offsets], self.ids[inside])
 
 
-def _ids(ids: Any, row: int) -> np.ndarray:
+def _ids(ids: Any, row: int, name: str) -> np.ndarray:
     """A list, tuple, set, array or tensor of ids."""
     found = np.asarray([*ids] if isinstance(ids, Set) else ids).reshape(-1)
     if found.size and found.dtype.kind not in "iu":
-        raise TypeError(f"exclude of query {row} must hold integer document ids (got {found[0]!r})")
+        raise TypeError(f"{name} of query {row} must hold integer document ids (got {found[0]!r})")
     return found.astype(np.int64)
 
 
@@ -271,7 +272,7 @@ class Block:
                 f"rows {begin} to {end} of {name} have shape {tuple(rows.shape)}, where its own"
                 f" shape promises {expected}"
             )
-        dtype = rows.dtype if isinstance(rows, Tensor) else _NUMPY.get(rows.dtype)
+        dtype = rows.dtype if isinstance(rows, Tensor) else _NUMPY.get(rows.dtype.name)
         if dtype not in DOC_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16 or float16 (got {rows.dtype})")
         if isinstance(rows, Tensor):
@@ -300,7 +301,8 @@ class Block:
         until the system runs short of memory. A fault also maps the pages around it, so those
         before the block, which were returned with the block before, are returned again."""
         mapping = getattr(self._source, "_mmap", None)
-        mapped = isinstance(self._source, np.memmap) and self._source.mode == "r"
+        # what was written to a map of mode "c" is in its pages only
+        mapped = isinstance(self._source, np.memmap) and self._source.mode != "c"
         if mapped and mapping is not None and self.rows.size:
             start = np.frombuffer(mapping, np.uint8).ctypes.data
             begin = max(0, self._first - start - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -319,4 +321,5 @@ class CopiedToCPU:
 
 _AROUND = 2 << 20
 """The most bytes of a file that one fault maps."""
-_NUMPY = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16}
+_NUMPY = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Names of numpy's types; bfloat16 is that of ml_dtypes."""

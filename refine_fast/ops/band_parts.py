@@ -137,13 +137,16 @@ def band_topk_part(
     """
     rows, count = shape(queries, "queries")[0], shape(docs, "docs")[0]
     id_offset = index(id_offset)
-    if id_offset < 0:
-        raise ValueError(f"id_offset must be an integer >= 0 (got {id_offset})")
     ends = None
     if groups is not None:
         ends = torch.from_numpy(checked_offsets(groups, count, "groups", "docs"))
         count = len(ends) - 1
     end = id_offset + count
+    if id_offset < 0 or end >= 2**63:
+        raise ValueError(
+            f"id_offset must be an integer from 0 to {2**63 - 1 - count}, so that the ids of the"
+            f" {count} documents are int64 (got {id_offset})"
+        )
     excluded = None if exclude is None else Excluded.of(exclude, rows)
     if excluded is not None:
         excluded.check(None)
@@ -153,7 +156,9 @@ def band_topk_part(
     # no more are found than there are documents
     clipped = asked._replace(k=min(asked.k, count), skip=min(asked.skip, count), groups=ends)
     kept = search(queries, docs, clipped, progress, id_offset, Kept)
-    rule = BandRule(asked.k, (asked.lo, asked.hi), asked.skip, select, asked.seed, order, normalize)
+    rule = BandRule(
+        asked.k, (asked.lo, asked.hi), asked.skip, select, asked.seed, order, asked.normalize
+    )
     return BandPart(rule, ((id_offset, end),) if count else (), *kept)
 
 

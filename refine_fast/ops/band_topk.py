@@ -169,14 +169,16 @@ def rule_of(
     if order not in ("skip_then_band", "band_then_skip"):
         raise ValueError(f'order must be "skip_then_band" or "band_then_skip" (got {order!r})')
     k, skip, seed = index(k), index(skip), index(seed)  # also of numpy
+    if ceiling is not None:  # may be made of embeddings in training
+        ceiling = torch.as_tensor(ceiling, dtype=torch.float64, device="cpu").detach()
     return Rule(
         k, lo, hi, skip,
         None if excluded is None else torch.from_numpy(excluded.offsets),
         None if excluded is None else torch.from_numpy(excluded.ids),
-        None if ceiling is None else torch.as_tensor(ceiling, dtype=torch.float64, device="cpu"),
+        ceiling,
         select == "random",
         (seed + 2**63) % 2**64 - 2**63,  # the op takes 64 bits, signed
-        order == "band_then_skip", normalize,
+        order == "band_then_skip", bool(normalize),  # also of numpy
     )  # fmt: skip
 
 
