@@ -225,8 +225,10 @@ def best_of_groups(queries: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
 
 def lerp(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
     """``base + weight * (tuned - base)`` in the dtype of ``base``: ``torch.lerp``, in float32 for
-    the smaller types, and one rounding. Values equal in both stay as they are; ``torch.lerp`` would
-    turn a mask's -inf into NaN and -0 into +0."""
+    the smaller types, and one rounding. Values equal in both stay as they are, and a weight of 0 or
+    1 gives one input back; ``torch.lerp`` would turn a mask's -inf into NaN and -0 into +0."""
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     a, b = base.to(wide), tuned.to(wide)
+    if (own := float(torch.tensor(weight, dtype=wide))) in (0, 1):
+        return (b if own else a).to(base.dtype)
     return torch.where(a == b, a, torch.lerp(a, b, weight)).to(base.dtype)

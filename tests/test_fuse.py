@@ -343,6 +343,23 @@ def test_nan_and_unequal_buffers_are_reported(
     assert "layer.0.weight" in str(report)
 
 
+def test_a_weight_of_0_or_1_keeps_what_is_finite(tmp_path: Path) -> None:
+    """Above all ``weights={"layer": 0}``, which is to keep a tensor of base."""
+    ones, wild = {"a": torch.ones(4), "b": torch.ones(4)}, torch.tensor([torch.nan, torch.inf] * 2)
+    save_file(ones, tmp_path / "ones.safetensors")
+    save_file({"a": wild, "b": torch.zeros(4)}, tmp_path / "wild.safetensors")
+    for base, tuned, weight in (("ones", "wild", 0), ("wild", "ones", 1)):
+        report = rf.fuse(
+            tmp_path / f"{base}.safetensors",
+            tmp_path / f"{tuned}.safetensors",
+            tmp_path / "out.safetensors",
+            weights={"a": weight},
+            overwrite=True,
+        )
+        assert report.not_finite == []
+        assert torch.equal(load_file(tmp_path / "out.safetensors")["a"], ones["a"])
+
+
 def test_float16_overflow_is_seen_after_rounding(tmp_path: Path) -> None:
     save_file({"w": torch.full((4,), 1.0)}, tmp_path / "a.safetensors")
     save_file({"w": torch.full((4,), 1e6)}, tmp_path / "b.safetensors")

@@ -96,6 +96,16 @@ def test_ragged_tails_write_nothing_beyond(isa: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_0_and_1_give_an_input_back(isa: str, dtype: torch.dtype) -> None:
+    """Bit for bit, whatever the other holds: torch.lerp makes NaN of NaN and infinity there."""
+    base, tuned = bit_patterns(dtype, 5_000, 5), bit_patterns(dtype, 5_000, 6)
+    base[:3], tuned[:3] = torch.zeros(3).to(dtype), (-torch.zeros(3)).to(dtype)
+    for weight, wanted in ((0.0, base), (1.0, tuned)):
+        assert_same_bits(native(base, tuned, weight), wanted)
+        assert_same_bits(reference.lerp(base, tuned, weight), wanted)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_equal_stays_bit_equal(isa: str, dtype: torch.dtype, weight: float) -> None:
     """Infinities and -0 too, which torch.lerp would change; a frozen layer keeps its checksum."""

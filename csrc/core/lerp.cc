@@ -121,14 +121,15 @@ void block_in_f32(Storage base_type, const void* base, Storage tuned_type, const
                   void* out, int64_t n, double weight, Change* change) {
   alignas(64) float base_buffer[kBlock], tuned_buffer[kBlock], out_buffer[kBlock];
   const float w = static_cast<float>(weight);
+  const bool whole = w == 1.0f;
   if (in_registers(base_type, base, tuned_type, tuned, out_type, out)) {
-    kernels().lerp->half(static_cast<const uint16_t*>(base), static_cast<const uint16_t*>(tuned),
+    kernels().lerp->half(static_cast<const uint16_t*>(whole ? tuned : base), static_cast<const uint16_t*>(tuned),
                          static_cast<Dtype>(base_type), n, w, static_cast<uint16_t*>(out));
   } else {
     const float *a = as_f32(base_type, base, n, base_buffer), *b = as_f32(tuned_type, tuned, n, tuned_buffer);
     const bool there = out_type == Storage::f32 && aligned(out_type, out);
     float* o = there ? static_cast<float*>(out) : out_buffer;
-    kernels().lerp->f32(a, b, n, w, o);
+    kernels().lerp->f32(whole ? b : a, b, n, w, o);
     if (!there) from_f32(o, out_type, n, out);
   }
   if (change == nullptr) return;
@@ -140,7 +141,7 @@ void block_in_f64(const void* base, Storage tuned_type, const void* tuned, Stora
   alignas(64) double a[kBlock], b[kBlock], o[kBlock];
   to_f64(Storage::f64, base, n, a);
   to_f64(tuned_type, tuned, n, b);
-  kernels().lerp->f64(a, b, n, weight, o);
+  kernels().lerp->f64(weight == 1.0 ? b : a, b, n, weight, o);
   if (out_type == Storage::f64) {
     std::memcpy(out, o, static_cast<size_t>(n) * 8);
   } else {
@@ -170,6 +171,8 @@ void lerp(Storage base_type, const void* base, Storage tuned_type, const void* t
           int64_t n, double weight, Change* change) {
   const char *a = static_cast<const char*>(base), *b = static_cast<const char*>(tuned);
   char* o = static_cast<char*>(out);
+  // Equal elements are copied, so a weight of 0 or 1 interpolates one input with itself: the other may not be finite.
+  if (base_type == Storage::f64 ? weight == 0.0 : static_cast<float>(weight) == 0.0f) b = a, tuned_type = base_type;
   for (int64_t left = n; left > 0;) {
     const int64_t m = left < kBlock ? left : kBlock;
     if (base_type == Storage::f64)

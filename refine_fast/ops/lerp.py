@@ -17,7 +17,8 @@ def lerp_(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
 
         base.copy_(torch.where(base == tuned, base, torch.lerp(base, tuned, weight)))
 
-    in float32 for 16-bit types and in float64 where base is.
+    in float32 for 16-bit types and in float64 where base is. A weight of 0 or 1 gives base or tuned
+    back, whatever the other holds.
 
     Args:
         base: float16, bfloat16, float32 or float64, on any device.

@@ -65,7 +65,7 @@ def test_bits_of_the_reference(
         {"emulated CUDA": emulated_lerp} if hasattr(_native.cuda_module(), "emulate") else {}
     )
     for offset in (0, 1):  # 1: no access of 16 bytes is aligned
-        for weight in (0.35, -0.2, 0.5, 1.0):
+        for weight in (0.35, -0.2, 0.5, 0.0, 1.0):
             base, tuned = draw(n + offset, base_dtype, 1), draw(n + offset, tuned_dtype, 2)
             tuned[8:16] = base[8:16].to(tuned_dtype)
             wanted = reference.lerp(base, tuned, weight)
