@@ -423,6 +423,8 @@ def test_the_check_fails_on_a_slowed_contender(
     command = ["bench", "--check", "--out", str(tmp_path)]
     assert cli.main(command) == 0  # nothing on record: nothing to compare with
     assert "no lead is recorded" in capsys.readouterr().err
+    assert cli.main(["bench", "--record"]) == 2
+    assert "--record says what --check does with the leads; add --check" in capsys.readouterr().err
     assert cli.main([*command, "--record"]) == 0
     (row,) = rows.load(next(tmp_path.iterdir()))
     assert (row.mode, row.provider, row.ratio_to_peer) == ("check fwd+bwd", OURS, 0.5)
@@ -430,6 +432,15 @@ def test_the_check_fails_on_a_slowed_contender(
     cost[OURS] = 1.3
     assert cli.main(command) == 1
     assert "lost a fifth of its lead" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", [["--check"], ["--profile"], ["--report"]])
+def test_flags_without_effect_are_refused(
+    other: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "--compare", "earlier.csv", *other])
+    assert f"argument {other[0]}: not allowed with argument --compare" in capsys.readouterr().err
 
 
 def test_a_lead_is_that_of_the_same_level_and_device(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ QUICK_ROUNDS = 3
 
 def bench(options: argparse.Namespace, console: Console) -> int:
     """Runs the command and returns its exit code."""
+    if options.record and not options.check:
+        raise RefineFastError("--record says what --check does with the leads; add --check.")
     folder: Path = options.out or (RESULTS if RESULTS.is_dir() else Path("refine-fast-bench"))
     if options.report:
         from .report import write_report

@@ -34,7 +34,8 @@ def add_bench_flags(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="leave out every other peer; repeatable",
     )
-    add(
+    purpose = command.add_mutually_exclusive_group()  # what to do with measurements, or instead
+    purpose.add_argument(
         "--profile",
         nargs="?",
         const="trace.json",
@@ -43,14 +44,16 @@ def add_bench_flags(command: argparse.ArgumentParser) -> None:
         help="show where the time goes, by stages, instead of measuring; write a trace for "
         "Perfetto to TRACE (default trace.json)",
     )
-    add("--compare", type=Path, metavar="FILE", help="show the change from an earlier csv file")
-    add(
+    purpose.add_argument(
+        "--compare", type=Path, metavar="FILE", help="show the change from an earlier csv file"
+    )
+    purpose.add_argument(
         "--check",
         action="store_true",
         help="fail (exit code 1) if an operation lost a fifth of its recorded lead over a peer",
     )
     add("--record", action="store_true", help="with --check: record the leads instead")
-    add(
+    purpose.add_argument(
         "--report",
         action="store_true",
         help="write the tables of README.md and the plots from the results, and measure nothing",
