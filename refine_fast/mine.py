@@ -57,7 +57,7 @@ def mine(
         doc_embeddings: (N, D).
         positives: per query its rows of doc_embeddings; with ``groups``, its groups.
         band: lo and hi, or "auto" for ``calibrate_band``.
-        relative_margin: leaves out what is more similar than ``(1 - relative_margin) * s``, s the
+        relative_margin: leaves out what is more similar than ``s - relative_margin * |s|``, s the
             similarity of the query's least similar positive; such documents are often answers that
             nobody marked (NV-Retriever, arXiv 2407.15831, has 0.05).
         normalize: uses the cosine; without it, the inner product.

@@ -51,8 +51,9 @@ def fuse(
     """``out = base + weight * (tuned - base)`` for every floating-point tensor of two checkpoints.
 
     Bit for bit what ``torch.lerp`` gives (in float32 for 8- and 16-bit types), streamed: no tensor,
-    shard or model is ever held in memory. Values that are equal in both stay as they are. Every
-    other file is copied from base, integer and bool tensors too. Weights in other formats
+    shard or model is ever held in memory. Values that are equal in both stay as they are, and a
+    weight of 0 or 1 gives one input back, whatever the other holds. Every other file is copied from
+    base, integer and bool tensors too. Weights in other formats
     (``pytorch_model.bin``, ONNX) are left out, since they would still hold base's values. Quantized
     weights, which are codes with scales, are refused.
 
@@ -424,7 +425,7 @@ class _Merge:
             )
         if unequal:
             warnings.warn(
-                f"{len(unequal)} integer tensors differ between base and tuned, first"
+                f"{len(unequal)} tensors that are copied differ between base and tuned, first"
                 f" {unequal[0]!r}: base's were kept",
                 RefineFastWarning,
                 stacklevel=_stack_level(),

@@ -27,11 +27,11 @@ class FuseReport:
 
     ``tensors``: every floating-point tensor, by name (prefixed by its folder unless that is the
     root); ``copied``: integer and bool tensors, copied from base; ``unequal``: those of them that
-    differ in tuned; ``reconciled``: names that were matched, kept or left out; ``differences``:
-    what differs around the tensors (the output has base's files); ``left_out``: files with weights
-    in another format (they would have held base's weights); ``sha256``: path -> digest of every
-    weight file read or written, with ``checksum``; ``resumed``: bytes that an earlier, killed run
-    had already written.
+    differ in tuned; ``reconciled``: what was matched, kept or not read; ``differences``: what
+    differs around the tensors (the output has base's files); ``left_out``: base's files that may
+    hold weights and were not fused (other formats, copies, a trainer's states); ``sha256``: path
+    -> digest of every weight file read or written, with ``checksum``; ``resumed``: bytes that an
+    earlier, killed run had already written.
     """
 
     out: Path
@@ -60,9 +60,9 @@ class FuseReport:
             f" {read:.2f} GB read, {written:.2f} GB written in {self.seconds:.1f} s"
             f" ({rate:.2f} GB/s)"
         ]
-        lines += [f"  name: {note}" for note in self.reconciled]
+        lines += [f"  note: {note}" for note in self.reconciled]
         lines += [f"  differs: {difference}" for difference in self.differences]
-        lines += [f"  left out: {name} (it would hold base's weights)" for name in self.left_out]
+        lines += [f"  left out: {name}" for name in self.left_out]
         lines += [f"  differs in tuned, copied from base: {name}" for name in self.unequal]
         lines += [
             f"  NaN or infinite: {name} ({self.tensors[name].not_finite} values)"
