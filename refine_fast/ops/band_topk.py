@@ -79,9 +79,10 @@ def band_topk(
             ids[i], in_band[i] = qualified[:k], len(qualified)
 
     Memory beyond the outputs: 64 MiB, whatever B, N and k, with up to 40 threads, and 1 MiB for
-    each further one; on a GPU the workspace that REFINE_FAST_WORKSPACE_MB allows. The pages of a
-    numpy memory map are given back as they are read; those of a file that another library maps (a
-    safetensors slice) stay mapped until the system runs short of memory.
+    each further one; with ``groups`` also the rows of a group of more than 8 MiB, in float32; on a
+    GPU the workspace that REFINE_FAST_WORKSPACE_MB allows. The pages of a numpy memory map are
+    given back as they are read, but for one of mode "c"; those of a file that another library maps
+    (a safetensors slice) stay mapped until the system runs short of memory.
 
     After fork() the CPU kernel runs on one thread in the child. torch's own parallel operations
     hang there if the parent has used them, unless the child calls ``torch.set_num_threads(1)``
