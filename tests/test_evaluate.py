@@ -21,8 +21,8 @@ from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.evaluation.bm25 import score_bm25
 from refine_fast.pipeline.evaluation.choice import (
     FORGETS,
-    NO_QUERIES,
     NOT_BETTER,
+    TOO_FEW,
     choose_weight,
 )
 from refine_fast.pipeline.evaluation.evaluate import evaluate_models, rank, score
@@ -206,6 +206,18 @@ def test_a_handful_of_queries_shows_nothing() -> None:
     assert gain(before[:0], before[:0]) == Gain(0.0, -1.0, 1.0)
 
 
+@pytest.mark.parametrize("queries", [6, 20, 500])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_unchanged_queries_are_no_evidence(queries: int, sign: int) -> None:
+    change = np.zeros(queries)
+    change[:5] = sign * 0.5
+    found = gain(np.zeros(queries), change)
+    assert (found.mean, found.verdict) == (change.mean(), "no measurable change")
+    assert found.high - found.low < 1.0  # and still says how large the change may be
+    change[5] = sign * 0.5
+    assert gain(np.zeros(queries), change).verdict != "no measurable change"
+
+
 def test_gain_is_paired_and_seeded() -> None:
     before = np.random.default_rng(0).random(500)
     shifted = gain(before, before + 0.01)
@@ -273,10 +285,15 @@ def test_larger_weights_are_not_chosen(most: float, weight: float) -> None:
     assert choose_weight(dev, guard, tolerance=0.005, most=most).weight == weight
 
 
-def test_without_queries_the_base_is_kept() -> None:
-    nothing = curve({0.0: 0.5, 1.0: 0.6}, queries=0)
-    chosen = choose_weight(nothing, curve({0.0: 0.5, 1.0: 0.5}), tolerance=0.005)
-    assert (chosen.weight, chosen.refused) == (0.0, NO_QUERIES)
+@pytest.mark.parametrize(
+    ("queries", "weight", "refused"), [(0, 0.0, TOO_FEW), (5, 0.0, TOO_FEW), (6, 1.0, None)]
+)
+def test_with_too_few_queries_the_base_is_kept(
+    queries: int, weight: float, refused: str | None
+) -> None:
+    few = curve({0.0: 0.1, 1.0: 0.8}, queries=queries)
+    chosen = choose_weight(few, curve({0.0: 0.5, 1.0: 0.5}), tolerance=0.005)
+    assert (chosen.weight, chosen.refused) == (weight, refused)
 
 
 @pytest.mark.parametrize("name", [SMALL, "dstc11_travel"])

@@ -20,7 +20,7 @@ from refine_fast.pipeline.artifacts import QUERIES
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.context import RunContext
 from refine_fast.pipeline.corpus.jsonl import write_records
-from refine_fast.pipeline.evaluation.choice import FORGETS, NO_QUERIES, NOT_BETTER, Choice
+from refine_fast.pipeline.evaluation.choice import FORGETS, NOT_BETTER, TOO_FEW, Choice
 from refine_fast.pipeline.evaluation.metrics import METRICS
 from refine_fast.pipeline.evaluation.significance import Gain
 from refine_fast.pipeline.queries.query import Made, Query
@@ -159,7 +159,7 @@ def test_an_unmeasured_domain_is_stated(data: ReportData) -> None:
     [
         (NOT_BETTER, "no fusion weight is shown to retrieve your documents better"),
         (FORGETS, "every fusion weight that is better forgets more than is tolerated"),
-        (NO_QUERIES, "no query is left to compare fusion weights on"),
+        (TOO_FEW, "too few queries are left to compare fusion weights on (400; fewer than 6 can"),
     ],
 )
 def test_a_kept_base_is_the_verdict(data: ReportData, refused: str, stated: str) -> None:
@@ -167,7 +167,7 @@ def test_a_kept_base_is_the_verdict(data: ReportData, refused: str, stated: str)
     [statement] = verdict(dataclasses.replace(data, weight=0.0, choice=choice))
     assert statement.lead == "The base model is kept:"
     assert stated in statement.text
-    assert ("At the best weight, 0.75" in statement.text) == (refused != NO_QUERIES)
+    assert ("At the best weight, 0.75" in statement.text) == (refused != TOO_FEW)
     assert "`--weight`" in statement.text
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .scores import Scores
-from .significance import Gain, gain
+from .significance import FEWEST, Gain, gain
 
 METRIC = "ndcg@10"
 """What decides: unlike recall at one depth, it changes with every rank."""
@@ -19,7 +19,7 @@ and +8.8 points at .5, .75 and 1). People's questions do not: recall@3 of SQuAD'
 
 NOT_BETTER = "not better"
 FORGETS = "forgets"
-NO_QUERIES = "no queries"
+TOO_FEW = "too few queries"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Choice:
     guard: Gain
     """At ``best``, on general text."""
     refused: str | None = None
-    """Why the base is kept: ``NOT_BETTER``, ``FORGETS`` or ``NO_QUERIES``."""
+    """Why the base is kept: ``NOT_BETTER``, ``FORGETS`` or ``TOO_FEW``."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def choose_weight(
     """
     positive = [weight for weight in sorted(dev) if weight > 0]
     weights = [weight for weight in positive if weight <= most] or positive[:1]
-    if not len(dev[0]):
+    if len(dev[0]) < FEWEST:
         unknown = Gain(0.0, 0.0, 0.0)
-        return Choice(0.0, weights[0], unknown, unknown, NO_QUERIES)
+        return Choice(0.0, weights[0], unknown, unknown, TOO_FEW)
     least = (1 - tolerance) * guard[0].metrics[METRIC]
     gains = {weight: _gain_at(weight, dev) for weight in weights}
     better = [weight for weight in weights if gains[weight].low > 0]

@@ -9,8 +9,8 @@ import numpy as np
 from .scores import mean
 
 FEWEST = 6
-"""Queries: five that all change one way are no evidence at 95% (sign test, p = 0.0625), but a
-bootstrap of them would say so."""
+"""Queries that change: five that all change one way are no evidence at 95% (sign test, p = 0.0625),
+but a bootstrap of them would say so, however many unchanged ones are beside them."""
 
 BLOCK = 1 << 20
 """Counts that are drawn at a time."""
@@ -37,7 +37,8 @@ def gain(before: np.ndarray, after: np.ndarray, *, resamples: int = 10_000, seed
     """Paired bootstrap of a mean difference.
 
     The interval covers the choice of queries, not the randomness of training. Fewer than ``FEWEST``
-    queries show nothing, and have the interval [-1, 1].
+    queries show nothing, and have the interval [-1, 1]; where fewer than ``FEWEST`` change, it
+    holds 0.
 
     Args:
         before: (Q,) one metric of one system, per query.
@@ -61,4 +62,7 @@ def gain(before: np.ndarray, after: np.ndarray, *, resamples: int = 10_000, seed
         draws = rng.multinomial(len(change), counts / len(change), size=len(block))
         block[:] = draws @ values / len(change)
     low, high = np.percentile(means, [2.5, 97.5])
+    if np.count_nonzero(change) < FEWEST:
+        # an unchanged query is no evidence either way: the sign test counts only those that change
+        low, high = min(low, 0.0), max(high, 0.0)
     return Gain(float(change.mean()), float(low), float(high))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..evaluation.choice import FORGETS, METRIC, NO_QUERIES, NOT_BETTER, Choice
-from ..evaluation.significance import Gain
+from ..evaluation.choice import FORGETS, METRIC, NOT_BETTER, TOO_FEW, Choice
+from ..evaluation.significance import FEWEST, Gain
 from .data import ReportData, Served, SetScores
 from .format import HEADLINE, points
 
@@ -31,7 +31,7 @@ def verdict(data: ReportData) -> list[Statement]:
     welcome, a remedy follows.
     """
     if data.choice is not None and data.choice.refused is not None:
-        return [refusal(data.choice)]
+        return [refusal(data.choice, data.curves[0].queries)]
     own = data.in_domain.gain(data.weight, HEADLINE)
     how = ""
     if data.queries.made != "none" and data.queries.held_out_by_document:
@@ -68,8 +68,8 @@ def verdict(data: ReportData) -> list[Statement]:
     return statements
 
 
-def refusal(choice: Choice) -> Statement:
-    """Why the base model is delivered, and what to try."""
+def refusal(choice: Choice, queries: int) -> Statement:
+    """Why the base model is delivered, and what to try; ``queries`` were there to choose on."""
     changes = (
         f"At the best weight, {choice.best:g}, {METRIC} changes by {points(choice.gain)} on"
         f" held-out queries and by {points(choice.guard)} on general knowledge."
@@ -84,11 +84,12 @@ def refusal(choice: Choice) -> Statement:
             "A lower `--lr`, fewer `--epochs` or a smaller weight in `--curve` may help;"
             " `--tolerance` allows more.",
         ),
-        NO_QUERIES: (
-            "no query is left to compare fusion weights on.",
+        TOO_FEW: (
+            "too few queries are left to compare fusion weights on"
+            f" ({queries}; fewer than {FEWEST} can show nothing).",
             "Give more documents or `--queries`.",
         ),
-    }[choice.refused or NO_QUERIES]
+    }[choice.refused or TOO_FEW]
     return Statement(
         "The base model is kept:",
         f"{why} {remedy} A number for `--weight` delivers that weight whatever it does.",
