@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -48,6 +50,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def write_errors(folder: Path) -> Iterator[None]:
+    """Where safetensors or ``torch.save`` cannot write, such as on a full disk, raises the OSError
+    that they hide in exceptions of their own, with ``folder`` as the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        code = int(found[1])
+        raise OSError(code, os.strerror(code), str(folder)) from error
+    except RuntimeError as error:
+        if re.search("unexpected pos|PytorchStreamWriter", str(error)) is None:
+            raise
+        reason = "a file could not be written whole; the disk may be full"
+        raise OSError(errno.ENOSPC, reason, str(folder)) from error
 
 
 def name_of(path: str | os.PathLike[str]) -> str:

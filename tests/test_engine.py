@@ -6,12 +6,17 @@ The stages here are tiny; test_run.py kills real ones.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from refine_fast.errors import RefineFastError
 from refine_fast.files import atomic, atomic_folder
@@ -21,6 +26,7 @@ from refine_fast.pipeline.cluster.shards import FolderShards
 from refine_fast.pipeline.code_version import CodeVersion
 from refine_fast.pipeline.corpus.documents import may_be_read
 from refine_fast.pipeline.engine import LockedError, RunFolder, Stage
+from refine_fast.pipeline.reserve import save_rows
 
 
 def copy_upper(source: Path, **kwargs) -> Stage:
@@ -35,6 +41,49 @@ def source(tmp_path: Path) -> Path:
     path = tmp_path / "source.txt"
     path.write_text("one")
     return path
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 1 MB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("full_disk")
+@pytest.mark.parametrize(
+    ("save", "reason"),
+    [
+        (lambda path: save_file({"w": torch.zeros(10**6)}, path), "File too large"),
+        (lambda path: torch.save({"w": torch.zeros(10**6)}, path), "the disk may be full"),
+        # many small tensors, of which the first ones fit
+        (lambda path: torch.save([torch.zeros(9999) for _ in range(99)], path), "may be full"),
+        (lambda path: save_rows(path, np.zeros((1000, 300))), r"File too large: .*rows\.npy"),
+    ],
+)
+def test_a_full_disk_is_named(tmp_path: Path, save: Callable[[Path], None], reason: str) -> None:
+    """The libraries that write it hide an OSError in others, or its reason and the file."""
+    stage = Stage("full", (), lambda folder: save(folder / "rows.npy"))
+    with RunFolder(tmp_path / "run") as run, pytest.raises(OSError, match=reason) as caught:
+        run.do(stage)
+    assert str(caught.value.filename).startswith(str(tmp_path / "run" / ".work" / "full"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("diverged"), SafetensorError("bad header")])
+def test_another_error_of_a_stage_stays(tmp_path: Path, error: Exception) -> None:
+    def work(folder: Path) -> None:
+        raise error
+
+    with RunFolder(tmp_path / "run") as run, pytest.raises(type(error), match=str(error)):
+        run.do(Stage("broken", (), work))
+
+
+def test_no_array_is_written_without_its_space() -> None:
+    """``np.save`` tells of a full disk without naming the file; ``save_rows`` does."""
+    modules = Path(engine.__file__).parent.rglob("*.py")
+    assert [str(path) for path in modules if "np.save(" in path.read_text("utf-8")] == []
 
 
 def test_a_finished_stage_needs_no_redoing(tmp_path: Path, source: Path) -> None:

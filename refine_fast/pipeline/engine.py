@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RefineFastError
-from ..files import fsync_all, name_of, read_json, walk, write_json
+from ..files import fsync_all, name_of, read_json, walk, write_errors, write_json
 from .code_version import CodeVersion, code_version
 from .usage import peak_mb, reset_peak
 
@@ -160,7 +160,8 @@ class RunFolder:
             before = _seconds_before(folder)
             write_json(folder / "started.json", before)
             start = time.monotonic()
-            stage.work(folder)
+            with write_errors(folder):
+                stage.work(folder)
             for name in stage.outputs:
                 fsync_all(folder / name)
             outputs = {name: self._digest(folder / name) for name in stage.outputs}

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..reserve import save_rows
 from ..workers import Part, SharedRows
 from .shards import FolderShards, Shards
 
@@ -86,7 +87,7 @@ class FolderExchange:
         if isinstance(rows, np.memmap):
             return RowsOfFile(Path(str(rows.filename)))
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "rows.npy", rows)
+        save_rows(folder / "rows.npy", rows)
         return RowsOfFile(folder / "rows.npy")
 
     def share_loader(self, load: partial[Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import RefineFastError
+from ..reserve import save_rows
 from ..workers import Part, SharedRows
 from .exchange import SharedFolder
 from .object_path import ObjectPath
@@ -43,7 +44,7 @@ class ObjectExchange:
         for begin, end in spans:
             with _temporary_folder() as temporary:
                 path = temporary / "rows.npy"
-                np.save(path, rows[begin:end])
+                save_rows(path, rows[begin:end])
                 published[begin] = self._publish(path)
         return RowsOfObjects(published)
 

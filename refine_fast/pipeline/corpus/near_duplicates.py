@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from ..progress import Progress
-from ..reserve import reserve
+from ..reserve import reserve, save_rows
 from ..workers import SharedRows, Spread, Work
 
 Shingles = Callable[[str], set[str]]
@@ -267,16 +267,14 @@ def _repeats_in_shards(
 
 def _sketcher(rule: _Rule) -> Work:
     def work(item: list[str], path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, _band_keys(item, rule))
+        save_rows(path, _band_keys(item, rule))
 
     return work
 
 
 def _sorter(bands: SharedRows) -> Work:
     def work(item: int, path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, _shared_buckets(bands.read(item, item + 1)[0]))
+        save_rows(path, _shared_buckets(bands.read(item, item + 1)[0]))
 
     return work
 

@@ -14,7 +14,7 @@ import torch
 
 from ..._native import available_isas
 from ..progress import Progress
-from ..reserve import reserve
+from ..reserve import reserve, save_rows
 from ..workers import Spread, Work
 
 if TYPE_CHECKING:
@@ -200,8 +200,7 @@ def _shard_encoder(
         parts = _in_blocks(
             encode_block, texts, np.arange(len(texts)), block, _autocast(model, bf16)
         )
-        with path.open("wb") as file:
-            np.save(file, np.concatenate([vectors for _, vectors in parts]))
+        save_rows(path, np.concatenate([vectors for _, vectors in parts]))
 
     return work
 

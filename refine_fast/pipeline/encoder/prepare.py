@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RefineFastError
+from ...files import write_errors
 from ...fuse.into import check_fuse_into
 from ...integrations.sentence_transformers.twin import TwinEncoder
 from ..cache import cache_folder, made_once
@@ -80,7 +81,8 @@ def prepare_encoder(
             reasons.insert(0, "it is a LoRA adapter, now merged with its base")
         if say is not None:
             say(f"model: {'; '.join(reasons)}; using a copy in {place}")
-        model.save_pretrained(str(content), create_model_card=False)
+        with write_errors(place):
+            model.save_pretrained(str(content), create_model_card=False)
         copy_missing(folder, content, "README.md", "LICENSE*", CODE)
     return place
 

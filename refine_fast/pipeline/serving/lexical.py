@@ -21,6 +21,7 @@ import numpy as np
 
 from ..corpus.bm25 import K1, B
 from ..corpus.terms import search_terms
+from ..reserve import save_rows
 
 _ARRAYS = ("terms", "term_ends", "ends", "rows", "counts", "lengths")
 
@@ -72,7 +73,7 @@ class Postings:
         """Writes the arrays into a folder."""
         folder.mkdir()
         for name in _ARRAYS:
-            np.save(folder / f"{name}.npy", getattr(self, name))
+            save_rows(folder / f"{name}.npy", getattr(self, name))
 
     @classmethod
     def load(cls, folder: Path) -> Postings:

@@ -23,6 +23,7 @@ from ...files import read_json, write_json
 from ..corpus.chunk import Chunk
 from ..corpus.sentences import Spans, sentence_texts
 from ..corpus.text import whole_characters
+from ..reserve import save_rows
 from . import ann
 from .dense import Moments
 from .lexical import Postings
@@ -63,8 +64,8 @@ def write_segment(
                 columns[name] = list(map(whole_characters, columns[name]))
             file.write_batch(pa.record_batch(columns, schema=schema))
     flat = [span for own in spans for span in own]
-    np.save(folder / "spans.npy", np.array(flat, np.int32).reshape(-1, 2))
-    np.save(folder / "offsets.npy", np.cumsum([0, *map(len, spans)], dtype=np.int64))
+    save_rows(folder / "spans.npy", np.array(flat, np.int32).reshape(-1, 2))
+    save_rows(folder / "offsets.npy", np.cumsum([0, *map(len, spans)], dtype=np.int64))
     passages = [chunk.passage for chunk in chunks]
     encode("product", passages, folder / "product.npy")
     encode("sentences", sentence_texts(chunks, spans), folder / "sentences.npy")
@@ -107,7 +108,7 @@ def finish_segment(
         facts["indexes"][name] = about
         if name != "sentences":
             found = Moments.of(vectors)
-            np.save(folder / f"moments-{name}.npy", np.vstack([found.total, found.second]))
+            save_rows(folder / f"moments-{name}.npy", np.vstack([found.total, found.second]))
     facts["bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     write_json(folder / "segment.json", facts)
     return facts

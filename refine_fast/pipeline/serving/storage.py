@@ -22,6 +22,7 @@ import numpy as np
 
 from ...errors import RefineFastError
 from ...files import as_argument, atomic, fsync, fsync_all, read_json, write_json
+from ..reserve import save_rows
 
 INDEX = "index"
 """Folder in the run folder."""
@@ -125,8 +126,8 @@ class IndexFolder:
     def write_dead(self, rows: np.ndarray) -> str:
         """Writes the dead rows; returns the name for the manifest."""
         name = f"dead-{self._next('dead-')}.npy"
-        with atomic(self.path / name) as temporary, temporary.open("wb") as file:
-            np.save(file, rows)
+        with atomic(self.path / name) as temporary:
+            save_rows(temporary, rows)
         return name
 
     def commit(self, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ from ..corpus.jsonl import read_records
 from ..encoder.encode import compares_by_cosine, encode, prompt_of, unit_of_similarity
 from ..encoder.load import load_encoder
 from ..queries.splits import require_enough
+from ..reserve import save_rows
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -54,6 +55,6 @@ def run(context: RunContext, folder: Path) -> None:
         "document_prompt": prompt_of(model, "document"),
     }
     write_json(out / "similarity.json", similarity)
-    np.save(out / "queries.npy", q)
-    np.save(out / "chunks.npy", d)
-    np.save(out / "held_out.npy", held)
+    save_rows(out / "queries.npy", q)
+    save_rows(out / "chunks.npy", d)
+    save_rows(out / "held_out.npy", held)

@@ -12,6 +12,7 @@ from ..artifacts import SENTENCES, training_view
 from ..corpus.sentences import sentence_texts, split_passages
 from ..encoder.encode import encode
 from ..encoder.load import load_encoder
+from ..reserve import save_rows
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -26,7 +27,7 @@ def run(context: RunContext, folder: Path) -> None:
     model, spread = load(), context.spread(folder, load, "base")
     out = folder / SENTENCES
     out.mkdir(exist_ok=True)
-    np.save(out / "offsets.npy", np.cumsum([0, *map(len, spans)], dtype=np.int64))
+    save_rows(out / "offsets.npy", np.cumsum([0, *map(len, spans)], dtype=np.int64))
     with context.console.progress("embedding sentences") as progress:
         encode(
             model,

@@ -20,6 +20,7 @@ from ...files import atomic
 from ..encoder.encode import has_fast_bf16
 from ..encoder.load import device, is_cross_encoder, why_not_loaded
 from ..progress import Progress
+from ..reserve import save_rows
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
@@ -155,8 +156,8 @@ def logits_of(
         progress: called with (scored pairs, P).
     """
     if not file.exists():
-        with atomic(file) as temporary, temporary.open("wb") as new:
-            np.save(new, np.full(len(pairs), np.nan, np.float32))
+        with atomic(file) as temporary:
+            save_rows(temporary, np.full(len(pairs), np.nan, np.float32))
     logits = np.load(file, mmap_mode="r+")
     # Longest first: little padding, and memory that is too small fails at once.
     order = np.argsort([-len(queries[q]) - len(passages[d]) for q, d in pairs], kind="stable")
