@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from refine_fast.errors import RefineFastError
 from refine_fast.fuse import fuse
-from refine_fast.pipeline.encoder.adapters import add_lora
+from refine_fast.pipeline.encoder.adapters import adapter_folder, add_lora
 from refine_fast.pipeline.encoder.check import check_encoder
 from refine_fast.pipeline.encoder.encode import compares_by_cosine, encode
 from refine_fast.pipeline.encoder.fused import load_fused
@@ -150,6 +150,34 @@ def peft_model(folder: Path) -> SentenceTransformer:
     base = load_encoder(Path(str(folder) + "-base"))
     base[0].model = PeftModel.from_pretrained(base[0].model, folder)
     return base
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint-500", "adapters"])
+@pytest.mark.parametrize("itself", [False, True])
+def test_an_adapter_below_a_complete_encoder_is_none_of_its(
+    tiny: Path, tmp_path: Path, place: str, itself: bool
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    (base / place).mkdir(exist_ok=True)
+    named = {"base_model_name_or_path": str(base) if itself else "BAAI/bge-m3"}
+    (base / place / "adapter_config.json").write_text(json.dumps(named))
+    assert adapter_folder(base) is None
+    if place != ".":
+        assert prepare_encoder(base, cache=tmp_path / "cache") == base
+
+
+@pytest.mark.parametrize("place", [".", "0_Transformer", "0_Router/query_0_Transformer"])
+def test_where_an_adapter_makes_an_encoder(tmp_path: Path, place: str) -> None:
+    paths = ["0_Transformer", "0_Router", "1_Pooling"]
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
+    (tmp_path / "0_Router").mkdir()
+    routes = json.dumps({"types": {"query_0_Transformer": ""}})
+    (tmp_path / "0_Router" / "router_config.json").write_text(routes)
+    (tmp_path / place).mkdir(exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / place / name).touch()
+    assert adapter_folder(tmp_path) == tmp_path / place
 
 
 def test_a_complete_base_is_used_as_it_is(tiny: Path, tmp_path: Path) -> None:

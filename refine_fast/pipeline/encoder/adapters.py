@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RefineFastError
+from ...files import read_json
 from ...fuse import fuse
 from .layers import transformers_of
 
@@ -48,8 +50,31 @@ def add_lora(model: SentenceTransformer, rank: int) -> list[PeftModel]:
 
 
 def adapter_folder(folder: Path) -> Path | None:
-    """Where the adapter is if the encoder in ``folder`` is an adapter over a base; else None."""
-    return next((file.parent for file in sorted(folder.rglob(ADAPTER_CONFIG))), None)
+    """Where the adapter is if the encoder in ``folder`` is an adapter over a base; else None.
+
+    An adapter that is not where the encoder's own weights would be, such as in a checkpoint or
+    beside a complete encoder, belongs to nothing that is loaded.
+    """
+    for place in _module_folders(folder):
+        if (place / ADAPTER_CONFIG).is_file() and not _has_weights(place):
+            return place
+    return None
+
+
+def _module_folders(folder: Path) -> Iterator[Path]:
+    """The folders of an encoder that its modules, and the routes of a router, are loaded from."""
+    yield folder
+    for module in read_json(folder / "modules.json") or ():
+        place = folder / module["path"]
+        yield place
+        router = read_json(place / "router_config.json") or {}
+        yield from (place / route for route in router.get("types", ()))
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether there are weights besides an adapter's."""
+    found = (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))
+    return any(not file.name.startswith("adapter_") for file in found)
 
 
 def base_of_adapter(adapter: Path) -> str:
