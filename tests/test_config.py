@@ -432,6 +432,30 @@ def test_recipes(tmp_path: Path) -> None:
     assert load_config(None, {"out": str(tmp_path)}).weight == "auto"
 
 
+@pytest.mark.parametrize("quick", [{}, QUICK])
+def test_a_flag_of_a_resumed_run_does_what_it_does_in_a_new_one(
+    tmp_path: Path, quick: dict[str, object]
+) -> None:
+    """What config.yaml holds only because the run began with another value goes with that value."""
+    demo, docs = tmp_path / "demo", tmp_path / "docs"
+    docs.mkdir()
+    begun = [RunConfig(out=demo, **quick), RunConfig(out=tmp_path, docs=docs, **quick)]
+    for config in begun:
+        (config.out / "config.yaml").parent.mkdir(exist_ok=True)
+        (config.out / "config.yaml").write_text(config.to_yaml())
+        flags = {"out": config.out, "epochs": "2"}
+        assert load_config(None, flags, quick).max_steps is None
+        assert load_config(None, {**flags, "max_steps": "7"}, quick).max_steps == 7
+        assert load_config(None, {"out": config.out}, quick) == config
+    embeddings = load_config(None, {"out": demo, "fusion": "embeddings"})
+    assert (embeddings.weight, embeddings.max_steps) == (0.35, begun[0].max_steps)
+    (demo / "config.yaml").write_text(embeddings.to_yaml())
+    assert load_config(None, {"out": demo, "fusion": "weights"}).weight == "auto"
+    assert load_config(None, {"out": demo, "fusion": "weights", "weight": "0.5"}).weight == 0.5
+    (tmp_path / "mine.yaml").write_text("epochs: 3")
+    assert load_config(tmp_path / "mine.yaml", {"out": demo}, quick).max_steps is None
+
+
 def test_the_order_of_a_saved_mix_does_not_matter(tmp_path: Path) -> None:
     """A tool that sorts the keys of a YAML file changes no option."""
     config = RunConfig(out=tmp_path)

@@ -36,9 +36,10 @@ def load_config(
     Raises:
         RefineFastError: if the file or a value cannot be used.
     """
-    values = {**(defaults or {}), **({} if path is None else _read_yaml(path))}
+    given = {**({} if path is None else _read_yaml(path)), **flags}
+    values = dict(defaults or {})
     saved = Path(flags.get("out", "")).expanduser() / "config.yaml"
-    if "out" in flags and not {"docs"} & (flags.keys() | values.keys()) and saved.is_file():
+    if "out" in flags and "docs" not in given and saved.is_file():
         before = _read_yaml(saved)
         if not before:
             raise RefineFastError(f"config: {saved} is empty; give DOCS and the options again.")
@@ -47,8 +48,14 @@ def load_config(
         elif "recipe" in flags and flags["recipe"] != before.get("recipe"):
             # a saved configuration names every value, also those that came from its recipe
             before = {name: v for name, v in before.items() if name not in RECIPES["paper"]}
+        # What a value was filled in for must not outlive it: the weight belongs to the fusion, and
+        # the demo's limit of the steps to its epochs, as in a run that begins.
+        if "fusion" in given and "weight" not in given:
+            before.pop("weight", None)
         values = {**before, **values}
-    return RunConfig(**{**values, **flags})
+    if "epochs" in given and "max_steps" not in given:
+        values.pop("max_steps", None)
+    return RunConfig(**{**values, **given})
 
 
 def saved_config(run: Path) -> RunConfig:
