@@ -124,6 +124,35 @@ def test_the_shortest_training_trains(tiny: Path, tmp_path: Path, steps: int) ->
     assert (history["steps"], history["epochs"]) == (steps, steps / 2)
 
 
+def test_a_second_kill_during_a_save_costs_no_complete_checkpoint(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+
+    def killed(saves: int) -> None:
+        """A training that ends in the save after as many."""
+        left = iter(range(saves))
+
+        def sync_or_die(path: Path) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(trainer, "fsync_all", sync_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_encoder(tiny), EXAMPLES, PAGES, tmp_path, batch_size=4, epochs=2.0)
+
+    def complete() -> list[str]:
+        return [path.parent.name for path in tmp_path.glob("*/complete")]
+
+    killed(2)
+    assert sorted(complete()) == ["checkpoint-2"]
+    assert (tmp_path / "checkpoint-3").is_dir()
+    # saved at other steps this time, as the clock has it
+    (tmp_path / "checkpoint-3").rename(tmp_path / "checkpoint-6")
+    killed(0)
+    assert complete() == ["checkpoint-2"]
+
+
 def test_memory_is_planned_for_the_most_tokens(tiny: Path) -> None:
     """Not for the most characters: of Chinese, each is a token."""
     model = load_encoder(tiny)

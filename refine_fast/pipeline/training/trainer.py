@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -154,6 +155,8 @@ def train(
     else:
         order = grouped_order(grouped_by, steps * batch_size, seed)
 
+    if rank == 0:
+        _remove_incomplete_checkpoints(folder)
     checkpoint = _last_complete_checkpoint(folder) or ""
     if ranks is not None:
         checkpoint = ranks.of_first("checkpoint", checkpoint)
@@ -172,7 +175,7 @@ def train(
             use_cpu=model.device.type == "cpu",
             seed=seed,
             save_strategy="no",  # the callback decides when
-            save_total_limit=2,  # the newest may be incomplete after a kill
+            save_total_limit=2,  # the newest is incomplete until it is on the disk
             logging_steps=1,
             logging_nan_inf_filter=False,  # it would log a NaN loss as 0
             disable_tqdm=True,
@@ -261,6 +264,14 @@ def _last_complete_checkpoint(folder: Path) -> str | None:
     if not complete:
         return None
     return str(max(complete, key=lambda path: int(path.name.split("-")[1])))
+
+
+def _remove_incomplete_checkpoints(folder: Path) -> None:
+    """What a kill during a save left. ``save_total_limit`` would count it, and remove the last
+    complete one for it."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / CHECKPOINT_COMPLETE).exists():
+            shutil.rmtree(checkpoint)
 
 
 class _Callback(TrainerCallback):
