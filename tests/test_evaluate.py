@@ -15,8 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from retrieval_sets import SMALL, folder_of
 
+from refine_fast.pipeline.artifacts import (
+    CHUNKS,
+    DEV,
+    HELD_OUT,
+    QUERIES,
+    relevant_rows,
+    training_view,
+)
 from refine_fast.pipeline.corpus.beir import RetrievalSet, load_beir
 from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.corpus.jsonl import write_records
 from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.evaluation.bm25 import score_bm25
 from refine_fast.pipeline.evaluation.choice import (
@@ -409,6 +418,44 @@ def test_nothing_leaks_from_held_out_documents(sources: int) -> None:
     assert [data.docs[row] for rows in data.relevant for row in rows] == [
         f"T text {q.chunk_id[1:]}" for q in parts["test"]
     ]
+
+
+@pytest.mark.parametrize("sources", [40, 1])
+@pytest.mark.parametrize("again", ["question {}", " Question  {}"])
+def test_a_held_out_question_keeps_its_answers_in_all_documents(
+    tmp_path: Path, sources: int, again: str
+) -> None:
+    """Also those in a document that is trained on, whose own questions keep their passages."""
+    chunks = [Chunk(f"c{i}", f"text {i}", "T", f"s{i % sources}", 0, 9) for i in range(40)]
+    queries = [
+        Query(text.format(i), f"c{(i + k) % 40}", "user")
+        for i in range(40)
+        for k, text in enumerate(("question {}", again))
+    ]
+    parts = split_by_document(queries, chunks, {"dev": 0.1, "test": 0.2}, seed=0)
+    for name in ("dev", "test"):
+        data = held_out_set(chunks, parts[name])
+        for text, rows in zip(data.queries, data.relevant, strict=True):
+            number = int(text.split()[1])
+            assert set(rows) == {number, (number + 1) % 40}
+    write_records(tmp_path / CHUNKS, chunks)
+    for file, name in ((QUERIES, "train"), (DEV, "dev"), (HELD_OUT, "test")):
+        write_records(tmp_path / file, parts[name])
+    seen, asked = training_view(tmp_path)
+    assert asked == parts["train"]
+    relevant = relevant_rows(seen, asked)
+    assert sum(map(len, relevant.values())) == len(asked)
+    answers = {query.chunk_id for name in ("dev", "test") for query in parts[name]}
+    trained = {query.chunk_id for query in asked}
+    assert {chunk.id for chunk in seen} == trained | ({chunk.id for chunk in chunks} - answers)
+
+
+def test_one_answer_each_is_split_as_ever() -> None:
+    chunks, queries = pieces(40)
+    parts = split_by_document(queries, chunks, {"dev": 0.1, "test": 0.2}, seed=0)
+    assert sorted((q.text, q.chunk_id) for part in parts.values() for q in part) == sorted(
+        (q.text, q.chunk_id) for q in queries
+    )
 
 
 def test_a_question_with_several_answers() -> None:

@@ -66,11 +66,16 @@ def stage_costs(out: Path) -> dict[str, tuple[float, int]]:
 
 
 def training_view(out: Path) -> tuple[list[Chunk], list[Query]]:
-    """The chunks that training may see, without those of held-out documents, and its queries."""
+    """The chunks that training may see, without those of held-out documents, and its queries.
+
+    A chunk that answers a query of training is seen, even if it also answers a held-out one whose
+    other answer is in a held-out document.
+    """
     chunks = read_records(out / CHUNKS, Chunk)
     queries = read_records(out / QUERIES, Query)
     source_of = {chunk.id: chunk.source for chunk in chunks}
     held = {query.chunk_id for name in (DEV, HELD_OUT) for query in read_records(out / name, Query)}
+    held -= {query.chunk_id for query in queries}
     asked = {source_of[query.chunk_id] for query in queries}
     sources = {source_of[chunk] for chunk in held} - asked
     seen = [c for c in chunks if c.id not in held and c.source not in sources]

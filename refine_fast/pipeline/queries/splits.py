@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...errors import RefineFastError
@@ -77,7 +78,7 @@ def split_by_document(
     A document is a chunk's ``source``, or the chunk where fewer than ``MIN_SOURCES`` sources have
     queries. Documents are drawn in the order of a hash of (seed, source) and fill the parts in
     turn, until each has its share of the queries. No text is in two parts: an earlier part keeps
-    it, and the training queries come last.
+    it, with its answers in documents of other parts, and the training queries come last.
 
     Args:
         queries: all queries.
@@ -96,15 +97,30 @@ def split_by_document(
             query
         )
     drawn = iter(sorted(groups, key=lambda key: hashlib.blake2b(f"{seed}:{key}".encode()).digest()))
+    answers: dict[str, list[str]] = {}
+    for query in queries:
+        answers.setdefault(normalize(query.text), []).append(query.chunk_id)
     parts: dict[str, list[Query]] = {}
     held_out: list[str] = []
     for name, share in shares.items():
         part: list[Query] = []
         while len(part) < share * len(queries) and (key := next(drawn, None)):
             part += groups[key]
-        parts[name] = without(part, held_out)
+        parts[name] = _with_all_answers(without(part, held_out), answers)
         held_out += [query.text for query in part]
     return {"train": without([query for key in drawn for query in groups[key]], held_out), **parts}
+
+
+def _with_all_answers(part: Sequence[Query], answers: Mapping[str, Sequence[str]]) -> list[Query]:
+    """The queries, and each again for every other chunk that answers it: one that is not known as
+    an answer would count as a mistake of the model that finds it."""
+    every = {
+        (query.text, chunk_id): replace(query, chunk_id=chunk_id)
+        for query in part
+        for chunk_id in answers[normalize(query.text)]
+    }
+    known = {(query.text, query.chunk_id) for query in part}
+    return [*part, *(query for pair, query in every.items() if pair not in known)]
 
 
 def require_enough(queries: Sequence[Query]) -> None:
