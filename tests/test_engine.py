@@ -95,6 +95,25 @@ def test_a_finished_stage_needs_no_redoing(tmp_path: Path, source: Path) -> None
     assert not (tmp_path / "run" / ".work" / "upper").exists()
 
 
+def test_what_a_stage_no_longer_writes_goes(tmp_path: Path, source: Path) -> None:
+    """Beside what it writes now, it would be taken for a part of that. Another stage's stays."""
+
+    def stage(name: str, *outputs: str) -> Stage:
+        def work(to: Path) -> None:
+            for output in outputs:
+                (to / output).parent.mkdir(exist_ok=True)
+                (to / output).write_text(name)
+
+        return Stage(name, tuple(output.split("/")[0] for output in outputs), work)
+
+    with RunFolder(tmp_path / "run") as run:
+        run.do(stage("train", "tuned/weights", "adapter/weights", "facts", "moved"))
+        run.do(stage("other", "moved"))
+        run.do(stage("train", "tuned/weights"))
+    found = {path.name for path in (tmp_path / "run").iterdir() if path.name[0] != "."}
+    assert found == {"tuned", "moved", "manifest.json"}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

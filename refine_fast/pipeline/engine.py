@@ -182,7 +182,13 @@ class RunFolder:
 
     def _publish(self, stage: Stage, folder: Path, record: dict[str, Any]) -> None:
         manifest = self._manifest()
-        if manifest.pop(stage.name, None) is not None:
+        if (before := manifest.pop(stage.name, None)) is not None:
+            kept = {
+                *stage.outputs,
+                *(name for other in manifest.values() for name in other["outputs"]),
+            }
+            for name in before["outputs"].keys() - kept:
+                _remove(self.path / name)  # such as the adapter of an earlier training
             write_json(self.path / "manifest.json", manifest)
         for name in stage.outputs:
             if (folder / name).exists():  # otherwise a killed run has moved it already
@@ -238,6 +244,13 @@ class RunFolder:
             except PermissionError:  # the stage skips such a document
                 self._digests[known] = "unreadable"
         return self._digests[known]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
