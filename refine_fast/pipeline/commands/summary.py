@@ -61,21 +61,21 @@ def _show_scores(context: RunContext) -> None:
     }
     tables = []
     for name, before in systems["base"].items():
-        change = gain(before.per_query["recall@3"], systems["fused"][name].per_query["recall@3"])
+        change = gain(before.per_query[HEADLINE], systems["fused"][name].per_query[HEADLINE])
         value["sets"][name] = {
             "systems": {system: scores[name].metrics for system, scores in systems.items()},
-            "gain": {"metric": "recall@3", **vars(change), "verdict": change.verdict},
+            "gain": {"metric": HEADLINE, **vars(change), "verdict": change.verdict},
         }
         title = (
             "your documents"
             if name == "in_domain"
             else f"out of domain: {name.removeprefix('ood:')}"
         )
-        caption = f"recall@3, base to fused: {points(change)}, {change.verdict}"
+        caption = f"{HEADLINE}, base to fused: {points(change)}, {change.verdict}"
         table = Table(
             "",
             *COLUMNS,
-            title=f"{title} ({len(before.per_query['recall@3'])} queries)",
+            title=f"{title} ({len(before)} queries)",
             caption=caption,
         )
         for system, scores in systems.items():
