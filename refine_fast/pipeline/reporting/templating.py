@@ -16,9 +16,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 def escape_markdown(text: str) -> Markup:
     """Text that Markdown reads as plain text on one line, in a table cell too.
 
-    An underscore inside a word is never markup, so it stays as it is.
+    An underscore inside a word is never markup, so it stays as it is. ``~`` and ``$`` are GitHub's:
+    struck out, and maths.
     """
-    markup = r"[\\`*\[\]<>|#!&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
+    markup = r"[\\`*\[\]<>|#!&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
     return Markup(re.sub(markup, r"\\\g<0>", _one_line(text)))
 
 
