@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.llm import estimate, generate_queries
+from refine_fast.pipeline.queries.llm.coverage import spread
 
 Endpoint = Any  # conftest's
 
@@ -35,8 +35,39 @@ def test_the_judge_gets_its_part_of_tokens_and_money(
     settings = endpoint.settings(judge=True, price_in=1.0, price_out=1.0, **limit)
     _, account = generate_queries(chunks, settings, tmp_path / "replies.jsonl")
     assert (account.stopped, account.unjudged) == (*limit, 0)
-    assert 0 < account.replied < len(chunks)
-    assert account.tokens_in + account.tokens_out <= 8_000
+    assert account.replied < len(chunks)
+    # less than what two calls of the longest replies reserve is left
+    assert 8_000 - 2 * (512 + 512) < account.tokens_in + account.tokens_out <= 8_000
+
+
+@pytest.mark.parametrize("limit", ["max_tokens", "max_cost"])
+def test_a_limit_above_what_everything_costs_leaves_nothing_out(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path, limit: str
+) -> None:
+    """A verdict costs less than the queries, mostly: its part is no half."""
+    prices = {"price_in": 1.0, "price_out": 1.0}
+    settings = endpoint.settings(judge=True, **prices)
+    _, whole = generate_queries(chunks, settings, tmp_path / "whole.jsonl")
+    most = {"max_tokens": whole.tokens_in + whole.tokens_out, "max_cost": whole.cost}[limit]
+    limited = endpoint.settings(judge=True, **prices, **{limit: type(most)(1.2 * most)})
+    store = tmp_path / "replies.jsonl"
+    for _ in range(2):
+        _, account = generate_queries(chunks, limited, store)
+        assert (account.replied, account.unjudged, account.stopped) == (len(chunks), 0, None)
+        assert (account.calls, account.kept) == (whole.calls, whole.kept)
+        assert (account.candidates, account.dropped) == (whole.candidates, whole.dropped)
+    assert estimate(chunks, limited, store).stops_after is None
+
+
+def test_what_fails_is_asked_once_however_often_a_limit_is_shared(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    first = chunks[spread(chunks, seed=0)[0]].text.partition(" was")[0]
+    endpoint.set(flagged=f"{first} ", flag={"message": "your input was flagged"})
+    limited = endpoint.settings(judge=True, max_tokens=16_000)
+    _, account = generate_queries(chunks, limited, tmp_path / "replies.jsonl")
+    assert (account.stopped, account.unjudged) == ("max_tokens", 0)
+    assert (account.failed, account.rejected) == (1, 1)
 
 
 def test_verdicts_that_are_owed_come_before_new_queries(
@@ -78,22 +109,6 @@ def test_the_estimate_counts_the_verdicts_that_remain(
     assert estimate(some[:8], anew, store).calls == 8
 
 
-def test_the_estimate_judges_what_the_round_trip_keeps(
-    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
-) -> None:
-    store, some = tmp_path / "replies.jsonl", chunks[:12]
-    unit = np.eye(16, dtype=np.float32)
-
-    def encode(texts: list[str], role: str) -> np.ndarray:
-        """Every query lies nearest to chunk 3."""
-        return unit[: len(texts)] if role == "document" else np.repeat(unit[3:4], len(texts), 0)
-
-    generate_queries(some, endpoint.settings(), store)
-    judged = endpoint.settings(judge=True, round_trip=1)
-    assert estimate(some, judged, store, encode=encode).calls == 1
-    assert estimate(some, judged, store).calls == 12
-
-
 def test_chunks_of_one_text_are_one_call(endpoint: Endpoint, tmp_path: Path) -> None:
     texts = ["The quay is long. It was built by the city.", "The crane is old and lifts tonnes."]
     chunks = [Chunk(f"c{i}", texts[i % 2], "", "file", 0, 40) for i in range(6)]
@@ -118,4 +133,31 @@ def test_plan_counts_the_verdicts_of_another_prompt(
     capsys.readouterr()
     for judge, calls in (("no", 0), ("yes", 12)):
         assert main(["plan", *command, "--judge", judge, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["llm_calls"] == calls
+
+
+def test_plan_encodes_no_corpus_to_count_verdicts(
+    endpoint: Endpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from refine_fast.cli import main
+    from refine_fast.pipeline.queries.llm import generate
+
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for i in range(12):
+        text = f"Harbour {i} was built by the city of Port {i}. Its crane lifts {i} tonnes."
+        (docs / f"{i}.md").write_text(f"# Harbour {i}\n\n{text}\n")
+    command = [str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url]
+    command += ["--llm-model", "tiny", "--judge", "yes", "--round-trip", "1"]
+    assert main(["queries", *command, "--quiet"]) == 0
+    monkeypatch.delattr(generate, "_round_trip")
+    for prompt, calls in ((None, 0), ("Queries: {{ queries }} Passage: {{ passage }}", 12)):
+        if prompt is not None:
+            (tmp_path / "judge.jinja").write_text(f"{{% block user %}}{prompt}{{% endblock %}}")
+            command += ["--judge-prompt", str(tmp_path / "judge.jinja")]
+        capsys.readouterr()
+        assert main(["plan", *command, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["llm_calls"] == calls

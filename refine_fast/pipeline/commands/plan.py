@@ -42,7 +42,6 @@ from ..training.trainer import epochs_of, steps_of
 
 if TYPE_CHECKING:
     from ..queries.llm import Candidates, LLMSettings
-    from ..queries.llm.generate import Encode
 
 SAMPLE = 64
 """Chunks that are encoded to time the encoder on this machine."""
@@ -50,7 +49,12 @@ SAMPLE = 64
 TRAINING_OVER_ENCODING = 3.0
 """Time of forward and backward relative to forward: the backward has twice the products."""
 
-CHANGE_NO_QUERY = {"max_calls", "max_tokens", "max_cost", "price_in", "price_out"} | {
+CHANGE_NO_QUERY = {
+    "max_calls",
+    "max_tokens",
+    "max_cost",
+    "price_in",
+    "price_out",
     "llm",
     "llm_batch",
 }
@@ -203,13 +207,7 @@ def plan(config: RunConfig) -> Plan:
         encoding_minutes=round(encoded * seconds / 60, 1),
         llm=None
         if settings is None
-        else _remaining_calls(
-            context,
-            settings,
-            chunks,
-            queries["train"],
-            lambda texts, role: encode(model, texts, role=role, bf16=bf16),
-        ),
+        else _remaining_calls(context, settings, chunks, queries["train"]),
         # tuned and fused; with a twin, the tuned encoder twice and the frozen one
         disk_mb=round((2 + context.twin + candidates + CHECKPOINTS) * weight_bytes / 1e6),
     )
@@ -231,7 +229,6 @@ def _remaining_calls(
     settings: LLMSettings,
     chunks: Sequence[Chunk],
     train: Sequence[Query],
-    encode: Encode,
 ) -> dict[str, float | None]:
     """Calls, tokens and cost that remain at the language model, and the time of one in this
     process."""
@@ -239,11 +236,12 @@ def _remaining_calls(
     from ..queries.llm.generate import query_requests
     from ..queries.llm.grade import grade_requests
 
-    written = list(chunks) if context.config.llm_writes else []
+    is_to_write = context.config.llm_writes and not _stands(context, "query")
+    written = list(chunks) if is_to_write else []
     graded = _to_grade(context, chunks, train) if context.teacher_kind == "llm" else []
     store = context.path(REPLIES)
     grading = calls_to_grade(graded, settings, store)
-    remaining = asdict(estimate(written, settings, store, encode=encode, others=grading))
+    remaining = asdict(estimate(written, settings, store, others=grading))
     speed, seconds = None, 0.0
     if settings.in_process and remaining["calls"]:
         from ..queries.llm.local_speed import local_speed
@@ -271,14 +269,8 @@ def _to_grade(
     from ..queries.llm import Candidates
     from ..stages.llm_teach import to_grade
 
-    folder = RunFolder(context.out)
-    for stage in run_stages(context):
-        if folder.reasons(stage, but=CHANGE_NO_QUERY):
-            break
-        if stage.name == "query" and (read_json(context.path(ACCOUNT)) or {}).get("stopped"):
-            break
-        if stage.name == "mine":
-            return to_grade(*to_judge(context.out))
+    if _stands(context, "mine"):
+        return to_grade(*to_judge(context.out))
     row = {chunk.id: i for i, chunk in enumerate(chunks)}
     shown = min(1 + context.mined_negatives, len(chunks))
     return [
@@ -288,6 +280,19 @@ def _to_grade(
         )
         for query in train
     ]
+
+
+def _stands(context: RunContext, name: str) -> bool:
+    """Whether the run folder has this stage, and a run would change nothing up to it."""
+    folder = RunFolder(context.out)
+    for stage in run_stages(context):
+        if folder.reasons(stage, but=CHANGE_NO_QUERY):
+            return False
+        if stage.name == "query" and (read_json(context.path(ACCOUNT)) or {}).get("stopped"):
+            return False
+        if stage.name == name:
+            return True
+    return False
 
 
 def _estimate_rows(remaining: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

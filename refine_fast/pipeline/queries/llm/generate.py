@@ -129,7 +129,6 @@ def estimate(
     settings: LLMSettings,
     store: Path,
     *,
-    encode: Encode | None = None,
     others: Calls | None = None,
 ) -> Estimate:
     """Calls, tokens and cost of the requests without a reply in the store, before one is sent, and
@@ -137,8 +136,8 @@ def estimate(
 
     A reply counts 30 tokens per query and 20 around them. With ``judge`` there is a second call per
     chunk: its prompt, the queries and a short list of numbers. For chunks with a reply, these
-    requests are made from the queries in it; ``encode``, the base encoder, tells which of them
-    ``round_trip`` keeps.
+    requests are made from the queries in it; which of them ``round_trip`` drops is not known before
+    every chunk is encoded, so that they are an upper bound.
     """
     missing = _rows_by_key(chunks, settings)
     spent = Spent()
@@ -147,7 +146,7 @@ def estimate(
         with ReplyStore(store, settings.prices) as replies:
             spent = replies.spent
             if settings.judge:
-                found = _found(chunks, missing, settings, replies, encode=encode)
+                found = _found(chunks, missing, settings, replies)
                 own = _verdicts_to_come(chunks, found, settings, replies)
             missing = {key: i for key, i in missing.items() if key not in replies}
     calls = len(missing)
@@ -215,30 +214,44 @@ def generate_queries(
     with ReplyStore(store, settings.prices) as replies:
         keys = _rows_by_key(chunks, settings)
         reused = sum(key in replies for key in keys)
-        requests = zip(order, query_requests(chunks, order, settings), strict=True)
-        missing = (
-            request
-            for i, request in requests
-            if keys[request.key] == i and request.key not in replies
-        )
         progress = CallProgress(len(keys), reused, reused)
-        within = settings
-        if settings.judge and settings.is_limited:
-            found = _found(chunks, keys, settings, replies, embeddings=embeddings, encode=encode)
-            verdicts = _verdicts_to_come(chunks, found, settings, replies)
-            within = _leaving_verdicts(settings, replies.spent, verdicts)
-        form = run(send(missing, progress, within, replies, holds_queries, watch))
         account = Account(settings.models, len(chunks), reused=reused)
+        shares = settings.judge and settings.is_limited
+        given_up: set[str] = set()
+        while True:
+            within, written = settings, len(replies)
+            if shares:
+                found = _found(
+                    chunks, keys, settings, replies, embeddings=embeddings, encode=encode
+                )
+                verdicts = _verdicts_to_come(chunks, found, settings, replies)
+                within = _leaving_verdicts(settings, replies.spent, verdicts)
+            requests = zip(order, query_requests(chunks, order, settings), strict=True)
+            missing = (
+                request
+                for i, request in requests
+                if keys[request.key] == i
+                and request.key not in replies
+                and request.key not in given_up
+            )
+            progress.stopped = None
+            form = run(send(missing, progress, within, replies, holds_queries, watch))
+            account.stopped = progress.stopped
+            account.structured_output = form or account.structured_output
+            wrote = len(replies) > written
+            found = _found(
+                chunks, keys, settings, replies, account, embeddings=embeddings, encode=encode
+            )
+            if settings.judge:
+                found = run(_judged(chunks, found, settings, replies, account, watch, given_up))
+            if not (shares and progress.stopped and wrote):
+                break
+            # Verdicts took less than their half: what is left is shared again.
+            given_up = set(replies.failures)
         account.replied = sum(key in replies for key in keys)
-        account.failed, account.rejected = progress.failed, progress.rejected
-        account.stopped = progress.stopped
+        account.failed += progress.failed
+        account.rejected += progress.rejected
         account.seconds, account.replies_per_second = progress.seconds, progress.rate
-        account.structured_output = form
-        found = _found(
-            chunks, keys, settings, replies, account, embeddings=embeddings, encode=encode
-        )
-        if settings.judge:
-            found = run(_judged(chunks, found, settings, replies, account, watch))
         account.calls, account.tokens_in, account.tokens_out = (
             replies.spent.calls,
             replies.spent.tokens_in,
@@ -298,7 +311,8 @@ def _by_chunk(chunks: list[Chunk], found: Found) -> list[tuple[Chunk, list[str]]
 
 def _leaving_verdicts(settings: LLMSettings, spent: Spent, verdicts: Calls) -> LLMSettings:
     """The settings with the limits up to which queries are written: what the verdicts on those
-    that are there need is left, and half of the rest, for the verdicts on those to come."""
+    that are there need is left, and half of the rest, for the verdicts on those to come. As these
+    mostly cost less, writing and judging alternate."""
 
     def most(limit: float | None, used: float, needed: float) -> float | None:
         return None if limit is None else used + max(0.0, limit - used - needed) / 2
@@ -326,6 +340,7 @@ def _candidates(
     account: Account,
 ) -> Found:
     found: Found = []
+    candidates = 0
     parsed_by: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     prompt = _prompt_without_passage(chunks[0], settings) if chunks else ""
@@ -335,8 +350,9 @@ def _candidates(
         accepted = filters.accept(parsed, chunks[i].text, settings.mix, settings.per_chunk, prompt)
         parsed_by[accepted.how] += 1
         dropped.update(accepted.dropped)
-        account.candidates += len(accepted.queries) + accepted.dropped.total()
+        candidates += len(accepted.queries) + accepted.dropped.total()
         found += [(i, kind, text) for kind, text in accepted.queries]
+    account.candidates = candidates
     account.parsed = dict(parsed_by)
     account.dropped = dict(dropped)
     return found
@@ -398,10 +414,12 @@ async def _judged(
     replies: ReplyStore,
     account: Account,
     watch: Watch | None,
+    given_up: set[str],
 ) -> Found:
     """Drops the queries that, by the model's own verdict, the chunk does not answer.
 
-    Without a usable verdict a query is kept and counted as unjudged.
+    Without a usable verdict a query is kept and counted as unjudged; requests that are given up
+    are not sent.
     """
     own: dict[int, list[int]] = {}
     for position, (i, _, _) in enumerate(found):
@@ -410,11 +428,16 @@ async def _judged(
     keys = [request.key for request in judge_requests(asked, settings)]
     reused = sum(key in replies for key in keys)
     progress = CallProgress(len(keys), reused, reused)
-    missing = (each for each in judge_requests(asked, settings) if each.key not in replies)
+    missing = (
+        each
+        for each in judge_requests(asked, settings)
+        if each.key not in replies and each.key not in given_up
+    )
     await send(missing, progress, settings, replies, holds_verdicts, watch)
     account.failed += progress.failed
     account.rejected += progress.rejected
     account.stopped = account.stopped or progress.stopped
+    account.unjudged = 0
     verdicts: list[str | None] = [None] * len(found)
     for key, positions in zip(keys, own.values(), strict=True):
         record = next(replies.replies([key]), None)
