@@ -207,6 +207,14 @@ ABOUT_THE_PASSAGE = {
             "What does the author want?",
             "What is told, as described in the text?",
             "What information is provided about the crane?",
+            "What does the passage of the Bible say?",
+            "How does the passage to the reader describe the hero?",
+            "What is the tone of the passage of the novel?",
+            "What is meant in the passage of the report on costs?",
+            "Who speaks in the passage of an article?",
+            "According to the passage between the two speakers, who lied?",
+            "As mentioned in the report, who built it?",
+            "What information is provided by the table?",
         ],
         [
             "When was the text message invented?",
@@ -220,18 +228,33 @@ ABOUT_THE_PASSAGE = {
             "Which other novels were written by the author of Dracula?",
             "What does the ark look like as described in the Book of Exodus?",
             "What information is provided on a customs form?",
+            "What does the passage of time do to wine?",
+            "What does the passage through the canal cost?",
+            "Who voted for the passage of the bill on reports?",
         ],
     ),
     "German": (
-        ["Wer baute laut dem Text den Turm?", "Was steht im Abschnitt über den Kran?"],
         [
+            "Wer baute laut dem Text den Turm?",
+            "Was steht im Abschnitt über den Kran?",
+            "Was geschieht laut der Passage des Romans?",
+            "Wer spricht in der Passage des Textes?",
+            "Was ist in dieser Passage von Kant gemeint?",
+        ],
+        [
+            "Wie viele Läden gibt es in der Passage des Bahnhofs?",
             "Welcher Text steht auf dem Turm?",
             "Wann wurde der Abschnitt der Autobahn gebaut?",
             "Welches Schiff sank in der Passage durch das Eis?",
         ],
     ),
     "French": (
-        ["Selon le texte, qui a construit la tour ?", "Que dit l'auteur dans cet extrait ?"],
+        [
+            "Selon le texte, qui a construit la tour ?",
+            "Que dit l'auteur dans cet extrait ?",
+            "Que dit-on selon le passage de l'article ?",
+            "De qui parle-t-on dans ce passage de la Bible ?",
+        ],
         [
             "Quel texte est gravé sur la tour ?",
             "Où se trouve le passage souterrain ?",
@@ -251,7 +274,12 @@ ABOUT_THE_PASSAGE = {
         ["Que texto está gravado na torre?", "Quanto tempo leva no trecho entre Lisboa e Faro?"],
     ),
     "Dutch": (
-        ["Wie bouwde volgens de tekst de toren?", "Wat wordt in deze passage beschreven?"],
+        [
+            "Wie bouwde volgens de tekst de toren?",
+            "Wat wordt in deze passage beschreven?",
+            "Wie spreekt volgens de passage van de tekst?",
+            "Wat staat er in deze passage van het boek?",
+        ],
         [
             "Welke tekst staat op de toren?",
             "Hoe lang is de passage onder het spoor?",

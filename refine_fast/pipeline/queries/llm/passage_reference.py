@@ -6,15 +6,23 @@ import unicodedata
 
 import regex
 
-_TRANSIT = (
+_WORK = (
+    r"(?:(?:the|this|an?|above|given|provided) )*(?:text|article|document|book|story|novel|report|"
+    r"paper|chapter|section|poem|essay|Bible)\b"
+)
+
+_ANOTHER_SENSE = (
     r"(?! (?:through|to|between|into|across|around|under|over|past)\b| from (?:\S+ ){1,4}?to\b|"
-    r" of (?!(?:the |this )?(?:text|article|document|book|story)\b))"
+    rf" of (?!{_WORK}))"
 )
 """What follows "the passage" of a law, of time or of a ship is not this."""
 
 _PATTERNS = {
     "English": (
-        rf"\bthe passage\b{_TRANSIT}",
+        rf"\bthe passage\b{_ANOTHER_SENSE}",
+        # no law, time or ship follows these, whatever the passage is of
+        r"\baccording to the passage\b",
+        r"\b(?:what|how) does the passage\b.* (?:say|state|mention|describe|explain|suggest)\b",
         r"\b(?:this|(?:the|this) (?:above|given|provided)) passage\b",
         r"\b(?:the|this) (?:(?:above|given|provided) )?(?:excerpt|snippet)\b",
         # "the author of Dracula" is a person
@@ -29,24 +37,28 @@ _PATTERNS = {
         r"\b(?:said|stated|mentioned|described|explained|discussed|given) (?:in|by) the "
         r"(?:text|document)\b",
         r"\bas (?:mentioned|described|stated) (?:above|in the "
-        r"(?:text|document|article|paragraph|section|context))\b",
+        r"(?:text|document|article|paragraph|section|context|report|paper|study|abstract|"
+        r"introduction|table|figure|chapter|example))\b",
         r"\b(?:this|(?:the|this) (?:above|given|provided|following)) "
         r"(?:article|paragraph|section|context)\b",
         r"\b(?:is|are|was|were) mentioned(?: about|\W*$)",
         # "the information that is provided on a form" is asked for
-        r"\binformation (?:is|was) (?:provided|given)(?: (?:about|regarding|concerning)\b|\W*$)",
+        r"\binformation (?:is|was) (?:provided|given)"
+        r"(?: (?:about|regarding|concerning)\b| (?:in|by) the (?:table|section)\b|\W*$)",
     ),
     "German": (
         r"\b(?:laut|gemäß|in) (?:dem|der|diesem|dieser) (?:text|abschnitt|textabschnitt)\b",
+        r"\b(?:laut|gemäß) der passage\b|\b(?:laut|gemäß|in) dieser passage\b",
         # "in der Passage durch das Eis" is a voyage
-        r"\b(?:laut|gemäß|in) (?:der|dieser) passage\b(?! (?:durch|nach|von|zwischen|des)\b)",
+        r"\bin der passage\b"
+        r"(?! (?:durch|nach|von|zwischen)\b| des (?!textes|buch|romans|artikels))",
         r"\b(?:im|laut) (?:text|abschnitt|textabschnitt)\b",
     ),
     "French": (
         r"\b(?:selon|d['’]après|dans) (?:le|ce) texte\b",
+        r"\b(?:selon|d['’]après) le passage\b|\b(?:selon|d['’]après|dans) ce passage\b",
         # "dans le passage du Nord-Ouest" is a strait
-        r"\b(?:selon|d['’]après|dans) (?:le|ce) passage\b"
-        r"(?! (?:de|du|des|à|au|entre|vers)\b| d['’])",
+        r"\bdans le passage\b(?! (?:de|du|des|à|au|entre|vers)\b| d['’])",
         r"\b(?:selon|d['’]après|dans) (?:l['’]|cet )extrait\b",
     ),
     "Spanish": (r"\b(?:según|en) (?:el|este) (?:texto|pasaje|fragmento)\b",),
@@ -63,7 +75,8 @@ _PATTERNS = {
     ),
     "Dutch": (
         r"\b(?:volgens|in|uit) (?:de|deze) tekst\b",
-        r"\b(?:volgens|in|uit) (?:de|deze) passage\b(?! (?:door|naar|van|tussen)\b)",
+        r"\bvolgens de passage\b|\b(?:volgens|in|uit) deze passage\b",
+        r"\b(?:in|uit) de passage\b(?! (?:door|naar|van|tussen)\b)",
         r"\b(?:volgens|in|uit) (?:het|dit) (?:fragment|tekstfragment)\b",
     ),
     "Swedish": (r"\b(?:enligt|i) (?:den här )?texten\b",),
