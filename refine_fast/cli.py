@@ -217,7 +217,8 @@ def parser() -> argparse.ArgumentParser:
         "--add",
         type=Path,
         metavar="DOCS",
-        help="add documents to the index; one whose id is there already replaces that document",
+        help="add documents to the index; one whose id is there already replaces that document; "
+        "within the run's folder, if it is of the same file, or the other file is gone",
     )
     sub.add_argument(
         "--remove",

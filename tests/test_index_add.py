@@ -86,6 +86,15 @@ def test_a_new_file_of_the_runs_folder_takes_no_ids_of_others(run: Path, tmp_pat
         assert add(run, path) == expected
 
 
+def test_a_renamed_file_of_the_runs_folder_replaces_its_rows(run: Path, tmp_path: Path) -> None:
+    before = write_rows(tmp_path / "docs" / "b: may.jsonl", {"1": "one of b"})
+    assert add(run, before) == {"1": "one of b"}
+    after = before.rename(before.with_name("b: june.jsonl"))
+    assert add(run, after) == {"1": "one of b"}
+    write_rows(after, {"1": "one of b anew"})
+    assert add(run, after) == {"1": "one of b anew"}
+
+
 def test_a_file_from_elsewhere_replaces_by_id_and_says_whose(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

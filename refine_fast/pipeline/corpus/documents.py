@@ -55,7 +55,7 @@ class Reading:
     files in it are relative to, wherever below it the documents are; None: what is read. say: told
     in one line what was guessed. known: ids of earlier documents, and of their chunks, with the
     source of each: a row whose id a row of its file has had keeps it, and none in the folder
-    ``root`` gets one that is another file's.
+    ``root`` gets one that is another file's, while that file is there.
     """
 
     encoding: str | None = None
@@ -243,8 +243,13 @@ class _Named:
         if there is None or _is_of(there, table):
             return False
         return _is_of(known.get(f"{table}:{id}", ""), table) or (
-            self._in_root and not _is_of(there, file)
+            self._in_root and not _is_of(there, file) and self._has_file_of(there)
         )
+
+    def _has_file_of(self, source: str) -> bool:
+        """Whether the file of a document is still there; a renamed one's are to be replaced."""
+        ends = [place for place, mark in enumerate(f"{source}:") if mark == ":"]
+        return any((self._root / source[:end]).is_file() for end in ends)
 
     def warn(self) -> None:
         """Names what was left out or renamed."""
