@@ -23,6 +23,7 @@ TAGS = [
     "What does the <think> tag do?",
     "How do I close it with </think> in a prompt?",
     "What is between <think> and </think>?",
+    "What does `</think>` do?",
 ]
 MARKS = ["What does <|im_end|> mean?", "How is [INST] used?", "What does <s>old</s> show?"]
 
@@ -66,10 +67,20 @@ def test_texts_about_the_marks_of_reasoning_elsewhere(form: str, text: str) -> N
         "Hm.\n</think>\n\n1. A?",
         "<|start|>assistant<|channel|>analysis<|message|>Hm.<|channel|>final<|message|>1. A?",
         "<think>Hm.</think>\n<reflection>So?</reflection>\n1. A?",
+        "<think>Hm.</think><think>So?</think>\n1. A?",
+        "Who? Hm. </think> 1. A?",
+        "<|im_start|>assistant <think>Hm.</think>1. A?",
     ],
 )
 def test_reasoning_before_the_reply(reply: str) -> None:
     assert strip_reasoning(reply) == "1. A?"
+
+
+def test_drafts_within_reasoning_are_no_queries() -> None:
+    draft = '{"queries": ["draft?"]} Hm. </think> ```json\n["A?"]\n```'
+    assert [each.text for each in parse_queries(draft).candidates] == ["A?"]
+    assert [each.text for each in parse_queries("- B? </think> - A?").candidates] == ["A?"]
+    assert strip_reasoning("<|im_start|>assistant <think>\n1. Who built it?\n2. Whe") == ""
 
 
 def test_verdicts_and_grades_after_reasoning() -> None:
@@ -105,10 +116,23 @@ def test_thoughts_without_marks_are_no_queries(thought: str) -> None:
         "The user has to confirm the password twice",
         "the passage of the Stamp Act",
         "Now I have no light, what should I do?",
+        "I have to file a claim for my stolen bike",
+        "I have to file a claim for my stolen bike.",
+        "I need a json parser for python",
+        "the text is blurry on my monitor",
+        "The text is blurry on my monitor.",
+        "the text says error 404 what does it mean",
+        "I have to write queries in SQL, how?",
+        "So I need a passage to India",
     ],
 )
 def test_what_only_begins_like_a_thought_is_a_query(text: str) -> None:
     assert [candidate.text for candidate in parse_queries(text).candidates] == [text]
+
+
+def test_a_query_that_begins_like_a_thought_takes_no_other_along() -> None:
+    parsed = parse_queries("Let me think about it lyrics\nlet it be lyrics")
+    assert [candidate.text for candidate in parsed.candidates] == ["let it be lyrics"]
 
 
 def test_a_preamble_is_no_thought() -> None:

@@ -57,28 +57,36 @@ _CLOSING_MARK = (
     r"assistantfinal"
 )
 
+_REASONED = rf".*?(?:</{_REASONING_TAG}>|{_CLOSING_MARK}|\Z)"
+
 # Closed, never closed, or opened by the chat template before the reply. A tag opens it at the
-# beginning of a line, and alone closes it outside of a sentence: queries may be about "<think>".
+# beginning of a line, after a mark of the template, or where other reasoning ends, and alone closes
+# it outside of a sentence: queries may be about "<think>".
 _REASONING = re.compile(
-    rf"(?:^[ \t]*<{_REASONING_TAG}>|{_OPENING_MARK}).*?"
-    rf"(?:</{_REASONING_TAG}>|{_CLOSING_MARK}|\Z)|"
-    rf"\A.*?(?:(?<![ \t\"'`(])</{_REASONING_TAG}>|</{_REASONING_TAG}>(?=\s*(?:[\n{{\[]|\Z))|"
+    rf"(?:(?:^|<\|[^|>]{{1,40}}\|>(?:assistant)?)[ \t]*<{_REASONING_TAG}>|{_OPENING_MARK})"
+    rf"{_REASONED}(?:[ \t]*<{_REASONING_TAG}>{_REASONED})*|"
+    rf"\A.*?(?:(?<![ \t\"'`(])</{_REASONING_TAG}>|"
+    rf"</{_REASONING_TAG}>(?=\s*(?:[\n{{\[]|```|[-*] |\d+[.)] |\Z))|"
     rf"{_CLOSING_MARK})",
     re.DOTALL | re.IGNORECASE | re.MULTILINE,
 )
 
 _THINKS = re.compile(
-    r"^[\W_]*(?:(?:okay|ok|alright|all right|hmm+|well|so|now|first|right)\b[,.:…]*\s+)*"
+    r"^(?=.*[.:…。：][\s*_\"')]*$)(?:[\W_]*"
+    r"(?:(?:okay|ok|alright|all right|hmm+|well|so|now|first|right)\b[,.:…]*\s+)*"
     r"(?:let(?:'s| me| us) (?:think|see|look|start|begin|read|analy[sz]e|consider|break|figure)\b|"
     r"(?:here'?s (?:a|my) )?thinking process\b|"
-    r"(?:(?:i|we)(?:'m| am|'re| are)? (?:need|should|must|have to|asked|supposed|told|given)|"
+    r"(?:(?:i|we) (?:need to|should|must|have to) (?:generate|write|create|produce|find|come up)|"
+    r"(?:i|we)(?:'m| am|'re| are) (?:asked|supposed|told|given)|"
     r"the user (?:wants|asks|asked|is asking|has|needs|gave|provided))\b"
     r".*\b(?:quer(?:y|ies)|questions?|claims?|keywords?|json|passage)\b|"
-    r"the (?:passage|text) (?:is|says|describes|mentions|talks|discusses|states|explains)\b)|"
-    r"^(?:好的|嗯|首先)[，,]?(?:用户|我|让)",
+    r"the passage is\b|"
+    r"the (?:passage|text) (?:says|describes|mentions|talks|discusses|states|explains)\b)|"
+    r"(?:好的|嗯|首先)[，,]?(?:用户|我|让))",
     re.IGNORECASE,
 )
-"""How reasoning without marks begins. "I need" alone may begin a query."""
+"""How reasoning without marks begins: with a whole sentence, since few queries end in a full stop.
+"I need" alone may begin one."""
 
 _CHAT_MARK = re.compile(
     r"<\|[^|>]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|\A\s*assistant\s*:",
@@ -120,7 +128,8 @@ _ASKS = r"(?:(?![.!]\s).)*[?？؟]"  # in the same sentence: "I can't log in, wh
 
 _PREAMBLE = re.compile(
     r"^(?:here(?:'s| is| are)|sure\b|certainly\b|absolutely\b|of course|okay\b|ok[,.!]|"
-    rf"below (?:is|are)|the following|let me|note:|i (?:have|can|will|hope)\b(?!'t)(?!{_ASKS})|"
+    r"below (?:is|are)|the following|let me|note:|"
+    rf"i (?:have(?! to)|can|will|hope)\b(?!'t)(?!{_ASKS})|"
     r"(?:generated |search |sample )*(?:queries|questions)\W*$|"
     r"(?:these|the|all|both)(?: \w+)? (?:queries|questions) "
     r"(?:are|cover|ask|focus|should|can|were)\b|"
