@@ -26,6 +26,8 @@ class Options:
     slots: int = 10_000
     faults: float = 0.0
     kinds: tuple[str, ...] = FAULTS
+    once: bool = False
+    """Whether a passage that had a fault gets no other."""
     retry_after: str = "0.05"
     stall: float = 3600.0
     hold_after: int | None = None
@@ -72,6 +74,7 @@ class Server:
         self.served: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.bodies: list[dict] = []
+        self.faulted: set[str] = set()
         self.answers: dict[str, list[str]] = {}
         self.working = self.in_flight = self.peak = self.received = 0
         self.busy = 0.0
@@ -164,6 +167,10 @@ class Server:
         fault = (
             self.random.choice(options.kinds) if self.random.random() < options.faults else "none"
         )
+        if options.once and fault != "none":
+            asked = body["messages"][-1]["content"]
+            fault = "none" if asked in self.faulted else fault
+            self.faulted.add(asked)
         if options.rate and not self.take():
             fault = "429"
         self.calls[fault] += 1
