@@ -65,14 +65,17 @@ def try_language_model(
             paid for again.
 
     Raises:
-        RefineFastError: if a model cannot be asked, or its replies are of no use.
+        RefineFastError: if a model cannot be asked, its replies are of no use, or a batch is open
+            at another endpoint.
     """
+    from .queries.llm.batch import require_endpoints_of_batches
     from .queries.llm.trial import GRADING, WRITING, try_models
 
     task = GRADING if grades else WRITING
     if keep:
         try_models(settings, replies, task)
         return
+    require_endpoints_of_batches(replies, settings.urls)
     with TemporaryDirectory() as folder:
         store = Path(folder) / replies.name
         if replies.exists():

@@ -23,6 +23,7 @@ from reply_files import accepted
 
 from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.preflight import try_language_model
 from refine_fast.pipeline.queries.llm import (
     Candidates,
     LLMSettings,
@@ -287,7 +288,11 @@ def test_a_batch_at_another_url_is_not_paid_for_again(
     store = killed_while_the_batch_runs(server, chunks, tmp_path)
     own, other = server.root + "/v1", server.root + "/v2"
     said = f"batches.json: a batch of 119 requests is open at {own}; use --llm {own} until it is"
-    for start in (generate_queries, lambda _, *rest: try_models(*rest)):
+    for start in (
+        generate_queries,
+        lambda _, *rest: try_models(*rest),
+        lambda _, *rest: try_language_model(*rest, keep=False),
+    ):
         for batch in (True, False):
             with pytest.raises(RefineFastError, match=said):
                 start(chunks, settings(other, batch=batch), store)
@@ -382,6 +387,50 @@ def test_requests_that_fail_are_asked_again_by_the_next_start(
     server.wrong = set()
     _, account = generate_queries(chunks, settings(url), store)
     assert account.replied == len(chunks)
+
+
+def test_what_an_open_batch_lacks_is_asked_again_and_counts_once(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    server.drop_created, server.wrong = True, {"Harbour 7 ", "Harbour 8 "}
+    store, url = tmp_path / "replies.jsonl", server.root + "/v1"
+    with pytest.raises(RefineFastError, match="the connection failed"):
+        generate_queries(chunks, settings(url), store)
+    _, account = generate_queries(chunks, settings(url), store)
+    assert (account.replied, account.failed, account.rejected) == (len(chunks) - 2, 2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:llm. waiting for the batch")
+def test_a_start_without_batches_outlives_the_failure_of_an_earlier_ones(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    server.drop_created, server.status = True, "failed"
+    store, url = tmp_path / "replies.jsonl", server.root + "/v1"
+    with pytest.raises(RefineFastError, match="the connection failed"):
+        generate_queries(chunks, settings(url), store)
+    said = "batch-0 failed: the file is no JSONL; 119 requests of it are asked again"
+    with pytest.warns(RefineFastWarning, match=said):
+        _, account = generate_queries(chunks, settings(url, batch=False), store)
+    assert (account.replied, account.failed) == (len(chunks), 0)
+
+
+def test_a_batch_from_before_its_url_was_written(
+    server: Server, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    """Of several servers, none can be asked: one that does not know it would have it forgotten."""
+    store, url = tmp_path / "replies.jsonl", server.root + "/v1"
+    server.drop_created = True
+    with pytest.raises(RefineFastError, match="the connection failed"):
+        generate_queries(chunks, settings(url), store)
+    journal = store.with_suffix(".batches.json")
+    (entry,) = json.loads(journal.read_text())
+    del entry["url"]
+    journal.write_text(json.dumps([entry]))
+    for others in ("transformers", f"{url},{server.root}/v2"):
+        with pytest.raises(RefineFastError, match="use --llm with its URL alone until"):
+            generate_queries(chunks, settings(others, batch=False), store)
+    assert generate_queries(chunks, settings(url), store)[1].replied == len(chunks)
+    assert len(server.batches) == 1
 
 
 def test_a_limit_is_kept(server: Server, chunks: list[Chunk], tmp_path: Path) -> None:

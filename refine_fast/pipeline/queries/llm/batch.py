@@ -12,10 +12,10 @@ import asyncio
 import json
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,7 +29,7 @@ from .http_backend import Address, HttpBackend
 from .reply_log import ReplyStore
 from .request import Failure, Reply, Request, Sent
 from .settings import BATCH_PRICE
-from .throttle import delay
+from .throttle import MAX_TRIES, delay
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 150_000_000
 """Size of a batch; OpenAI takes 50,000 requests and 200 MB. Batches with more tokens than the
@@ -37,7 +37,7 @@ account may queue are halved."""
 
 POLL_SECONDS = 15.0
 
-MAX_TRIES = 30
+FREE_TRIES = dict.fromkeys(("busy", "late", "broken"), 30)
 """Give up on a call about a file or a batch, which costs nothing, after this many failures."""
 
 ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
@@ -53,10 +53,13 @@ def require_endpoints_of_batches(store: Path, urls: Sequence[str]) -> None:
     there, its requests would be paid for twice."""
     for entry in _entries(journal_of(store)):
         if not _is_at(entry, urls):
+            where, use = "the server that took it", "with its URL alone"
+            if "url" in entry:
+                where = use = entry["url"]
             raise RefineFastError(
                 f"{journal_of(store)}: a batch of {len(entry['chunks'])} requests is open at "
-                f"{entry['url']}; use --llm {entry['url']} until it is collected, or delete this "
-                "file to ask, and to pay, once more."
+                f"{where}; use --llm {use} until it is collected, or delete this file to ask, and "
+                "to pay, once more."
             )
 
 
@@ -99,11 +102,8 @@ class Batches:
         self._most = MAX_REQUESTS
 
     async def collect_open(self) -> None:
-        """Waits for the batches that an earlier start sent and did not collect.
-
-        Raises:
-            Failure: if the server refused one.
-        """
+        """Waits for the batches that an earlier start sent and did not collect; what the server
+        refused of them is asked again."""
         entries = _entries(self._file)
         own = [entry for entry in entries if _is_at(entry, [self._backend.url])]
         for entry in own:
@@ -162,7 +162,8 @@ class Batches:
     async def _alone(self, request: Request) -> None:
         used, reserved = (0, 0), (request.tokens_in, request.max_tokens)
         try:
-            reply = await _patiently(lambda: self._backend.complete(request), ("busy", "broken"))
+            tries = {kind: MAX_TRIES[kind] for kind in ("busy", "broken")}
+            reply = await _patiently(lambda: self._backend.complete(request), tries)
             used = reply.tokens_in, reply.tokens_out
         except Failure as failure:
             if failure.kind == "fatal":
@@ -201,7 +202,7 @@ class Batches:
                 completion_window="24h",
                 metadata={_NAME: name},
             ),
-            tries=1,
+            tries={},
         )
         write_json(self._file, [*others, entry | {"id": batch.id}])
         reserved = {request.key: (request.tokens_in, request.max_tokens) for request in group}
@@ -240,7 +241,14 @@ class Batches:
             self._most = min(self._most, len(sent.chunks) // 2)
             return True
         if left and batch is not None and batch.status != "completed":
-            self._refuse(batch, sent)
+            refusal = self._refused(batch, sent)
+            if sent.reserved:
+                raise refusal
+            warnings.warn(
+                f"llm: {refusal}; {len(left)} requests of it are asked again.",
+                RefineFastWarning,
+                stacklevel=2,
+            )
         # Not answered in time, or lost; what an earlier start sent is drawn again by this one.
         self._state.failed += len(left.keys() & sent.reserved.keys())
         return False
@@ -273,7 +281,7 @@ class Batches:
             record = _failed(request, self._refusal(line, response.get("status_code"), body))
         await self._settle(sent, key, used)
         if key not in self._store:
-            await self._enter(record, BATCH_PRICE)
+            await self._enter(record, BATCH_PRICE, counts=key in sent.reserved)
 
     def _refusal(self, line: dict[str, Any], status: Any, body: Any) -> Failure:
         """Why a line of a batch has no reply."""
@@ -284,21 +292,22 @@ class Batches:
             return Failure("broken", self._backend.redact(said))
         return self._backend.status_failure(status, said, fields.get("code"), None)
 
-    def _refuse(self, batch: Any, sent: _Sent) -> None:
-        """Raises the server's reason for a batch without replies."""
+    def _refused(self, batch: Any, sent: _Sent) -> Failure:
+        """The server's reason for a batch without replies."""
         errors = getattr(batch.errors, "data", None) or ()
         why = next((str(error.message) for error in errors if error.message), batch.status)
-        raise Failure("fatal", f"the batch {sent.id} {batch.status}: {self._backend.redact(why)}")
+        return Failure("fatal", f"the batch {sent.id} {batch.status}: {self._backend.redact(why)}")
 
     async def _settle(self, sent: _Sent, key: str, used: tuple[int, int], calls: int = 1) -> None:
         reserved = sent.reserved.get(key, (0, 0))
         await self._budget.settle(reserved, used, calls, BATCH_PRICE)
 
-    async def _enter(self, record: dict[str, Any], share: float) -> None:
+    async def _enter(self, record: dict[str, Any], share: float, *, counts: bool = True) -> None:
+        """Stores a record. A failure of an earlier start does not count: it is asked again."""
         await self._store.append(record, share=share)
         state, budget = self._state, self._budget
-        state.failed += "error" in record
-        state.rejected += record.get("rejected", False)
+        state.failed += counts and "error" in record
+        state.rejected += counts and record.get("rejected", False)
         state.done += "error" not in record
         state.calls, state.cost = budget.calls, budget.cost
         state.tokens_in, state.tokens_out = budget.tokens_in, budget.tokens_out
@@ -311,14 +320,16 @@ class Batches:
         named = (batch for batch in page.data if (batch.metadata or {}).get(_NAME) == name)
         return next((batch.id for batch in named), None)
 
-    async def _call(self, call: Callable[[], Awaitable[Result]], tries: int = MAX_TRIES) -> Result:
+    async def _call(
+        self, call: Callable[[], Awaitable[Result]], tries: Mapping[str, int] = FREE_TRIES
+    ) -> Result:
         async def once() -> Result:
             try:
                 return await call()
             except Exception as error:
                 raise self._backend.failure(error) from None
 
-        return await _patiently(once, ("busy", "late", "broken"), tries)
+        return await _patiently(once, tries)
 
 
 def journal_of(store: Path) -> Path:
@@ -332,19 +343,19 @@ def _entries(journal: Path) -> list[dict[str, Any]]:
 
 def _is_at(entry: dict[str, Any], urls: Sequence[str]) -> bool:
     """Whether the batch is at one of these endpoints. Before its URL was written, it was at the
-    only one."""
-    return Address.of(entry.get("url", urls[0])).base in {Address.of(url).base for url in urls}
+    only one, over HTTP."""
+    if "url" not in entry:
+        return len(urls) == 1 and urls[0].startswith("http")
+    return Address.of(entry["url"]).base in {Address.of(url).base for url in urls}
 
 
-async def _patiently(
-    call: Callable[[], Awaitable[Result]], kinds: Collection[str], tries: int = MAX_TRIES
-) -> Result:
-    """The call's result, tried again after failures of these kinds."""
-    for attempt in range(tries):
+async def _patiently(call: Callable[[], Awaitable[Result]], tries: Mapping[str, int]) -> Result:
+    """The call's result, after at most so many tries by the kind of the failure; else one."""
+    for attempt in count():
         try:
             return await call()
         except Failure as failure:
-            if failure.kind not in kinds or attempt + 1 == tries:
+            if attempt + 1 >= tries.get(failure.kind, 1):
                 raise
             await asyncio.sleep(delay(attempt, failure))
     raise AssertionError("unreachable")

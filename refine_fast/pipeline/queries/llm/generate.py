@@ -143,7 +143,7 @@ def estimate(
     spent = Spent()
     own = Calls(0, 0, 0, 0)
     if store.exists():
-        with ReplyStore(store, settings.prices) as replies:
+        with ReplyStore(store, settings.prices, settings.share) as replies:
             spent = replies.spent
             if settings.judge:
                 found = _found(chunks, missing, settings, replies)
@@ -211,7 +211,7 @@ def generate_queries(
     if settings.round_trip and encode is None:
         raise ValueError("round_trip needs encode, the base encoder")
     order = spread(chunks, seed=settings.seed, embeddings=embeddings)
-    with ReplyStore(store, settings.prices) as replies:
+    with ReplyStore(store, settings.prices, settings.share) as replies:
         keys = _rows_by_key(chunks, settings)
         reused = sum(key in replies for key in keys)
         progress = CallProgress(len(keys), reused, reused)

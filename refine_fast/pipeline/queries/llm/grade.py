@@ -108,7 +108,7 @@ def calls_to_grade(asked: Sequence[Candidates], settings: LLMSettings, store: Pa
     """The calls for the queries without a reply in the store."""
     missing = list(zip(asked, grade_requests(asked, settings), strict=True))
     if store.exists():
-        with ReplyStore(store, settings.prices) as replies:
+        with ReplyStore(store, settings.prices, settings.share) as replies:
             missing = [item for item in missing if item[1].key not in replies]
     return Calls(
         len(missing),
@@ -142,7 +142,7 @@ def grade_passages(
             grades although no limit was reached. Replies so far stay in the store.
     """
     keys = [request.key for request in grade_requests(asked, settings)]
-    with ReplyStore(store, settings.prices) as replies:
+    with ReplyStore(store, settings.prices, settings.share) as replies:
         reused = sum(key in replies for key in keys)
         # in a random order, so that what a limit leaves ungraded is of all documents
         order = sorted(range(len(keys)), key=keys.__getitem__)

@@ -6,7 +6,7 @@ and :meth:`ReplyStore.append` returns after it: what was returned survives kill 
 An incomplete last line was never returned; it is cut off when the file is opened again.
 
 A record says what it cost, at the prices of its time. Without prices then, it is priced by those of
-today; "share" is the part of them that it costs, if not all.
+today; "share" is the part of them that it costs, in an older record that of the settings.
 """
 
 from __future__ import annotations
@@ -42,13 +42,17 @@ class ReplyStore:
     Args:
         path: the file.
         prices: of a million tokens of prompts and of replies; 0: unknown.
+        share: the part of the price that tokens cost, of a record that does not say.
 
     Raises:
         RefineFastError: on entry, if another process has the file or a line is damaged.
     """
 
-    def __init__(self, path: Path, prices: tuple[float, float] = (0.0, 0.0)) -> None:
+    def __init__(
+        self, path: Path, prices: tuple[float, float] = (0.0, 0.0), share: float = 1.0
+    ) -> None:
         self.path = path
+        self._share = share
         self._prices = prices
         self.spent = Spent()
         self.failures: dict[str, str] = {}
@@ -106,7 +110,7 @@ class ReplyStore:
     def _cost(self, record: dict[str, Any]) -> float:
         tokens = record.get("tokens_in", 0), record.get("tokens_out", 0)
         at_full_price = sum(n * price for n, price in zip(tokens, self._prices, strict=True)) / 1e6
-        return float(at_full_price * record.get("share", 1.0))
+        return float(at_full_price * record.get("share", self._share))
 
     def __contains__(self, key: str) -> bool:
         return key in self._positions
@@ -132,8 +136,7 @@ class ReplyStore:
         Raises:
             RefineFastError: if it cannot be written.
         """
-        if share != 1.0:
-            record = record | {"share": share}
+        record = record | {"share": share}
         if cost := self._cost(record):
             record = record | {"cost": cost}
         durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()

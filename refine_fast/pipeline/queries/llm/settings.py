@@ -181,8 +181,7 @@ class LLMSettings:
         """The price of these tokens in calls to come; None without prices."""
         if not self.has_prices:
             return None
-        share = BATCH_PRICE if self.batch else 1.0
-        return share * (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+        return self.share * (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
     @property
     def prices(self) -> tuple[float, float]:
@@ -193,6 +192,11 @@ class LLMSettings:
     def is_limited(self) -> bool:
         """Whether a limit was set."""
         return any(each is not None for each in (self.max_calls, self.max_tokens, self.max_cost))
+
+    @property
+    def share(self) -> float:
+        """The part of the price that a call to come costs."""
+        return BATCH_PRICE if self.batch else 1.0
 
     @property
     def has_prices(self) -> bool:

@@ -84,7 +84,7 @@ async def _try_all(settings: LLMSettings, store: Path, tasks: Sequence[Task]) ->
         for task in tasks
         for model in (settings.models[:1] if task is JUDGING else settings.models)
     ]
-    with ReplyStore(store, settings.prices) as replies:
+    with ReplyStore(store, settings.prices, settings.share) as replies:
         for task, model in asked:
             own = replace(settings, models=(model,))
             problems = {}
