@@ -5,10 +5,12 @@ import json
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from refine_fast.errors import RefineFastError
+from refine_fast.pipeline.queries.llm.batch import _patiently
 from refine_fast.pipeline.queries.llm.budget import Budget, Limits
 from refine_fast.pipeline.queries.llm.http_backend import retry_after
 from refine_fast.pipeline.queries.llm.reply_log import ReplyStore
@@ -80,6 +82,33 @@ def test_the_circuit_gives_up(before: list[Failure | None], openings: int) -> No
         with pytest.raises(Failure, match="half of the calls fail") as failure:
             throttle.record(BROKEN)
         assert failure.value.kind == "fatal"
+
+    asyncio.run(run())
+
+
+def test_tries_go_by_the_kind_of_the_failure() -> None:
+    calls: list[str] = []
+
+    async def fail(kind: Any) -> None:
+        calls.append(kind)
+        raise Failure(kind, "no")
+
+    for kind in ("broken", "late"):
+        with pytest.raises(Failure, match="no"):
+            asyncio.run(_patiently(lambda kind=kind: fail(kind), {"broken": 2}))
+    assert calls == ["broken", "broken", "late"]
+
+
+def test_a_window_of_late_calls_ends_no_server_that_was_busy() -> None:
+    """Nor do answers of a gateway that waits for it in vain."""
+
+    async def run() -> None:
+        throttle = Throttle(8, pause=0.0)
+        for outcome in [BUSY] * 64 + [LATE] * 16 + [BUSY] * 16:
+            throttle.record(outcome)
+        throttle = Throttle(8, pause=0.0)
+        for _ in range(16 * 12):
+            throttle.record(Failure("late", "HTTP 504", status=504))
 
     asyncio.run(run())
 
@@ -299,6 +328,16 @@ def test_what_was_spent_keeps_its_price(tmp_path: Path) -> None:
     asyncio.run(run())
     with ReplyStore(path, (20.0, 40.0)) as store:
         assert store.spent.cost == 2 + 4 / 2 + 20 / 2
+
+
+def test_an_older_record_costs_the_share_that_the_settings_send(tmp_path: Path) -> None:
+    path = tmp_path / "replies.jsonl"
+    older = record("a", tokens_in=1_000_000, tokens_out=0)
+    path.write_text(json.dumps(older) + "\n")
+    with ReplyStore(path, (2.0, 4.0), share=0.5) as store:
+        assert store.spent.cost == 1
+        asyncio.run(store.append(record("b", tokens_in=1_000_000, tokens_out=0)))
+        assert store.spent.cost == 1 + 2
 
 
 def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:

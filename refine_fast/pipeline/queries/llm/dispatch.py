@@ -134,7 +134,8 @@ async def ask(
 
     Raises:
         Failure: a fatal one, when no request can succeed or the replies are useless, at the last
-            endpoint that was left. Every reply so far is in the store.
+            endpoint that was left. Every reply so far is in the store, and what late calls may have
+            cost; after any other error, the replies alone.
     """
     tasks = _Tasks(requests)
     live: dict[str, _Dispatcher] = {}

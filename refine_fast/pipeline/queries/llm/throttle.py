@@ -57,7 +57,7 @@ class _Window:
 
     seen: int = 0
     refused: int = 0
-    late: int = 0
+    hung: int = 0
     failed: int = 0
     retry_after: float = 0.0
 
@@ -83,6 +83,7 @@ class Throttle:
         self._openings = 0
         self._max_openings = openings
         self._is_there = False
+        self._hangs = 0  # windows in a row whose calls all hung
         self._busy = 0
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
         self._window = _Window()
@@ -123,8 +124,9 @@ class Throttle:
             self._is_there = True
         elif failure.kind in ("busy", "late"):
             window.refused += 1
-            window.late += failure.kind == "late"
-            self._is_there |= failure.kind == "busy"
+            hangs = failure.kind == "late" and failure.status is None
+            window.hung += hangs
+            self._is_there |= not hangs
             window.retry_after = max(window.retry_after, failure.retry_after or 0.0)
         else:
             window.failed += 1
@@ -135,8 +137,7 @@ class Throttle:
             self._wake()
 
     def _decide(self, window: _Window, last: Failure | None) -> None:
-        if window.late == window.seen:
-            self._is_there = False  # it hangs
+        self._hangs = self._hangs + 1 if window.hung == window.seen else 0
         if window.refused + window.failed >= window.seen / 2:
             self._open(window.retry_after, last)
         elif window.refused > window.seen / 4:
@@ -151,7 +152,8 @@ class Throttle:
 
     def _open(self, retry_after: float, last: Failure | None) -> None:
         self._openings += 1
-        if self._openings > (self._max_openings if self._is_there else MAX_OPENINGS_UNANSWERED):
+        most = self._max_openings if self._is_there else MAX_OPENINGS_UNANSWERED
+        if self._openings > most or self._hangs > MAX_OPENINGS_UNANSWERED:
             raise Failure(
                 "fatal", f"half of the calls fail, and waiting did not help (last: {last})"
             )
