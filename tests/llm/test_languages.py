@@ -222,6 +222,8 @@ ABOUT_THE_PASSAGE = {
             "How do I set the language of the document in Word?",
             "How do I change the colour of the text in CSS?",
             "What is the passage of the Stamp Act?",
+            "Who voted for the passage of Section 230?",
+            "What followed the passage of Article IV?",
             "When was the passage through the canal opened?",
             "How long is the passage from Dover to Calais?",
             "Who gained from the passage of time?",

@@ -59,6 +59,19 @@ def test_a_limit_above_what_everything_costs_leaves_nothing_out(
     assert estimate(chunks, limited, store).stops_after is None
 
 
+def test_what_a_share_of_a_limit_left_out_is_asked_later(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    """A request that the server refused for the moment, and whose next try the first share forbids,
+    has not failed."""
+    _, whole = generate_queries(chunks, endpoint.settings(judge=True), tmp_path / "whole.jsonl")
+    most = int(1.2 * (whole.tokens_in + whole.tokens_out))
+    endpoint.set(faults=0.3, kinds=["429"])
+    settings = endpoint.settings(judge=True, max_tokens=most)
+    _, account = generate_queries(chunks, settings, tmp_path / "replies.jsonl")
+    assert (account.replied, account.failed, account.unjudged) == (len(chunks), 0, 0)
+
+
 def test_what_fails_is_asked_once_however_often_a_limit_is_shared(
     endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -351,14 +351,15 @@ def _is_at(entry: dict[str, Any], urls: Sequence[str]) -> bool:
 
 async def _patiently(call: Callable[[], Awaitable[Result]], tries: Mapping[str, int]) -> Result:
     """The call's result, after at most so many tries by the kind of the failure; else one."""
-    for attempt in count():
+    attempt = 0
+    while True:
         try:
             return await call()
         except Failure as failure:
             if attempt + 1 >= tries.get(failure.kind, 1):
                 raise
             await asyncio.sleep(delay(attempt, failure))
-    raise AssertionError("unreachable")
+            attempt += 1
 
 
 def _by_model(group: list[Request]) -> list[list[Request]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ....errors import RefineFastWarning
 from .budget import Budget
-from .reply_log import ReplyStore
+from .reply_log import ReplyStore, is_failure
 from .reply_parser import strip_reasoning
 from .request import Backend, Failure, Reply, Request, Sent
 from .throttle import MAX_TRIES, MAX_WAIT, Throttle, delay
@@ -150,12 +150,12 @@ async def ask(
             if not tasks.remain_for(live):
                 break
         for task in tasks.returned:
-            error = f"stopped by {state.stopped}" if state.stopped else task.error
-            await next(iter(live.values())).put(_failure_record(task, error))
+            record = _limit_record(task, state.stopped) if state.stopped else _failure_record(task)
+            await next(iter(live.values())).put(record)
     except Failure:
         for task in tasks.returned:
             if task.late:  # what it may have cost counts
-                await store.append(_failure_record(task, task.error))
+                await store.append(_failure_record(task))
         raise
     finally:
         await store.drain()
@@ -242,13 +242,13 @@ class _Dispatcher:
     async def put(self, record: dict[str, Any]) -> None:
         """Stores and counts a record."""
         await self._store.append(record)
-        self._count("error" in record, record.get("rejected", False))
+        self._count(record)
 
-    def _count(self, failed: bool, rejected: bool) -> None:
+    def _count(self, record: dict[str, Any]) -> None:
         state, budget = self._state, self._budget
-        state.failed += failed
-        state.rejected += rejected
-        state.done += not failed
+        state.failed += is_failure(record)
+        state.rejected += record.get("rejected", False)
+        state.done += "error" not in record
         state.calls = budget.calls
         state.tokens_in, state.tokens_out = budget.tokens_in, budget.tokens_out
         state.cost = budget.cost
@@ -278,7 +278,7 @@ class _Dispatcher:
             outcome, stopped = await self._call(task.request)
             if stopped:
                 self._state.stopped = self._state.stopped or stopped
-                return _failure_record(task, f"stopped by {stopped}") if task.calls else None
+                return _limit_record(task, stopped) if task.calls else None
             task.calls += 1
             if isinstance(outcome, Reply):
                 self._judge(outcome)
@@ -295,7 +295,7 @@ class _Dispatcher:
             task.error = str(outcome)
             failures[outcome.kind] += 1
             if failures[outcome.kind] >= MAX_TRIES[outcome.kind]:
-                record = _failure_record(task, str(outcome))
+                record = _failure_record(task)
                 return record | ({"rejected": True} if outcome.kind == "wrong" else {})
             await asyncio.sleep(delay(failures.total() - 1, outcome))
 
@@ -323,8 +323,14 @@ class _Dispatcher:
         return outcome, None
 
 
-def _failure_record(task: _Task, error: str) -> dict[str, Any]:
-    return failure_record(task.request, error, task.calls, task.lost)
+def _failure_record(task: _Task) -> dict[str, Any]:
+    return failure_record(task.request, task.error, task.calls, task.lost)
+
+
+def _limit_record(task: _Task, limit: str) -> dict[str, Any]:
+    """Of a request that failed and whose next try a limit forbids."""
+    record = failure_record(task.request, f"stopped by {limit}", task.calls, task.lost)
+    return record | {"limit": limit}
 
 
 def failure_record(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,14 +219,14 @@ def generate_queries(
         progress = CallProgress(len(keys), reused, reused)
         account = Account(settings.models, len(chunks), reused=reused)
         shares = settings.judge and settings.is_limited
-        given_up: set[str] = set()
+        found_of = partial(
+            _found, chunks, keys, settings, replies, embeddings=embeddings, encode=encode
+        )
+        unjudged = found_of() if shares else []
         while True:
             within, written = settings, len(replies)
             if shares:
-                found = _found(
-                    chunks, keys, settings, replies, embeddings=embeddings, encode=encode
-                )
-                verdicts = _verdicts_to_come(chunks, found, settings, replies)
+                verdicts = _verdicts_to_come(chunks, unjudged, settings, replies)
                 within = _leaving_verdicts(settings, replies.spent, verdicts)
             requests = zip(order, query_requests(chunks, order, settings), strict=True)
             missing = (
@@ -232,26 +234,25 @@ def generate_queries(
                 for i, request in requests
                 if keys[request.key] == i
                 and request.key not in replies
-                and request.key not in given_up
+                and request.key not in replies.given_up
             )
-            progress.stopped = None
+            progress.stopped, start = None, time.monotonic()
             form = run(send(missing, progress, within, replies, holds_queries, watch))
+            account.seconds += time.monotonic() - start
             account.stopped = progress.stopped
             account.structured_output = form or account.structured_output
             wrote = len(replies) > written
-            found = _found(
-                chunks, keys, settings, replies, account, embeddings=embeddings, encode=encode
-            )
+            found = unjudged = found_of(account)
             if settings.judge:
-                found = run(_judged(chunks, found, settings, replies, account, watch, given_up))
-            if not (shares and progress.stopped and wrote):
+                found = run(_judged(chunks, unjudged, settings, replies, account, watch))
+            # Verdicts took less than their half: what is left is shared again, but for batches,
+            # each of which may take a day.
+            if settings.batch or not (shares and progress.stopped and wrote):
                 break
-            # Verdicts took less than their half: what is left is shared again.
-            given_up = set(replies.failures)
         account.replied = sum(key in replies for key in keys)
         account.failed += progress.failed
         account.rejected += progress.rejected
-        account.seconds, account.replies_per_second = progress.seconds, progress.rate
+        account.replies_per_second = (progress.done - reused) / max(account.seconds, 1e-9)
         account.calls, account.tokens_in, account.tokens_out = (
             replies.spent.calls,
             replies.spent.tokens_in,
@@ -414,7 +415,6 @@ async def _judged(
     replies: ReplyStore,
     account: Account,
     watch: Watch | None,
-    given_up: set[str],
 ) -> Found:
     """Drops the queries that, by the model's own verdict, the chunk does not answer.
 
@@ -431,7 +431,7 @@ async def _judged(
     missing = (
         each
         for each in judge_requests(asked, settings)
-        if each.key not in replies and each.key not in given_up
+        if each.key not in replies and each.key not in replies.given_up
     )
     await send(missing, progress, settings, replies, holds_verdicts, watch)
     account.failed += progress.failed

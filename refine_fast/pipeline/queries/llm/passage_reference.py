@@ -6,9 +6,10 @@ import unicodedata
 
 import regex
 
+# "the passage of Article 50" is that of a law
 _WORK = (
     r"(?:(?:the|this|an?|above|given|provided) )*(?:text|article|document|book|story|novel|report|"
-    r"paper|chapter|section|poem|essay|Bible)\b"
+    r"paper|chapter|section|poem|essay|Bible)\b(?! (?:\d|(?-i:[IVXLC]+\b)))"
 )
 
 _ANOTHER_SENSE = (

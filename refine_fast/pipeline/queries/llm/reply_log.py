@@ -16,7 +16,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class ReplyStore:
         self._prices = prices
         self.spent = Spent()
         self.failures: dict[str, str] = {}
+        self.given_up: set[str] = set()
+        """Keys of the requests that failed since the file was opened, but for limits."""
         self._positions: dict[str, int] = {}
         self._queue: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -166,6 +168,8 @@ class ReplyStore:
             for (record, durable), line in zip(batch, lines, strict=True):
                 self._enter(record, self._end)
                 self._end += len(line)
+                if is_failure(record):
+                    self.given_up.add(record["key"])
                 if not durable.cancelled():
                     durable.set_result(None)
 
@@ -183,3 +187,8 @@ class ReplyStore:
         """Waits until everything is written."""
         if self._flusher is not None:
             await self._flusher
+
+
+def is_failure(record: Mapping[str, Any]) -> bool:
+    """Whether the request of a record failed; one that a limit left out did not."""
+    return "error" in record and "limit" not in record
