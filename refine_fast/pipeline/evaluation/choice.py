@@ -30,7 +30,8 @@ class Choice:
     """0: the base encoder is kept."""
     best: float
     """``weight``; where the base is kept, the best of the weights that are better, else of those
-    within the tolerance, else of all. ``gain``, ``guard`` and ``refused`` refer to it."""
+    within the tolerance, else of all that may be chosen. ``gain``, ``guard`` and ``refused`` refer
+    to it."""
     gain: Gain
     """At ``best``, on the documents."""
     guard: Gain

@@ -73,7 +73,8 @@ def held_out_set(
 def split_by_document(
     queries: Sequence[Query], chunks: Sequence[Chunk], shares: dict[str, float], *, seed: int
 ) -> dict[str, list[Query]]:
-    """Splits whole documents, so that no query is about a text that was trained on.
+    """Splits whole documents, so that no query is of a text that was trained on; other answers of
+    it may be.
 
     A document is a chunk's ``source``, or the chunk where fewer than ``MIN_SOURCES`` sources have
     queries. Documents are drawn in the order of a hash of (seed, source) and fill the parts in

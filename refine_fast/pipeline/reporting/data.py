@@ -38,8 +38,8 @@ class Queries:
     kinds: Mapping[str, int]
     """Kind -> training queries."""
     held_out_by_document: bool
-    """True: the in-domain test queries are held out by whole documents. False: they are the
-    collection's own test queries."""
+    """True: the in-domain test queries are held out by whole documents; other answers of theirs may
+    have been trained on. False: they are the collection's own test queries."""
     account: Mapping[str, Any] | None = None
     """``llm.Account`` of the LLM that wrote them: calls, cost, drops. None without an LLM."""
 
