@@ -52,6 +52,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 @contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
     """Where safetensors or ``torch.save`` cannot write, such as on a full disk, raises the OSError
@@ -61,9 +64,10 @@ def write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(found[1]) if found else 0
+        if code not in _WRITE_ERRORS:
             raise
-        code = int(found[1])
         raise OSError(code, os.strerror(code), str(folder)) from error
     except RuntimeError as error:
         if re.search("unexpected pos|PytorchStreamWriter", str(error)) is None:

@@ -32,6 +32,7 @@ from refine_fast.mine import mine
             r"docs must be float32, .* \(got torch.float64\)",
         ),
         ({"queries": np.zeros((4, 8))}, TypeError, r"queries must be float32, .* \(got float64\)"),
+        ({"docs": np.zeros((9, 8), ">f4")}, TypeError, r"docs must be float32, .* \(got >f4\)"),
         ({"exclude": [[1]]}, ValueError, "one list for each of the 4 queries"),
         ({"exclude": {0: [1], 1: [], 2: [], 3: []}}, TypeError, "must be a sequence with one list"),
         ({"k": 2.5}, TypeError, "float"),

@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -43,16 +44,17 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 1 MB."""
+    """No file may grow beyond 1 MB: not while pytest writes its own."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.usefixtures("full_disk")
 @pytest.mark.parametrize(
     ("save", "reason"),
     [
@@ -66,7 +68,8 @@ def full_disk() -> Iterator[None]:
 def test_a_full_disk_is_named(tmp_path: Path, save: Callable[[Path], None], reason: str) -> None:
     """The libraries that write it hide an OSError in others, or its reason and the file."""
     stage = Stage("full", (), lambda folder: save(folder / "rows.npy"))
-    with RunFolder(tmp_path / "run") as run, pytest.raises(OSError, match=reason) as caught:
+    caught_error = pytest.raises(OSError, match=reason)
+    with RunFolder(tmp_path / "run") as run, caught_error as caught, full_disk():
         run.do(stage)
     assert str(caught.value.filename).startswith(str(tmp_path / "run" / ".work" / "full"))
 

@@ -3,6 +3,7 @@
 // that is fma(w, b - a, a) for |w| < 1/2 and fma(w - 1, b - a, b) otherwise: one rounding after that of the
 // subtraction. Equal elements are copied, since torch.lerp would turn the -inf of a mask into NaN and -0 into +0:
 // weights that were not trained must not change. (The payload of a NaN is unspecified.)
+// For the weights 0 and 1 a caller gives one input twice: the other may not be finite.
 //
 // Roofline: memory, two reads and one write. Types without a kernel of their own pass through float32 in blocks that
 // stay in L1 (core/lerp.cc).
