@@ -272,10 +272,11 @@ class Block:
                 f"rows {begin} to {end} of {name} have shape {tuple(rows.shape)}, where its own"
                 f" shape promises {expected}"
             )
+        dtype: torch.dtype | None = None
         if isinstance(rows, Tensor):
             dtype = rows.dtype
-        else:
-            dtype = _NUMPY.get(rows.dtype.name) if rows.dtype.isnative else None
+        elif rows.dtype.isnative:
+            dtype = _NUMPY.get(rows.dtype.name)
         if dtype not in DOC_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16 or float16 (got {rows.dtype})")
         if isinstance(rows, Tensor):
