@@ -281,7 +281,7 @@ class Batches:
             record = _failed(request, self._refusal(line, response.get("status_code"), body))
         await self._settle(sent, key, used)
         if key not in self._store:
-            await self._enter(record, BATCH_PRICE, counts=key in sent.reserved)
+            await self._enter(record, BATCH_PRICE)
 
     def _refusal(self, line: dict[str, Any], status: Any, body: Any) -> Failure:
         """Why a line of a batch has no reply."""
@@ -302,12 +302,11 @@ class Batches:
         reserved = sent.reserved.get(key, (0, 0))
         await self._budget.settle(reserved, used, calls, BATCH_PRICE)
 
-    async def _enter(self, record: dict[str, Any], share: float, *, counts: bool = True) -> None:
-        """Stores a record. A failure of an earlier start does not count: it is asked again."""
+    async def _enter(self, record: dict[str, Any], share: float) -> None:
         await self._store.append(record, share=share)
         state, budget = self._state, self._budget
-        state.failed += counts and "error" in record
-        state.rejected += counts and record.get("rejected", False)
+        state.failed += "error" in record
+        state.rejected += record.get("rejected", False)
         state.done += "error" not in record
         state.calls, state.cost = budget.calls, budget.cost
         state.tokens_in, state.tokens_out = budget.tokens_in, budget.tokens_out

@@ -232,9 +232,7 @@ def generate_queries(
             missing = (
                 request
                 for i, request in requests
-                if keys[request.key] == i
-                and request.key not in replies
-                and request.key not in replies.given_up
+                if keys[request.key] == i and replies.lacks(request.key)
             )
             progress.stopped, start = None, time.monotonic()
             form = run(send(missing, progress, within, replies, holds_queries, watch))
@@ -418,8 +416,8 @@ async def _judged(
 ) -> Found:
     """Drops the queries that, by the model's own verdict, the chunk does not answer.
 
-    Without a usable verdict a query is kept and counted as unjudged; requests that are given up
-    are not sent.
+    Without a usable verdict a query is kept and counted as unjudged. What has failed in this start
+    is not asked again.
     """
     own: dict[int, list[int]] = {}
     for position, (i, _, _) in enumerate(found):
@@ -428,11 +426,7 @@ async def _judged(
     keys = [request.key for request in judge_requests(asked, settings)]
     reused = sum(key in replies for key in keys)
     progress = CallProgress(len(keys), reused, reused)
-    missing = (
-        each
-        for each in judge_requests(asked, settings)
-        if each.key not in replies and each.key not in replies.given_up
-    )
+    missing = (each for each in judge_requests(asked, settings) if replies.lacks(each.key))
     await send(missing, progress, settings, replies, holds_verdicts, watch)
     account.failed += progress.failed
     account.rejected += progress.rejected

@@ -147,7 +147,7 @@ def grade_passages(
         # in a random order, so that what a limit leaves ungraded is of all documents
         order = sorted(range(len(keys)), key=keys.__getitem__)
         requests = grade_requests([asked[i] for i in order], settings)
-        missing = (request for request in requests if request.key not in replies)
+        missing = (request for request in requests if replies.lacks(request.key))
         progress = CallProgress(len(keys), reused, reused)
         run(send(missing, progress, settings, replies, holds_grades, watch))
         texts = {record["key"]: record["text"] for record in replies.replies(keys)}

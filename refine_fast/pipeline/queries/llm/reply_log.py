@@ -56,8 +56,7 @@ class ReplyStore:
         self._prices = prices
         self.spent = Spent()
         self.failures: dict[str, str] = {}
-        self.given_up: set[str] = set()
-        """Keys of the requests that failed since the file was opened, but for limits."""
+        self._given_up: set[str] = set()
         self._positions: dict[str, int] = {}
         self._queue: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -117,6 +116,10 @@ class ReplyStore:
     def __contains__(self, key: str) -> bool:
         return key in self._positions
 
+    def lacks(self, key: str) -> bool:
+        """Whether a request has neither a reply nor failed since the file was opened."""
+        return key not in self._positions and key not in self._given_up
+
     def __len__(self) -> int:
         return len(self._positions)
 
@@ -169,7 +172,7 @@ class ReplyStore:
                 self._enter(record, self._end)
                 self._end += len(line)
                 if is_failure(record):
-                    self.given_up.add(record["key"])
+                    self._given_up.add(record["key"])
                 if not durable.cancelled():
                     durable.set_result(None)
 
