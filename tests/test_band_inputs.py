@@ -97,7 +97,7 @@ def test_changes_of_a_private_map_stay(tmp_path: Path) -> None:
 
 def test_bfloat16_of_numpy() -> None:
     """A type of ml_dtypes, which numpy itself does not know."""
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs ml_dtypes, which onnx brings")
     rows = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     arrays = [x.float().numpy().astype(ml_dtypes.bfloat16) for x in rows]
     positives = [[i] for i in range(60)]

@@ -112,7 +112,7 @@ def inside(folder: Path) -> Path:
 
 
 def excel(folder: Path) -> Path:
-    openpyxl = pytest.importorskip("openpyxl", reason="pip install '.[documents]'")
+    openpyxl = pytest.importorskip("openpyxl", reason="needs pip install '.[documents]'")
     book = openpyxl.Workbook()
     for row in [["query", "doc_id"], *ROWS]:
         book.active.append(row)
@@ -291,7 +291,7 @@ def test_the_files_that_hold_queries(tmp_path: Path) -> None:
 
 
 def test_a_sheet_that_holds_no_queries_is_named(tmp_path: Path) -> None:
-    openpyxl = pytest.importorskip("openpyxl", reason="pip install '.[documents]'")
+    openpyxl = pytest.importorskip("openpyxl", reason="needs pip install '.[documents]'")
     book = openpyxl.load_workbook(excel(tmp_path))
     sheets = {
         "Sums": [["year", "count"], [2024, 3]],
