@@ -172,7 +172,8 @@ def test_where_an_adapter_makes_an_encoder(tmp_path: Path, place: str) -> None:
     paths = ["0_Transformer", "0_Router", "1_Pooling"]
     (tmp_path / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
     (tmp_path / "0_Router").mkdir()
-    routes = json.dumps({"types": {"query_0_Transformer": ""}})
+    part = "query_0_Transformer"
+    routes = json.dumps({"types": {part: ""}, "structure": {"query": [part]}})
     (tmp_path / "0_Router" / "router_config.json").write_text(routes)
     (tmp_path / place).mkdir(exist_ok=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -15,7 +15,6 @@ from .. import _core
 from .._native import available_isas
 
 CHECKOUT = Path(__file__).parents[2]
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 def device_name() -> str:
@@ -23,7 +22,7 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
-        cpu = cpu_name(CPU_INFO.read_text())
+        cpu = cpu_name(Path("/proc/cpuinfo").read_text())
     except OSError:
         cpu = ""
     return f"{cpu or platform.machine()}, {os.cpu_count()} cores"

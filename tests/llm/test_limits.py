@@ -130,18 +130,23 @@ def test_chunks_of_one_text_are_one_call(endpoint: Endpoint, tmp_path: Path) -> 
     assert generate_queries(chunks, endpoint.settings(), store)[1].calls == 2
 
 
-def test_plan_counts_the_verdicts_of_another_prompt(
-    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from refine_fast.cli import main
-
+def of_harbours(endpoint: Endpoint, tmp_path: Path) -> list[str]:
+    """The arguments of a command about twelve documents."""
     docs = tmp_path / "docs"
     docs.mkdir()
     for i in range(12):
         text = f"Harbour {i} was built by the city of Port {i}. Its crane lifts {i} tonnes."
         (docs / f"{i}.md").write_text(f"# Harbour {i}\n\n{text}\n")
-    command = [str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url]
-    command += ["--llm-model", "tiny"]
+    out = str(tmp_path / "run")
+    return [str(docs), "--out", out, "--llm", endpoint.url, "--llm-model", "tiny"]
+
+
+def test_plan_counts_the_verdicts_of_another_prompt(
+    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from refine_fast.cli import main
+
+    command = of_harbours(endpoint, tmp_path)
     assert main(["queries", *command, "--quiet"]) == 0
     capsys.readouterr()
     for judge, calls in (("no", 0), ("yes", 12)):
@@ -158,13 +163,7 @@ def test_plan_encodes_no_corpus_to_count_verdicts(
     from refine_fast.cli import main
     from refine_fast.pipeline.queries.llm import generate
 
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    for i in range(12):
-        text = f"Harbour {i} was built by the city of Port {i}. Its crane lifts {i} tonnes."
-        (docs / f"{i}.md").write_text(f"# Harbour {i}\n\n{text}\n")
-    command = [str(docs), "--out", str(tmp_path / "run"), "--llm", endpoint.url]
-    command += ["--llm-model", "tiny", "--judge", "yes", "--round-trip", "1"]
+    command = [*of_harbours(endpoint, tmp_path), "--judge", "yes", "--round-trip", "1"]
     assert main(["queries", *command, "--quiet"]) == 0
     monkeypatch.delattr(generate, "_round_trip")
     for prompt, calls in ((None, 0), ("Queries: {{ queries }} Passage: {{ passage }}", 12)):

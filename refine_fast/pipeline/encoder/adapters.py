@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RefineFastError
-from ...files import read_json
 from ...fuse import fuse
+from ...fuse.modules import modules_and_routes_of
 from .layers import transformers_of
 
 if TYPE_CHECKING:
@@ -55,20 +54,10 @@ def adapter_folder(folder: Path) -> Path | None:
     An adapter that is not where the encoder's own weights would be, such as in a checkpoint or
     beside a complete encoder, belongs to nothing that is loaded.
     """
-    for place in _module_folders(folder):
-        if (place / ADAPTER_CONFIG).is_file() and not _has_weights(place):
+    for name in (".", *(module.folder for module in modules_and_routes_of(folder))):
+        if ((place := folder / name) / ADAPTER_CONFIG).is_file() and not _has_weights(place):
             return place
     return None
-
-
-def _module_folders(folder: Path) -> Iterator[Path]:
-    """The folders of an encoder that its modules, and the routes of a router, are loaded from."""
-    yield folder
-    for module in read_json(folder / "modules.json") or ():
-        place = folder / module["path"]
-        yield place
-        router = read_json(place / "router_config.json") or {}
-        yield from (place / route for route in router.get("types", ()))
 
 
 def _has_weights(folder: Path) -> bool:

@@ -304,14 +304,9 @@ class Batches:
 
     async def _enter(self, record: dict[str, Any], share: float) -> None:
         await self._store.append(record, share=share)
-        state, budget = self._state, self._budget
-        state.failed += "error" in record
-        state.rejected += record.get("rejected", False)
-        state.done += "error" not in record
-        state.calls, state.cost = budget.calls, budget.cost
-        state.tokens_in, state.tokens_out = budget.tokens_in, budget.tokens_out
+        self._state.count(record, self._budget)
         if self._watch:
-            self._watch(state)
+            self._watch(self._state)
 
     async def _id_of(self, name: str) -> str | None:
         """The id of the batch with this name, if the server has it."""

@@ -10,7 +10,7 @@ import asyncio
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,14 @@ class CallProgress:
     def rate(self) -> float:
         """Replies per second."""
         return (self.done - self.reused) / max(self.seconds, 1e-9)
+
+    def count(self, record: Mapping[str, Any], budget: Budget) -> None:
+        """Counts a request by its record in the store, and what was spent so far."""
+        self.failed += is_failure(record)
+        self.rejected += record.get("rejected", False)
+        self.done += "error" not in record
+        self.calls, self.cost = budget.calls, budget.cost
+        self.tokens_in, self.tokens_out = budget.tokens_in, budget.tokens_out
 
 
 Watch = Callable[[CallProgress], None]
@@ -242,19 +250,10 @@ class _Dispatcher:
     async def put(self, record: dict[str, Any]) -> None:
         """Stores and counts a record."""
         await self._store.append(record)
-        self._count(record)
-
-    def _count(self, record: dict[str, Any]) -> None:
-        state, budget = self._state, self._budget
-        state.failed += is_failure(record)
-        state.rejected += record.get("rejected", False)
-        state.done += "error" not in record
-        state.calls = budget.calls
-        state.tokens_in, state.tokens_out = budget.tokens_in, budget.tokens_out
-        state.cost = budget.cost
-        state.concurrency = sum(int(each.throttle.limit) for each in self._live.values())
+        self._state.count(record, self._budget)
+        self._state.concurrency = sum(int(each.throttle.limit) for each in self._live.values())
         if self._watch:
-            self._watch(state)
+            self._watch(self._state)
 
     def _judge(self, reply: Reply) -> None:
         """Counts useless replies. Too many in a row end the stage, once this one is stored."""
