@@ -111,10 +111,25 @@ def test_messages_are_shown_as_they_are(capsys) -> None:
     assert capsys.readouterr().err == f"{line}\nwarning: {line}\nerror: {line}\n"
 
 
-def test_nothing_moves_where_there_is_no_terminal(capsys) -> None:
-    with Console().progress("asking the model") as advance:
-        advance(1, 2)
-    assert capsys.readouterr() == ("", "")
+def test_lines_where_there_is_no_terminal(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line a minute, whose estimate does not count what an earlier start did."""
+    times = iter((0.0, 10.0, 59.0, 110.0, 111.0, 300.0))
+    clock = SimpleNamespace(monotonic=lambda: next(times))
+    monkeypatch.setattr("refine_fast.pipeline.console.time", clock)
+    with Console().progress("training") as advance:
+        for done in (1000, 1010, 1100, 1101, 3000):
+            advance(done, 3000, note="loss 0.400")
+    told = "  training: 1,100 of 3,000, about 0:31:40 left, loss 0.400\n"
+    assert capsys.readouterr() == ("", told)
+
+
+def test_a_quiet_console_says_nothing_of_progress(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refine_fast.pipeline.console.LINE_SECONDS", 0.0)
+    for quiet in (False, True):
+        with Console(quiet=quiet).progress("training") as advance:
+            advance(1, 3)
+            advance(2, 3)
+        assert bool(capsys.readouterr().err) is not quiet
 
 
 def test_a_run_inside_an_event_loop(tiny: Path, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,9 @@ from rich.table import Table
 from ..errors import RefineFastWarning
 from .ranks import may_report
 from .workers import Hear
+
+LINE_SECONDS = 60.0
+"""Time between two lines of progress where there is no terminal, as under nohup."""
 
 
 def facts_table(facts: Mapping[str, Any]) -> Table:
@@ -90,11 +95,15 @@ class Console:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[..., None]]:
-        """A progress bar with the time left, on a terminal only. Bars can be nested.
+        """A progress bar with the time left, where there is no terminal a line each
+        ``LINE_SECONDS``. Both can be nested.
 
         Yields:
             ``advance(done, total, note="")``, which moves the bar.
         """
+        if not self.err.is_terminal:
+            yield _Lines(label, self.say).advance
+            return
         bar = Progress(
             TextColumn("  {task.description}"),
             BarColumn(),
@@ -105,7 +114,7 @@ class Console:
             TextColumn("{task.fields[note]}"),
             console=self.err,
             transient=True,
-            disable=self.quiet or not self.err.is_terminal,
+            disable=self.quiet,
         )
         with bar:
             task = bar.add_task(label, total=None, note="")
@@ -120,6 +129,31 @@ class Console:
         elif not self.quiet:
             for table in tables:
                 self.out.print(table)
+
+
+class _Lines:
+    """Says now and then how far a task is."""
+
+    def __init__(self, label: str, say: Callable[[str], None]) -> None:
+        self.label = label
+        self.say = say
+        self.told = time.monotonic()
+        self.first: tuple[float, int] | None = None
+        """When the task was first heard of, and what was done then: a task may resume."""
+
+    def advance(self, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (now, done)
+        if now - self.told < LINE_SECONDS or done >= total:
+            return
+        self.told = now
+        since, before = self.first
+        facts = [f"{done:,} of {total:,}"]
+        if done > before:
+            seconds = (now - since) / (done - before) * (total - done)
+            facts.append(f"about {timedelta(seconds=round(seconds))} left")
+        self.say(f"  {self.label}: {', '.join([*facts, note] if note else facts)}")
 
 
 class DistantConsole(Console):
