@@ -288,6 +288,25 @@ def test_choose_weight(
     assert (chosen.gain.low > 0) == (refused != NOT_BETTER)
 
 
+@pytest.mark.parametrize(
+    ("dev", "weight"),
+    [
+        ((0.50, 0.60, 0.605, 0.61), 0.35),  # 1.0 is not shown to be better than any
+        ((0.50, 0.58, 0.605, 0.61), 0.5),  # but than 0.35
+        ((0.50, 0.505, 0.50, 0.52), 1.0),  # which must be better than 0 as well
+        ((0.50, 0.60, 0.55, 0.605), 0.35),
+    ],
+)
+def test_the_smallest_weight_that_is_not_worse_is_chosen(
+    dev: tuple[float, ...], weight: float
+) -> None:
+    """The interval of a difference reaches .014 beyond it."""
+    weights = (0.0, 0.35, 0.5, 1.0)
+    on_dev = curve(dict(zip(weights, dev, strict=True)))
+    flat = curve(dict.fromkeys(weights, 0.8))
+    assert choose_weight(on_dev, flat, tolerance=0.005).weight == weight
+
+
 @pytest.mark.parametrize(("most", "weight"), [(1.0, 1.0), (0.5, 0.35), (0.1, 0.35)])
 def test_larger_weights_are_not_chosen(most: float, weight: float) -> None:
     dev, guard = curve({0.0: 0.5, 0.35: 0.6, 1.0: 0.7}), curve({0.0: 0.8, 0.35: 0.8, 1.0: 0.8})
