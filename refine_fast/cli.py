@@ -218,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DOCS",
         help="add documents to the index; one whose id is there already replaces that document; "
-        "within the run's folder, if it is of the same file, or the other file is gone",
+        "within the run's folder, or in one around it, only if no other file still has it",
     )
     sub.add_argument(
         "--remove",

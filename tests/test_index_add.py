@@ -95,6 +95,49 @@ def test_a_renamed_file_of_the_runs_folder_replaces_its_rows(run: Path, tmp_path
     assert add(run, after) == {"1": "one of b anew"}
 
 
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_row_that_moved_to_another_file_is_one_document(
+    run: Path, tmp_path: Path, everything: bool, first: bool
+) -> None:
+    """Its old file is still there. The new one is read alone or with all, before that or after."""
+    docs = tmp_path / "docs"
+    old = write_rows(docs / "m.jsonl", {"1": "one", "2": "two"})
+    expected = {"1": "one", "2": "two"}
+    assert add(run, docs) == expected
+    write_rows(old, {"1": "one"})
+    moved = write_rows(docs / ("a.jsonl" if first else "z.jsonl"), {"2": "two", "3": "three"})
+    for _ in range(2):
+        assert add(run, docs if everything else moved) == {**expected, "3": "three"}
+
+
+@pytest.mark.filterwarnings("ignore:.*have the id of another file:UserWarning")
+def test_a_folder_around_the_runs_folder_keeps_the_names_of_its_files(
+    run: Path, tmp_path: Path
+) -> None:
+    """Others there take neither their names nor their ids."""
+    parent = tmp_path / "docs"
+    docs = parent / "of" / "run"
+    configure(run, docs=str(docs))
+    write_rows(docs / "a.jsonl", {"1": "one"})
+    (docs / "b.md").write_text("A zebra has stripes.")
+    expected = {"1": "one", "b.md": "A zebra has stripes."}
+    assert add(run, docs) == expected
+    write_rows(parent / "a.jsonl", {"1": "another one", "2": "two"})
+    (parent / "of" / "b.md").write_text("Another zebra.")
+    others = {"../../a.jsonl:1": "another one", "2": "two", "../b.md": "Another zebra."}
+    for path in (parent, parent, docs, docs.parent):
+        assert add(run, path) == expected | others
+
+
+def test_a_folder_around_the_runs_one_file_keeps_the_name_of_it(run: Path, tmp_path: Path) -> None:
+    docs = tmp_path / "docs" / "rows.jsonl"
+    configure(run, docs=str(docs))
+    docs.write_text(json.dumps({"text": "A zebra has stripes."}) + "\n")
+    for path in (docs, docs.parent, tmp_path / "docs"):
+        assert add(run, path) == {"rows.jsonl:1": "A zebra has stripes."}
+
+
 def test_a_file_from_elsewhere_replaces_by_id_and_says_whose(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

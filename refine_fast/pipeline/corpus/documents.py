@@ -17,6 +17,7 @@ from ...files import name_of, walk
 from ..progress import Progress
 from ..workers import Spread
 from .beir import beir_file
+from .chunk import document_id
 from .columns import SAMPLE_ROWS, STANDARD_IDS, Columns, Fields, RowReader
 from .extraction import Extracted, extract_in_shards
 from .formats import files, tables
@@ -51,11 +52,11 @@ class Reading:
     """How to read what the documents do not say themselves.
 
     encoding: of text files and tables; None: find it. columns: of tables. exclude: files and
-    folders that are no documents, although they lie in the folder. root: a folder that the names of
-    files in it are relative to, wherever below it the documents are; None: what is read. say: told
-    in one line what was guessed. known: ids of earlier documents, and of their chunks, with the
-    source of each: a row whose id a row of its file has had keeps it, and none in the folder
-    ``root`` gets one that is another file's, while that file is there.
+    folders that are no documents, although they lie in the folder. root: a folder, or one file in a
+    folder, that the names of files are relative to where the documents are in it or around it;
+    None: what is read. say: told in one line what was guessed. known: ids of earlier documents, and
+    of their chunks, with the source of each: a row whose id a row of its file has had keeps it, and
+    none in ``root`` or around it gets one that another file still has.
     """
 
     encoding: str | None = None
@@ -161,7 +162,7 @@ def _single_file(path: Path, reading: Reading) -> list[Document]:
         raise RefineFastError(
             f"{path} is of a kind that is not read; give a file of {', '.join(SUFFIXES)}."
         )
-    named = _Named(path.parent, reading)
+    named = _Named(path, reading)
     try:
         read = partial(files.read_file, encoding=reading.encoding)
         named.add(path, path.name, read)
@@ -171,26 +172,33 @@ def _single_file(path: Path, reading: Reading) -> list[Document]:
     return list(named.documents.values())
 
 
-def _place(folder: Path, root: Path | None) -> tuple[Path, Path] | None:
-    """``root`` and where ``folder`` is in it, by a name that both have; None if it is not there."""
+def _place(path: Path, root: Path | None) -> tuple[Path, Path] | None:
+    """The folders of ``root`` and of ``path``, by names that show where one is from the other; None
+    if neither is in the other."""
     if root is not None:
         for real in (os.path.abspath, os.path.realpath):  # either may be given by way of a link
-            if (place := Path(real(folder))).is_relative_to(parent := Path(real(root))):
-                return parent, place.relative_to(parent)
+            given, around = Path(real(path)), Path(real(root))
+            if given.is_relative_to(around) or around.is_relative_to(given):
+                return _folder_of(around), _folder_of(given)
     return None
 
 
-class _Named:
-    """The documents of the files in a folder, each under an id of its own."""
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
-    def __init__(self, folder: Path, reading: Reading) -> None:
-        place = _place(folder, reading.root)
+
+class _Named:
+    """The documents of a file or of the files in a folder, each under an id of its own."""
+
+    def __init__(self, path: Path, reading: Reading) -> None:
+        place = _place(path, reading.root)
         self.documents: dict[str, Document] = {}
-        self._root, self._place = (folder, Path()) if place is None else place
-        self._in_root = place is not None
+        self._root, self._folder = (_folder_of(path),) * 2 if place is None else place
+        self._with_root = place is not None
         self._reading = reading
         self._repeated: list[str] = []
         self._renamed: list[str] = []
+        self._ids: dict[str, set[str] | None] = {}
         self._replacing: list[str] = []
 
     def add(self, path: Path, name: str, read: Callable[[Path], Content]) -> None:
@@ -201,20 +209,15 @@ class _Named:
             Unreadable: if the file cannot be read.
             RefineFastError: for a malformed row of a table.
         """
-        name = name_of(self._place / name)
+        name = name_of(os.path.relpath(self._folder / name, self._root))
         if tables.table_suffix(path) is None:
             content = read(path)
             own = Document(name, content.title, content.text, name, content.markup)
             self._add(name, name, [own])
             return
 
-        def documents(title: str, rows: tables.Rows) -> list[Document]:
-            table = f"{name}:{title}" if title else name
-            placed = ((f"{table}:{place}", row) for place, row in rows)
-            return _guessed(placed, self._root, self._reading)
-
-        for title, found in tables.read_each(path, self._reading.encoding, documents):
-            self._add(name, f"{name}:{title}" if title else name, found)
+        for table, found in _tables(path, name, self._root, self._reading):
+            self._add(name, table, found)
 
     def _add(self, file: str, table: str, found: Sequence[Document]) -> None:
         own = {document.id for document in found}
@@ -243,13 +246,33 @@ class _Named:
         if there is None or _is_of(there, table):
             return False
         return _is_of(known.get(f"{table}:{id}", ""), table) or (
-            self._in_root and not _is_of(there, file) and self._has_file_of(there)
+            self._with_root and not _is_of(there, file) and self._is_still_in(there, id)
         )
 
-    def _has_file_of(self, source: str) -> bool:
-        """Whether the file of a document is still there; a renamed one's are to be replaced."""
+    def _is_still_in(self, source: str, id: str) -> bool:
+        """Whether a document, or the chunk of one, is still in the file of its source: those of a
+        renamed one, and rows that moved to another, are to be replaced."""
         ends = [place for place, mark in enumerate(f"{source}:") if mark == ":"]
-        return any((self._root / source[:end]).is_file() for end in ends)
+        name = next((source[:end] for end in ends if (self._root / source[:end]).is_file()), None)
+        if name is None:
+            return False
+        if name not in self._ids:
+            self._ids[name] = self._ids_in(name)
+        ids = self._ids[name]
+        return ids is None or not ids.isdisjoint([id, document_id(id)])
+
+    def _ids_in(self, name: str) -> set[str] | None:
+        """The ids in a table; None: it is none, or cannot be read."""
+        path, quiet = self._root / name, replace(self._reading, say=None)
+        if tables.table_suffix(path) is None:
+            return None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they are shown when the file itself is added
+                found = _tables(path, name, self._root, quiet)
+        except (Unreadable, RefineFastError):
+            return None
+        return {document.id for _, documents in found for document in documents}
 
     def warn(self) -> None:
         """Names what was left out or renamed."""
@@ -267,6 +290,22 @@ class _Named:
                 f"{len(self._replacing)} documents replace those with the same id of other files, "
                 f"the first {self._replacing[0]}; give them other ids to keep both"
             )
+
+
+def _tables(
+    path: Path, name: str, root: Path, reading: Reading
+) -> list[tuple[str, list[Document]]]:
+    """The name of each table in a file, which is called ``name`` in ``root``, and its documents."""
+
+    def documents(title: str, rows: tables.Rows) -> list[Document]:
+        placed = ((f"{table_name(title)}:{place}", row) for place, row in rows)
+        return _guessed(placed, root, reading)
+
+    def table_name(title: str) -> str:
+        return f"{name}:{title}" if title else name
+
+    found = tables.read_each(path, reading.encoding, documents)
+    return [(table_name(title), rows) for title, rows in found]
 
 
 def _is_of(source: str, table: str) -> bool:
