@@ -432,6 +432,29 @@ def test_recipes(tmp_path: Path) -> None:
     assert load_config(None, {"out": str(tmp_path)}).weight == "auto"
 
 
+def test_a_flag_of_a_resumed_run_keeps_what_was_asked_for(tmp_path: Path) -> None:
+    """However often it is resumed; also where the file of a run is given for another run."""
+    run, docs = tmp_path / "run", tmp_path / "docs"
+    docs.mkdir()
+    run.mkdir()
+    saved = run / "config.yaml"
+    saved.write_text(RunConfig(out=run, max_steps=7, skip=3, weight=0.5).to_yaml())
+    saved.write_text(load_config(None, {"out": run, "seed": "1"}).to_yaml())
+    for flags in ({"out": run}, {"out": tmp_path / "other", "docs": docs}):
+        path = saved if "docs" in flags else None
+        changed = load_config(path, {**flags, "recipe": "paper", "fusion": "embeddings"})
+        assert (changed.skip, changed.weight, changed.negatives) == (3, 0.5, 1)
+        again = load_config(path, {**flags, "epochs": "2"})
+        assert (again.max_steps, again.epochs, again.seed) == (7, 2, 1)
+        demo = path is None
+        assert (again.batch_size, again.served) == ((32, False) if demo else (64, True))
+        quick = load_config(path, flags, QUICK)
+        assert (quick.limit, quick.max_steps) == (QUICK["limit"], QUICK["max_steps"] if demo else 7)
+    saved.write_text(saved.read_text().replace("given:\n", "given: 3\nwas:\n"))
+    with pytest.raises(RefineFastError, match=r"has given: 3; write a list of names, or remove"):
+        load_config(saved, {})
+
+
 @pytest.mark.parametrize("quick", [{}, QUICK])
 def test_a_flag_of_a_resumed_run_does_what_it_does_in_a_new_one(
     tmp_path: Path, quick: dict[str, object]
@@ -439,7 +462,8 @@ def test_a_flag_of_a_resumed_run_does_what_it_does_in_a_new_one(
     """What config.yaml holds only because the run began with another value goes with that value."""
     demo, docs = tmp_path / "demo", tmp_path / "docs"
     docs.mkdir()
-    begun = [RunConfig(out=demo, **quick), RunConfig(out=tmp_path, docs=docs, **quick)]
+    asked: list[dict[str, object]] = [{"out": demo}, {"out": tmp_path, "docs": docs}]
+    begun = [load_config(None, flags, quick) for flags in asked]
     for config in begun:
         (config.out / "config.yaml").parent.mkdir(exist_ok=True)
         (config.out / "config.yaml").write_text(config.to_yaml())

@@ -50,6 +50,9 @@ from .recipes import DEMO, RECIPES
 if TYPE_CHECKING:
     from .queries.llm import LLMSettings
 
+GIVEN = "given"
+"""Key of the YAML file of a run, which names every value: those that were asked for."""
+
 LOCAL_ROUND_TRIP = 10
 """The rank within which a query of a model in this process must find its chunk."""
 
@@ -379,6 +382,7 @@ class RunConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise RefineFastError(sentence(error, RunConfig)) from None
+        self.model_fields_set.intersection_update(values)  # without what _fill_in added
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # llm_extra is a dictionary, which has no hash
@@ -488,7 +492,9 @@ class RunConfig(BaseModel):
         )
 
     def to_yaml(self) -> str:
-        """The configuration as YAML, which ``load_config`` reads back."""
+        """The configuration as YAML, which ``load_config`` reads back. What was not given gives way
+        where another recipe fills it in."""
         import yaml
 
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        given = [name for name in RunConfig.model_fields if name in self.model_fields_set]
+        return yaml.safe_dump({**self.model_dump(mode="json"), GIVEN: given}, sort_keys=False)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import RefineFastError
-from .config import RunConfig
+from .config import GIVEN, RunConfig
 from .config_messages import similar
 from .config_values import LLM_TEACHER, is_windows_path
 from .corpus.nanobeir import is_nanobeir
 from .encoder.load import DEFAULT_ENCODER
-from .recipes import RECIPES
+from .recipes import DEMO, RECIPES
 
 _PATHS = ("docs", "queries", "out", "prompt", "judge_prompt")
 """Fields that a YAML file gives relative to itself; so do ``model`` and ``teacher``, where they are
@@ -33,29 +33,48 @@ def load_config(
         defaults: field -> its value where neither ``path`` nor a flag gives one; of a run that is
             resumed they replace what it began with.
 
+    Returns:
+        The configuration; its ``model_fields_set`` has the names of what was asked for, now or when
+        a run that is resumed was begun. The rest of a saved configuration is kept too, except what
+        a flag fills in anew: by another recipe, another fusion, or a number of epochs.
+
     Raises:
         RefineFastError: if the file or a value cannot be used.
     """
-    given = {**({} if path is None else _read_yaml(path)), **flags}
-    values = dict(defaults or {})
+    file, named = ({}, None) if path is None else _read_yaml(path)
+    asked = {*(file if named is None else named), *flags}
+    filled_in = {**_still_filled_in(file, asked, flags), **(defaults or {})}
+    given = {**{name: value for name, value in file.items() if name in asked}, **flags}
     saved = Path(flags.get("out", "")).expanduser() / "config.yaml"
-    if "out" in flags and "docs" not in given and saved.is_file():
-        before = _read_yaml(saved)
+    if "out" in flags and "docs" not in {**file, **flags} and saved.is_file():
+        before, named = _read_yaml(saved)
         if not before:
             raise RefineFastError(f"config: {saved} is empty; give DOCS and the options again.")
         if path is not None:
-            before = {"docs": before.get("docs")}
-        elif "recipe" in flags and flags["recipe"] != before.get("recipe"):
-            # a saved configuration names every value, also those that came from its recipe
-            before = {name: v for name, v in before.items() if name not in RECIPES["paper"]}
-        # What a value was filled in for must not outlive it: the weight belongs to the fusion, and
-        # the demo's limit of the steps to its epochs, as in a run that begins.
-        if "fusion" in given and "weight" not in given:
-            before.pop("weight", None)
-        values = {**before, **values}
-    if "epochs" in given and "max_steps" not in given:
-        values.pop("max_steps", None)
-    return RunConfig(**{**values, **given})
+            before, named = {"docs": before.get("docs")}, {"docs"}
+        named = (named or set()) - filled_in.keys()
+        filled_in = {**_still_filled_in(before, named, flags), **filled_in}
+        asked |= named
+    if "epochs" in given and "max_steps" not in asked:
+        filled_in.pop("max_steps", None)
+    config = RunConfig(**{**filled_in, **given})
+    config.model_fields_set.intersection_update(asked)
+    return config
+
+
+def _still_filled_in(
+    values: Mapping[str, Any], asked: Collection[str], flags: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values of a file that names all, without those that were filled in for another than a
+    flag gives now. ``asked``: names of those that were asked for."""
+    gone: set[str] = set()
+    if "recipe" in flags and flags["recipe"] != values.get("recipe"):
+        gone |= RECIPES["paper"].keys()
+    if flags.get("docs") is not None and values.get("docs") is None:
+        gone |= DEMO.keys()
+    if "fusion" in flags:
+        gone.add("weight")  # it belongs to the fusion
+    return {name: value for name, value in values.items() if name in asked or name not in gone}
 
 
 def saved_config(run: Path) -> RunConfig:
@@ -66,14 +85,16 @@ def saved_config(run: Path) -> RunConfig:
         RefineFastError: if its config.yaml cannot be used.
     """
     path = run / "config.yaml"
-    values = {**(_read_yaml(path) if path.is_file() else {}), "out": run}
+    values = {**(_read_yaml(path)[0] if path.is_file() else {}), "out": run}
     for name in ("docs", "queries", "prompt", "judge_prompt"):
         if values.get(name) is not None and not Path(values[name]).exists():
             values[name] = None
     return RunConfig(**{**values, "ood": "none"})
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> tuple[dict[str, Any], set[str] | None]:
+    """The values in a file, and the names of those that were asked for if it says so, as the
+    config.yaml of a run does; None: it does not say."""
     import yaml
 
     try:
@@ -91,6 +112,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RefineFastError(f"config: {path} has no keys; write lines such as 'skip: 5'.")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    given = values.pop(GIVEN, None)
+    if not isinstance(given, list | None):
+        raise RefineFastError(
+            f"config: {path} has {GIVEN}: {given}; write a list of names, or remove the line."
+        )
     for name in values.keys() - RunConfig.model_fields.keys():
         remedy = similar(name, RunConfig.model_fields)
         raise RefineFastError(f"config: {path} has an unknown key {name!r}; {remedy}")
@@ -112,4 +138,4 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             folder if is_nanobeir(str(folder), path.parent) else beside(folder)
             for folder in folders
         ]
-    return values
+    return values, None if given is None else values.keys() & map(str, given)
