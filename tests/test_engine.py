@@ -5,8 +5,10 @@ The stages here are tiny; test_run.py kills real ones.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -62,6 +64,7 @@ def full_disk() -> Iterator[None]:
         (lambda path: torch.save({"w": torch.zeros(10**6)}, path), "the disk may be full"),
         # many small tensors, of which the first ones fit
         (lambda path: torch.save([torch.zeros(9999) for _ in range(99)], path), "may be full"),
+        (lambda path: path.write_text("x" * 2_000_000), "File too large"),
         (lambda path: save_rows(path, np.zeros((1000, 300))), r"File too large: .*rows\.npy"),
     ],
 )
@@ -115,6 +118,44 @@ def test_what_a_stage_no_longer_writes_goes(tmp_path: Path, source: Path) -> Non
         run.do(stage("train", "tuned/weights"))
     found = {path.name for path in (tmp_path / "run").iterdir() if path.name[0] != "."}
     assert found == {"tuned", "moved", "manifest.json"}
+
+
+def test_what_is_of_no_stage_any_more_goes(tmp_path: Path) -> None:
+    """Also what a stop has left of it; not what somebody added to it or changed."""
+
+    def stage(name: str, *outputs: str) -> Stage:
+        def work(to: Path) -> None:
+            for output in outputs:
+                (to / output).mkdir(parents=True)
+                (to / output / "weights").write_text(name)
+
+        return Stage(name, outputs, work)
+
+    def stop(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    for own in (None, "distill/0.5/tuned/notes.txt", "distill/0.5/notes.txt", "sentences/weights"):
+        with RunFolder(out) as run:
+            run.do(train := stage("train", "tuned", "curve"))
+            run.do(stage("curve", "curve"))
+            run.do(stage("sentences", "sentences"))
+            run.do(stage("train 0.5", "distill/0.5/tuned"))
+            with pytest.raises(KeyboardInterrupt):
+                run.do(Stage("teach", (), stop))
+            if own is not None:
+                (out / own).write_text("mine")
+        with RunFolder(out) as run:
+            run.keep_only([train])
+        assert list(json.loads((out / "manifest.json").read_text())) == ["train"]
+        assert not list((out / ".work").iterdir())
+        found = {str(path.relative_to(out)) for path in out.rglob("[!.]*") if path.is_file()}
+        expected = {"tuned/weights", "curve/weights", "manifest.json", *filter(None, [own])}
+        if own == "distill/0.5/tuned/notes.txt":
+            expected.add("distill/0.5/tuned/weights")
+        assert found == expected
+        assert (out / "distill").exists() == ("distill" in str(own))
+        shutil.rmtree(out)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from refine_fast.pipeline import RunConfig, run
 from refine_fast.pipeline.artifacts import (
     base_embeddings,
     base_sentences,
+    curve_file,
     relevant_rows,
     score_file,
     training_view,
@@ -322,6 +323,7 @@ def test_a_weight_of_1_is_scored_once(copied: Path, capsys: pytest.CaptureFixtur
     why = rerun(copied, capsys, "--weight", "1")
     assert "score fused" in why
     assert "score fine-tuned" not in why
+    assert not (copied / curve_file(0.35)).exists()  # of the weight before this one
     fused, tuned = (copied / score_file(system) for system in ("fused", "fine-tuned"))
     assert fused.read_bytes() == tuned.read_bytes() != (copied / score_file("base")).read_bytes()
 

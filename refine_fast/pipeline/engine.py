@@ -21,6 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,28 @@ class RunFolder:
             write_json(folder / "done.json", record)
         self._publish(stage, folder, record)
         return record["seconds"]
+
+    def keep_only(self, stages: Collection[Stage]) -> None:
+        """Removes what stages that are not among ``stages``, all those of a run, have written:
+        beside a new report it would be taken for a part of that. What has changed since is
+        somebody's own, and stays."""
+        names = {stage.name for stage in stages}
+        kept = {name for stage in stages for name in stage.outputs}
+        for folder in self.work.iterdir() if self.work.is_dir() else ():
+            if folder.name not in names:
+                shutil.rmtree(folder)  # of a stage that was stopped
+        manifest = self._manifest()
+        gone = [record for name, record in manifest.items() if name not in names]
+        for name, digest in (item for record in gone for item in record["outputs"].items()):
+            path = self.path / name
+            if name not in kept and self._digest(path) == digest:
+                _remove(path)
+                for parent in path.relative_to(self.path).parents[:-1]:
+                    with suppress(OSError):  # not empty
+                        (self.path / parent).rmdir()
+        if gone:
+            remaining = {name: record for name, record in manifest.items() if name in names}
+            write_json(self.path / "manifest.json", remaining)
 
     def _publishable(self, folder: Path, record: dict[str, Any] | None) -> bool:
         """Whether each output of a finished stage is in its folder or in place already. One may be

@@ -84,6 +84,8 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
                 console.say(f"{stage.name}: up to date")
             if stage.name == until:
                 break
+        if until == names[-1]:
+            folder.keep_only(stages)
     if ranks is not None:
         ranks.dismiss()
     return context
