@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -72,9 +71,9 @@ def prepare_encoder(
             with suppress(OSError, RefineFastError), made_once(place) as content:
                 (content / "as_is").touch()
             return folder
-    with made_once(place) as content, tempfile.TemporaryDirectory(dir=cache) as temporary:
+    with made_once(place) as content:
         if adapter is not None:
-            merged = Path(temporary) / "merged"
+            merged = content.with_name("merged")
             base = prepare_encoder(encoder_folder(base_of_adapter(adapter)), cache=cache, say=say)
             merge_adapter(base, folder, adapter, merged)
             model, reasons = _loaded(merged, options)
