@@ -57,12 +57,17 @@ _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS
 
 @contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
-    """Where safetensors or ``torch.save`` cannot write, such as on a full disk, raises the OSError
-    that they hide in exceptions of their own, with ``folder`` as the file."""
+    """Where a file cannot be written, such as on a full disk, raises an OSError that says where,
+    with ``folder`` as the file: safetensors and ``torch.save`` hide it in exceptions of their own,
+    and that of an open file has no name."""
     from safetensors import SafetensorError
 
     try:
         yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in _WRITE_ERRORS:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     except SafetensorError as error:
         found = re.search(r"\(os error (\d+)\)", str(error))
         code = int(found[1]) if found else 0

@@ -4,6 +4,7 @@ nodes on this machine."""
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -16,7 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from banded import assert_same, unit_rows
+from safetensors.torch import save_file
+from shard_work import done_by
 from small_runs import SMALL, results
 
 import refine_fast as rf
@@ -26,6 +30,8 @@ from refine_fast.pipeline.cluster import ray_cluster, ray_workers
 from refine_fast.pipeline.cluster.ray_workers import RayWorkers
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.encoder import encode
+from refine_fast.pipeline.engine import RunFolder, Stage
+from refine_fast.pipeline.reserve import save_rows
 from refine_fast.pipeline.workers import Spread, Work
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
@@ -184,6 +190,44 @@ def test_a_node_that_leaves_between_two_stages_costs_no_shard(
     wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
     here = cluster.head_node.node_id
     assert done("one", lambda item, node: None) == {0: ["0", here], 1: ["1", here]}
+
+
+SAVE: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: path.write_text("x" * 2_000_000),
+    "rows": lambda path: save_rows(path, np.zeros((1000, 300))),
+    "safetensors": lambda path: save_file({"w": torch.zeros(10**6)}, path),
+    "torch": lambda path: torch.save({"w": torch.zeros(10**6)}, path),
+}
+"""Ways to write more than a megabyte."""
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_full_disk_of_a_worker_is_named(cluster: Cluster, tmp_path: Path, trains: bool) -> None:
+    """By an OSError with a file or a folder, as that of the process of the command is."""
+    workers = RayWorkers("ray", lambda line: None, trainers=1)
+
+    def save(kind: str, path: Path) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        try:
+            SAVE[kind](path)
+        finally:  # Ray writes files too
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def shard(kind: str, folder: Path) -> None:
+        done_by(workers, folder, lambda: lambda item, path: save(kind, path), 1, kind)
+
+    def train(kind: str, folder: Path) -> None:
+        work = partial(lambda folder, hear, saved: save(kind, folder / "file"))
+        workers.train(folder, kind, work, (), most=1, hear=lambda *news: None)
+
+    with RunFolder(tmp_path / "run") as run:
+        for kind in SAVE:
+            stage = Stage(kind, (), partial(train if trains else shard, kind))
+            with pytest.raises(OSError, match=r"File too large|the disk may be full") as caught:
+                run.do(stage)
+            assert str(caught.value.filename).startswith(str(run.work / kind))
+    workers.close()
 
 
 def meets(waits: bool, folder: Path, hear: Callable[..., None], save: Callable[[], None]) -> None:
