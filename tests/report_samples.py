@@ -65,6 +65,8 @@ def report_data() -> ReportData:
             5,
             4,
             "hardest",
+            "passage",
+            None,
             2021,
             1475,
             rng.normal(0.1, 0.1, 2000),

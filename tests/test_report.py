@@ -263,6 +263,10 @@ def test_the_similarity_of_a_model_compared_by_dot_product(
     write_report(tmp_path, open_band)
     text = (tmp_path / "report.md").read_text()
     assert "dot product divided by 23.4 up to 0.70 (fixed) after the 5 most similar" in text
+    bounded = dataclasses.replace(mining, mine_by="sentence", relative_margin=0.05)
+    write_report(tmp_path, dataclasses.replace(data, mining=bounded))
+    text = (tmp_path / "report.md").read_text()
+    assert "(fixed) by the best sentence, at most 0.95 of the answer's, after the 5 most" in text
 
 
 def test_every_table_has_as_many_cells_in_each_row(data: ReportData, tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ class Mining:
     skip: int
     per_query: int
     select: str
+    mine_by: str
+    """What a negative's similarity is that of: "passage", or "sentence", its best one."""
+    relative_margin: float | None
+    """None: the band alone bounds it. Else it is at most 1 - this of that of the query's answer."""
     queries: int
     empty: int
     """Queries without any passage in the band: they train on in-batch negatives alone."""

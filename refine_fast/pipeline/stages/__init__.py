@@ -328,8 +328,8 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
         | served
         | account
         | judged,
-        "weight curve fusion band skip select mine_by batch_size lr temperature seed served docs "
-        f"{NAMES}",
+        "weight curve fusion band skip relative_margin select mine_by batch_size lr temperature "
+        f"seed served docs {NAMES}",
         counts=as_judged,
     )
 

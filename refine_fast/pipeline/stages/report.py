@@ -160,6 +160,8 @@ def _mining(context: RunContext) -> Mining:
         skip=config.skip,
         per_query=read_json(context.path(TRAINING_FACTS))["negatives"],
         select=config.select,
+        mine_by=config.mine_by,
+        relative_margin=config.relative_margin,
         queries=facts["queries"],
         empty=facts["empty"],
         random_scores=random_scores,
