@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.corpus.jsonl import read_records, write_records
 from refine_fast.pipeline.encoder.encode import encode
 from refine_fast.pipeline.queries.query import Query
+from refine_fast.pipeline.serving import exports
 from refine_fast.pipeline.serving.compact import CompactVectors
 from refine_fast.pipeline.serving.exports import WRITERS
+from refine_fast.pipeline.serving.segment import Segment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,6 +150,27 @@ def test_compact_vectors_rank_as_their_distances() -> None:
     small = CompactVectors.of(passages, "int8", 8, unit=False)
     similarity = small.compared(queries) @ small.compared(passages).T / small.scale**2
     np.testing.assert_allclose(similarity, queries[:, :8] @ passages[:, :8].T, atol=0.2)
+
+
+@pytest.mark.parametrize("flags", [["vectors", "--vectors", "int8"], ["vectors"], ["faiss"]])
+def test_few_texts_are_in_memory_at_a_time(
+    run: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a batch and of the one before it, and those that the held-out queries ask for."""
+    monkeypatch.setattr(exports, "BATCH", 2)
+    read, most, chunk = weakref.WeakSet[Chunk](), 0, Segment.chunk
+
+    def watched(self: Segment, row: int) -> Chunk:
+        nonlocal most
+        made = chunk(self, row)
+        read.add(made)
+        most = max(most, len(read))
+        return made
+
+    monkeypatch.setattr(Segment, "chunk", watched)
+    assert main(["export", str(run), "--format", *flags, "--quiet"]) == 0
+    assert most <= 2 * exports.BATCH
+    assert len(read_records(run / "chunks.jsonl", Chunk)) > 4 * exports.BATCH
 
 
 @pytest.mark.parametrize(

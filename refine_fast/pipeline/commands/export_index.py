@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from ...files import atomic, atomic_folder
 from ..artifacts import CHUNKS, MODEL
 from ..config_file import saved_config
 from ..console import Console
 from ..corpus.chunk import Chunk
-from ..corpus.jsonl import read_records
+from ..corpus.jsonl import each_record
 from ..encoder.encode import compares_by_cosine, encode
 from ..evaluation.evaluate import score_vectors
 from ..queries.splits import held_out_set
@@ -86,16 +84,15 @@ def _compact(
 ) -> tuple[CompactVectors, Loss | None]:
     """How the vectors are stored, and what it costs on the run's held-out queries. Those are
     stored as the passages are."""
-    parts = list(exports.batches(index))
-    chunks = [chunk for part, _ in parts for chunk in part]
-    vectors = np.concatenate([rows for _, rows in parts])
+    ids, vectors = exports.ids_and_vectors(index)
     model = load_product(out)
     compact = CompactVectors.of(vectors, numbers, dimensions, unit=compares_by_cosine(model))
-    texts = {chunk.id: chunk.text for chunk in chunks}
-    run = read_records(out / CHUNKS, Chunk)
-    held = of_same_passages(held_out_queries(out), run, texts, console)
+    held = held_out_queries(out)
+    texts = index.texts({query.chunk_id for query in held})
+    held = of_same_passages(held, each_record(out / CHUNKS, Chunk), texts, console)
     if not held:
         return compact, None
+    chunks = [Chunk(id, "", "", "", 0, 0) for id in ids]  # a score of vectors reads no text
     data = held_out_set(chunks, held).sample(queries=QUERIES, docs=len(chunks), seed=0)
     asked = encode(model, data.queries, role="query", bf16=saved_config(out).bf16)
     before = score_vectors(data, asked, vectors)

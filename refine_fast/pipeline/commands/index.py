@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -193,7 +193,7 @@ def held_out_queries(
 
 
 def of_same_passages(
-    queries: Sequence[Query], chunks: Sequence[Chunk], texts: Mapping[str, str], console: Console
+    queries: Sequence[Query], chunks: Iterable[Chunk], texts: Mapping[str, str], console: Console
 ) -> list[Query]:
     """The queries whose passages have the texts that they were made from: an edit or another cut
     gives the id to another passage.
@@ -204,7 +204,8 @@ def of_same_passages(
         texts: passage id -> text, in the index.
         console: told how many queries are left out.
     """
-    before = {chunk.id: chunk.text for chunk in chunks}
+    asked = {query.chunk_id for query in queries}
+    before = {chunk.id: chunk.text for chunk in chunks if chunk.id in asked}
     kept = [
         query
         for query in queries

@@ -119,16 +119,19 @@ def read_records(path: Path, kind: type[Record]) -> list[Record]:
     Raises:
         RefineFastError: if the fields of a line are not those of ``kind``.
     """
+    return list(each_record(path, kind))
+
+
+def each_record(path: Path, kind: type[Record]) -> Iterator[Record]:
+    """``read_records``, one at a time."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    records = []
     for number, row in read_jsonl(path):
         if row.keys() != names:
             raise RefineFastError(
                 f"{path}:{number} has the fields {sorted(row)}, not {sorted(names)}; "
                 "delete it and run again."
             )
-        records.append(kind(**row))
-    return records
+        yield kind(**row)
 
 
 def write_records(path: Path, records: Iterable[Any]) -> None:

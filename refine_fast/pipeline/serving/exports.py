@@ -46,6 +46,16 @@ def batches(index: Index) -> Batches:
             yield [segment.chunk(int(row)) for row in rows], segment.vectors["product"][rows]
 
 
+def ids_and_vectors(index: Index) -> tuple[list[str], np.ndarray]:
+    """The ids of ``batches``, and all (n, d) vectors; no text is read."""
+    ids = [id for id, alive in zip(index.column("id"), index.alive, strict=True) if alive]
+    vectors = [
+        segment.vectors["product"][index.alive[start : start + len(segment)]]
+        for segment, start in zip(index.segments, index.starts, strict=False)
+    ]
+    return ids, np.concatenate(vectors)
+
+
 def write_vectors(path: Path, index: Index, compact: CompactVectors | None = None) -> None:
     """Writes the parquet file. If the vectors are compact, its metadata say how."""
     from pyarrow import parquet
@@ -73,9 +83,9 @@ def _table(chunks: list[Chunk], vectors: np.ndarray) -> Any:
 
 def write_faiss(folder: Path, index: Index) -> None:
     """Writes the faiss index and the ids of its rows."""
-    parts = list(batches(index))
-    write_index(np.concatenate([vectors for _, vectors in parts]), folder / "vectors.faiss")
-    write_json(folder / "ids.json", [chunk.id for chunks, _ in parts for chunk in chunks])
+    ids, vectors = ids_and_vectors(index)
+    write_index(vectors, folder / "vectors.faiss")
+    write_json(folder / "ids.json", ids)
 
 
 def write_lancedb(folder: Path, index: Index) -> None:
