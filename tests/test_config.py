@@ -450,6 +450,8 @@ def test_a_flag_of_a_resumed_run_keeps_what_was_asked_for(tmp_path: Path) -> Non
         assert (again.batch_size, again.served) == ((32, False) if demo else (64, True))
         quick = load_config(path, flags, QUICK)
         assert (quick.limit, quick.max_steps) == (QUICK["limit"], QUICK["max_steps"] if demo else 7)
+    saved.write_text(saved.read_text().replace("max_steps: 7\n", ""))  # taken back
+    assert load_config(None, {"out": run, "epochs": "2"}).max_steps is None
     saved.write_text(saved.read_text().replace("given:\n", "given: 3\nwas:\n"))
     with pytest.raises(RefineFastError, match=r"has given: 3; write a list of names, or remove"):
         load_config(saved, {})
