@@ -131,9 +131,6 @@ def test_what_is_of_no_stage_any_more_goes(tmp_path: Path) -> None:
 
         return Stage(name, outputs, work)
 
-    def stop(folder: Path) -> None:
-        raise KeyboardInterrupt
-
     out = tmp_path / "run"
     for own in (None, "distill/0.5/tuned/notes.txt", "distill/0.5/notes.txt", "sentences/weights"):
         with RunFolder(out) as run:
@@ -141,11 +138,10 @@ def test_what_is_of_no_stage_any_more_goes(tmp_path: Path) -> None:
             run.do(stage("curve", "curve"))
             run.do(stage("sentences", "sentences"))
             run.do(stage("train 0.5", "distill/0.5/tuned"))
-            with pytest.raises(KeyboardInterrupt):
-                run.do(Stage("teach", (), stop))
+            with pytest.raises(ZeroDivisionError):
+                run.do(Stage("teach", (), lambda folder: 1 / 0))
             if own is not None:
                 (out / own).write_text("mine")
-        with RunFolder(out) as run:
             run.keep_only([train])
         assert list(json.loads((out / "manifest.json").read_text())) == ["train"]
         assert not list((out / ".work").iterdir())
@@ -156,6 +152,26 @@ def test_what_is_of_no_stage_any_more_goes(tmp_path: Path) -> None:
         assert found == expected
         assert (out / "distill").exists() == ("distill" in str(own))
         shutil.rmtree(out)
+
+
+def test_a_kill_while_that_is_removed_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def killed(path: Path) -> None:
+        (path / "weights").unlink()
+        raise KeyboardInterrupt
+
+    def work(to: Path) -> None:
+        (to / "tuned").mkdir()
+        for name in ("config", "weights"):
+            (to / "tuned" / name).touch()
+
+    with RunFolder(tmp_path / "run") as run:
+        run.do(Stage("train", ("tuned",), work))
+        monkeypatch.setattr(engine, "_remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.keep_only([])
+        monkeypatch.undo()
+        run.keep_only([])
+    assert not list((tmp_path / "run").rglob("config"))
 
 
 @pytest.mark.parametrize(

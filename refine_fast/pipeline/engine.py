@@ -187,7 +187,9 @@ class RunFolder:
         for name, digest in (item for record in gone for item in record["outputs"].items()):
             path = self.path / name
             if name not in kept and self._digest(path) == digest:
-                _remove(path)
+                removed = self.work / "removed"  # whole, or what a kill left would look changed
+                os.replace(path, removed)
+                _remove(removed)
                 for parent in path.relative_to(self.path).parents[:-1]:
                     with suppress(OSError):  # not empty
                         (self.path / parent).rmdir()
