@@ -52,14 +52,16 @@ def check(backend: Backend, queries: Tensor, rows: Tensor, offsets: np.ndarray) 
     assert not len(wrong), f"query {wrong[0][0]}, group {wrong[0][1]}"
 
 
-# Queries: one and a few, which take no tile; ragged against every tile (4, 6, 8, 12 rows; 4, 16, 32
-# columns) and against 64 columns at a time; more than are compared at a time.
+# Queries: one and a few, which take no tile; the most that take none (1, 4, 6 or 12), and one
+# more; ragged against every tile (4, 6, 8, 12 rows; 4, 16, 32 columns) and against 64 columns at a
+# time; more than are compared at a time.
 # Rows: one; fewer than a strip of 48; several pieces (336 rows at D = 384, 1,008 at D = 1).
 # Groups: of one row; of a few; larger than a strip; larger than a piece, between small ones.
 SHAPES = [
     (1, 1, 1, [1]), (1, 7, 40, [3]), (8, 7, 40, [3]), (9, 7, 40, [3]), (130, 7, 40, [3]),
     (3, 384, 100, [9]), (67, 384, 100, [9]), (70, 384, 500, [1]), (10, 1, 700, [5, 1]),
-    (2, 33, 3, [1500]), (33, 384, 5, [60, 400, 1, 900]), (20, 1, 4, [2, 3000, 5]),
+    (2, 33, 3, [1500]), (6, 33, 9, [60, 2]), (12, 33, 9, [60, 2]), (13, 33, 9, [60, 2]),
+    (33, 384, 5, [60, 400, 1, 900]), (20, 1, 4, [2, 3000, 5]),
 ]  # fmt: skip
 
 
@@ -84,6 +86,31 @@ def test_equals_float64(
     monkeypatch.setattr(module, "QUERIES", 16)
     check(backend, queries, rows, offsets)
     torch.set_num_threads(before)
+
+
+def test_a_group_is_read_in_pieces(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 30 and 2 rows, at most 8 of them at a time; the NaN of a group stays in its group
+    whichever of its pieces has it."""
+    most = 0
+
+    class Source(torch.Tensor):
+        """Keeps the number of rows that are taken at a time."""
+
+        def __getitem__(self, rows: Any) -> Tensor:
+            nonlocal most
+            most = max(most, rows.stop - rows.start)
+            return self.as_subclass(torch.Tensor)[rows]
+
+    monkeypatch.setattr(module, "BLOCK", 8 * 4 * 24)
+    monkeypatch.setattr(module, "workspace_bytes", lambda: 8 * (16 * 5 + 4 * 24))
+    offsets = np.cumsum([0, 30, 2, 30, 2, 30])
+    rows = torch.randn(94, 24)
+    rows[33, 0] = rows[93, 0] = torch.nan
+    queries, source = torch.randn(5, 24), rows.as_subclass(Source)
+    check(backend, queries, source, offsets)
+    found = rf.best_of_groups(queries.to(backend.device), source.to(backend.device), offsets)
+    assert 0 < most <= 8
+    assert found.isnan().any(0).tolist() == [False, False, True, False, True]
 
 
 @pytest.mark.parametrize("count", [2, 20])

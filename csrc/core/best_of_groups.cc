@@ -16,7 +16,7 @@
 namespace refine_fast {
 namespace {
 
-constexpr int64_t kFew = 4;  // queries that take no tile
+constexpr int64_t kMostFew = 12;  // queries that take no tile, at the level with the widest
 constexpr int64_t kPrefetchRows = 4;
 constexpr int64_t kColumns = 64;                // queries at a time, a multiple of every tile's columns
 constexpr int64_t kStrip = 48;                  // rows at a time, a multiple of every tile's rows
@@ -29,7 +29,7 @@ class Search {
       : task_(task),
         kernels_(kernels()),
         matmul_(*kernels_.matmul_f32),
-        few_(task.count <= kFew),
+        few_(task.count <= few(matmul_)),
         piece_(std::clamp(kPieceBytes / bytes_a(matmul_, kStrip, task.d), int64_t{1}, kLargestPiece / kStrip) * kStrip),
         threads_(std::max(task.threads, 1)),
         packed_queries_(few_ ? 0 : bytes_b(matmul_, task.count, task.d)),
@@ -67,6 +67,7 @@ class Search {
   }
 
  private:
+  static int64_t few(const MatmulKernels& matmul) { return std::min<int64_t>(kMostFew, matmul.nr * 3 / 8); }
   int64_t piece_bytes() const { return bytes_a(matmul_, piece_, task_.d); }
   // the folded scores of a piece's groups, the scores of a strip, rows that were converted
   int64_t thread_floats() const {
@@ -106,12 +107,12 @@ class Search {
     float* const converted = floats_ + thread * thread_floats();
     int64_t stride = 0;
     for (int64_t group = first; group < last; ++group) {
-      float best[kFew];
-      std::fill_n(best, kFew, -std::numeric_limits<float>::infinity());
+      float best[kMostFew];
+      std::fill_n(best, kMostFew, -std::numeric_limits<float>::infinity());
       for (int64_t row = row_of(group); row < row_of(group + 1); ++row) {
         prefetch(row + kPrefetchRows);
         const float* x = floats(row, 1, converted, stride);
-        float scores[kFew];
+        float scores[kMostFew];
         for (int64_t q = 0; q < task_.count; ++q)
           scores[q] = kernels_.loss->dot(task_.queries + q * task_.d, x, task_.d);
         fold(scores, task_.count, best);

@@ -5,7 +5,8 @@ Kernel: csrc/core/best_of_groups.h.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .. import _core, reference
 from ..workspace import workspace_bytes
-from .band_inputs import DOC_DTYPES, Block, blocks_of_groups, checked_offsets, ranges, shape
+from .band_inputs import DOC_DTYPES, Block, checked_offsets, ranges, shape
 
 BLOCK = 32 << 20
 """Bytes of rows that are read at a time."""
@@ -30,8 +31,8 @@ def best_of_groups(queries: Any, rows: Any, offsets: Any) -> Tensor:
         best = [s[:, a:b].amax(1) for a, b in itertools.pairwise(offsets)]
 
     Memory beyond the output: 32 MiB for a source that is copied as it is read, the queries and
-    1 MiB for each thread, whatever S; on a GPU the workspace that REFINE_FAST_WORKSPACE_MB allows.
-    NaN in a row gives NaN for its group. No gradient.
+    1 MiB for each thread, whatever S and the size of a group; on a GPU the workspace that
+    REFINE_FAST_WORKSPACE_MB allows. NaN in a row gives NaN for its group. No gradient.
 
     Args:
         queries: (Q, D), float32, bfloat16 or float16, in one of the containers that ``band_topk``
@@ -67,15 +68,41 @@ def _on_cpu(queries: Any, rows: Any, offsets: np.ndarray) -> Tensor:
     for first, last in ranges(count, QUERIES):
         with Block(queries, first, last, "queries") as block:
             asked = _in_float32(block.rows)
-        for begin, end in blocks_of_groups(offsets, max(1, BLOCK // (4 * width))):
-            with Block(rows, int(offsets[begin]), int(offsets[end]), "rows") as block:
+        for piece in _pieces(offsets, max(1, BLOCK // (4 * width))):
+            found = best[first:last, piece.groups]
+            before = found[:, 0].clone()
+            with Block(rows, piece.begin, piece.end, "rows") as block:
                 _core.best_of_groups(
                     asked.data_ptr(), last - first, width,
                     block.pointer, block.dtype, block.row_stride,
-                    offsets[begin:].ctypes.data, end - begin,
-                    best[first:, begin:].data_ptr(), best.stride(0), torch.get_num_threads(),
+                    piece.offsets.ctypes.data, len(piece.offsets) - 1,
+                    found.data_ptr(), found.stride(0), torch.get_num_threads(),
                 )  # fmt: skip
+            if piece.goes_on:
+                found[:, 0] = found[:, 0].maximum(before)
     return best
+
+
+class _Piece(NamedTuple):
+    """Consecutive rows."""
+
+    begin: int
+    end: int
+    groups: slice
+    """Those of its rows."""
+    offsets: np.ndarray
+    """Of these groups, within the piece."""
+    goes_on: bool
+    """Whether earlier rows of its first group are in the piece before."""
+
+
+def _pieces(offsets: np.ndarray, most: int) -> Iterator[_Piece]:
+    """All rows, ``most`` at a time."""
+    for begin, end in ranges(int(offsets[-1]), most):
+        first = int(np.searchsorted(offsets, begin, side="right")) - 1
+        last = int(np.searchsorted(offsets, end))
+        inside = offsets[first : last + 1].clip(begin, end) - begin
+        yield _Piece(begin, end, slice(first, last), inside, bool(offsets[first] < begin))
 
 
 def _in_float32(rows: Tensor | np.ndarray) -> Tensor:
@@ -99,10 +126,12 @@ def _in_torch(queries: Tensor, rows: Any, offsets: np.ndarray) -> Tensor:
     best = asked.new_empty((len(asked), len(offsets) - 1))
     # of each row: its scores twice, its group's indices, and itself in float32
     row_bytes = 16 * min(len(asked), QUERIES) + 4 * rows.shape[1]
-    for begin, end in blocks_of_groups(offsets, max(1, workspace_bytes() // row_bytes)):
-        block = rows[int(offsets[begin]) : int(offsets[end])].detach().float()
-        inside = torch.from_numpy(offsets[begin : end + 1] - offsets[begin]).to(asked.device)
+    for piece in _pieces(offsets, max(1, workspace_bytes() // row_bytes)):
+        block = rows[piece.begin : piece.end].detach().float()
+        inside = torch.from_numpy(piece.offsets).to(asked.device)
         for first, last in ranges(len(asked), QUERIES):
             found = reference.best_of_groups(asked[first:last], block, inside)
-            best[first:last, begin:end] = found
+            if piece.goes_on:
+                found[:, 0] = found[:, 0].maximum(best[first:last, piece.groups.start])
+            best[first:last, piece.groups] = found
     return best
