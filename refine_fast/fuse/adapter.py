@@ -17,13 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RefineFastError
-from .checkpoint import Entry, Header, read_header
+from .checkpoint import COMPUTED, Entry, Header, read_header
 from .model_files import parse_json
 from .modules import folders_of
 from .names import first_and_count, match_names
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that describes an adapter of PEFT."""
@@ -134,7 +131,7 @@ def _load(entry: Entry) -> Tensor:
         raise RefineFastError(f"{entry.file} was truncated while it was read")
     if not data:
         return torch.empty(entry.shape)
-    return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(entry.shape).float()
+    return torch.frombuffer(data, dtype=entry.torch_dtype).view(entry.shape).float()
 
 
 def _patterns(config: dict[str, Any], name: str) -> list[tuple[re.Pattern[str], float]]:
@@ -240,7 +237,7 @@ def read_adapter(path: Path, base: dict[str, Entry]) -> Adapter:
             )
         a, b = pair[kinds[0]], pair[kinds[1]]
         for entry in (a, b):
-            if entry.dtype not in _DTYPES:
+            if entry.dtype not in COMPUTED:
                 raise RefineFastError(
                     f"{header.path}: adapter tensor {entry.name!r} must be F32, BF16, F16 or F64"
                     f" (got {entry.dtype})"

@@ -14,27 +14,42 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
+
+import torch
 
 from ..errors import RefineFastError
 from .model_files import parse_json
 from .modules import modules_and_routes_of
 
-DTYPES: dict[str, tuple[int, int | None]] = {
-    "F32": (32, 0),
-    "BF16": (16, 1),
-    "F16": (16, 2),
-    "F64": (64, 3),
-    "F8_E4M3": (8, 4),
-    "F8_E5M2": (8, 5),
-    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], (8, None)),
-    **dict.fromkeys(["U16", "I16"], (16, None)),
-    **dict.fromkeys(["U32", "I32"], (32, None)),
-    **dict.fromkeys(["U64", "I64", "C64"], (64, None)),
-    **dict.fromkeys(["F6_E2M3", "F6_E3M2"], (6, None)),
-    "F4": (4, None),
+
+class ElementType(NamedTuple):
+    """A dtype of safetensors."""
+
+    bits: int
+    storage: int | None = None
+    """refine_fast::Storage, or None for a copy."""
+    dtype: torch.dtype | None = None
+    """torch's, of what is not copied."""
+
+
+DTYPES: dict[str, ElementType] = {
+    "F32": ElementType(32, 0, torch.float32),
+    "BF16": ElementType(16, 1, torch.bfloat16),
+    "F16": ElementType(16, 2, torch.float16),
+    "F64": ElementType(64, 3, torch.float64),
+    "F8_E4M3": ElementType(8, 4, torch.float8_e4m3fn),
+    "F8_E5M2": ElementType(8, 5, torch.float8_e5m2),
+    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], ElementType(8)),
+    **dict.fromkeys(["U16", "I16"], ElementType(16)),
+    **dict.fromkeys(["U32", "I32"], ElementType(32)),
+    **dict.fromkeys(["U64", "I64", "C64"], ElementType(64)),
+    **dict.fromkeys(["F6_E2M3", "F6_E3M2"], ElementType(6)),
+    "F4": ElementType(4),
 }
-"""safetensors dtype -> (bits of an element, refine_fast::Storage or None for a copy)."""
+"""The dtypes of safetensors by their names."""
+COMPUTED = ("F32", "BF16", "F16", "F64")
+"""Those in which torch computes: of a model that is loaded, and of an adapter."""
 RAW = 6
 """refine_fast::Storage::raw."""
 MAX_HEADER = 100_000_000
@@ -75,7 +90,14 @@ class Entry:
     @property
     def storage(self) -> int | None:
         """refine_fast::Storage, or None where the tensor is copied."""
-        return DTYPES[self.dtype][1]
+        return DTYPES[self.dtype].storage
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of a tensor that is not copied."""
+        found = DTYPES[self.dtype].dtype
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True)
@@ -145,7 +167,7 @@ def _parse_entry(path: Path, name: str, info: object, data_start: int) -> Entry:
         _reject(path, f"tensor {name!r} has the shape {str(shape)[:80]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         _reject(path, f"tensor {name!r} has the data_offsets {str(offsets)[:80]}")
-    bits, nbytes = math.prod(shape) * DTYPES[dtype][0], offsets[1] - offsets[0]
+    bits, nbytes = math.prod(shape) * DTYPES[dtype].bits, offsets[1] - offsets[0]
     if bits != 8 * nbytes:
         _reject(
             path,

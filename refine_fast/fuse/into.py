@@ -18,15 +18,6 @@ from .plan import Weights
 from .quantized import check_not_quantized
 from .stream_to_device import BUFFER_BYTES, stream_to_device
 
-_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
 _Memory = tuple[int, torch.Size, tuple[int, ...]]
 
 
@@ -154,7 +145,7 @@ def _partners(
         entries = {
             entry.name: entry
             for entry in checkpoint.components[folder].entries()
-            if entry.dtype in _DTYPES
+            if entry.storage is not None
         }
         match = match_names(own, entries)
         stored = {targets[own[name]].data_ptr() for name in match.pairs}
@@ -201,7 +192,7 @@ class _Chunk:
         """Each source's place in the buffer, 16-byte aligned, as its dtype."""
         parts, at = [], 0
         for source in self.sources:
-            dtype = _DTYPES[source.dtype]
+            dtype = source.torch_dtype
             nbytes = len(self.target) * dtype.itemsize
             parts.append(buffer[at : at + nbytes].view(dtype))
             at += -(-nbytes // 16) * 16
@@ -226,14 +217,14 @@ class _Chunk:
         if self.target.itemsize == 1 and not base:
             base = [self.target.float()]
         if base:
-            stored = _DTYPES[self.sources[1].dtype] if len(self.sources) > 1 else self.target.dtype
+            stored = self.sources[1].torch_dtype if len(self.sources) > 1 else self.target.dtype
             self.target.copy_(lerp_(base[0], tuned, self.weight).to(stored))
         else:
             lerp_(self.target, tuned, self.weight)
 
 
 def _chunks(flat: Tensor, sources: tuple[Entry, ...], weight: float) -> Iterator[_Chunk]:
-    step = BUFFER_BYTES // sum(_DTYPES[source.dtype].itemsize for source in sources) // 16 * 16
+    step = BUFFER_BYTES // sum(source.torch_dtype.itemsize for source in sources) // 16 * 16
     return (
         _Chunk(flat[first : first + step], first, sources, weight)
         for first in range(0, flat.numel(), step)

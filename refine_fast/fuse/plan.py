@@ -19,6 +19,7 @@ from pathlib import Path
 from ..errors import RefineFastError
 from .adapter import ADAPTER_CONFIG, Adapter, LowRank, find_adapter, read_adapter
 from .checkpoint import (
+    COMPUTED,
     DTYPES,
     RAW,
     Checkpoint,
@@ -36,8 +37,6 @@ from .names import first_and_count, match_names
 from .quantized import check_not_quantized
 
 _NAMED = 3  # differences in one message
-_CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-"""Types in which transformers loads a model -> their names in its config.json."""
 ARCHITECTURES = "give two models of the same architecture"
 """The remedy where tensors of one input are missing in the other."""
 
@@ -196,7 +195,7 @@ def _header(header: Header, dtype: str | None) -> bytes:
     end = 0
     for entry in header.entries:
         own = entry.dtype if entry.storage is None else dtype
-        start, end = end, end + math.prod(entry.shape) * DTYPES[own][0] // 8
+        start, end = end, end + math.prod(entry.shape) * DTYPES[own].bits // 8
         content[entry.name] = {
             "dtype": own,
             "shape": list(entry.shape),
@@ -229,7 +228,7 @@ def make_plan(
     Raises:
         RefineFastError: anything that cannot be merged.
     """
-    floats = [name for name, (_, storage) in DTYPES.items() if storage is not None]
+    floats = [name for name, kind in DTYPES.items() if kind.storage is not None]
     if dtype is not None and dtype not in floats:
         raise RefineFastError(f"dtype must be one of {', '.join(floats)} (got {dtype!r})")
     weights = Weights(own_weights, globs)
@@ -289,8 +288,8 @@ def make_plan(
                     _check_pair(entry, partner)
                 own = entry.dtype if entry.storage is None or dtype is None else dtype
                 name = entry.name if relative == "." else f"{relative}/{entry.name}"
-                nbytes = math.prod(entry.shape) * DTYPES[own][0] // 8
-                storage = RAW if entry.storage is None else DTYPES[own][1]
+                nbytes = math.prod(entry.shape) * DTYPES[own].bits // 8
+                storage = RAW if entry.storage is None else DTYPES[own].storage
                 assert storage is not None
                 pieces.append(
                     Piece(
@@ -309,8 +308,10 @@ def make_plan(
                 component.index, plan, dtype
             )
         config = str((component.folder / "config.json").relative_to(base.root))
-        if dtype in _CONFIG_DTYPES and config in base.others:
-            plan.changed[Path(config)] = _config(base.root / config, _CONFIG_DTYPES[dtype])
+        if dtype in COMPUTED and config in base.others:
+            plan.changed[Path(config)] = _config(
+                base.root / config, str(DTYPES[dtype].dtype).removeprefix("torch.")
+            )
     unused = [name for name, component in tuned.components.items() if component.folder not in used]
     if unused:
         raise RefineFastError(
