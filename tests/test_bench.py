@@ -134,6 +134,12 @@ def test_bad_shape_is_one_sentence(text: str, message: str) -> None:
         (["info_nce", "--profile", "."], ". is a folder"),
         (["info_nce", "--profile", ""], ". is a folder"),
         (["info_nce", "--shape", "B=10000000000000,D=100000", "--profile"], "give smaller sizes"),
+        (["info_nce", "--check"], "at its own shape, on one thread; leave out info_nce."),
+        (["--check", "--shape", "B=8"], "on one thread; leave out --shape."),
+        (["--check", "--threads", "0"], "on one thread; leave out --threads."),
+        (["--report", "--quick"], "--report measures nothing; leave out --quick."),
+        (["--report", "--isa", "avx2"], "--report measures nothing; leave out --isa."),
+        (["info_nce", "--profile", "--only", "torch"], "contender once; leave out --only."),
     ],
 )
 def test_bad_flags_are_one_sentence(

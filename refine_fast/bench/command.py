@@ -21,6 +21,7 @@ from ..errors import RefineFastError
 from ..profiling import EVENTS
 from . import machine, regression, rows
 from .compare import Change, compare
+from .flags import refuse_ignored
 from .measuring import percentiles
 from .operation import Operation, Shape, parse_shape
 from .operations import OPERATIONS
@@ -42,8 +43,7 @@ QUICK_ROUNDS = 3
 
 def bench(options: argparse.Namespace, console: Console) -> int:
     """Runs the command and returns its exit code."""
-    if options.record and not options.check:
-        raise RefineFastError("--record says what --check does with the leads; add --check.")
+    refuse_ignored(options)
     folder: Path = options.out or (RESULTS if RESULTS.is_dir() else Path("refine-fast-bench"))
     if options.report:
         from .report import write_report

@@ -5,8 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import RefineFastError
+
 NAMES = ("info_nce", "band_topk", "fuse", "encode", "train", "run")
 """The operations, in the order in which they are measured."""
+
+_MEASURED = (
+    *("operations", "quick", "full", "shape", "dtype", "mode"),
+    *("threads", "rounds", "only"),
+)
+_IGNORED = {
+    "check": ("compares each operation at its own shape, on one thread", _MEASURED),
+    "report": ("measures nothing", (*_MEASURED, "isa")),
+    "profile": ("runs our contender once", ("rounds", "only")),
+}
+"""What a flag does, and the flags that say nothing beside it."""
 
 
 def add_bench_flags(command: argparse.ArgumentParser) -> None:
@@ -65,3 +78,19 @@ def add_bench_flags(command: argparse.ArgumentParser) -> None:
         help="where rows are kept, a csv file for each device (default benchmarks/results if that "
         "exists, else refine-fast-bench)",
     )
+
+
+def refuse_ignored(options: argparse.Namespace) -> None:
+    """Raises RefineFastError for a flag that has no effect beside another one."""
+    if options.record and not options.check:
+        raise RefineFastError("--record says what --check does with the leads; add --check.")
+    given = {
+        name
+        for name, value in vars(options).items()
+        if value is not None and value is not False and value != []
+    }
+    for name, (does, ignored) in _IGNORED.items():
+        found = [other for other in ignored if other in given] if name in given else []
+        if found:
+            first = options.operations[0] if found[0] == "operations" else f"--{found[0]}"
+            raise RefineFastError(f"--{name} {does}; leave out {first}.")
