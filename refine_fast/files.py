@@ -35,9 +35,17 @@ def atomic(path: Path, writer: str = "") -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """``atomic`` for a folder: yields an empty one next to ``path``, which then replaces it. A kill
-    leaves the old one or the new one, at the worst the old one under the name ``.NAME.old``."""
+    """``atomic`` for a folder: yields an empty one next to ``path``, or to what it links to, which
+    then replaces it. A kill leaves the old one or the new one; between the two renames it leaves
+    the old one under the name ``.NAME.old``, and the next call puts that back first."""
+    path = Path(os.path.realpath(path))
     temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
+
+    def restore() -> None:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+
+    restore()
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -49,6 +57,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        restore()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
