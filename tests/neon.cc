@@ -1,5 +1,6 @@
 // Compares the NEON level with the scalar one, as a program for an Arm CPU or for qemu, which .ci/run cross-compiles
 // and runs. Prints what differs.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "core/band_topk.h"
+#include "core/best_of_groups.h"
 #include "core/cpu.h"
 #include "core/matmul.h"
 #include "kernels/lerp_kernels.h"
@@ -33,18 +35,43 @@ struct Found {
   std::vector<float> scores;
 };
 
-static Found search(Isa isa, const std::vector<float>& queries, const std::vector<float>& docs, int64_t d,
-                    bool random) {
+// offsets: of documents that are groups of rows; empty if each is a row
+static Found search(Isa isa, const std::vector<float>& queries, const std::vector<float>& docs, int64_t d, bool random,
+                    const std::vector<int64_t>& offsets) {
   isa_force(isa);
-  const int64_t rows = static_cast<int64_t>(queries.size()) / d, count = static_cast<int64_t>(docs.size()) / d, k = 7;
-  const BandSpec spec{d, k, 3, 0.1, random, 5, Order::skip_then_band, true, 3};
+  const bool grouped = !offsets.empty();
+  const int64_t rows = static_cast<int64_t>(queries.size()) / d, k = 7,
+                count = grouped ? static_cast<int64_t>(offsets.size()) - 1 : static_cast<int64_t>(docs.size()) / d;
+  int64_t largest = 1;
+  for (int64_t g = 0; g < count && grouped; ++g) largest = std::max(largest, offsets[g + 1] - offsets[g]);
+  const BandSpec spec{d, k, 3, 0.1, random, 5, Order::skip_then_band, true, 3, largest};
   const std::vector<double> hi(rows, 0.6);
   BandSearch band(spec, 0, rows, hi.data(), {nullptr, nullptr});
   Found found{std::vector<int64_t>(rows * k), std::vector<int64_t>(rows), std::vector<float>(rows * k)};
   expect(bool(band.set_queries(queries.data(), Dtype::f32, d)) &&
-             bool(band.push(docs.data(), Dtype::f32, d, count, 0, {})),
+             bool(band.push(docs.data(), Dtype::f32, d, count, 0, {}, grouped ? offsets.data() : nullptr)),
          "search", d);
   band.finish(found.ids.data(), found.scores.data(), found.in_band.data());
+  return found;
+}
+
+// groups of these sizes in turn, until `rows` rows have one
+static std::vector<int64_t> offsets_of(const std::vector<int64_t>& sizes, int64_t rows) {
+  std::vector<int64_t> offsets{0};
+  for (size_t i = 0; offsets.back() < rows; ++i)
+    offsets.push_back(std::min(offsets.back() + sizes[i % sizes.size()], rows));
+  return offsets;
+}
+
+static std::vector<float> best(Isa isa, const std::vector<float>& queries, const std::vector<float>& rows, int64_t d,
+                               const std::vector<int64_t>& offsets) {
+  isa_force(isa);
+  const int64_t count = static_cast<int64_t>(queries.size()) / d, groups = static_cast<int64_t>(offsets.size()) - 1;
+  std::vector<float> found(count * groups);
+  expect(
+      bool(best_of_groups(
+          {queries.data(), count, d, rows.data(), Dtype::f32, d, offsets.data(), groups, found.data(), groups, 3, {}})),
+      "best_of_groups ends", d);
   return found;
 }
 
@@ -102,10 +129,25 @@ int main() {
   }
   for (int64_t d : {1, 8, 33}) {
     const std::vector<float> queries = normal(37 * d), docs = normal(1500 * d);
-    for (bool random : {false, true}) {
-      const Found a = search(Isa::scalar, queries, docs, d, random), b = search(Isa::neon, queries, docs, d, random);
-      expect(a.ids == b.ids && a.in_band == b.in_band && same_bits(a.scores, b.scores), "band_topk", d);
-    }
+    // rows; groups of a few; groups larger than a strip before and after small ones
+    const std::vector<int64_t> few = offsets_of({2, 9, 1, 4}, 1500), large = offsets_of({3, 1200, 2}, 1500);
+    for (const std::vector<int64_t>& offsets : {std::vector<int64_t>{}, few, large})
+      for (bool random : {false, true}) {
+        const Found a = search(Isa::scalar, queries, docs, d, random, offsets),
+                    b = search(Isa::neon, queries, docs, d, random, offsets);
+        expect(a.ids == b.ids && a.in_band == b.in_band && same_bits(a.scores, b.scores), "band_topk", d);
+      }
+    // up to 4 queries take no tile
+    for (int64_t count : {1, 4, 5, 37})
+      for (const std::vector<int64_t>& offsets : {few, large}) {
+        const std::vector<float> asked(queries.begin(), queries.begin() + count * d);
+        const std::vector<float> a = best(Isa::scalar, asked, docs, d, offsets),
+                                 b = best(Isa::neon, asked, docs, d, offsets);
+        bool close = true;  // each is a sum of d products in float32 (Higham, section 3.1)
+        for (size_t i = 0; i < a.size(); ++i)
+          close &= std::abs(a[i] - b[i]) <= 2 * (static_cast<float>(d) + 1) * 0x1p-24f * 25 * static_cast<float>(d);
+        expect(close, "best_of_groups", d);
+      }
   }
   std::puts(failures == 0 ? "NEON agrees with scalar" : "failed");
   return failures != 0;
