@@ -145,8 +145,21 @@ def test_containers_and_files(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": docs}, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"other holds no part; .* BandPart\.save wrote"):
-        rf.BandPart.load(tmp_path / "other")
+    (tmp_path / "cut").write_bytes((tmp_path / "a.part").read_bytes()[:-1])
+    (tmp_path / "empty").touch()
+    for name in ("other", "cut", "empty"):
+        with pytest.raises(ValueError, match=rf"{name} holds no part; .* BandPart\.save wrote"):
+            rf.BandPart.load(tmp_path / name)
+
+
+def test_negated_views() -> None:
+    """Whose memory holds the negative of their values."""
+    queries, docs = unit_rows(3, 8, 0), unit_rows(40, 8, 1)
+    for q, d in [(torch._neg_view(queries), docs), (queries, torch._neg_view(docs))]:
+        gold = rf.band_topk(-queries, docs, 5, band=(-1, 1))
+        found = rf.merge_band_topk([rf.band_topk_part(q, d, 5, band=(-1, 1))])
+        assert torch.equal(found.ids, gold.ids)
+        assert torch.equal(rf.band_topk(q, d, 5, band=(-1, 1)).ids, gold.ids)
 
 
 def test_progress_and_bad_rows_count_from_the_first_document() -> None:

@@ -123,6 +123,9 @@ def test_dtypes_and_strides(backend: Backend, dtype: torch.dtype, count: int) ->
     check(backend, queries, rows, offsets)
     check(backend, queries.float(), rows.T.contiguous().T, offsets)
     check(backend, queries.T.contiguous().T, torch.cat([rows, rows], 1)[:, :65], offsets)
+    # a view that torch negates as it is read
+    check(backend, torch._neg_view(queries), torch._neg_view(rows), offsets)
+    check(backend, queries, torch._neg_view(rows), offsets)
 
 
 def test_autocast_leaves_it_in_float32(backend: Backend) -> None:
@@ -191,6 +194,7 @@ def test_containers(tmp_path: Path) -> None:
     ("change", "error", "message"),
     [
         ({"rows": torch.zeros(9, 7)}, ValueError, "queries have 8 columns and rows 7"),
+        ({"rows": [[0.0] * 8]}, TypeError, r"rows must be .* numpy array, .* \(got list\)"),
         ({"rows": torch.zeros(9)}, ValueError, "rows must have two dimensions"),
         (
             {"rows": torch.zeros(9, 8, dtype=torch.float64)},

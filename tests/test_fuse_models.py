@@ -165,6 +165,15 @@ def test_autograd_sees_the_change() -> None:
         y.backward()
 
 
+def test_negated_views() -> None:
+    """Whose memory holds the negative of their values."""
+    base, tuned = torch.randn(8), torch.randn(8)
+    gold = torch.lerp(-base, tuned, 0.25)
+    assert torch.equal(lerp_(torch._neg_view(base.clone()), tuned, 0.25), gold)
+    gold = torch.lerp(base, -tuned, 0.25)
+    assert torch.equal(lerp_(base.clone(), torch._neg_view(tuned), 0.25), gold)
+
+
 def test_fuse_into_any_module(tmp_path: Path) -> None:
     """A torch.nn.Sequential that is no SentenceTransformer, and files in a type that the model is
     not loaded in."""

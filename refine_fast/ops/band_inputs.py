@@ -149,7 +149,13 @@ def shape(x: Any, name: str) -> tuple[int, int]:
 
     Raises:
         ValueError: anything but two dimensions and at least one column.
+        TypeError: anything else, such as a list.
     """
+    if not hasattr(x, "get_shape") and not hasattr(x, "shape"):
+        raise TypeError(
+            f"{name} must be a torch tensor, a numpy array, a memory map or a safetensors slice"
+            f" (got {type(x).__name__})"
+        )
     sizes = tuple(x.get_shape() if hasattr(x, "get_shape") else x.shape)
     if len(sizes) != 2 or sizes[1] == 0:
         raise ValueError(
@@ -249,7 +255,8 @@ def upper_edges(rows: int, rule: Rule) -> Tensor:
 
 def address(rows: Tensor) -> tuple[int, int, Tensor]:
     """The pointer and row stride of a matrix with adjacent columns, and the matrix: ``rows``, or
-    a copy where its columns are apart."""
+    a copy where its columns are apart or its memory holds the negative (``x.conj().imag``)."""
+    rows = rows.resolve_neg()
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     return rows.data_ptr(), rows.stride(0), rows
 

@@ -80,13 +80,16 @@ class BandPart(NamedTuple):
         Raises:
             ValueError: a file without a part.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("band_part", "null"))
-            if about is None:
-                raise ValueError(f"{path} holds no part; give a file that BandPart.save wrote")
-            tensors = [file.get_tensor(name) for name in cls._fields[2:]]
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["band_part"])
+                tensors = [file.get_tensor(name) for name in cls._fields[2:]]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"{path} holds no part; give a file that BandPart.save wrote"
+            ) from error
         rule = BandRule(**{**about["rule"], "band": tuple(about["rule"]["band"])})
         return cls(rule, tuple((begin, end) for begin, end in about["spans"]), *tensors)
 

@@ -27,7 +27,7 @@ def lerp_(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
 
     Returns:
         base. On a GPU without the CUDA extension or older than compute capability 7.5, and for
-        tensors that are not contiguous, by the torch expression above.
+        tensors that are not contiguous or negated views, by the torch expression above.
 
     Raises:
         ValueError: different shapes or devices.
@@ -43,7 +43,7 @@ def lerp_(base: Tensor, tuned: Tensor, weight: float) -> Tensor:
             "base and tuned must be float16, bfloat16, float32 or float64"
             f" (got {base.dtype} and {tuned.dtype})"
         )
-    if base.is_contiguous() and tuned.is_contiguous():
+    if all(x.is_contiguous() and not x.is_neg() for x in (base, tuned)):
         if not base.is_inference():  # so that autograd sees that what it has saved is another
             torch.autograd.graph.increment_version(base)
         arguments = (
