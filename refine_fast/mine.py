@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ class Mined(NamedTuple):
 def mine(
     query_embeddings: Any,
     doc_embeddings: Any,
-    positives: Sequence[Sequence[int]],
+    positives: Sequence[Any],
     *,
     k: int,
     band: tuple[float, float] | Literal["auto"] = (0.5, 0.7),
@@ -55,7 +56,8 @@ def mine(
     Args:
         query_embeddings: (B, D).
         doc_embeddings: (N, D).
-        positives: per query its rows of doc_embeddings; with ``groups``, its groups.
+        positives: per query its rows of doc_embeddings, a list, set or array; with ``groups``, its
+            groups.
         band: lo and hi, or "auto" for ``calibrate_band``.
         relative_margin: leaves out what is more similar than ``s - relative_margin * |s|``, s the
             similarity of the query's least similar positive; such documents are often answers that
@@ -69,7 +71,7 @@ def mine(
     Raises:
         ValueError, TypeError: as ``band_topk``, and as ``calibrate_band`` for "auto".
     """
-    groups = _checked_groups(query_embeddings, doc_embeddings, positives, groups)
+    positives, groups = _checked(query_embeddings, doc_embeddings, positives, groups)
     if band == "auto":
         edges = calibrate_band(
             query_embeddings,
@@ -82,6 +84,8 @@ def mine(
             groups=groups,
             search=search,
         )
+    elif isinstance(band, str):
+        raise ValueError(f'band must be two numbers or "auto" (got {band!r})')
     else:
         edges = band[0], band[1]
     found = search(
@@ -114,7 +118,7 @@ def band_in_words(band: Sequence[float]) -> str:
 def calibrate_band(
     query_embeddings: Any,
     doc_embeddings: Any,
-    positives: Sequence[Sequence[int]],
+    positives: Sequence[Any],
     *,
     skip: int = 5,
     k: int = 5,
@@ -136,7 +140,7 @@ def calibrate_band(
     Args:
         query_embeddings: (B, D).
         doc_embeddings: (N, D).
-        positives: per query its rows of doc_embeddings.
+        positives: as for ``mine``.
         skip: how many of the most similar documents to drop.
         k: negatives per query, at least 1.
         coverage: the share of queries that must have k negatives.
@@ -153,9 +157,13 @@ def calibrate_band(
             holds NaN or infinity.
         TypeError: a positive that is not an integer.
     """
-    groups = _checked_groups(query_embeddings, doc_embeddings, positives, groups)
+    positives, groups = _checked(query_embeddings, doc_embeddings, positives, groups)
     if k < 1:
         raise ValueError(f"k must be an integer >= 1 (got {k})")
+    if sample < 1:
+        raise ValueError(f"sample must be an integer >= 1 (got {sample})")
+    if not 0 <= coverage <= 1:
+        raise ValueError(f"coverage must be a share from 0 to 1 (got {coverage})")
     known = np.array([i for i, rows in enumerate(positives) if len(rows)])
     if not known.size:
         raise ValueError(
@@ -164,7 +172,7 @@ def calibrate_band(
         )
     chosen = np.sort(np.random.default_rng(seed).permutation(known)[:sample])
     queries = _picked(query_embeddings, chosen, "queries", normalize)
-    rows = [list(positives[i]) for i in chosen]
+    rows = [positives[i] for i in chosen]
     repeated = np.repeat(np.arange(len(chosen)), [len(r) for r in rows])
     similar = _similarity(
         queries[repeated], doc_embeddings, np.concatenate(rows), normalize, groups
@@ -197,22 +205,23 @@ def calibrate_band(
     return lo, hi
 
 
-def _checked_groups(
-    queries: Any, docs: Any, positives: Sequence[Sequence[int]], groups: Any
-) -> np.ndarray | None:
-    """The offsets as an array, after a check of them and of the positives."""
+def _checked(
+    queries: Any, docs: Any, positives: Sequence[Any], groups: Any
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """The positives and the offsets of groups as arrays, after a check of both."""
     count = shape(docs, "docs")[0]
     if groups is not None:
         groups = checked_offsets(groups, count, "groups", "docs")
         count = len(groups) - 1
-    Excluded.of(positives, shape(queries, "queries")[0], "positives").check(count, "positives")
-    return groups
+    found = Excluded.of(positives, shape(queries, "queries")[0], "positives")
+    found.check(count, "positives")
+    return [found.ids[a:b] for a, b in pairwise(found.offsets.tolist())], groups
 
 
 def _ceiling(
     queries: Any,
     docs: Any,
-    positives: Sequence[Sequence[int]],
+    positives: list[np.ndarray],
     margin: float,
     normalize: bool,
     groups: np.ndarray | None,

@@ -24,6 +24,8 @@ from refine_fast.mine import mine
             r"band must be \(lo, hi\) with lo <= hi \(got \(0.7, 0.5\)\)",
         ),
         ({"band": (float("nan"), 0.5)}, ValueError, r"band must be .* \(got \(nan, 0.5\)\)"),
+        ({"band": "auto"}, ValueError, r"band must be two numbers, lo and hi \(got 'auto'\)"),
+        ({"band": 0.5}, ValueError, r"band must be two numbers, lo and hi \(got 0.5\)"),
         ({"docs": torch.zeros(9, 7)}, ValueError, "queries have 8 columns and docs 7"),
         ({"docs": torch.zeros(9)}, ValueError, "docs must have two dimensions"),
         (

@@ -165,6 +165,12 @@ def test_calibration_says_when_it_cannot(
         calibrate_band(queries, docs, [[] for _ in positives])
     with pytest.raises(ValueError, match=r"k must be an integer >= 1 \(got 0\)"):
         calibrate_band(queries, docs, positives, k=0)
+    with pytest.raises(ValueError, match=r"sample must be an integer >= 1 \(got 0\)"):
+        calibrate_band(queries, docs, positives, sample=0)
+    with pytest.raises(ValueError, match=r"coverage must be a share from 0 to 1 \(got 90\)"):
+        calibrate_band(queries, docs, positives, coverage=90)
+    with pytest.raises(ValueError, match=r'band must be two numbers or "auto" \(got \'fit\'\)'):
+        mine(queries, docs, positives, k=2, band="fit")  # type: ignore[arg-type]
     broken = queries.clone()
     broken[17, 3] = torch.nan
     with pytest.raises(ValueError, match="row 17 of queries holds NaN or Inf"):
@@ -202,6 +208,18 @@ def test_offsets_of_groups_in_any_container(
     ]
     assert torch.equal(ids[0], ids[1])
     assert torch.equal(ids[0], ids[2])
+
+
+def test_positives_in_any_container(
+    embeddings: tuple[Tensor, Tensor, list[list[int]]],
+) -> None:
+    queries, docs, positives = embeddings
+    first = np.array([ids[0] for ids in positives])
+    gold = mine(queries, docs, first[:, None].tolist(), k=2, band="auto", relative_margin=0.05)
+    for given in (first, torch.from_numpy(first), first[:, None], [{i} for i in first.tolist()]):
+        mined = mine(queries, docs, given, k=2, band="auto", relative_margin=0.05)
+        assert mined.band == gold.band
+        assert torch.equal(mined.ids, gold.ids)
 
 
 def test_embeddings_in_training(embeddings: tuple[Tensor, Tensor, list[list[int]]]) -> None:

@@ -161,10 +161,13 @@ def rule_of(
     """The arguments of ``band_topk`` in the form of its op.
 
     Raises:
-        ValueError: another word for ``select`` or ``order``.
+        ValueError: another word for ``select`` or ``order``; a band that is not two numbers.
         TypeError: k, skip or seed is not an integer.
     """
-    lo, hi = (float(edge) for edge in band)
+    try:
+        lo, hi = (float(edge) for edge in band)
+    except (TypeError, ValueError):
+        raise ValueError(f"band must be two numbers, lo and hi (got {band!r})") from None
     if select not in ("hardest", "random"):
         raise ValueError(f'select must be "hardest" or "random" (got {select!r})')
     if order not in ("skip_then_band", "band_then_skip"):
