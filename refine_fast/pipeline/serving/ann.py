@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,14 +120,16 @@ def nearest(
 
 
 def _only(index: Any, live: np.ndarray) -> Any:
-    """The parameters of a search that finds live rows alone."""
+    """The parameters of a search that finds live rows alone, among as many of them as when all were
+    live: what was near the query may be dead, and what is near now in other lists."""
     import faiss as module
 
     faiss: Any = module  # its stubs do not know these parameters
     selector = faiss.IDSelectorBitmap(np.packbits(live, bitorder="little"))
     if isinstance(index, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
-    return faiss.SearchParametersIVF(sel=selector, nprobe=index.nprobe)
+    probes = math.ceil(index.nprobe * len(live) / int(np.count_nonzero(live)))
+    return faiss.SearchParametersIVF(sel=selector, nprobe=min(probes, index.nlist))
 
 
 def recall(index: Any, vectors: np.ndarray, queries: np.ndarray, k: int = 10) -> float:
