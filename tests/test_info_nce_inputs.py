@@ -40,6 +40,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"doc_ids": torch.arange(4)}, ValueError, "doc_ids has shape"),
     ({"hard": torch.randn(4, 2, 7)}, ValueError, "hard has shape"),
+    ({"hard": torch.randn(4, 8)}, ValueError, r"hard has shape \(4, 8\).* be \(4, 1, 8\)"),
     ({"hard": torch.randn(4)}, ValueError, "hard has shape"),
     (
         {"hard_mask": torch.ones(4, 2, dtype=torch.bool)},

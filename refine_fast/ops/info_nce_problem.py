@@ -139,7 +139,7 @@ def check(problem: Problem) -> None:
     hard = problem.hard
     if hard is None and problem.hard_mask is not None:
         raise ValueError("hard_mask is given without hard")
-    K = hard.shape[1] if hard is not None and hard.ndim == 3 else 0
+    K = hard.shape[1] if hard is not None and hard.ndim == 3 else 1
     shapes = {
         "temperature": (problem.temperature, ()),
         "positives": (problem.positives, (B,)),
