@@ -1,6 +1,7 @@
 """What a model thinks is no query, and a query about its marks is one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,97 @@ def test_texts_about_the_marks_of_reasoning_elsewhere(form: str, text: str) -> N
 )
 def test_reasoning_before_the_reply(reply: str) -> None:
     assert strip_reasoning(reply) == "1. A?"
+
+
+ASKED = ["Who built the harbour?", "How long is the quay?"]
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        "",
+        "\n\n",
+        "<think>\n",
+        "\n  <think>",
+        "\ufeff<think>\n",
+        "Sure!\n<think>\n",
+        "Sure! <think>",
+        "assistant\n<think>\n",
+        "**<think>**\n",
+        "<THINK>\n",
+        "<think >\n",
+        '<think type="deep">\n',
+        "<thinking>\n",
+        "<reasoning>\n",
+        "<thought_process>\n",
+        "<inner_monologue>\n",
+        "<longcat_think>\n",
+        "<|thinking|>\n",
+        "<|START_THINKING|>",
+        "[THINK]",
+    ],
+)
+@pytest.mark.parametrize("before", ["", " ", "\n", "\n\n", "\n\n  ", "\r\n\t"])
+def test_blanks_around_the_end_of_reasoning(opening: str, before: str) -> None:
+    tag = re.search(r"[<\[]\W?(\w+)", opening)
+    closing = f"</{tag[1]}>" if tag else "</think>"
+    closing = {"</THINK>": "[/THINK]"}.get(closing, closing) if "[" in opening else closing
+    if "<|" in opening:
+        closing = "<|END_THINKING|>" if "START" in opening else "<|/thinking|>"
+    thought = "Now, what would a sailor ask?\n\nWhich crane is it, the old one?"
+    for after in ("", " ", "\n", "\n\n  ", "\r\n"):
+        for reply in (
+            "\n".join(ASKED),
+            f"1. {ASKED[0]}\n2. {ASKED[1]}",
+            f"<answer>\n{ASKED[0]}\n{ASKED[1]}\n</answer>",
+            json.dumps({"queries": [{"kind": "question", "text": text} for text in ASKED]}),
+        ):
+            parsed = parse_queries(f"{opening}{thought}{before}{closing}{after}{reply}")
+            assert [each.text for each in parsed.candidates] == ASKED, reply
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "<think>Hm?</think>\nSo, what?\n\n  </think> A query\nB query",
+        "What is asked?\n</think>\n\nSo what?\n</think>\nA query\nB query",
+        "A query\n<think>What else?\n</think>\nB query",
+        "A query <|end|>\n<|start|>assistant<|channel|>analysis<|message|>What else?<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>B query",
+        "Here are my reasoning steps:\nWhat is asked?\n[BEGIN FINAL RESPONSE]\nA query\nB query\n"
+        "[END FINAL RESPONSE]",
+        "Here is my thought process:\nWhat is asked?\nHere is my response:\nA query\nB query",
+        "**Reasoning**\nWhat is asked?\n\n**Queries**\nA query\nB query",
+        "Thought process: what is asked?\nWho asks?\nFinal answer:\nA query\nB query",
+        '{"reasoning": ["What is asked?", "Who asks?"], "queries": ["A query", "B query"]}',
+        '{"thought_process": {"1": "What is asked?"}, "queries": ["A query", "B query"]}',
+        '[{"type": "thinking", "text": "What?"}, {"type": "text", "text": "A query"}, "B query"]',
+        '{"queries": ["<think>What is asked?</think> A query", "Is it? Hm. </think>B query"]}',
+    ],
+)
+def test_reasoning_in_several_parts_under_headings_and_in_json(reply: str) -> None:
+    assert [each.text for each in parse_queries(reply).candidates] == ["A query", "B query"]
+
+
+@pytest.mark.parametrize("before", ["", "\n\n", "Sure!\n", "<think>Hm.</think>\n"])
+@pytest.mark.parametrize("first", ["  - A query", "  - A query\n    - It is one."])
+@pytest.mark.parametrize("second", ["  - B query", "- B query"])
+def test_an_indented_list_after_reasoning(before: str, first: str, second: str) -> None:
+    parsed = parse_queries(f"{before}{first}\n{second}")
+    assert [each.text for each in parsed.candidates] == ["A query", "B query"]
+
+
+def test_a_heading_of_thoughts_without_one_of_queries() -> None:
+    parsed = parse_queries("Reasoning:\nWhat would a sailor ask?\nWhich crane is the old one?")
+    assert (parsed.candidates, parsed.dropped) == ([], {"reasoning": 1})
+    (parsed,) = parse_queries("reasoning under uncertainty\n").candidates
+    assert parsed.text == "reasoning under uncertainty"
+
+
+def test_blanks_without_end_take_no_time() -> None:
+    """Quadratic, this would be minutes."""
+    reply = "\n" * 100_000 + "Hm. " + " " * 100_000 + "> " * 100_000
+    assert strip_reasoning(f"{reply}\n</think> A?") == "A?"
 
 
 def test_drafts_within_reasoning_are_no_queries() -> None:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from textwrap import dedent
 from typing import Any
 
 import json_repair
@@ -45,30 +46,71 @@ _TEXT_KEYS = ("text", "query", "question", "content", "value")
 
 _KIND_KEYS = ("kind", "type", "category")
 
-_REASONING_TAG = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis)"
+_REASONING_NAME = (
+    r"(?:\w+[:_])?(?:think\w*|thoughts?|thought_process|chain_of_thought|cot|reasoning|rationale|"
+    r"reflection|analysis|scratchpad|monologue)"
+)
+
+_OPENING_TAG = rf"<\|?\s*{_REASONING_NAME}(?:\s[^<>]*)?\|?>"
+
+_CLOSING_TAG = rf"<\|?\s*/\s*{_REASONING_NAME}\s*\|?>"
 
 _OPENING_MARK = (
-    r"\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel>thought\b|"
+    r"\[THINK\]|◁think▷|<\|(?:begin|start)_(?:of_)?th(?:ought|ink(?:ing)?)\|>|<\|channel>thought\b|"
     r"<\|channel\|>(?:analysis|commentary)\b"
 )
 
 _CLOSING_MARK = (
-    r"\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<channel\|>|<\|channel\|>final<\|message\|>|"
-    r"assistantfinal"
+    r"\[/THINK\]|◁/think▷|<\|end_(?:of_)?th(?:ought|ink(?:ing)?)\|>|<channel\|>|"
+    r"<\|channel\|>final<\|message\|>|assistantfinal|"
+    r"\[BEGIN FINAL RESPONSE\]|^here is my response:"  # Apriel's, and Granite's
 )
 
-_REASONED = rf".*?(?:</{_REASONING_TAG}>|{_CLOSING_MARK}|\Z)"
+_REASONED = rf".*?(?:{_CLOSING_TAG}|{_CLOSING_MARK}|\Z)[ \t]*"
 
-# Closed, never closed, or opened by the chat template before the reply. A tag opens it at the
-# beginning of a line, after a mark of the template, or where other reasoning ends, and alone closes
-# it outside of a sentence: queries may be about "<think>".
+_SENTENCE_END = r"(?<=[.!?…:。！？：])"
+
+_LINE_START = r"^(?:[^\S\n]|[>*\ufeff\u200b])*"
+
+_TURN = r"<\|[^|>]{1,40}\|>(?:assistant\b)?"
+
+_ANYWHERE = re.DOTALL | re.IGNORECASE | re.MULTILINE
+
+# Closed, or never closed. A tag opens it at the beginning of a line, between sentences, after a
+# mark of the template, or where other reasoning ends: queries may be about "<think>".
 _REASONING = re.compile(
-    rf"(?:(?:^|<\|[^|>]{{1,40}}\|>(?:assistant)?)[ \t]*<{_REASONING_TAG}>|{_OPENING_MARK})"
-    rf"{_REASONED}(?:[ \t]*<{_REASONING_TAG}>{_REASONED})*|"
-    rf"\A.*?(?:(?<![ \t\"'`(])</{_REASONING_TAG}>|"
-    rf"</{_REASONING_TAG}>(?=\s*(?:[\n{{\[]|```|[-*] |\d+[.)] |\Z))|"
-    rf"{_CLOSING_MARK})",
-    re.DOTALL | re.IGNORECASE | re.MULTILINE,
+    rf"(?:(?:{_LINE_START}|{_SENTENCE_END}[ \t]+|{_TURN}[ \t]*){_OPENING_TAG}|"
+    rf"(?:{_TURN})?(?:{_OPENING_MARK})){_REASONED}(?:{_OPENING_TAG}{_REASONED})*",
+    _ANYWHERE,
+)
+
+# Opened by the chat template before the reply. A tag alone closes it outside of a sentence.
+_REASONING_BEFORE = re.compile(
+    rf"\A(?:.*?(?:(?:{_LINE_START}|{_SENTENCE_END}[ \t]+|(?<![ \t\"'`(])){_CLOSING_TAG}|"
+    rf"{_CLOSING_TAG}(?=\s*(?:[\n{{\[]|```|[-*] |\d+[.)] |\Z))|{_CLOSING_MARK}))+[ \t]*",
+    _ANYWHERE,
+)
+
+_REASONING_IN_TEXT = re.compile(
+    rf"\A(?:\s*{_OPENING_TAG}.*?|.*{_SENTENCE_END}\s+){_CLOSING_TAG}", _ANYWHERE
+)
+"""What a model that is held to JSON thinks within a string of it."""
+
+_THOUGHTS = (
+    r"(?:thinking|thoughts?|reasoning|thought[ _]process|chain[ _]of[ _]thought|scratchpad)"
+    r"(?:[ _](?:process|steps))?"
+)
+
+_OF_THOUGHTS = re.compile(_THOUGHTS, re.IGNORECASE)
+
+_THOUGHTS_HEADING = re.compile(
+    rf"[\W_]*(?:(?:here (?:is|are) )?(?:my|the) )?{_THOUGHTS}[*_]*(?::|[\W_]*$)", re.IGNORECASE
+)
+
+_REPLY_HEADING = re.compile(
+    r"[\W_]*(?:(?:my|the|final|search) )*(?:quer(?:y|ies)|questions?|answers?|response|output)"
+    r"[\W_]*",
+    re.IGNORECASE,
 )
 
 _THINKS = re.compile(
@@ -89,8 +131,9 @@ _THINKS = re.compile(
 "I need" alone may begin one."""
 
 _CHAT_MARK = re.compile(
-    r"<\|[^|>]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|\A\s*assistant\s*:",
-    re.IGNORECASE,
+    rf"{_TURN}|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|\A\s*assistant\s*[:\n]|"
+    r"\[END FINAL RESPONSE\]|^[ \t]*<(?:answer|response)>|</(?:answer|response)>[ \t]*$",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 _NAMES_KIND = re.compile(r"(?:question|keyword|claim|how[-_ ]?to)s?", re.IGNORECASE)
@@ -249,7 +292,8 @@ def strip_reasoning(text: str) -> str:
     JSON, they are part of a text."""
     if _load(text) is not None:
         return text.strip()
-    return _CHAT_MARK.sub(" ", _REASONING.sub("", text)).strip()
+    text = _REASONING_BEFORE.sub("", _REASONING.sub("\n", text))
+    return dedent(_CHAT_MARK.sub(" ", text)).strip()
 
 
 def _json_candidates(text: str) -> Iterator[tuple[str, Any]]:
@@ -323,13 +367,16 @@ def _collect(value: Any, kind: str | None = None, depth: int = 0) -> list[Candid
     if depth > 4:
         return []
     if isinstance(value, str):
-        text = whole_characters(value).strip()  # JSON may escape half a surrogate pair
+        # JSON may escape half a surrogate pair
+        text = _REASONING_IN_TEXT.sub("", whole_characters(value)).strip()
         return [Candidate(_AFTERTHOUGHT.sub("", text), kind)] if text else []
     if isinstance(value, list):
         return [candidate for item in value for candidate in _collect(item, kind, depth + 1)]
     if not isinstance(value, dict):
         return []
     stated = next((value[key] for key in _KIND_KEYS if isinstance(value.get(key), str)), None)
+    if _OF_THOUGHTS.fullmatch(str(value.get("type"))):
+        return []
     kind = stated or kind
     for key in _TEXT_KEYS:  # "question" beside "claim" is one query of several
         if isinstance(value.get(key), str) and (stated or not _NAMES_KIND.fullmatch(key)):
@@ -338,6 +385,7 @@ def _collect(value: Any, kind: str | None = None, depth: int = 0) -> list[Candid
         candidate
         for key, item in value.items()
         if key not in _KIND_KEYS
+        and not _OF_THOUGHTS.fullmatch(key)
         and (
             isinstance(item, list | dict)
             or _NAMES_KIND.fullmatch(key)
@@ -365,7 +413,11 @@ def _lines(text: str, cut: bool) -> Parsed:
     text = re.sub(r"(?<=\?)\s+(?=\(?\d{1,2}[.)]\s)", "\n", text)  # "1. ...? 2. ...?"
     rows = [row for row in text.splitlines() if re.search(r"[^\s`{}\[\]\",=]", row)]
     rows = [row for row in rows if not _REMAINS.match(row)]
-    if rows and _THINKS.match(rows[0].replace("’", "'")):
+    thinks = bool(rows) and _THINKS.match(rows[0].replace("’", "'")) is not None
+    if rows and _THOUGHTS_HEADING.match(rows[0]):
+        headings = [i for i, row in enumerate(rows) if _REPLY_HEADING.fullmatch(row)]
+        rows, thinks = rows[headings[0] :] if headings else [], not headings
+    if thinks:
         return Parsed([], "nothing", Counter({"reasoning": 1}))
     listed = [row for row in rows if _marked(row) and not _HEADING.fullmatch(row)]
     outermost = min(map(_indent, listed), default=0)
@@ -380,7 +432,11 @@ def _lines(text: str, cut: bool) -> Parsed:
         cleaned = _clean(row[named.end() :] if named else row)
         if reason := no_query(cleaned):
             dropped[reason] += 1
-        elif cleaned and listed and not (_marked(row) and _indent(row) == outermost):
+        elif (
+            cleaned
+            and listed
+            and not (row is listed[0] or (_marked(row) and _indent(row) == outermost))
+        ):
             dropped["beside the list"] += 1
         elif cleaned:
             candidates.append(Candidate(cleaned, _singular(named[1]) if named else kind))
