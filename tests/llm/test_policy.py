@@ -144,6 +144,31 @@ def test_slots_never_exceed_the_limit() -> None:
     assert asyncio.run(run()) == 5
 
 
+def test_slots_are_given_in_turn_and_none_is_lost_by_who_stops_waiting() -> None:
+    """What a limit pays for is then the first part of the order of asking."""
+
+    async def run() -> list[int]:
+        throttle = Throttle(16)
+        entered: list[int] = []
+
+        async def one(i: int) -> None:
+            async with throttle.slot():
+                entered.append(i)
+                for _ in range(1 + i % 3):
+                    await asyncio.sleep(0)
+            throttle.record(None)
+
+        tasks = [asyncio.create_task(one(i)) for i in range(200)]
+        while len(entered) < 100:
+            await asyncio.sleep(0)
+        for task in tasks[150:160]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return entered
+
+    assert asyncio.run(run()) == [*range(150), *range(160, 200)]
+
+
 @pytest.mark.parametrize(
     ("headers", "low", "high"),
     [

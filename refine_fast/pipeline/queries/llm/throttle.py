@@ -90,27 +90,27 @@ class Throttle:
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """Waits for a place among the calls that run, and holds it."""
-        while self._busy >= int(self.limit) or time.monotonic() < self._resume:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            await turn
-        self._busy += 1
+        """Waits for a place among the calls that run, in the order of asking, and holds it."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._wake()
         try:
+            await turn
             yield
         finally:
-            self._busy -= 1
-            self._wake()
+            if turn.done() and not turn.cancelled():
+                self._busy -= 1
+                self._wake()
 
     def _wake(self) -> None:
+        """Gives the free places to those who wait: theirs at once, so that nobody overtakes."""
         if time.monotonic() < self._resume:
             return
-        free = int(self.limit) - self._busy
-        while free > 0 and self._waiting:
+        while self._waiting and self._busy < int(self.limit):
             turn = self._waiting.popleft()
             if not turn.done():
+                self._busy += 1
                 turn.set_result(None)
-                free -= 1
 
     def record(self, failure: Failure | None) -> None:
         """Learns from a call that ended; None is a reply.
