@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
             text = "1: 3\n2: 0"
         choice = {"index": 0, "finish_reason": "stop"}
         choice["message"] = {"role": "assistant", "content": text}
-        usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+        usage = {"prompt_tokens": 20 if "answerable" in text else 100, "completion_tokens": 20}
         return 200, {"id": "c", "object": "chat.completion", "created": 0,
                      "model": body["model"], "choices": [choice], "usage": usage}  # fmt: skip
 
@@ -438,6 +438,15 @@ def test_a_limit_is_kept(server: Server, chunks: list[Chunk], tmp_path: Path) ->
     _, account = generate_queries(chunks, limited, tmp_path / "replies.jsonl")
     assert (account.replied, account.stopped) == (10, "max_calls")
     assert server.asked.total() == 10
+
+
+def test_a_limit_is_shared_out(server: Server, chunks: list[Chunk], tmp_path: Path) -> None:
+    """Verdicts cost less than queries: half of a limit for each leaves most of the judge's."""
+    url, own = server.root + "/v1", {"judge": True, "max_reply_tokens": 20}
+    _, whole = generate_queries(chunks[:30], settings(url, **own), tmp_path / "whole.jsonl")
+    own["max_tokens"] = int(1.1 * (whole.tokens_in + whole.tokens_out)) + 1000  # reserved
+    _, account = generate_queries(chunks[:30], settings(url, **own), tmp_path / "replies.jsonl")
+    assert (account.replied, account.unjudged, account.stopped) == (30, 0, None)
 
 
 @pytest.mark.parametrize(

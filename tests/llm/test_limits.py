@@ -13,6 +13,9 @@ from refine_fast.pipeline.queries.llm.coverage import spread
 
 Endpoint = Any  # conftest's
 
+KINDS = ["old", "northern", "little", "wooden", "narrow", "inner", "public", "stone"]
+NOUNS = ["quay", "crane", "bridge", "railway", "road", "lock", "wall", "basin"]
+
 
 def test_the_judge_gets_its_part_of_a_limit_and_a_higher_one_resumes(
     endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
@@ -57,6 +60,33 @@ def test_a_limit_above_what_everything_costs_leaves_nothing_out(
         assert (account.calls, account.kept) == (whole.calls, whole.kept)
         assert (account.candidates, account.dropped) == (whole.candidates, whole.dropped)
     assert estimate(chunks, limited, store).stops_after is None
+
+
+def test_what_is_judged_stays_however_a_limit_cuts_the_rounds(
+    endpoint: Endpoint, chunks: list[Chunk], tmp_path: Path
+) -> None:
+    """Every chunk's query is a near duplicate of another's, which is of a chunk far away in the
+    order of asking."""
+    order = spread(chunks, seed=0)
+    answers = {}
+    for turn, i in enumerate(order):
+        of, end = turn % 60, "it" if turn < 60 else "it then"
+        asked = f"In which year was the {KINDS[of % 8]} {NOUNS[of // 8]} of the harbour made longer"
+        answers[chunks[i].text] = [f"{asked} for the first time, by whom, and who paid for {end}?"]
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    endpoint.set(answers=str(tmp_path / "answers.json"))
+    first = {chunks[i].id for i in order[:60]}
+    kept = []
+    for most in (180, 10_000):
+        store, before = tmp_path / f"{most}.jsonl", endpoint.stats()["served"]
+        judged = endpoint.settings(judge=True, max_calls=most)
+        queries, account = generate_queries(chunks, judged, store)
+        kept.append(queries)
+        assert {query.chunk_id for query in queries} == first
+        assert account.dropped == {"near duplicate": 60}
+        # a call for every chunk, and one for every query that is kept
+        assert endpoint.stats()["served"] - before == account.calls == 180
+    assert kept[0] == kept[1] == sorted(kept[0], key=lambda each: int(each.chunk_id[1:]))
 
 
 def test_what_a_share_of_a_limit_left_out_is_asked_later(
@@ -107,9 +137,12 @@ def test_the_estimate_counts_the_verdicts_that_remain(
 ) -> None:
     store, some = tmp_path / "replies.jsonl", chunks[:12]
     judged = endpoint.settings(judge=True)
-    assert estimate(some, judged, store).calls == 24
+    whole = estimate(some, judged, store)
+    assert (whole.calls, whole.verdicts) == (24, 12)
     generate_queries(some[:8], endpoint.settings(), store)
-    assert estimate(some, judged, store).calls == 8 + 2 * 4
+    rest = estimate(some, judged, store)
+    assert (rest.calls, rest.verdicts) == (8 + 2 * 4, 8 + 4)
+    assert estimate(some, endpoint.settings(), store).verdicts == 0
     half = estimate(some[:8], judged, store)
     _, account = generate_queries(some[:8], judged, store)
     assert half.calls == account.calls - 8 == 8
@@ -151,7 +184,10 @@ def test_plan_counts_the_verdicts_of_another_prompt(
     capsys.readouterr()
     for judge, calls in (("no", 0), ("yes", 12)):
         assert main(["plan", *command, "--judge", judge, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["llm_calls"] == calls
+        planned = json.loads(capsys.readouterr().out)
+        assert planned["llm_calls"] == planned["llm_verdicts"] == calls
+    assert main(["plan", *command, "--judge", "yes"]) == 0
+    assert " at most 12, 12 of them of the judge " in capsys.readouterr().out
 
 
 def test_plan_encodes_no_corpus_to_count_verdicts(

@@ -297,9 +297,11 @@ def _stands(context: RunContext, name: str) -> bool:
 
 def _estimate_rows(remaining: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The remaining calls as rows of the table."""
-    yield "LLM calls", f"{remaining['calls']:,}"
+    most = "at most " if remaining["verdicts"] else ""
+    judging = f", {remaining['verdicts']:,} of them of the judge" if most else ""
+    yield "LLM calls", f"{most}{remaining['calls']:,}{judging}"
     tokens_out = f"about {remaining['tokens_out']:,} out, at most {remaining['tokens_out_most']:,}"
-    yield "LLM tokens", f"{remaining['tokens_in']:,} in, {tokens_out}"
+    yield "LLM tokens", f"{most}{remaining['tokens_in']:,} in, {tokens_out}"
     if remaining["cost"] is None:
         yield "LLM cost", "unknown without --price-in and --price-out"
     else:

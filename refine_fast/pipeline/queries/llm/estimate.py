@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from .reply_log import Spent
 from .settings import LLMSettings
@@ -17,6 +17,9 @@ class Calls:
     tokens_out: int
     tokens_out_most: int
     """If every reply has its longest length."""
+    verdicts: int = 0
+    """Of the calls, verdicts on queries; a chunk whose queries are all dropped needs none, so that
+    this is the most there can be."""
 
     def __add__(self, others: Calls) -> Calls:
         return Calls(
@@ -24,10 +27,11 @@ class Calls:
             self.tokens_in + others.tokens_in,
             self.tokens_out + others.tokens_out,
             self.tokens_out_most + others.tokens_out_most,
+            self.verdicts + others.verdicts,
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate(Calls):
     """The calls that remain, and what they cost."""
 
@@ -62,11 +66,8 @@ class Estimate(Calls):
             if limit is not None and needed
         ]
         return cls(
-            calls.calls,
-            calls.tokens_in,
-            calls.tokens_out,
-            calls.tokens_out_most,
-            cost,
-            settings.cost(calls.tokens_in, calls.tokens_out_most),
-            int(calls.calls * min(shares)) if shares and min(shares) < 1 else None,
+            **asdict(calls),
+            cost=cost,
+            cost_most=settings.cost(calls.tokens_in, calls.tokens_out_most),
+            stops_after=int(calls.calls * min(shares)) if shares and min(shares) < 1 else None,
         )

@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -120,10 +120,14 @@ def query_requests(
         )
 
 
-def _rows_by_key(chunks: list[Chunk], settings: LLMSettings) -> dict[str, int]:
-    """Key of each request for queries -> the row of its chunk."""
+def _rows_by_key(
+    chunks: list[Chunk], settings: LLMSettings, order: Iterable[int] = ()
+) -> dict[str, int]:
+    """Key of each request for queries -> the row of its chunk; as the rows are in ``order``."""
     requests = query_requests(chunks, list(range(len(chunks))), settings)
-    return {request.key: i for i, request in enumerate(requests)}
+    rows = {request.key: i for i, request in enumerate(requests)}
+    turn = {i: turn for turn, i in enumerate(order)}
+    return dict(sorted(rows.items(), key=lambda item: turn.get(item[1], 0)))
 
 
 def estimate(
@@ -138,8 +142,10 @@ def estimate(
 
     A reply counts 30 tokens per query and 20 around them. With ``judge`` there is a second call per
     chunk: its prompt, the queries and a short list of numbers. For chunks with a reply, these
-    requests are made from the queries in it; which of them ``round_trip`` drops is not known before
-    every chunk is encoded, so that they are an upper bound.
+    requests are made from the queries in it. They are an upper bound: a chunk whose queries are all
+    dropped needs none, and which ``round_trip`` drops is not known before every chunk is encoded.
+    (Which of two duplicates is kept depends on that too where a limit is set, so that a chunk more
+    or less may need one.)
     """
     missing = _rows_by_key(chunks, settings)
     spent = Spent()
@@ -166,6 +172,7 @@ def estimate(
             calls * (passages + 30 * settings.per_chunk),
             calls * _TOKENS_OF_VERDICTS,
             calls * settings.max_reply_tokens,
+            calls,
         )
     return Estimate.of(own if others is None else own + others, settings, spent)
 
@@ -181,6 +188,7 @@ def _verdicts_to_come(
         sum(request.tokens_in for request in missing),
         len(missing) * _TOKENS_OF_VERDICTS,
         len(missing) * settings.max_reply_tokens,
+        len(missing),
     )
 
 
@@ -214,11 +222,13 @@ def generate_queries(
         raise ValueError("round_trip needs encode, the base encoder")
     order = spread(chunks, seed=settings.seed, embeddings=embeddings)
     with ReplyStore(store, settings.prices, settings.share) as replies:
-        keys = _rows_by_key(chunks, settings)
+        shares = settings.judge and settings.is_limited
+        # Of duplicates the one that was asked for first is kept: what a later round finds does not
+        # take the place of what is judged, and paid, already.
+        keys = _rows_by_key(chunks, settings, order if shares else ())
         reused = sum(key in replies for key in keys)
         progress = CallProgress(len(keys), reused, reused)
         account = Account(settings.models, len(chunks), reused=reused)
-        shares = settings.judge and settings.is_limited
         found_of = partial(
             _found, chunks, keys, settings, replies, embeddings=embeddings, encode=encode
         )
@@ -243,9 +253,8 @@ def generate_queries(
             found = unjudged = found_of(account)
             if settings.judge:
                 found = run(_judged(chunks, unjudged, settings, replies, account, watch))
-            # Verdicts took less than their half: what is left is shared again, but for batches,
-            # each of which may take a day.
-            if settings.batch or not (shares and progress.stopped and wrote):
+            # Verdicts took less than their half: what is left is shared again.
+            if not (shares and progress.stopped and wrote):
                 break
         account.replied = sum(key in replies for key in keys)
         account.failed += progress.failed
@@ -267,6 +276,7 @@ def generate_queries(
         if account.stopped:
             why, remedy = f"stopped by {account.stopped}", "raise the limit"
         raise RefineFastError(f"llm: no chunk got a reply from {settings.url} ({why}); {remedy}.")
+    found.sort(key=lambda each: each[0])
     return [Query(text, chunks[i].id, f"llm:{kind}") for i, kind, text in found], account
 
 
