@@ -15,6 +15,7 @@ from retrieval_sets import SMALL, folder_of
 from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.query import Query
+from refine_fast.pipeline.queries.salient import content_words, salient_terms
 from refine_fast.pipeline.queries.synthetic import synthesize_queries
 from refine_fast.pipeline.queries.user import load_queries
 
@@ -119,6 +120,20 @@ MARKS = ("Mn", "Mc", "Me")
 
 def words_of(text: str) -> list[str]:
     return [word.strip(".,।") for word in text.lower().split()]
+
+
+def test_auxiliary_words_and_contractions_are_no_terms() -> None:
+    """Travel's questions ("Does the hotel offer wifi?") made "does" the most frequent term. What is
+    left of a contraction may be a word or a name of its own, and other languages elide."""
+    text = (
+        "Does it? It doesn't, it didn’t, it won't, and it shouldnt; we've asked, they’ll say, "
+        "having done so. Don Pasquale won. L'eau, dell'arte, rock'n'roll, O'Reilly."
+    )
+    kept = "asked say pasquale won eau dell arte rock roll reilly"
+    assert [word for word in content_words(text) if word != "don"] == kept.split()
+    assert "don" in content_words("Don Pasquale doesn't")
+    (terms,) = salient_terms([Chunk("c", text, "", "c", 0, len(text))], limit=20)
+    assert not {"does", "didn", "doesn", "ve", "ll", "having"} & set(" ".join(terms).split())
 
 
 def test_seeded_per_chunk() -> None:

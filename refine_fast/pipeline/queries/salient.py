@@ -25,6 +25,15 @@ _RUN = regex.compile(
     rf"(?V1)(?P<unspaced>[\w&&{UNSPACED}][[\w&&{UNSPACED}]\p{{M}}]*)"
     rf"|(?P<word>(?<!\w)[[\w--_]--{UNSPACED}][\w--{UNSPACED}]+)"
 )
+_CONTRACTION = regex.compile(
+    r"(?<!\w)(?:(?:are|did|do|does|had|have|is|should|was|were|would)n['’]?t|"
+    r"(?:ai|ca|could|has|might|must|need|sha|wo)n['’]t)(?!\w)|(?<=\w)['’](?:ll|re|ve)(?!\w)"
+)
+"""Of an auxiliary. Its parts may be words of their own: "won't"."""
+
+_AUXILIARIES = frozenset({"did", "does", "doing", "having", "shall"})
+"""Those that scikit-learn's stop words lack."""
+
 _CJK = regex.compile(rf"(?V1){CJK}")
 _HIRAGANA = regex.compile(r"\p{Hiragana}+")
 
@@ -102,10 +111,10 @@ def _words_and_phrases(text: str) -> tuple[list[str], list[str]]:
 
     words: list[str] = []
     phrases: list[str] = []
-    for run in _RUN.finditer(text.lower()):
+    for run in _RUN.finditer(_CONTRACTION.sub(" ", text.lower())):
         if run["unspaced"]:
             phrases += _phrases(run["unspaced"])
-        elif run["word"] not in ENGLISH_STOP_WORDS:
+        elif run["word"] not in ENGLISH_STOP_WORDS and run["word"] not in _AUXILIARIES:
             words.append(run["word"])
     return words, phrases
 
