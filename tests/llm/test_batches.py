@@ -1,7 +1,5 @@
 """OpenAI's batch endpoint, and addresses as Azure and gateways have them, on a real server."""
 
-import email
-import email.policy
 import json
 import os
 import re
@@ -10,15 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from batch_server import Server
 from reply_files import accepted
 
 from refine_fast.errors import RefineFastError, RefineFastWarning
@@ -35,131 +33,6 @@ from refine_fast.pipeline.queries.llm.coverage import spread
 from refine_fast.pipeline.queries.llm.trial import try_models
 
 KEY = "sk-secret-of-the-test"
-
-
-class Server(ThreadingHTTPServer):
-    """What /files, /batches and /chat/completions hold; the path before "/v1" is any."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, str] = {}
-        self.batches: dict[str, dict[str, Any]] = {}
-        self.asked: Counter[str] = Counter()
-        self.headers: list[dict[str, str]] = []
-        self.paths: list[str] = []
-        self.finished = True
-        self.status = "completed"
-        self.drop_created = False
-        self.wrong: set[str] = set()
-        """Passages whose requests fail."""
-        self.has_batches = True
-        self.most = 10**9
-        """Requests of a batch that may be queued."""
-
-    @property
-    def root(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def answer(self, body: Any, status: int = 200) -> None:
-        data = (body if isinstance(body, str) else json.dumps(body)).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        server, path = self.server, urlsplit(self.path).path
-        if path.endswith("/content"):
-            content = server.files.get(path.split("/")[-2])
-            return self.answer(content or {"error": {"message": "gone"}}, 200 if content else 404)
-        if path.endswith("/batches"):
-            return self.answer({"object": "list", "data": list(server.batches.values())})
-        batch = server.batches.get(path.split("/")[-1])
-        if batch is None:
-            return self.answer({"error": {"message": "no such batch"}}, 404)
-        if server.files[batch["input_file_id"]].count("\n") > server.most:
-            error = {"code": "token_limit_exceeded", "message": "Enqueued token limit reached"}
-            batch |= {"status": "failed", "errors": {"data": [error]}}
-        if server.finished and batch["status"] == "in_progress":
-            batch["status"] = server.status
-            if server.status == "completed":
-                self.run(batch)
-        return self.answer(batch)
-
-    def run(self, batch: dict[str, Any]) -> None:
-        replies, errors = [], []
-        for line in map(json.loads, self.server.files[batch["input_file_id"]].splitlines()):
-            status, body = self.complete(line["body"])
-            entry = {
-                "custom_id": line["custom_id"],
-                "response": {"status_code": status, "body": body},
-            }
-            (replies if status == 200 else errors).append(json.dumps(entry))
-        for name, lines in (("output", replies), ("error", errors)):
-            if lines:
-                batch[f"{name}_file_id"] = f"{name}-{batch['id']}"
-                self.server.files[f"{name}-{batch['id']}"] = "\n".join(lines) + "\n"
-
-    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        passage = body["messages"][-1]["content"].partition("Passage: ")[2].partition("\n")[0]
-        self.server.asked[passage] += 1
-        if any(text in body["messages"][-1]["content"] for text in self.server.wrong):
-            return 400, {"error": {"message": "content filter"}}
-        text = json.dumps({"queries": [{"kind": "question", "text": f"What is {passage[:30]}?"}]})
-        if "\nQueries:" in body["messages"][-1]["content"]:
-            text = '{"answerable": [1]}'
-        if "\nGrades:" in body["messages"][-1]["content"]:
-            text = "1: 3\n2: 0"
-        choice = {"index": 0, "finish_reason": "stop"}
-        choice["message"] = {"role": "assistant", "content": text}
-        usage = {"prompt_tokens": 20 if "answerable" in text else 100, "completion_tokens": 20}
-        return 200, {"id": "c", "object": "chat.completion", "created": 0,
-                     "model": body["model"], "choices": [choice], "usage": usage}  # fmt: skip
-
-    def do_POST(self) -> None:
-        server = self.server
-        server.headers.append(dict(self.headers))
-        server.paths.append(self.path)
-        data = self.rfile.read(int(self.headers["Content-Length"]))
-        path = urlsplit(self.path).path
-        if path.endswith("/chat/completions"):
-            status, body = self.complete(json.loads(data))
-            return self.answer(body, status)
-        if not server.has_batches:
-            return self.answer({"error": {"message": "no such page"}}, 404)
-        if path.endswith("/files"):
-            head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-            message = email.message_from_bytes(head + data, policy=email.policy.HTTP)
-            parts = {
-                part.get_param("name", header="content-disposition"): part
-                for part in message.iter_parts()
-            }
-            id = f"file-{len(server.files)}"
-            server.files[id] = parts["file"].get_payload(decode=True).decode()
-            file = {"id": id, "object": "file", "bytes": 1, "created_at": 0, "filename": "f"}
-            return self.answer({**file, "purpose": "batch", "status": "processed"})
-        asked = json.loads(data)
-        id = f"batch-{len(server.batches)}"
-        server.batches[id] = {
-            "id": id, "object": "batch", "status": "in_progress", "created_at": 0, **asked,
-            "errors": {"data": [{"message": "the file is no JSONL"}]},
-        }  # fmt: skip
-        if server.drop_created:
-            server.drop_created = False
-            self.close_connection = True
-            return None
-        return self.answer(server.batches[id])
 
 
 @pytest.fixture
@@ -387,6 +260,31 @@ def test_requests_that_fail_are_asked_again_by_the_next_start(
     server.wrong = set()
     _, account = generate_queries(chunks, settings(url), store)
     assert account.replied == len(chunks)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda line: line[:-20],
+        lambda line: "[1]",
+        lambda line: "{}",
+        lambda line: line.replace(re.search(r'"body": (.*)}}', line)[1], '"busy"'),
+        lambda line: line.replace(re.search(r'"body": (.*)}}', line)[1], "{}"),
+        lambda line: line.replace(re.search(r'"response": (.*)}', line)[1], "null"),
+    ],
+)
+def test_a_damaged_line_is_a_request_without_a_reply(
+    server: Server, chunks: list[Chunk], tmp_path: Path, spoil: Callable[[str], str]
+) -> None:
+    """The next start asks it again."""
+    store, batched, places = tmp_path / "replies.jsonl", settings(server.root + "/v1"), count()
+    server.spoil = lambda line: line if next(places) else spoil(line)
+    _, account = generate_queries(chunks, batched, store)
+    assert account.replied == len(chunks) - 1
+    server.spoil = str
+    _, account = generate_queries(chunks, batched, store)
+    assert account.replied == len(chunks)
+    assert server.asked.total() == len(chunks) + 1
 
 
 def test_what_an_open_batch_lacks_is_asked_again_and_counts_once(

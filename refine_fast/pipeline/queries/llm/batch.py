@@ -220,8 +220,7 @@ class Batches:
             for file in filter(None, (batch.output_file_id, batch.error_file_id)):
                 content = await self._call(partial(self._backend.client.files.content, file))
                 for line in content.text.split("\n"):  # a reply may hold U+2028
-                    if line.strip():
-                        await self._store_line(json.loads(line), sent, left)
+                    await self._store_line(_line_read(line), sent, left)
         except Failure as failure:
             if failure.status != 404:
                 raise
@@ -262,13 +261,13 @@ class Batches:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _store_line(self, line: dict[str, Any], sent: _Sent, left: dict[str, str]) -> None:
-        key = line["custom_id"]
+        key = str(line.get("custom_id"))
         chunk = left.pop(key, None)
         if chunk is None:
             return
         request = Sent(key, chunk, sent.model)
-        response = line.get("response") or {}
-        body = response.get("body") or {}
+        response = _fields(line.get("response"))
+        body = _fields(response.get("body"))
         used = (0, 0)
         if response.get("status_code") == 200:
             try:
@@ -375,6 +374,19 @@ def _line(request: Request, backend: HttpBackend) -> bytes:
     fields, extra = backend.forms[request.model].fields(request)
     line = {"custom_id": request.key, "method": "POST", "url": ENDPOINT, "body": fields | extra}
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def _line_read(line: str) -> dict[str, Any]:
+    """A line of a batch's results; empty where it is cut: its request has no reply then."""
+    try:
+        return _fields(json.loads(line))
+    except ValueError:
+        return {}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """What should be an object, but may be null or a text."""
+    return value if isinstance(value, dict) else {}
 
 
 def _failed(
