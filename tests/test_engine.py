@@ -5,10 +5,8 @@ The stages here are tiny; test_run.py kills real ones.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -99,79 +97,6 @@ def test_a_finished_stage_needs_no_redoing(tmp_path: Path, source: Path) -> None
         assert (tmp_path / "run" / "upper.txt").read_text() == "ONE"
         assert run.reasons(copy_upper(source)) == []
     assert not (tmp_path / "run" / ".work" / "upper").exists()
-
-
-def test_what_a_stage_no_longer_writes_goes(tmp_path: Path, source: Path) -> None:
-    """Beside what it writes now, it would be taken for a part of that. Another stage's stays."""
-
-    def stage(name: str, *outputs: str) -> Stage:
-        def work(to: Path) -> None:
-            for output in outputs:
-                (to / output).parent.mkdir(exist_ok=True)
-                (to / output).write_text(name)
-
-        return Stage(name, tuple(output.split("/")[0] for output in outputs), work)
-
-    with RunFolder(tmp_path / "run") as run:
-        run.do(stage("train", "tuned/weights", "adapter/weights", "facts", "moved"))
-        run.do(stage("other", "moved"))
-        run.do(stage("train", "tuned/weights"))
-    found = {path.name for path in (tmp_path / "run").iterdir() if path.name[0] != "."}
-    assert found == {"tuned", "moved", "manifest.json"}
-
-
-def test_what_is_of_no_stage_any_more_goes(tmp_path: Path) -> None:
-    """Also what a stop has left of it; not what somebody added to it or changed."""
-
-    def stage(name: str, *outputs: str) -> Stage:
-        def work(to: Path) -> None:
-            for output in outputs:
-                (to / output).mkdir(parents=True)
-                (to / output / "weights").write_text(name)
-
-        return Stage(name, outputs, work)
-
-    out = tmp_path / "run"
-    for own in (None, "distill/0.5/tuned/notes.txt", "distill/0.5/notes.txt", "sentences/weights"):
-        with RunFolder(out) as run:
-            run.do(train := stage("train", "tuned", "curve"))
-            run.do(stage("curve", "curve"))
-            run.do(stage("sentences", "sentences"))
-            run.do(stage("train 0.5", "distill/0.5/tuned"))
-            with pytest.raises(ZeroDivisionError):
-                run.do(Stage("teach", (), lambda folder: 1 / 0))
-            if own is not None:
-                (out / own).write_text("mine")
-            run.keep_only([train])
-        assert list(json.loads((out / "manifest.json").read_text())) == ["train"]
-        assert not list((out / ".work").iterdir())
-        found = {str(path.relative_to(out)) for path in out.rglob("[!.]*") if path.is_file()}
-        expected = {"tuned/weights", "curve/weights", "manifest.json", *filter(None, [own])}
-        if own == "distill/0.5/tuned/notes.txt":
-            expected.add("distill/0.5/tuned/weights")
-        assert found == expected
-        assert (out / "distill").exists() == ("distill" in str(own))
-        shutil.rmtree(out)
-
-
-def test_a_kill_while_that_is_removed_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
-    def killed(path: Path) -> None:
-        (path / "weights").unlink()
-        raise KeyboardInterrupt
-
-    def work(to: Path) -> None:
-        (to / "tuned").mkdir()
-        for name in ("config", "weights"):
-            (to / "tuned" / name).touch()
-
-    with RunFolder(tmp_path / "run") as run:
-        run.do(Stage("train", ("tuned",), work))
-        monkeypatch.setattr(engine, "_remove", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run.keep_only([])
-        monkeypatch.undo()
-        run.keep_only([])
-    assert not list((tmp_path / "run").rglob("config"))
 
 
 @pytest.mark.parametrize(

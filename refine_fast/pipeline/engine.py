@@ -178,24 +178,31 @@ class RunFolder:
         beside a new report it would be taken for a part of that. What has changed since is
         somebody's own, and stays."""
         names = {stage.name for stage in stages}
-        kept = {name for stage in stages for name in stage.outputs}
-        for folder in self.work.iterdir() if self.work.is_dir() else ():
-            if folder.name not in names:
-                shutil.rmtree(folder)  # of a stage that was stopped
+        self.work.mkdir(exist_ok=True)
+        for left in self.work.iterdir():
+            if left.name not in names:
+                _remove(left)  # of a stage that was stopped
         manifest = self._manifest()
-        gone = [record for name, record in manifest.items() if name not in names]
-        for name, digest in (item for record in gone for item in record["outputs"].items()):
+        remaining = {name: record for name, record in manifest.items() if name in names}
+        if remaining != manifest:
+            kept = {name for stage in stages for name in stage.outputs}
+            for name in manifest.keys() - names:
+                self._discard(manifest[name]["outputs"], kept)
+            write_json(self.path / "manifest.json", remaining)
+
+    def _discard(self, outputs: Mapping[str, str], kept: Collection[str]) -> None:
+        """Removes those outputs that are not ``kept`` and have not changed, and the folders that
+        are empty then."""
+        for name, digest in outputs.items():
             path = self.path / name
             if name not in kept and self._digest(path) == digest:
                 removed = self.work / "removed"  # whole, or what a kill left would look changed
+                _remove(removed)
                 os.replace(path, removed)
                 _remove(removed)
                 for parent in path.relative_to(self.path).parents[:-1]:
                     with suppress(OSError):  # not empty
                         (self.path / parent).rmdir()
-        if gone:
-            remaining = {name: record for name, record in manifest.items() if name in names}
-            write_json(self.path / "manifest.json", remaining)
 
     def _publishable(self, folder: Path, record: dict[str, Any] | None) -> bool:
         """Whether each output of a finished stage is in its folder or in place already. One may be
@@ -212,15 +219,14 @@ class RunFolder:
                 *stage.outputs,
                 *(name for other in manifest.values() for name in other["outputs"]),
             }
-            for name in before["outputs"].keys() - kept:
-                _remove(self.path / name)  # such as the adapter of an earlier training
+            self._discard(before["outputs"], kept)  # such as the adapter of an earlier training
             write_json(self.path / "manifest.json", manifest)
         for name in stage.outputs:
             if (folder / name).exists():  # otherwise a killed run has moved it already
                 target = self.path / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.is_dir():
-                    shutil.rmtree(target)
+                    _remove(target)
                 os.replace(folder / name, target)
         write_json(self.path / "manifest.json", {**manifest, stage.name: record})
         shutil.rmtree(folder)
@@ -272,7 +278,8 @@ class RunFolder:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    """Removes a file, a folder or a link, if it is there; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
