@@ -59,3 +59,22 @@ def test_a_run_that_is_up_to_date_tries_nothing(
     assert len(tried) == 1
     assert main([*command, "--quiet", "--queries-per-chunk", "3"]) == 0
     assert len(tried) == 2
+
+
+def test_what_no_run_wrote_is_not_replaced(docs: Path, tiny: Path, tmp_path: Path, capsys) -> None:
+    """Such as queries that lie where the run is to be; what a run wrote is replaced by the next."""
+    own = tmp_path / "run" / "queries.jsonl"
+    own.parent.mkdir()
+    own.write_text("mine")
+    flags = [str(docs), "--out", str(own.parent), "--model", str(tiny), "--quiet"]
+    for command in (["plan", *flags], ["run", *flags], ["queries", *flags]):
+        assert main(command) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: out: {own} is not of a run, and this one would replace it;")
+    assert own.read_text() == "mine"
+    assert not (own.parent / "config.yaml").exists()
+    own.rename(tmp_path / "mine.jsonl")
+    for lost in ("config.yaml", "manifest.json"):
+        assert main(["queries", *flags]) == 0
+        (own.parent / lost).unlink()
+    assert main(["queries", *flags]) == 0

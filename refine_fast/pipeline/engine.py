@@ -173,6 +173,18 @@ class RunFolder:
         self._publish(stage, folder, record)
         return record["seconds"]
 
+    def refuse_others(self, stages: Iterable[Stage]) -> None:
+        """Raises RefineFastError if no run has begun in the folder and something there has the name
+        of an output, which would replace it."""
+        if self.work.exists() or (self.path / "manifest.json").exists():
+            return
+        for name in (name for stage in stages for name in stage.outputs):
+            if os.path.lexists(self.path / name):
+                raise RefineFastError(
+                    f"out: {self.path / name} is not of a run, and this one would replace it; "
+                    "move it, or give another --out."
+                )
+
     def keep_only(self, stages: Collection[Stage]) -> None:
         """Removes what stages that are not among ``stages``, all those of a run, have written:
         beside a new report it would be taken for a part of that. What has changed since is

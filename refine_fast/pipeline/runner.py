@@ -65,6 +65,7 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
         stages = list(run_stages(context))
         if until not in (names := [stage.name for stage in stages]):
             raise ValueError(f"until must be one of {', '.join(names)} (got {until!r})")
+        folder.refuse_others(stages)
         with atomic(config.out / "config.yaml") as temporary:
             temporary.write_text(config.to_yaml(), encoding="utf-8")
         tried = False

@@ -105,6 +105,7 @@ def plan(config: RunConfig) -> Plan:
     options = config.encoder_options()
     encoder = prepare_encoder(encoder_folder(config.model), options)
     context = RunContext(config, encoder, Console(quiet=True), options)
+    RunFolder(context.out).refuse_others(run_stages(context))
     parameters = Trained(config.lora, config.train_layers)
     model = try_encoder(encoder, trust_remote_code=context.trust_remote_code, trained=parameters)
     if settings := config.llm_settings():
