@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def load_config(
     filled_in = {**_still_filled_in(file, asked, flags), **(defaults or {})}
     given = {**{name: value for name, value in file.items() if name in asked}, **flags}
     saved = Path(flags.get("out", "")).expanduser() / "config.yaml"
+    earlier: set[str] = set()
     if "out" in flags and "docs" not in {**file, **flags} and saved.is_file():
         before, named = _read_yaml(saved)
         if not before:
@@ -54,12 +56,28 @@ def load_config(
             before, named = {"docs": before.get("docs")}, {"docs"}
         named = (named or set()) - filled_in.keys()
         filled_in = {**_still_filled_in(before, named, flags), **filled_in}
+        earlier = named - given.keys()
         asked |= named
     if "epochs" in given and "max_steps" not in asked:
         filled_in.pop("max_steps", None)
-    config = RunConfig(**{**filled_in, **given})
+    try:
+        config = RunConfig(**{**filled_in, **given})
+    except RefineFastError as error:
+        named = {name for name in earlier - {"docs"} if _is_about(str(error), name)}
+        if not named:
+            raise
+        raise RefineFastError(
+            f"{error} An earlier start was given {', '.join(sorted(named))}: give it anew, or "
+            f"delete its line in {saved}."
+        ) from None
     config.model_fields_set.intersection_update(asked)
     return config
+
+
+def _is_about(message: str, name: str) -> bool:
+    """Whether a refusal begins with the name of a field, or has its flag."""
+    flag = f"--{name.replace('_', '-')}"
+    return re.search(rf"^{name}:|{flag}(?![\w-])", message) is not None
 
 
 def _still_filled_in(
