@@ -57,10 +57,10 @@ def test_choose_weight(
         ((0.50, 0.60, 0.605, 0.61), 0.35),  # 1.0 is not shown to be better than any
         ((0.50, 0.58, 0.605, 0.61), 0.5),  # but than 0.35
         ((0.50, 0.505, 0.50, 0.52), 1.0),  # which must be better than 0 as well
-        ((0.50, 0.60, 0.55, 0.605), 0.35),
+        ((0.50, 0.60, 0.55, 0.605), 1.0),  # 0.5, in between, is worse
     ],
 )
-def test_the_smallest_weight_that_is_not_worse_is_chosen(
+def test_the_smallest_weight_down_to_which_none_is_worse_is_chosen(
     dev: tuple[float, ...], weight: float
 ) -> None:
     """The interval of a difference reaches .014 beyond it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 from .scores import Scores
 from .significance import FEWEST, Gain, gain
@@ -82,10 +83,10 @@ def choose_weight(
     most: float = 1.0,
 ) -> Choice:
     """Among the weights that are better on ``dev``, the 95% interval of the gain lying above 0, and
-    lose at most ``tolerance`` on ``guard``: the smallest that is not shown to be worse on ``dev``
-    than the best of them. More of the base is kept where few queries cannot tell two weights apart
-    (as the one-standard-error rule prefers the simpler model: Breiman et al., Classification and
-    Regression Trees, 1984, section 3.4.3).
+    lose at most ``tolerance`` on ``guard``: the best one, or the smallest below it down to which
+    none is shown to be worse on ``dev``. More of the base is kept where few queries cannot tell two
+    weights apart (as the one-standard-error rule prefers the simpler model: Breiman et al.,
+    Classification and Regression Trees, 1984, section 3.4.3).
 
     The base is kept (weight 0) where there is none: a model that is not shown to be better is not
     worth deploying.
@@ -110,7 +111,9 @@ def choose_weight(
     both = [weight for weight in better if weight in allowed]
     best = max(both or better or allowed or weights, key=lambda w: dev[w].metrics[METRIC])
     if both:
-        best = min(w for w in both if w == best or _gain(dev, w, best).low <= 0)
+        below = [weight for weight in reversed(both) if weight < best]
+        as_good = takewhile(lambda weight: _gain(dev, weight, best).low <= 0, below)
+        best = min([best, *as_good])
     refused = None if both else FORGETS if better else NOT_BETTER
     return Choice(0.0 if refused else best, best, gains[best], _gain(guard, 0, best), refused)
 
