@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .errors import RefineFastError
 
 
 @contextmanager
@@ -35,30 +38,66 @@ def atomic(path: Path, writer: str = "") -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """``atomic`` for a folder: yields an empty one next to ``path``, or to what it links to, which
-    then replaces it. A kill leaves the old one or the new one; between the two renames it leaves
-    the old one under the name ``.NAME.old``, and the next call puts that back first."""
+    """``atomic`` for a folder: yields an empty one on the same disk as ``path``, or as what it
+    links to, which then replaces it. A kill leaves the old one or the new one; between the two
+    renames it leaves the old one in ``.NAME.tmp``, and the next call puts that back first.
+
+    Raises:
+        RefineFastError: another process is writing it.
+    """
     path = Path(os.path.realpath(path))
-    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
+    temporary = path.with_name(f".{path.name}.tmp")
+    content, old = temporary / "content", temporary / "old"
 
     def restore() -> None:
-        if old.exists() and not path.exists():
+        # without content the new one was in place once, and the old one may be deleted in part
+        if old.exists() and content.exists() and not path.exists():
             os.rename(old, path)
 
-    restore()
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    lock = lock_folder(temporary, path)
     try:
-        yield temporary
-        fsync_all(temporary)
-        if path.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
         restore()
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (content, old):
+            shutil.rmtree(left, ignore_errors=True)
+        content.mkdir()
+        try:
+            yield content
+            fsync_all(content)
+            if path.is_dir():
+                os.rename(path, old)
+            os.replace(content, path)
+        finally:
+            restore()
+            shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def lock_folder(folder: Path, result: Path) -> int:
+    """Makes a folder in which ``result`` is written and locks it, until the descriptor that it
+    returns is closed.
+
+    Raises:
+        RefineFastError: another process, or another call in this one, holds the lock.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        # who holds it may end, which removes the folder, between any two of these steps
+        with suppress(FileNotFoundError), ExitStack() as stack:
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RefineFastError(
+                    f"{result} is being written by another process: wait for it, or give another"
+                    " output"
+                ) from None
+            except OSError:
+                pass  # the file system has no locks of folders, such as NFS
+            if os.path.samestat(os.fstat(lock), os.stat(folder)):
+                stack.pop_all()
+                return lock
 
 
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)

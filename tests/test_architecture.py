@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import those of a lower layer only.
 LAYERS = [
-    {"errors", "files", "_core", "_cuda", "reference", "workspace"},
+    {"errors"},
+    {"files", "_core", "_cuda", "reference", "workspace"},
     {"_native", "profiling", "collectives"},
     {"triton_kernels"},
     {"ops"},

@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from refine_fast.errors import RefineFastError
-from refine_fast.files import atomic, atomic_folder
 from refine_fast.pipeline import engine
 from refine_fast.pipeline.artifacts import stage_costs
 from refine_fast.pipeline.cluster.shards import FolderShards
@@ -380,66 +379,6 @@ def test_two_writers_of_one_shard(tmp_path: Path) -> None:
         assert path is not None
         assert path.read_text() == "same"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["000000", "000000.json"]
-
-
-@pytest.mark.parametrize("killed", [True, False])
-def test_a_stopped_replacement_of_a_folder_keeps_the_old_one(
-    killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between its two renames: the process is gone, or an error leaves it."""
-    folder = tmp_path / "folder"
-
-    def write(text: str) -> None:
-        with atomic_folder(folder) as temporary:
-            (temporary / "file").write_text(text)
-
-    def fails(*_: object) -> None:
-        raise OSError("stopped")
-
-    write("old")
-    if killed:
-        if (child := os.fork()) == 0:
-            os.replace = lambda *_: os._exit(9)  # type: ignore[assignment]
-            write("new")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-        assert not folder.exists()
-        with pytest.raises(KeyError), atomic_folder(folder):
-            raise KeyError
-    else:
-        monkeypatch.setattr("os.replace", fails)
-        with pytest.raises(OSError, match="stopped"):
-            write("new")
-        monkeypatch.undo()
-    assert {path.name: path.read_text() for path in folder.iterdir()} == {"file": "old"}
-    for text in ("new", "newer"):
-        write(text)
-        assert (folder / "file").read_text() == text
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-
-def test_a_folder_is_replaced_where_its_link_points(tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to("disk")
-    for text in ("old", "new"):
-        with atomic_folder(tmp_path / "link") as temporary:
-            (temporary / "file").write_text(text)
-    assert (tmp_path / "disk" / "file").read_text() == "new"
-    assert (tmp_path / "link").is_symlink()
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_atomic_leaves_nothing_behind(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("old")
-
-    def write_half() -> None:
-        with atomic(tmp_path / "file") as temporary:
-            temporary.write_text("half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        write_half()
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "old"
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b'{"chunk": {'])

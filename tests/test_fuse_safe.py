@@ -203,7 +203,7 @@ def test_two_merges_to_one_output(tmp_path: Path) -> None:
     base, tuned = save_model(tmp_path / "base", 0), save_model(tmp_path / "tuned", 1)
 
     def second(done: int, total: int) -> None:
-        with pytest.raises(RefineFastError, match="another merge is writing"):
+        with pytest.raises(RefineFastError, match="is being written by another process"):
             rf.fuse(base, tuned, tmp_path / "out")
 
     rf.fuse(base, tuned, tmp_path / "out", progress=second)
@@ -222,9 +222,18 @@ def test_a_lock_of_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(fcntl, "flock", late)
     with output:
         assert output.content.is_dir()
-        with pytest.raises(RefineFastError, match="another merge is writing"):
+        with pytest.raises(RefineFastError, match="is being written by another process"):
             output.__enter__()
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_an_old_output_that_was_deleted_in_part_does_not_come_back(tmp_path: Path) -> None:
+    """A merge was killed while it deleted what it had replaced; the user deleted the new output."""
+    output = atomic_output.AtomicOutput(tmp_path / "out", "", is_folder=True, overwrite=False)
+    (output.folder / "replaced").mkdir(parents=True)
+    with output:
+        assert not (tmp_path / "out").exists()
+        assert not (output.folder / "replaced").exists()
 
 
 def test_a_folder_that_cannot_be_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ of the same inputs resumes from ``state.json``; after a later kill the new one i
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 
 from .. import _core
 from ..errors import RefineFastError
-from ..files import atomic, fsync
+from ..files import atomic, fsync, lock_folder
 
 
 def is_taken(path: Path) -> bool:
@@ -33,7 +32,7 @@ class AtomicOutput:
     whether it has; ``state`` is what an earlier, killed run of the same ``plan`` had finished.
 
     Raises:
-        RefineFastError: another merge is writing ``final``.
+        RefineFastError: another process is writing ``final``.
     """
 
     def __init__(self, final: Path, plan: str, *, is_folder: bool, overwrite: bool) -> None:
@@ -48,7 +47,7 @@ class AtomicOutput:
 
     def __enter__(self) -> AtomicOutput:
         self._made = [parent for parent in self.folder.parents if not parent.exists()]
-        self._lock = self._locked()
+        self._lock = lock_folder(self.folder, self.final)
         with ExitStack() as stack:
             stack.callback(os.close, self._lock)
             self._restore()
@@ -61,25 +60,6 @@ class AtomicOutput:
             stack.pop_all()
         return self
 
-    def _locked(self) -> int:
-        """Makes the folder and locks it through the descriptor that it returns."""
-        while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # another merge may end, which removes the folder, between any two of these steps
-            with suppress(FileNotFoundError), ExitStack() as stack:
-                lock = os.open(self.folder, os.O_RDONLY)
-                stack.callback(os.close, lock)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise RefineFastError(
-                        f"another merge is writing {self.final}: wait for it, or give another"
-                        " output"
-                    ) from None
-                if os.path.samestat(os.fstat(lock), os.stat(self.folder)):
-                    stack.pop_all()
-                    return lock
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._restore()
@@ -91,7 +71,8 @@ class AtomicOutput:
 
     def _restore(self) -> None:
         """Puts the old output back if publish was stopped between its two renames."""
-        if self._replaced.exists() and not self.final.exists():
+        # without content the new one was in place once, and the old one may be deleted in part
+        if self._replaced.exists() and self.content.exists() and not self.final.exists():
             self._replaced.rename(self.final)
 
     def _read_state(self) -> dict[str, Any]:
