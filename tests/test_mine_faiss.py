@@ -95,3 +95,48 @@ def test_errors(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
         approximate_band_topk(
             faiss.IndexHNSWFlat(32, 8, faiss.METRIC_INNER_PRODUCT), queries, docs, 7, probes=1
         )
+    index = build_index(docs, lists=40)
+    for change, error, message in [
+        ({"probes": 0}, RefineFastError, r"probes must be an integer >= 1 \(got 0\)"),
+        (
+            {"docs": docs[:4000]},
+            RefineFastError,
+            r"5000 vectors of 32 numbers, but docs have shape \(4000, 32\); give the index of",
+        ),
+        ({"docs": docs.double()}, TypeError, r"docs must be float32, .* \(got torch.float64\)"),
+        ({"queries": queries[:, :8]}, ValueError, "queries have 8 columns and docs 32"),
+        ({"queries": queries[0]}, ValueError, "queries must have two dimensions"),
+        ({"ceiling": torch.ones(200)}, ValueError, "one value for each of the 150 queries"),
+        # of queries that are not searched exactly too
+        ({"exclude": [*[[]] * 149, [5000]]}, ValueError, "query 149 names document 5000"),
+        (
+            {"queries": torch.cat([queries[:3], queries[:1] * torch.nan])},
+            ValueError,
+            "row 3 of queries holds NaN",
+        ),
+        (
+            {"index": faiss.IndexIVFFlat(faiss.IndexFlatL2(32), 32, 4)},
+            RefineFastError,
+            "IndexIVFFlat; give one with inverted lists by inner product",
+        ),
+    ]:
+        given = {"index": index, "queries": queries, "docs": docs, "k": 7, "probes": 1}
+        with pytest.raises(error, match=message):
+            approximate_band_topk(**{**given, "sample": 1, **change})
+
+
+def test_tensors_of_any_kind(clustered: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """In training, of 16 bits, negated views: the values as given are the truth."""
+    queries, docs = (x.bfloat16() for x in clustered)
+    gold = rf.band_topk(queries, docs, 7, band=(0.4, 0.6), skip=3)
+    for q, d in [
+        (queries, docs),
+        (queries.float(), docs.float().requires_grad_()),
+        (queries.float().requires_grad_(), docs),
+        (torch._neg_view(-queries), torch._neg_view(-docs)),
+    ]:
+        index = build_index(d, lists=40)
+        some = approximate_band_topk(index, q, d, 7, probes=40, band=(0.4, 0.6), skip=3)
+        assert some.recall == 1
+        assert torch.equal(some.found.ids, gold.ids)
+        assert torch.equal(some.found.in_band, gold.in_band)

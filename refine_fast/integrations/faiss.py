@@ -14,7 +14,7 @@ import torch
 
 from ..errors import RefineFastError
 from ..files import atomic
-from ..ops.band_inputs import Excluded
+from ..ops.band_inputs import Excluded, shape
 from ..ops.band_topk import BandTopK, band_topk
 
 CHUNK = 64
@@ -40,10 +40,11 @@ def build_index(docs: Any, *, lists: int | None = None, seed: int = 0) -> Any:
 
     Raises:
         RefineFastError: lists out of range.
+        ValueError: docs that do not have two dimensions.
     """
     import faiss
 
-    rows = np.ascontiguousarray(docs, dtype=np.float32)
+    rows = _in_float32(docs, "docs")
     index: Any = faiss.IndexFlatIP(rows.shape[1])
     if lists is not None:
         if not 1 <= lists <= len(rows):
@@ -89,30 +90,46 @@ def approximate_band_topk(
 
     Args:
         index: as from ``build_index(docs, lists=...)``.
-        queries: (B, D). docs: (N, D). Rows are taken as they are: unit vectors for a band of
-            cosines.
+        queries: (B, D), float32 after conversion. docs: (N, D), the rows of the index; a tensor or
+            an array as for ``band_topk``. Rows are taken as they are: unit vectors for a band of
+            cosines. What is on a GPU is copied to the CPU.
         probes: inverted lists to search per query.
         k, band, skip, exclude, ceiling, order: as for ``band_topk``.
         sample: how many queries, drawn with ``seed``, are also searched exactly, for ``recall``.
         seed: of the sample.
 
     Raises:
-        RefineFastError: an index without inverted lists.
+        RefineFastError: an index without inverted lists by inner product, or of other documents;
+            probes below 1.
+        ValueError, TypeError: as ``band_topk``.
     """
     import faiss
 
-    if not isinstance(index, faiss.IndexIVF):
+    if not isinstance(index, faiss.IndexIVF) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise RefineFastError(
-            f"index is a faiss {type(index).__name__}; give one with inverted lists, as from"
-            " build_index(docs, lists=...)"
+            f"index is a faiss {type(index).__name__}; give one with inverted lists by inner"
+            " product, as from build_index(docs, lists=...)"
         )
-    rows, texts = np.ascontiguousarray(queries, dtype=np.float32), np.asarray(docs)
+    if probes < 1:
+        raise RefineFastError(f"probes must be an integer >= 1 (got {probes})")
+    rows = _in_float32(queries, "queries")
+    texts = docs.detach().cpu() if isinstance(docs, torch.Tensor) else np.asarray(docs)
+    if shape(texts, "docs") != (index.ntotal, index.d):
+        raise RefineFastError(
+            f"index holds {index.ntotal} vectors of {index.d} numbers, but docs have shape"
+            f" {tuple(texts.shape)}; give the index of these docs"
+        )
     if ceiling is not None:
         ceiling = torch.as_tensor(ceiling, dtype=torch.float64, device="cpu")
+    # raises what a search of one query would say of its row 0
+    nothing = band_topk(rows, texts[:0], k, band=band, skip=skip, ceiling=ceiling, order=order)
     nearest = faiss.SearchParametersIVF()
     nearest.nprobe = probes
-    excluded = None if exclude is None else Excluded.of(exclude, len(rows))
-    parts = [band_topk(rows[:0], texts[:0], k, band=band)]
+    excluded = None
+    if exclude is not None:
+        excluded = Excluded.of(exclude, len(rows))
+        excluded.check(len(texts))
+    parts = [BandTopK(*(column[:0] for column in nothing))]
     for first in range(0, len(rows), CHUNK):
         chunk = rows[first : first + CHUNK]
         # a float32 score may fall just below an edge that the exact one reaches
@@ -159,3 +176,12 @@ def approximate_band_topk(
     )
     total = sum(map(len, wanted))
     return Approximate(found, hit / total if total else 1.0)
+
+
+def _in_float32(rows: Any, name: str) -> np.ndarray:
+    """(N, D) on the CPU, without a gradient: a tensor, or what numpy reads."""
+    if isinstance(rows, torch.Tensor):
+        rows = rows.detach().float().numpy(force=True)
+    found = np.ascontiguousarray(rows, dtype=np.float32)
+    shape(found, name)
+    return found
