@@ -84,7 +84,7 @@ def mine(
             groups=groups,
             search=search,
         )
-    elif isinstance(band, str):
+    elif np.shape(band) != (2,):
         raise ValueError(f'band must be two numbers or "auto" (got {band!r})')
     else:
         edges = band[0], band[1]

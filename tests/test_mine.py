@@ -169,8 +169,10 @@ def test_calibration_says_when_it_cannot(
         calibrate_band(queries, docs, positives, sample=0)
     with pytest.raises(ValueError, match=r"coverage must be a share from 0 to 1 \(got 90\)"):
         calibrate_band(queries, docs, positives, coverage=90)
-    with pytest.raises(ValueError, match=r'band must be two numbers or "auto" \(got \'fit\'\)'):
-        mine(queries, docs, positives, k=2, band="fit")  # type: ignore[arg-type]
+    for band in ("fit", 0.5, (0.1, 0.5, 0.7)):
+        with pytest.raises(ValueError, match='band must be two numbers or "auto"') as raised:
+            mine(queries, docs, positives, k=2, band=band)  # type: ignore[arg-type]
+        assert f"(got {band!r})" in str(raised.value)
     broken = queries.clone()
     broken[17, 3] = torch.nan
     with pytest.raises(ValueError, match="row 17 of queries holds NaN or Inf"):
