@@ -48,15 +48,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
     content, old = temporary / "content", temporary / "old"
-
-    def restore() -> None:
-        # without content the new one was in place once, and the old one may be deleted in part
-        if old.exists() and content.exists() and not path.exists():
-            os.rename(old, path)
-
     lock = lock_folder(temporary, path)
     try:
-        restore()
+        put_back(old, path, content)
         for left in (content, old):
             shutil.rmtree(left, ignore_errors=True)
         content.mkdir()
@@ -67,10 +61,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 os.rename(path, old)
             os.replace(content, path)
         finally:
-            restore()
+            put_back(old, path, content)
             shutil.rmtree(temporary, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def put_back(old: Path, path: Path, content: Path) -> None:
+    """Puts an old output back if its replacement by ``content`` was stopped between two renames."""
+    # without content the new one was in place once, and the old one may be deleted in part
+    if old.exists() and content.exists() and not path.exists():
+        os.rename(old, path)
 
 
 def lock_folder(folder: Path, result: Path) -> int:

@@ -240,10 +240,10 @@ def test_a_folder_that_cannot_be_cleared(tmp_path: Path, monkeypatch: pytest.Mon
     """Its lock ends with the merge that fails."""
     output = atomic_output.AtomicOutput(tmp_path / "out", "", is_folder=True, overwrite=False)
 
-    def fail() -> None:
+    def fail(*_: Path) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(output, "_restore", fail)
+    monkeypatch.setattr(atomic_output, "put_back", fail)
     with pytest.raises(PermissionError):
         output.__enter__()
     monkeypatch.undo()

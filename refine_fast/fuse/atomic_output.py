@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import _core
 from ..errors import RefineFastError
-from ..files import atomic, fsync, lock_folder
+from ..files import atomic, fsync, lock_folder, put_back
 
 
 def is_taken(path: Path) -> bool:
@@ -50,7 +50,7 @@ class AtomicOutput:
         self._lock = lock_folder(self.folder, self.final)
         with ExitStack() as stack:
             stack.callback(os.close, self._lock)
-            self._restore()
+            put_back(self._replaced, self.final, self.content)
             self.state = self._read_state()
             if not self.state:
                 for path in self.folder.iterdir():
@@ -62,18 +62,12 @@ class AtomicOutput:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._restore()
+            put_back(self._replaced, self.final, self.content)
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):
                 for parent in self._made:
                     parent.rmdir()
         os.close(self._lock)
-
-    def _restore(self) -> None:
-        """Puts the old output back if publish was stopped between its two renames."""
-        # without content the new one was in place once, and the old one may be deleted in part
-        if self._replaced.exists() and self.content.exists() and not self.final.exists():
-            self._replaced.rename(self.final)
 
     def _read_state(self) -> dict[str, Any]:
         try:
