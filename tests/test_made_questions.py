@@ -66,7 +66,17 @@ from refine_fast.pipeline.queries.synthetic import synthesize_queries
         (
             "Prime numbers are also used for hash tables and pseudorandom number generators.",
             "subject",
-            "What is also used for hash tables and pseudorandom number generators?",
+            "What is used for hash tables and pseudorandom number generators?",
+        ),
+        (
+            "The lock, however, was closed by Arrol in 1908.",
+            "when",
+            "When was the lock closed by Arrol?",
+        ),
+        (
+            "Twelve actors have headlined the series as the Doctor.",
+            "subject",
+            "How many actors have headlined the series as the Doctor?",
         ),
         (
             "Nikola Tesla died alone in the New Yorker Hotel.",
@@ -188,6 +198,38 @@ def test_a_shared_title_is_joined_by_a_term_that_it_does_not_hold() -> None:
         _, _, term = query.text.partition("Ports of the coast ")
         assert term
         assert not set(term.split()) & {"ports", "coast"}
+
+
+def test_a_collection_of_a_few_passages_has_spans() -> None:
+    """Few words in it are rare."""
+    made = synthesize_queries([port(i) for i in range(3)], seed=0, per_chunk=2, kinds=("span",))
+    assert {query.chunk_id for query in made} == {"c0", "c1", "c2"}
+    copies = [port(0), replace(port(0), id="c1")]
+    made = synthesize_queries(copies, seed=0, per_chunk=2, kinds=("span",))
+    assert [query.chunk_id for query in made] == ["c0", "c1"]
+
+
+def test_spans_tell_their_passage_from_the_others() -> None:
+    """No words of the title that it shares with them, no singular beside its plural, no numbers
+    in pieces, and not only words that the others have too."""
+    text = (
+        "Ports hang their cargo on an N{i}crane. N{i}cranes of one port weigh 1{i:02},500.5 tons."
+    )
+    chunks = [port(i, (text,)) for i in range(40)]
+    spans = [
+        query
+        for query in synthesize_queries(chunks, seed=0, per_chunk=4, kinds=("span",))
+        if query.kind == "span"
+    ]
+    assert len(spans) > len(chunks)
+    rarity = Rarity([chunk.text for chunk in chunks])
+    for query in spans:
+        passage = chunks[int(query.chunk_id[1:])].text
+        words = query.text.removeprefix("Ports of the coast: ").split()
+        assert rarity.is_specific(query.text, passage)
+        assert not {"port", "ports"} & set(words)
+        assert len({word.removesuffix("s") for word in words}) == len(words)
+        assert set(words) <= {word.strip(".") for word in passage.lower().split()}
 
 
 @pytest.mark.parametrize(

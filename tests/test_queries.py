@@ -99,8 +99,12 @@ TWO_SENTENCES = {
 def test_every_language_gets_sentences_and_whole_terms(language: str) -> None:
     sentences = [sentence.strip() for sentence in TWO_SENTENCES[language]]
     text = "".join(TWO_SENTENCES[language])
-    chunks = [Chunk(f"c{i}", text, "", f"c{i}", 0, len(text)) for i in range(8)]
-    queries = synthesize_queries(chunks, seed=0, per_chunk=4, kinds=SEARCHED)
+    others = ["".join(pair) for name, pair in TWO_SENTENCES.items() if name != language]
+    chunks = [
+        Chunk(f"c{i}", text, "", f"c{i}", 0, len(text)) for i, text in enumerate([text, *others])
+    ]
+    made = synthesize_queries(chunks, seed=0, per_chunk=4, kinds=SEARCHED)
+    queries = [query for query in made if query.chunk_id == "c0"]
     assert {query.text for query in queries if query.kind == "cloze"} == set(sentences)
     spans = {query.text for query in queries if query.kind == "span"}
     assert spans

@@ -50,6 +50,11 @@ _CONNECTIVE = regex.compile(
     r"For example|For instance|As a result|On the other hand|On the contrary|At present|"
     r"Of course|And|But|So|Yet)(?:,\s*|\s+(?=[a-z]))"
 )
+_POINTING_BACK = regex.compile(
+    r"(?:,\s(?P<word>also|consequently|however|likewise|moreover|nevertheless|nonetheless|similarly|"
+    r"therefore|thus),|\s(?&word)(?!\w))"
+)
+"""An adverb that joins the sentence to the one before, of which a question knows nothing."""
 _QUOTES = regex.compile(r"[\"“”„«»`]|(?<!\w)['‘*]+(?=\w)|(?<=\w)['’*]+(?!\w)")
 _ASIDE = regex.compile(r"\s*(?:\([^()]*\)|\[[^\[\]]*\])")
 _MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
@@ -130,7 +135,8 @@ def main_clause(sentence: str) -> Clause | None:
 
     A date or place before it ("In 1908, ...") is put at its end.
     """
-    text = _CONNECTIVE.sub("", _ASIDE.sub("", _QUOTES.sub("", sentence)).strip()).rstrip(" .!")
+    text = _CONNECTIVE.sub("", _ASIDE.sub("", _QUOTES.sub("", sentence)).strip())
+    text = _POINTING_BACK.sub("", text).rstrip(" .!")
     if not text or text.endswith("?") or any(bracket in text for bracket in "()[]{}"):
         return None
     opening = _OPENING.match(text)
@@ -173,7 +179,7 @@ def _one_predicate(rest: str) -> str:
     """The part of a clause before "and" and a second verb."""
     words = rest.split()
     for at, word in enumerate(words):
-        after = [other for other in words[at + 1 : at + 3] if not other.endswith(("ly", "also"))]
+        after = [other for other in words[at + 1 : at + 3] if not other.endswith("ly")]
         if word == "and" and at and after and _verb(after[0]) is not None:
             return " ".join(words[:at])
     return rest
@@ -220,7 +226,10 @@ def _questions(clause: Clause) -> Iterator[tuple[str, str]]:
 
 
 def _about_subject(clause: Clause) -> str:
-    """The question whose answer is the subject."""
+    """The question whose answer is the subject, or the number in front of it."""
+    number = _NUMBER.match(clause.subject)
+    if number:
+        return _question(f"How many {number[1]}{number[2]}", clause.verb, clause.rest)
     person = clause.base in _PERSONAL and _NAME.match(clause.subject)
     verb = _SINGULAR.get(clause.verb, clause.verb)
     if clause.rest.startswith("the ") and clause.verb in _BE:

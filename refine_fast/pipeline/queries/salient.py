@@ -23,7 +23,7 @@ of the questions that people asked about SQuAD's passages are."""
 
 _RUN = regex.compile(
     rf"(?V1)(?P<unspaced>[\w&&{UNSPACED}][[\w&&{UNSPACED}]\p{{M}}]*)"
-    rf"|(?P<word>(?<!\w)[[\w--_]--{UNSPACED}][\w--{UNSPACED}]+)"
+    rf"|(?P<word>(?<!\w)(?:\d+(?:[.,]\d+)+(?!\w)|[[\w--_]--{UNSPACED}][\w--{UNSPACED}]+))"
 )
 _CONTRACTION = regex.compile(
     r"(?<!\w)(?:(?:are|did|do|does|had|have|is|should|was|were|would)n['’]?t|"
@@ -64,10 +64,17 @@ class Rarity:
         return expected < math.log(SPECIFIC)
 
 
-def salient_terms(chunks: Sequence[Chunk], limit: int = 8) -> list[list[str]]:
+def salient_terms(
+    chunks: Sequence[Chunk], limit: int = 8, without: Sequence[str] = ()
+) -> list[list[str]]:
     """For each chunk, at most ``limit`` terms with the highest tf-idf, best first.
 
-    No word occurs twice among a chunk's terms.
+    No word occurs twice among a chunk's terms, in singular and plural either.
+
+    Args:
+        chunks: the chunks.
+        limit: most terms of a chunk.
+        without: for each chunk, a text whose words its terms do not have; none by default.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -78,16 +85,24 @@ def salient_terms(chunks: Sequence[Chunk], limit: int = 8) -> list[list[str]]:
         return [[] for _ in chunks]
     names = vectorizer.get_feature_names_out()
     best = []
-    for row in table:
+    for row, known in zip(table, without or [""] * len(chunks), strict=True):
         terms: list[str] = []
+        had = _singular(content_words(known))
         for at in row.data.argsort(kind="stable")[::-1]:
             term = names[row.indices[at]]
-            if not set(term.split()) & set(" ".join(terms).split()):
+            words = _singular(term.split())
+            if len(words) == len(term.split()) and not words & had:
                 terms.append(term)
+                had |= words
             if len(terms) == limit:
                 break
         best.append(terms)
     return best
+
+
+def _singular(words: Sequence[str]) -> set[str]:
+    """The words without the ending that a plural has in English, French, Spanish or Portuguese."""
+    return {word[:-1] if word.endswith("s") and len(word) > 3 else word for word in words}
 
 
 def _terms(text: str) -> list[str]:

@@ -38,7 +38,7 @@ _CROP_LENGTH = 24
 """Longest crop of a script without blanks, as for ``phrase_splitter``."""
 
 _TRIES = 12
-"""Crops that are drawn until one is specific."""
+"""Spans or crops that are drawn until one is specific."""
 
 _RULES = {"my": "en"}
 """sentencex's rules for Burmese end a sentence at the genitive mark."""
@@ -58,7 +58,7 @@ class _Source:
     """Its prose; without boilerplate and fragments, if it has other sentences."""
     language: str
     terms: list[str]
-    """Its salient terms, the best first."""
+    """Its salient terms, the best first, without the words of a title that other chunks have."""
     title_is_shared: bool
     rarity: Rarity
 
@@ -94,8 +94,9 @@ def synthesize_queries(
         "keywords": the rarest words of one sentence, in its order.
         "crop": 4 to 10 words in a row (Izacard et al. 2022, arXiv 2112.09118).
 
-    The last four are specific: their words would hardly meet in another passage by chance. Where a
-    chunk offers no question or definition, the next of the other kinds is made instead.
+    All but the first two are specific: their words would hardly meet in another passage by chance.
+    Where a chunk offers no question or definition, the next of the other kinds is made instead;
+    where it offers no specific span, as in a collection of a few passages, one that is not.
 
     Where chunks share a title, half of the queries name it first, as people do who ask about one
     hotel of many ("Alpha Lodge: free parking"). Similar passages, of which a batch has several,
@@ -142,8 +143,9 @@ def _sources(chunks: Sequence[Chunk]) -> Iterator[_Source]:
         _sentences(chunk.text, code) for chunk, code in zip(chunks, languages, strict=True)
     ]
     boilerplate = _boilerplate(chunks, sentences)
-    terms = salient_terms(chunks)
     sharing = Counter(chunk.title for chunk in chunks)
+    shared = [chunk.title if sharing[chunk.title] > 1 else "" for chunk in chunks]
+    terms = salient_terms(chunks, without=shared)
     rarity = Rarity([chunk.text for chunk in chunks])
     for chunk, found, language, best in zip(chunks, sentences, languages, terms, strict=True):
         own = [text for text in found if text not in boilerplate] or found
@@ -171,9 +173,7 @@ def _title(source: _Source, count: int, rng: random.Random) -> list[str]:
         return []
     if not source.title_is_shared:
         return [title][:count]
-    known = set(content_words(title))
-    best = [term for term in source.terms if not known & set(term.split())]
-    chosen = rng.sample(best, min(count, len(best)))
+    chosen = rng.sample(source.terms, min(count, len(source.terms)))
     return [f"{title} {term}" for term in chosen]
 
 
@@ -182,10 +182,16 @@ def _span(source: _Source, count: int, rng: random.Random) -> list[str]:
     if len(best) < 3:
         return []
     text = source.chunk.text.lower()
-    return [
-        " ".join(sorted(rng.sample(best, rng.randint(2, min(4, len(best)))), key=text.find))
-        for _ in range(count)
-    ]
+    found: list[str] = []
+    query = ""
+    for _ in range(_TRIES * count):
+        drawn = rng.sample(best, rng.randint(2, min(4, len(best))))
+        query = " ".join(sorted(drawn, key=text.find))
+        if query not in found and source.is_specific(query):
+            found.append(query)
+        if len(found) == count:
+            break
+    return found or [query][:count]
 
 
 def _question(source: _Source, count: int, rng: random.Random) -> list[str]:
