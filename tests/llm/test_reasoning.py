@@ -147,6 +147,36 @@ def test_reasoning_in_several_parts_under_headings_and_in_json(reply: str) -> No
     assert [each.text for each in parse_queries(reply).candidates] == ["A query", "B query"]
 
 
+FOLDED = '<details type="reasoning" done="true">\n<summary>3 seconds</summary>\n'
+THOUGHT = "<details>\n<summary>Thought for 3 seconds</summary>\n"
+
+
+def test_reasoning_that_a_web_server_escaped_or_folded() -> None:
+    asked = "> What is asked?\n> Who asks?\n"
+    tags = (
+        f"<think>\n{asked}</think>",
+        f"{asked}</think>",
+        f"Sure! <think type='deep'>{asked}</think>",
+    )
+    folded = f"{FOLDED}{asked}</details>", f"Sure!\n{THOUGHT}{asked}</details>"
+    for reasoning in (*tags, *folded):
+        for text in (reasoning, reasoning.replace("<", "&lt;").replace(">\n", "&gt;\n")):
+            for reply in ("A query\nB query", '["A query", "B query"]'):
+                parsed = parse_queries(f"{text}\n\n{reply}")
+                assert [each.text for each in parsed.candidates] == ["A query", "B query"], text
+    for text in (f"&lt;think&gt;{asked}", f"{THOUGHT}{asked}"):  # cut
+        assert strip_reasoning(text) == ""
+    escaped = [text.replace("<", "&lt;").replace(">", "&gt;") for text in TAGS]
+    queries = [
+        *escaped,
+        "How is <details> opened? <details open> it is",
+        "What does </details> end?",
+    ]
+    assert [each.text for each in parse_queries("\n".join(queries)).candidates] == queries
+    explained = "1. A query\n<details><summary>Why</summary>It is one.</details>\n2. B query"
+    assert [each.text for each in parse_queries(explained).candidates] == ["A query", "B query"]
+
+
 @pytest.mark.parametrize("before", ["", "\n\n", "Sure!\n", "<think>Hm.</think>\n"])
 @pytest.mark.parametrize("first", ["  - A query", "  - A query\n    - It is one."])
 @pytest.mark.parametrize("second", ["  - B query", "- B query"])

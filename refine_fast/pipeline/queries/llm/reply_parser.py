@@ -51,9 +51,16 @@ _REASONING_NAME = (
     r"reflection|analysis|scratchpad|monologue)"
 )
 
-_OPENING_TAG = rf"<\|?\s*{_REASONING_NAME}(?:\s[^<>]*)?\|?>"
+_LT, _GT = "(?:<|&lt;)", "(?:>|&gt;)"
 
-_CLOSING_TAG = rf"<\|?\s*/\s*{_REASONING_NAME}\s*\|?>"
+_OPENING_TAG = rf"{_LT}\|?\s*{_REASONING_NAME}(?:\s[^<>]*?)?\|?{_GT}"
+
+_CLOSING_TAG = rf"{_LT}\|?\s*/\s*{_REASONING_NAME}\s*\|?{_GT}"
+
+_DETAILS = (  # as a web server folds what it got from the model
+    rf"{_LT}details\b(?:[^<>]*?\btype=\W*reasoning|[^<>]*?{_GT}\s*{_LT}summary{_GT}[^<>\n]*?"
+    rf"\b(?:think|thought|reason)).*?(?:{_LT}/details{_GT}|\Z)[ \t]*"
+)
 
 _OPENING_MARK = (
     r"\[THINK\]|◁think▷|<\|(?:begin|start)_(?:of_)?th(?:ought|ink(?:ing)?)\|>|<\|channel>thought\b|"
@@ -80,7 +87,8 @@ _ANYWHERE = re.DOTALL | re.IGNORECASE | re.MULTILINE
 # mark of the template, or where other reasoning ends: queries may be about "<think>".
 _REASONING = re.compile(
     rf"(?:(?:{_LINE_START}|{_SENTENCE_END}[ \t]+|{_TURN}[ \t]*){_OPENING_TAG}|"
-    rf"(?:{_TURN})?(?:{_OPENING_MARK})){_REASONED}(?:{_OPENING_TAG}{_REASONED})*",
+    rf"(?:{_TURN})?(?:{_OPENING_MARK})){_REASONED}(?:{_OPENING_TAG}{_REASONED})*|"
+    rf"(?:{_LINE_START}|{_SENTENCE_END}[ \t]+){_DETAILS}",
     _ANYWHERE,
 )
 
