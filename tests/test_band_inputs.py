@@ -37,7 +37,7 @@ from refine_fast.mine import mine
         ({"docs": np.zeros((9, 8), ">f4")}, TypeError, r"docs must be float32, .* \(got >f4\)"),
         ({"exclude": [[1]]}, ValueError, "one list for each of the 4 queries"),
         ({"exclude": {0: [1], 1: [], 2: [], 3: []}}, TypeError, "must be a sequence with one list"),
-        ({"k": 2.5}, TypeError, "float"),
+        ({"k": 2.5}, TypeError, r"k must be an integer \(got 2.5\)"),
         (
             {"exclude": [[], {1.7}, [], []]},
             TypeError,
@@ -75,6 +75,18 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
         rf.band_topk(
             arguments.pop("queries"), arguments.pop("docs"), arguments.pop("k"), **arguments
         )
+
+
+def test_a_wrong_argument_is_named() -> None:
+    """Which Python and torch do not."""
+    queries, docs = torch.zeros(4, 8), torch.zeros(9, 8)
+    for name in ("k", "skip", "seed"):
+        with pytest.raises(TypeError, match=rf"^{name} must be an integer \(got 2\.0\)"):
+            rf.band_topk(queries, docs, **{"k": 2, name: 2.0})
+    with pytest.raises(TypeError, match=r"^id_offset must be an integer \(got '9'\)"):
+        rf.band_topk_part(queries, docs, 2, id_offset="9")
+    with pytest.raises(TypeError, match=r"^docs must be dense .*pass docs\.to_dense\(\)"):
+        rf.band_topk(queries, docs.to_sparse(), 2)
 
 
 def test_scores_carry_no_graph() -> None:

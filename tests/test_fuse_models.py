@@ -157,6 +157,16 @@ def test_fuse_into_refuses_tensors_that_overlap(tmp_path: Path) -> None:
     assert not model.b.any()
 
 
+def test_a_complex_tensor_stays_and_is_named(tmp_path: Path) -> None:
+    """As in ``fuse``, which has the base's; also where a model has no others."""
+    model = torch.nn.Module()
+    model.phases = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    save_file({"phases": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "t.safetensors")
+    notes = rf.fuse_into(model, tmp_path / "t.safetensors", 1.0)
+    assert notes == ["phases is complex: left alone"]
+    assert torch.equal(model.phases, torch.ones(2, dtype=torch.complex64))
+
+
 def test_autograd_sees_the_change() -> None:
     w = torch.ones(3, requires_grad=True)
     y = (w * w).sum()

@@ -30,7 +30,8 @@ def fuse_into(
     weights: Mapping[str, float] | None = None,
 ) -> list[str]:
     """``p += weight * (tuned - p)`` for every floating-point parameter and buffer of a model, in
-    place, on the CPU or the GPU. ``tuned`` is read from its files a few MiB at a time.
+    place, on the CPU or the GPU. ``tuned`` is read from its files a few MiB at a time. Complex and
+    integer ones stay as they are.
 
     With ``base`` the parameters become ``base + weight * (tuned - base)`` whatever they were
     before, so that a sweep calls this once per weight: the same values as ``fuse`` followed by
@@ -44,14 +45,15 @@ def fuse_into(
         weights: as in ``fuse``, globs over the model's parameter names.
 
     Returns:
-        Notes on the names that were reconciled, and on tensors that are not in base, which stay as
-        they are.
+        Notes on the names that were reconciled, and on tensors that stay as they are: complex ones,
+        and those that are not in base.
 
     Raises:
         RefineFastError: files that do not fit the model or hold quantized weights, before any
             parameter is changed; a file that is truncated while it is read.
     """
-    notes: list[str] = []
+    state = model.state_dict(keep_vars=True)
+    notes = [f"{name} is complex: left alone" for name, own in state.items() if own.is_complex()]
     own_weights = Weights([weight], weights)
     targets = _targets(model)
     theirs = _partners(model, targets, read_checkpoint(Path(tuned)), notes)

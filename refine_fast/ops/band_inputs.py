@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,18 +145,32 @@ Output = type[Chosen] | type[Kept]
 """What a search returns."""
 
 
+def integer(value: Any, name: str) -> int:
+    """The value of an integer of Python, numpy or torch.
+
+    Raises:
+        TypeError: anything else, such as 5.0.
+    """
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer (got {value!r})") from None
+
+
 def shape(x: Any, name: str) -> tuple[int, int]:
     """The (rows, columns) of a tensor, array or safetensors slice.
 
     Raises:
         ValueError: anything but two dimensions and at least one column.
-        TypeError: anything else, such as a list.
+        TypeError: anything else, such as a list or a sparse tensor.
     """
     if not hasattr(x, "get_shape") and not hasattr(x, "shape"):
         raise TypeError(
             f"{name} must be a torch tensor, a numpy array, a memory map or a safetensors slice"
             f" (got {type(x).__name__})"
         )
+    if isinstance(x, Tensor) and x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense (got {x.layout}); pass {name}.to_dense()")
     sizes = tuple(x.get_shape() if hasattr(x, "get_shape") else x.shape)
     if len(sizes) != 2 or sizes[1] == 0:
         raise ValueError(

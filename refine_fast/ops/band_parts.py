@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,16 @@ from torch import Tensor
 
 from ..files import atomic
 from ..reference import hash64
-from .band_inputs import Excluded, Kept, Progress, check, checked_offsets, ranges, shape
+from .band_inputs import (
+    Excluded,
+    Kept,
+    Progress,
+    check,
+    checked_offsets,
+    integer,
+    ranges,
+    shape,
+)
 from .band_topk import BandTopK, rule_of, search
 
 MERGED = 1 << 20
@@ -139,7 +147,7 @@ def band_topk_part(
             its id among all documents. ValueError: id_offset or an excluded id below 0.
     """
     rows, count = shape(queries, "queries")[0], shape(docs, "docs")[0]
-    id_offset = index(id_offset)
+    id_offset = integer(id_offset, "id_offset")
     ends = None
     if groups is not None:
         ends = torch.from_numpy(checked_offsets(groups, count, "groups", "docs"))

@@ -6,7 +6,6 @@ Kernels: csrc/core/band_topk.h on CPUs, band_topk_cuda.py on GPUs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from .band_inputs import (
     blocks_of_groups,
     check,
     checked_offsets,
+    integer,
     outputs,
     ranges,
     shape,
@@ -172,7 +172,7 @@ def rule_of(
         raise ValueError(f'select must be "hardest" or "random" (got {select!r})')
     if order not in ("skip_then_band", "band_then_skip"):
         raise ValueError(f'order must be "skip_then_band" or "band_then_skip" (got {order!r})')
-    k, skip, seed = index(k), index(skip), index(seed)  # also of numpy
+    k, skip, seed = integer(k, "k"), integer(skip, "skip"), integer(seed, "seed")
     if ceiling is not None:  # may be made of embeddings in training
         ceiling = torch.as_tensor(ceiling, dtype=torch.float64, device="cpu").detach()
     return Rule(
