@@ -20,7 +20,7 @@ from .errors import RefineFastError
 @contextmanager
 def atomic(path: Path, writer: str = "") -> Iterator[Path]:
     """Yields a temporary path next to ``path`` to write to. On success it is flushed and renamed to
-    ``path``; on an exception it is removed.
+    ``path``; on an exception it is removed. ``write_errors`` name ``path``.
 
     Args:
         path: the file.
@@ -29,8 +29,9 @@ def atomic(path: Path, writer: str = "") -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:
-        yield temporary
-        fsync(temporary)
+        with write_errors(path):
+            yield temporary
+            fsync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,8 +56,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         content.mkdir()
         try:
-            yield content
-            fsync_all(content)
+            with write_errors(path):
+                yield content
+                fsync_all(content)
             if path.is_dir():
                 os.rename(path, old)
             os.replace(content, path)
@@ -105,10 +107,10 @@ _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS
 
 
 @contextmanager
-def write_errors(folder: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Where a file cannot be written, such as on a full disk, raises an OSError that says where,
-    with ``folder`` as the file: safetensors and ``torch.save`` hide it in exceptions of their own,
-    and that of an open file has no name."""
+    with ``path``, a file or a folder, as the file: safetensors and ``torch.save`` hide it in
+    exceptions of their own, and that of an open file has no name."""
     from safetensors import SafetensorError
 
     try:
@@ -116,18 +118,18 @@ def write_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None or error.errno not in _WRITE_ERRORS:
             raise
-        raise OSError(error.errno, error.strerror, str(folder)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except SafetensorError as error:
         found = re.search(r"\(os error (\d+)\)", str(error))
         code = int(found[1]) if found else 0
         if code not in _WRITE_ERRORS:
             raise
-        raise OSError(code, os.strerror(code), str(folder)) from error
+        raise OSError(code, os.strerror(code), str(path)) from error
     except RuntimeError as error:
         if re.search("unexpected pos|PytorchStreamWriter", str(error)) is None:
             raise
         reason = "a file could not be written whole; the disk may be full"
-        raise OSError(errno.ENOSPC, reason, str(folder)) from error
+        raise OSError(errno.ENOSPC, reason, str(path)) from error
 
 
 def name_of(path: str | os.PathLike[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from refine_fast.cli import main
 from refine_fast.errors import RefineFastError, RefineFastWarning
 from refine_fast.pipeline.corpus.beir import RetrievalSet, load_beir
 from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.corpus.documents import Reading, load_documents
 from refine_fast.pipeline.evaluation import evaluate
 from refine_fast.pipeline.evaluation.bm25 import score_bm25
 from refine_fast.pipeline.evaluation.metrics import METRICS
 from refine_fast.pipeline.queries.user import load_queries
+from refine_fast.pipeline.queries.user_formats import query_files
 
 
 @pytest.fixture(scope="module", params=[SMALL, "squad"])
@@ -170,6 +173,19 @@ def test_load_beir_names_what_is_wrong(
 def test_load_beir_without_a_folder(tmp_path: Path) -> None:
     with pytest.raises(RefineFastError, match="is not a folder"):
         load_beir(tmp_path / "absent")
+
+
+def test_documents_around_a_retrieval_set_are_refused(tmp_path: Path) -> None:
+    """Its queries would be documents; with ``--queries`` they are none, and its passages are."""
+    (folder := tmp_path / "my docs").mkdir()
+    (tmp_path / "note.md").write_text("Besides.")
+    tiny_set(folder)
+    with pytest.raises(RefineFastError, match=rf"holds one, {folder}, .* give '{folder}' instead"):
+        load_documents(tmp_path)
+    assert len(load_documents(tmp_path, reading=Reading(exclude=query_files(folder)))) == 3
+    (folder / "queries.jsonl").unlink()
+    shutil.rmtree(folder / "qrels")
+    assert len(load_documents(tmp_path)) == 3  # a table
 
 
 def test_sample_keeps_every_answer(data: RetrievalSet) -> None:

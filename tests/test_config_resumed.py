@@ -57,12 +57,11 @@ def test_a_refusal_names_what_an_earlier_start_was_given(tmp_path: Path) -> None
     """Else "give one of the two" would be told to somebody who gave one."""
     saved = tmp_path / "config.yaml"
     begun, now = {"lora": 4}, {"train_layers": 2}
-    for before, after in ((begun, now), (now, begun)):
+    fusion = {"fusion": "embeddings"}
+    for before, after in ((begun, now), (now, begun), (fusion, {"weight": "0"})):
         saved.write_text(RunConfig(out=tmp_path, max_steps=7, **before).to_yaml())
         [name] = before
-        told = (
-            rf"two\. An earlier start was given {name}: give it anew, or delete its line in {saved}"
-        )
+        told = rf"\. An earlier start was given {name}: give it anew, or delete its line in {saved}"
         with pytest.raises(RefineFastError, match=told):
             load_config(None, {"out": tmp_path, **after})
     with pytest.raises(RefineFastError, match=r"give one of the two\.$"):

@@ -6,16 +6,15 @@ The stages here are tiny; test_run.py kills real ones.
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from disks import full_disk
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -41,17 +40,6 @@ def source(tmp_path: Path) -> Path:
     path = tmp_path / "source.txt"
     path.write_text("one")
     return path
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file may grow beyond 1 MB: not while pytest writes its own."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +259,7 @@ def run_twins(run: Path, kill_at: int) -> int:
     try:
         with RunFolder(run) as folder:
             stage = Stage("twins", ("a.txt", "folder"), work)
+            folder.refuse_others([stage])
             if folder.reasons(stage):
                 folder.do(stage)
             status = 99 if folder.reasons(stage) else passed

@@ -6,10 +6,12 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import full_disk
 
 from refine_fast.errors import RefineFastError
 from refine_fast.files import atomic, atomic_folder
@@ -73,6 +75,22 @@ def test_atomic_leaves_nothing_behind(tmp_path: Path) -> None:
         write_half()
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("writer", [atomic, atomic_folder])
+def test_a_full_disk_is_named(writer: Callable[[Path], Any], tmp_path: Path) -> None:
+    """The error of an open file has no name."""
+    path = tmp_path / "result"
+
+    def write() -> None:
+        with writer(path) as temporary:
+            file = temporary / "file" if temporary.is_dir() else temporary
+            file.write_text("x" * 2_000_000)
+
+    with pytest.raises(OSError, match="File too large") as raised, full_disk():
+        write()
+    assert raised.value.filename == str(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_old_folder_that_was_deleted_in_part_does_not_come_back(tmp_path: Path) -> None:

@@ -63,18 +63,28 @@ def test_a_run_that_is_up_to_date_tries_nothing(
 
 def test_what_no_run_wrote_is_not_replaced(docs: Path, tiny: Path, tmp_path: Path, capsys) -> None:
     """Such as queries that lie where the run is to be; what a run wrote is replaced by the next."""
-    own = tmp_path / "run" / "queries.jsonl"
-    own.parent.mkdir()
-    own.write_text("mine")
-    flags = [str(docs), "--out", str(own.parent), "--model", str(tiny), "--quiet"]
-    for command in (["plan", *flags], ["run", *flags], ["queries", *flags]):
-        assert main(command) == 2
-        [line] = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: out: {own} is not of a run, and this one would replace it;")
-    assert own.read_text() == "mine"
-    assert not (own.parent / "config.yaml").exists()
-    own.rename(tmp_path / "mine.jsonl")
+    run = tmp_path / "run"
+    run.mkdir()
+    flags = [str(docs), "--out", str(run), "--model", str(tiny), "--quiet"]
+
+    def is_refused(name: str, text: str) -> None:
+        (own := run / name).write_text(text)
+        for command in ("plan", "run", "queries"):
+            assert main([command, *flags]) == 2
+            [line] = capsys.readouterr().err.splitlines()
+            assert line == (
+                f"error: out: {own} is not of a run, and this one would replace it; move it, or "
+                "give another --out."
+            )
+        assert own.read_text() == text
+        own.unlink()
+
+    is_refused("config.yaml", "title: Of a web site")
+    is_refused("queries.jsonl", "mine")
+    assert not (run / "config.yaml").exists()
+    (run / "config.yaml").write_text("seed: 1")
     for lost in ("config.yaml", "manifest.json"):
         assert main(["queries", *flags]) == 0
-        (own.parent / lost).unlink()
+        is_refused("report.md", "mine")
+        (run / lost).unlink()
     assert main(["queries", *flags]) == 0

@@ -16,9 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import RefineFastError
 from .config_checks import check_together
-from .config_messages import sentence
+from .config_messages import option_error
 from .config_values import (
     NO_KINDS,
     AnyPath,
@@ -162,12 +161,13 @@ class RunConfig(BaseModel):
 
     queries: ExistingPath | None = _option(
         None,
-        "your own queries: JSONL {text, doc_id}, a BEIR folder (train), or a file of another tool",
+        "your own questions: JSON lines {text, doc_id}, a file's id being its path below DOCS; a "
+        "BEIR folder (train); or a file of another tool",
         "FILE",
     )
     queries_per_chunk: PerChunk | Literal["auto"] = _option(
         "auto",
-        "synthetic queries made for each chunk; auto: 2 with a language model, 3 without",
+        "queries to make, or have written, for each chunk; auto: 3, by --llm 2",
         "N",
     )
     query_kinds: QueryKinds = _option(
@@ -249,7 +249,7 @@ class RunConfig(BaseModel):
         None, "your own judge prompt; start from the output of 'refine-fast prompt judge'", "FILE"
     )
     held_out: float = _option(
-        0.2, "share of the documents kept for evaluation", "SHARE", gt=0, le=0.5
+        0.2, "share of the queries kept as a test, by whole documents", "SHARE", gt=0, le=0.5
     )
 
     band: Band = _option(
@@ -278,8 +278,7 @@ class RunConfig(BaseModel):
     )
     mine_by: Literal["passage", "sentence"] = _option(
         "passage",
-        "what a negative's similarity is that of: passage, or its best sentence (encodes every "
-        "sentence)",
+        "whose similarity counts: passage, or sentence, its best one (encodes every sentence)",
         "WHAT",
     )
 
@@ -303,10 +302,10 @@ class RunConfig(BaseModel):
     temperature: Positive = _option(0.02, "temperature of the contrastive loss", "TAU")
     distill: Share | Literal["auto", "choose"] = _option(
         "auto",
-        "share of the loss that teachers set; 0 is InfoNCE alone, 1 distillation alone; auto: 0.5 "
-        "with --teacher, or if queries are made without a language model, else 0; choose: "
-        "trains with 0, 0.5 and 1, and keeps auto's share unless another is better on held-out "
-        "queries",
+        "share of distillation in the loss, from the frozen encoder and BM25 or --teacher; the "
+        "rest is InfoNCE; auto: 0.5 with --teacher, or if queries are made without a language "
+        "model, else 0; choose: trains with 0, 0.5 and 1, and keeps auto's share unless another is "
+        "better on held-out queries",
         "SHARE",
     )
     teacher: Teacher | None = _option(
@@ -357,7 +356,7 @@ class RunConfig(BaseModel):
     )
     fusion: Literal["weights", "embeddings"] = _option(
         "weights",
-        "what to interpolate; embeddings keeps the frozen encoder in the loss and when serving",
+        "interpolate weights; or embeddings, with the frozen encoder in the loss and when serving",
         "HOW",
     )
     ood: BeirSets = _option(
@@ -381,7 +380,7 @@ class RunConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise RefineFastError(sentence(error, RunConfig)) from None
+            raise option_error(error, RunConfig) from None
         self.model_fields_set.intersection_update(values)  # without what _fill_in added
 
     def __hash__(self) -> int:
@@ -441,7 +440,7 @@ class RunConfig(BaseModel):
     @property
     def made_kinds(self) -> tuple[str, ...]:
         """``query_kinds``, decided. The bundled model is too small for its queries alone: on SQuAD
-        they gain 1.1 points of recall@3 [0.1, 2.1], those of these kinds 3.9 [2.5, 5.4], and both
+        they gain 1.1 points of recall@3 [0.1, 2.1], those of these kinds 4.1 [2.6, 5.6], and both
         3.4 [2.1, 4.7] (benchmarks/recipe.py)."""
         if self.query_kinds == NO_KINDS:
             return ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 from ..errors import RefineFastError
 from .config import GIVEN, RunConfig
 from .config_messages import similar
-from .config_values import LLM_TEACHER, is_windows_path
+from .config_values import LLM_TEACHER, OptionError, is_windows_path
 from .corpus.nanobeir import is_nanobeir
 from .encoder.load import DEFAULT_ENCODER
+from .engine import RunFolder, Stage, not_of_a_run
 from .recipes import DEMO, RECIPES
 
 _PATHS = ("docs", "queries", "out", "prompt", "judge_prompt")
@@ -62,8 +62,8 @@ def load_config(
         filled_in.pop("max_steps", None)
     try:
         config = RunConfig(**{**filled_in, **given})
-    except RefineFastError as error:
-        named = {name for name in earlier - {"docs"} if _is_about(str(error), name)}
+    except OptionError as error:
+        named = (earlier - {"docs"}).intersection(error.options)
         if not named:
             raise
         raise RefineFastError(
@@ -72,12 +72,6 @@ def load_config(
         ) from None
     config.model_fields_set.intersection_update(asked)
     return config
-
-
-def _is_about(message: str, name: str) -> bool:
-    """Whether a refusal begins with the name of a field, or has its flag."""
-    flag = f"--{name.replace('_', '-')}"
-    return re.search(rf"^{name}:|{flag}(?![\w-])", message) is not None
 
 
 def _still_filled_in(
@@ -93,6 +87,18 @@ def _still_filled_in(
     if "fusion" in flags:
         gone.add("weight")  # it belongs to the fusion
     return {name: value for name, value in values.items() if name in asked or name not in gone}
+
+
+def refuse_others(folder: RunFolder, stages: Collection[Stage]) -> None:
+    """Raises RefineFastError if something in a run folder that is not of a run would be replaced:
+    by an output of a stage, or by config.yaml where a run begins."""
+    folder.refuse_others(stages)
+    path = folder.path / "config.yaml"
+    if not folder.begun and path.is_file():
+        try:
+            _read_yaml(path)
+        except RefineFastError:
+            raise not_of_a_run(path) from None
 
 
 def saved_config(run: Path) -> RunConfig:

@@ -8,22 +8,23 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .config_values import requirement
+from .config_values import OptionError, requirement
 
 
-def sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first error as a sentence: field, value, and what the value must be."""
+def option_error(error: ValidationError, model: type[BaseModel]) -> OptionError:
+    """The first error in a sentence: field, value, and what the value must be."""
     first = error.errors()[0]
     name = str(first["loc"][0])
     if first["type"] == "missing":
-        return f"{name}: no run folder given; add --{name} FOLDER."
-    if first["type"] == "extra_forbidden":
-        return f"{name}: unknown option; {similar(name, model.model_fields)}"
-    if first["type"] == "value_error":
-        reason = str(first["ctx"]["error"])
+        message = f"no run folder given; add --{name} FOLDER."
+    elif first["type"] == "extra_forbidden":
+        message = f"unknown option; {similar(name, model.model_fields)}"
+    elif first["type"] == "value_error":
+        message = f"{_shown(first['input'])} {first['ctx']['error']}."
     else:
-        reason = f"must be {requirement(model.model_json_schema()['properties'][name])}"
-    return f"{name}: {_shown(first['input'])} {reason}."
+        must = requirement(model.model_json_schema()["properties"][name])
+        message = f"{_shown(first['input'])} must be {must}."
+    return OptionError(f"{name}: {message}", name)
 
 
 def similar(name: str, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
+from ..errors import RefineFastError
 from ..files import name_of
 from .corpus.beir import is_beir
 from .corpus.nanobeir import folder_name, is_nanobeir, sets_of
@@ -20,6 +21,14 @@ from .queries.query import MADE_KINDS
 
 LLM_TEACHER = "llm"
 """The teacher that is the language model of ``--llm``."""
+
+
+class OptionError(RefineFastError):
+    """Options that cannot be used; their names are ``options``."""
+
+    def __init__(self, message: str, *options: str) -> None:
+        super().__init__(message)
+        self.options = options
 
 
 def requirement(schema: dict[str, Any]) -> str:

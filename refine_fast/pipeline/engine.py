@@ -83,9 +83,10 @@ class RunFolder:
                 f"{self.path} is in use by another process ({pid}); "
                 "wait for it to finish or give another --out."
             ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        with write_errors(self.path / ".lock"):
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -173,17 +174,28 @@ class RunFolder:
         self._publish(stage, folder, record)
         return record["seconds"]
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run has begun in the folder."""
+        return self.work.exists() or (self.path / "manifest.json").exists()
+
+    def stopped(self) -> set[str]:
+        """Names of the stages that were begun and not finished, of other options too."""
+        return {path.name for path in self.work.glob("*")}
+
     def refuse_others(self, stages: Iterable[Stage]) -> None:
-        """Raises RefineFastError if no run has begun in the folder and something there has the name
-        of an output, which would replace it."""
-        if self.work.exists() or (self.path / "manifest.json").exists():
+        """Raises RefineFastError if something in the folder that is not of a run has the name of an
+        output, which would replace it. Where a run has begun and left no record, such as after a
+        kill in its first stage, everything counts as of that run."""
+        manifest = read_json(self.path / "manifest.json")
+        if manifest is None and self.begun:
             return
+        moved = map(read_json, self.work.glob("*/done.json"))  # and perhaps not recorded yet
+        records = [*(manifest or {}).values(), *filter(None, moved)]
+        own = {name for record in records for name in record["outputs"]}
         for name in (name for stage in stages for name in stage.outputs):
-            if os.path.lexists(self.path / name):
-                raise RefineFastError(
-                    f"out: {self.path / name} is not of a run, and this one would replace it; "
-                    "move it, or give another --out."
-                )
+            if name not in own and os.path.lexists(self.path / name):
+                raise not_of_a_run(self.path / name)
 
     def keep_only(self, stages: Collection[Stage]) -> None:
         """Removes what stages that are not among ``stages``, all those of a run, have written:
@@ -191,9 +203,8 @@ class RunFolder:
         somebody's own, and stays."""
         names = {stage.name for stage in stages}
         self.work.mkdir(exist_ok=True)
-        for left in self.work.iterdir():
-            if left.name not in names:
-                _remove(left)  # of a stage that was stopped
+        for name in self.stopped() - names:
+            _remove(self.work / name)
         manifest = self._manifest()
         remaining = {name: record for name, record in manifest.items() if name in names}
         if remaining != manifest:
@@ -287,6 +298,14 @@ class RunFolder:
             except PermissionError:  # the stage skips such a document
                 self._digests[known] = "unreadable"
         return self._digests[known]
+
+
+def not_of_a_run(path: Path) -> RefineFastError:
+    """What a run raises before it would replace a file or folder that no run wrote."""
+    return RefineFastError(
+        f"out: {path} is not of a run, and this one would replace it; move it, or give another "
+        "--out."
+    )
 
 
 def _remove(path: Path) -> None:

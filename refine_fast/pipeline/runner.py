@@ -9,6 +9,7 @@ from ..files import atomic
 from .artifacts import REPLIES
 from .cluster.ray_workers import open_workers
 from .config import RunConfig
+from .config_file import refuse_others
 from .console import Console
 from .context import RunContext
 from .corpus.beir import load_beir
@@ -65,7 +66,7 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
         stages = list(run_stages(context))
         if until not in (names := [stage.name for stage in stages]):
             raise ValueError(f"until must be one of {', '.join(names)} (got {until!r})")
-        folder.refuse_others(stages)
+        refuse_others(folder, stages)
         with atomic(config.out / "config.yaml") as temporary:
             temporary.write_text(config.to_yaml(), encoding="utf-8")
         tried = False
@@ -86,6 +87,9 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
             if stage.name == until:
                 break
         if until == names[-1]:
+            if workers is not None:
+                for name in {*names, *folder.stopped()}:
+                    workers.discard(folder.work / name)
             folder.keep_only(stages)
     if ranks is not None:
         ranks.dismiss()

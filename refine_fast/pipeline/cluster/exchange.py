@@ -61,7 +61,7 @@ class Exchange(Protocol):
         ...
 
     def discard(self, folder: Path) -> None:
-        """Deletes the shards of a stage that is done, where the run folder does not hold them.
+        """Deletes the shards of a stage, if there are any, where the run folder does not hold them.
 
         Args:
             folder: the stage's folder.

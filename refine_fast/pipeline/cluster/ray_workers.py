@@ -189,7 +189,8 @@ class RayWorkers:
         return True
 
     def discard(self, folder: Path) -> None:
-        """Deletes the shards of a stage that is done. See ``Exchange.discard``."""
+        """Deletes the shards of a stage that is done, or was stopped and is not wanted any more.
+        See ``Exchange.discard``."""
         self._exchange.discard(folder)
 
     def close(self) -> None:

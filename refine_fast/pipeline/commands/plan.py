@@ -18,6 +18,7 @@ from ...files import read_json
 from ..artifacts import ACCOUNT, REPLIES, to_judge
 from ..cluster.object_path import ObjectPath
 from ..config import RunConfig
+from ..config_file import refuse_others
 from ..console import Console, facts_table
 from ..context import RunContext
 from ..corpus.beir import load_beir
@@ -105,7 +106,7 @@ def plan(config: RunConfig) -> Plan:
     options = config.encoder_options()
     encoder = prepare_encoder(encoder_folder(config.model), options)
     context = RunContext(config, encoder, Console(quiet=True), options)
-    RunFolder(context.out).refuse_others(run_stages(context))
+    refuse_others(RunFolder(context.out), list(run_stages(context)))
     parameters = Trained(config.lora, config.train_layers)
     model = try_encoder(encoder, trust_remote_code=context.trust_remote_code, trained=parameters)
     if settings := config.llm_settings():

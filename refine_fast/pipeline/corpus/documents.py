@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RefineFastError, RefineFastWarning
-from ...files import name_of, walk
+from ...files import as_argument, name_of, walk
 from ..progress import Progress
 from ..workers import Spread
 from .beir import beir_file
@@ -93,7 +93,8 @@ def load_documents(
             folder; None: this process. The documents are the same.
 
     Raises:
-        RefineFastError: if nothing is left, or for a malformed row: file, line, field.
+        RefineFastError: if nothing is left, for a malformed row (file, line, field), or for a
+            folder with a BEIR folder below it.
     """
     if path is None:
         return [Document(*entry) for entry in python_docs()]
@@ -325,6 +326,7 @@ def _folder(
         return excluded.isdisjoint([real, *real.parents])
 
     paths = [(path, name) for path, name in walk(folder, _closed) if is_document(path)]
+    _refuse_retrieval_set(folder, [path for path, _ in paths])
     extracted: dict[Path, Extracted] = {}
     wanted = [path for path, _ in paths if path.suffix.lower() in files.EXTRACTED]
     if spread is not None and wanted:
@@ -355,6 +357,18 @@ def _folder(
             stacklevel=3,
         )
     return list(named.documents.values())
+
+
+def _refuse_retrieval_set(folder: Path, paths: Iterable[Path]) -> None:
+    """Raises RefineFastError if there is a BEIR folder below ``folder``: its queries would become
+    documents among the passages that answer them."""
+    queries = (path for path in paths if beir_file(path.parent, "queries") == path)
+    corpus = next(filter(None, (beir_corpus(path.parent) for path in queries)), None)
+    if corpus is not None:
+        raise RefineFastError(
+            f"{folder} is no BEIR folder but holds one, {corpus.parent}, whose queries would be "
+            f"read as documents; give {as_argument(corpus.parent)} instead, or move it elsewhere."
+        )
 
 
 def _real(path: Path) -> Path:
