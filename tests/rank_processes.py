@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import traceback
@@ -12,16 +11,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from forked import PROCESSES
 from torch.distributed import TCPStore
 
 LIMIT = 400.0
 """Seconds after which a test gives up on its ranks."""
-
-# The server imports once what every rank needs, and runs nothing: its children may use OpenMP.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(
-    ["rank_processes", "datasets", "refine_fast.cli", "refine_fast.pipeline.stages.train"]
-)
 
 
 def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -33,8 +27,8 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=LIMIT))
     pipes, processes = [], []
     for rank in range(size):
-        pipe, end = _PROCESSES.Pipe(duplex=False)
-        process = _PROCESSES.Process(
+        pipe, end = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(
             target=_rank, args=(end, rank, size, store.port, work, arguments), daemon=True
         )
         process.start()

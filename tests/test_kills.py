@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import fork
 from small_runs import SMALL, STAGES, outputs, rerun, results
 
 from refine_fast.cli import main
@@ -53,12 +53,7 @@ def _killed(config: RunConfig, at: str) -> None:
 
 
 def kill_at(stage: str, config: RunConfig) -> None:
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(
-        ["refine_fast.pipeline.runner", "sentence_transformers", "datasets"]
-    )
-    process = processes.Process(target=_killed, args=(config, stage))
-    process.start()
+    process = fork(_killed, config, stage)
     process.join(600)  # a busy machine takes minutes
     assert process.exitcode == -signal.SIGKILL
     if stage == "train":

@@ -108,6 +108,11 @@ def place(store: Store, tmp_path: Path) -> ObjectPath:
     return ObjectPath(f"s3://bucket/{tmp_path.name}")
 
 
+def objects_of(place: ObjectPath) -> list[str]:
+    """The names of all objects there."""
+    return list(s3fs.S3FileSystem(skip_instance_cache=True).find(place.url))
+
+
 @pytest.fixture(scope="module")
 def workers(served: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayWorkers]:
     """Starting them takes most of the time of these tests."""
@@ -260,7 +265,23 @@ def test_the_bytes_of_a_run(
     assert results(tmp_path / "run") == results(whole)
     assert stages >= {"chunk", "embed", "mine", "curve 0.35", "score base", "score fused"}
     assert store.count("PUT", "/embed/") > 0
-    assert s3fs.S3FileSystem(skip_instance_cache=True).find(place.url) == []
+    assert objects_of(place) == []
+
+
+def test_what_a_stopped_stage_left_goes_when_the_run_ends_otherwise(
+    copied: Path, place: ObjectPath
+) -> None:
+    """Of a stage that the run no longer has, and of one that is up to date without it. What is not
+    of a stage stays."""
+    for stage in ("sentences", "embed"):
+        (copied / ".work" / stage).mkdir()
+        (place / f"{stage}/shards/key/000000").write(b"done")
+    (place / "others").write(b"mine")
+    flags = ["--engine", "ray", "--shards", place.url]
+    assert main(["mine", "--out", str(copied), *flags]) == 0
+    assert len(objects_of(place)) == 3
+    assert main(["run", "--out", str(copied), *flags]) == 0
+    assert objects_of(place) == [f"bucket/{copied.parent.name}/others"]
 
 
 def test_training_whose_first_rank_is_killed(
@@ -316,7 +337,7 @@ def test_training_whose_first_rank_is_killed(
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert died.exists()
     assert steps == [*range(1, gold["steps"] + 1)]
-    assert s3fs.S3FileSystem(skip_instance_cache=True).find(place.url) == []
+    assert objects_of(place) == []
 
 
 def test_what_cannot_be_used_is_said_before_any_work(

@@ -55,11 +55,18 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture
-def workers() -> Iterator[RayWorkers]:
+@pytest.fixture(scope="module")
+def workers(cluster: None) -> Iterator[RayWorkers]:
+    """Starting them takes most of the time of these tests."""
     made = RayWorkers("ray", lambda line: None)
     yield made
     made.close()
+
+
+@pytest.fixture
+def free_cores(workers: RayWorkers) -> None:
+    """The workers of the tests before have ended."""
+    workers.close()
 
 
 def test_a_killed_worker_costs_its_shard_and_a_rerun_only_what_is_missing(
@@ -90,7 +97,7 @@ def test_steps_of_a_stage_may_share_a_key(workers: RayWorkers, tmp_path: Path) -
 
 
 def test_a_busy_cluster_is_waited_for(
-    workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    free_cores: None, workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which the user is told, once."""
     monkeypatch.setattr(workers, "_patience", 0.1)
@@ -280,7 +287,7 @@ def test_the_chunks_of_a_corpus_whose_worker_is_killed(
 
 
 def test_the_bytes_of_a_run_whose_worker_is_killed(
-    tiny: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    free_cores: None, tiny: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every stage in several shards; kill -9 of a worker as soon as the first vectors are there."""
     monkeypatch.setattr(encode, "BATCHES_PER_BLOCK", 1)
@@ -330,6 +337,7 @@ def impatient(work: Callable[..., None], dies: dict[str, int], died: Path) -> Ca
 
 
 def test_a_killed_rank_costs_the_step_in_progress(
+    free_cores: None,
     whole: Path,
     copied: Path,
     tmp_path: Path,
@@ -372,7 +380,9 @@ def test_a_killed_rank_costs_the_step_in_progress(
     assert "train: up to date" in capsys.readouterr().err  # also for one process
 
 
-def test_ranks_end_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_end_with_the_command(
+    free_cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By themselves: they leave nothing behind."""
     monkeypatch.setattr(ray_ranks, "LINGER", 100.0)  # this machine may be busy
     workers = RayWorkers("ray", lambda line: None, trainers=2)
@@ -403,7 +413,7 @@ def test_ranks_end_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_training_that_cannot_be_done_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    free_cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_ranks, "RETRIES", 0)
     workers = RayWorkers("ray", lambda line: None, trainers=2)

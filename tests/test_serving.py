@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from forked import fork
 
 from refine_fast.cli import main
 from refine_fast.errors import RefineFastError
@@ -358,14 +356,12 @@ def test_a_killed_writer_leaves_the_old_index_or_the_new(
     """SIGKILL after the first file of the new segment, and a little later."""
     before = answers(run, QUERIES)
     old = set(os.listdir(run / "index"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "refine_fast", "index", str(run), "--add", str(more), "--quiet"]
-    )
-    while set(os.listdir(run / "index")) == old and process.poll() is None:
+    process = fork(main, ["index", str(run), "--add", str(more), "--quiet"])
+    while set(os.listdir(run / "index")) == old and process.is_alive():
         time.sleep(0.001)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     found = searcher(run).search("the longest river of France", 500)["fused"]
     if "new.md" not in [hit.chunk.id for hit in found]:
         assert_same(answers(run, QUERIES), before)
@@ -415,10 +411,7 @@ def test_a_kill_at_each_step_leaves_the_old_index(
     before = answers(run, QUERIES[:2])
     manifest = (run / "index" / "index.json").read_bytes()
     arguments = ["index", str(run), change, "sq8" if change == "--type" else str(more)]
-    process = multiprocessing.get_context("forkserver").Process(
-        target=_killed, args=(arguments, moment)
-    )
-    process.start()
+    process = fork(_killed, arguments, moment)
     process.join(600)  # a busy machine takes minutes
     assert process.exitcode == -signal.SIGKILL
     assert (run / "index" / "index.json").read_bytes() == manifest

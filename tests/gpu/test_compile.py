@@ -6,16 +6,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
+from refine_fast import _native
 
-ROOT = Path(__file__).parents[2]
+triton = pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
+
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 # bytes a thread: what the epilogue of a tile spills outside the inner loop (none with triton 3.6,
 # 112 with 3.9)
 STACK_LIMIT = 128
@@ -58,30 +59,27 @@ def test_tiles_are_multiplied_on_the_tensor_cores(kernels: list[dict[str, object
         assert kernel["narrow_stores"] <= 2, kernel
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize(
-    "source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.name
-)
-def test_cuda_sources_compile_without_spills(source: Path, arch: str) -> None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc on PATH, of CUDA 12 or newer")
-    target = f"arch={arch.replace('sm', 'compute')},code={arch}"
-    command = [
-        nvcc,
-        "-std=c++17",
-        f"-I{ROOT / 'csrc'}",
-        "-gencode",
-        target,
-        "-Xptxas",
-        "-v",
-        "-cubin",
-        "-o",
-        os.devnull,
-        str(source),
-    ]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    has_kernels = "__global__" in source.read_text()
-    assert ("Used" in report) == has_kernels  # band_topk.cu is host code
-    found = {int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", report)}
-    assert found == ({0} if has_kernels else set())
+def test_no_cuda_kernel_spills() -> None:
+    """Of the extension as it is installed, for each architecture: a spill takes a stack."""
+    cuda = _native.cuda_module()
+    if cuda is None or hasattr(cuda, "emulate"):
+        pytest.skip("_cuda was not built: put nvcc of CUDA 12 or newer on PATH and install again")
+    assert cuda.__file__
+    usage = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cuda.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    stacks: dict[str, dict[str, int]] = {}  # architecture -> kernel -> bytes a thread
+    for code in usage.split("Fatbin elf code:")[1:]:
+        kernels = re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+)", code)
+        stacks.setdefault(re.search(r"arch = (\w+)", code)[1], {}).update(
+            (name, int(stack)) for name, stack in kernels
+        )
+    assert "sm_90" in stacks
+    sources = [path for path in CUDA.glob("*.cu") if "__global__" in path.read_text()]
+    assert len(sources) == 4  # band_topk.cu is host code
+    for kernels in stacks.values():
+        assert all(any(f"_{path.stem}_cu_" in name for name in kernels) for path in sources)
+        assert not any(kernels.values()), kernels

@@ -4,9 +4,6 @@ import asyncio
 import concurrent.futures
 import json
 import logging
-import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -18,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forked import fork_script
 from reply_files import accepted, records
 
 from refine_fast.errors import RefineFastError
@@ -321,24 +319,19 @@ def test_kill_9_loses_and_repeats_only_what_was_in_flight(
 ) -> None:
     endpoint.set(faults=0.2, latency=0.1, kinds=["429", "500", "503", "drop", "half", "garbage"])
     store, count, kills = tmp_path / "replies.jsonl", 160, 2
-    command = [
-        sys.executable,
-        "-c",
-        STAGE,
-        str(Path(__file__).parent),
-        endpoint.url,
-        str(store),
-        str(count),
-    ]
+    stage = [STAGE, str(Path(__file__).parent), endpoint.url, str(store), str(count)]
     for kill in range(1, kills + 1):
-        with subprocess.Popen(command) as process:
-            _wait(
-                lambda kill=kill: (
-                    store.exists() and store.read_bytes().count(b"\n") >= kill * count // 4
-                )
+        process = fork_script(*stage)
+        _wait(
+            lambda kill=kill: (
+                store.exists() and store.read_bytes().count(b"\n") >= kill * count // 4
             )
-            process.send_signal(signal.SIGKILL)
-    subprocess.run(command, check=True, timeout=300)
+        )
+        process.kill()
+        process.join()
+    process = fork_script(*stage)
+    process.join(300)
+    assert process.exitcode == 0
     stats = endpoint.stats()
     assert accepted(store) == {f"c{i}": 1 for i in range(count)}
     assert stats["distinct"] == count

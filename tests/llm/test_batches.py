@@ -1,11 +1,7 @@
 """OpenAI's batch endpoint, and addresses as Azure and gateways have them, on a real server."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from batch_server import Server
+from forked import fork_script
 from reply_files import accepted
 
 from refine_fast.errors import RefineFastError, RefineFastWarning
@@ -125,14 +122,13 @@ def killed_while_the_batch_runs(server: Server, chunks: list[Chunk], tmp_path: P
     (tmp_path / "chunks.json").write_text(json.dumps(rows))
     store = tmp_path / "replies.jsonl"
     url = server.root + "/v1"
-    command = [sys.executable, "-c", CODE, url, str(tmp_path / "chunks.json"), str(store)]
-    process = subprocess.Popen(command, env=os.environ)
+    process = fork_script(CODE, url, str(tmp_path / "chunks.json"), str(store))
     journal = store.with_suffix(".batches.json")
     while not (journal.exists() and any(b["id"] for b in json.loads(journal.read_text()))):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     server.finished = True
     return store
 

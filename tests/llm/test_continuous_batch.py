@@ -1,14 +1,13 @@
 """Generation with continuous batching, against transformers' own."""
 
 import random
-import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import fork_script
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from refine_fast.pipeline.queries.llm.continuous_batch import (
@@ -184,7 +183,7 @@ chunks = [Chunk(f"c{i}", text, "", f"f{i}", 0, len(text)) for i, text in enumera
 settings = LLMSettings(
     "transformers", (model,), {"question": 1.0}, 2, temperature=1.0, max_reply_tokens=40
 )
-generate_queries(chunks, settings, Path(store), watch=lambda state: print(state.done, flush=True))
+generate_queries(chunks, settings, Path(store))
 """
 
 
@@ -192,16 +191,20 @@ def test_kill_9_repeats_nothing_and_changes_nothing(tiny_model: Path, tmp_path: 
     import json
 
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    run = [sys.executable, "-c", SCRIPT, str(tiny_model)]
-    with subprocess.Popen([*run, str(killed)], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline()  # a reply is on disk, and others are being written
-        process.send_signal(signal.SIGKILL)
+    run = SCRIPT, str(tiny_model)
+    process = fork_script(*run, str(killed))
+    while not (killed.exists() and b"\n" in killed.read_bytes()):
+        assert process.is_alive()
+        time.sleep(0.005)
+    process.kill()  # others are being written
+    process.join()
     before = killed.read_bytes()
     before = before[: before.rfind(b"\n") + 1]
     assert 0 < before.count(b"\n") < 40
     for store in (killed, whole):
-        subprocess.run([*run, str(store)], check=True, stdout=subprocess.DEVNULL)
+        process = fork_script(*run, str(store))
+        process.join(300)
+        assert process.exitcode == 0
     assert killed.read_bytes().startswith(before)
 
     def texts(store: Path) -> dict[str, str]:

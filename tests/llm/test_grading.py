@@ -3,9 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import fork_script
 
 from refine_fast.cli import main
 from refine_fast.errors import RefineFastError
@@ -155,9 +153,10 @@ def test_kill_9_repeats_only_the_query_in_flight(endpoint: Endpoint, tmp_path: P
     store = tmp_path / "replies.jsonl"
     endpoint.set(hold_after=5)
     here = str(Path(__file__).parent)
-    with subprocess.Popen([sys.executable, "-c", STAGE, here, endpoint.url, str(store)]) as process:
-        _wait(lambda: store.exists() and store.read_bytes().count(b"\n") == 5)
-        process.send_signal(signal.SIGKILL)
+    process = fork_script(STAGE, here, endpoint.url, str(store))
+    _wait(lambda: store.exists() and store.read_bytes().count(b"\n") == 5)
+    process.kill()
+    process.join()
     endpoint.set(hold_after=None)
     grades, account = grade_passages(candidates(12), endpoint.settings(), store)
     assert (account.graded, account.reused) == (12, 5)
