@@ -86,7 +86,7 @@ def add_prompt_flags(command: argparse.ArgumentParser) -> None:
         "--docs",
         type=Path,
         metavar="DOCS",
-        help="where they come from (default: Python's language reference)",
+        help="documents whose passages are tried (default: Python's language reference)",
     )
     for name in PASSAGE_FIELDS:
         _add_field(command, name, RunConfig.model_fields[name])
@@ -152,7 +152,7 @@ def add_eval_flags(command: argparse.ArgumentParser) -> None:
         "--data", type=Path, required=True, metavar="FOLDER", help="a retrieval set in BEIR layout"
     )
     command.add_argument(
-        "--split", default="test", metavar="NAME", help="which of its qrels to use (default test)"
+        "--split", default="test", metavar="NAME", help="which of its qrels/ to use (default test)"
     )
     command.add_argument(
         "--systems",

@@ -210,8 +210,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--type",
         choices=["auto", "flat", "sq8", "hnsw", "ivfpq"],
-        help="of the faiss indexes; flat is exact; auto: by the number of vectors (default: as it "
-        "was, auto at first)",
+        help="kind of faiss index; flat: none, every vector is scored; auto: by the number of "
+        "vectors (default: as it was, auto at first)",
     )
     sub.add_argument(
         "--add",
@@ -257,7 +257,7 @@ def parser() -> argparse.ArgumentParser:
         "printed, or that REFINE_FAST_TOKEN holds (default 127.0.0.1)",
     )
     sub.add_argument(
-        "--port", type=int, default=8765, metavar="N", help="0: a free one (default 8765)"
+        "--port", type=int, default=8765, metavar="N", help="0: a free port (default 8765)"
     )
 
     sub = command(

@@ -1,22 +1,37 @@
-"""The README's Python blocks, each run as it stands, in a folder with a real model as ``base``,
-a changed copy of it as ``tuned``, and a few documents in ``docs``."""
+"""The Python blocks of the README and of the guides, each run as it stands, in a folder with a real
+model as ``base``, a changed copy of it as ``tuned``, and a few documents in ``docs``; the command
+lines and flags that they name."""
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
+from textwrap import dedent, indent
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+GUIDES = ROOT / ".github" / "docs"
+PAGES = [ROOT / "README.md", *sorted(GUIDES.glob("*.rst"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The page's code blocks in a language."""
+    if page.suffix == ".md":
+        return re.findall(rf"^```{language}\n(.+?)^```", page.read_text(), re.S | re.M)
+    indented = rf"^\.\. code-block:: {language}\n((?:\n|   .*\n)+)"
+    return [dedent(block).strip("\n") for block in re.findall(indented, page.read_text(), re.M)]
+
+
 BLOCKS = [
-    block for block in re.findall(r"```python\n(.+?)```", README, re.S) if "# before" not in block
+    block for page in PAGES for block in blocks(page, "python") if not block.startswith("# before")
 ]
 
 
@@ -48,13 +63,41 @@ def test_block_runs(
     for name in sorted(topics)[:20]:
         (tmp_path / "docs" / f"{name}.md").write_text(topics[name][:600], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block, "a block", "exec"), {"__name__": "readme"})
 
 
-def test_every_flag_named_exists() -> None:
+def test_scale_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = blocks(GUIDES / "scale.rst", "python")
+    exec(compile(block, "scale.rst", "exec"), {})
+    assert indent(capsys.readouterr().out, "   ") in (GUIDES / "scale.rst").read_text()
+
+
+def test_every_command_line_is_accepted() -> None:
     from refine_fast.cli import parser
 
     top = parser()
-    for line in re.findall(r"^refine-fast (.+?)(?:  +#.*)?$", README, re.M):
-        words = shlex.split(line.replace("docs/", str(Path(__file__).parent)))
-        top.parse_args(words)
+    lines = [
+        line
+        for page in PAGES
+        for block in blocks(page, "bash")
+        for line in re.findall(r"^refine-fast (.+?)(?: +[#>].*)?$", block, re.M)
+    ]
+    assert len(lines) > 30
+    for line in lines:
+        top.parse_args(shlex.split(line.replace("docs/", str(Path(__file__).parent))))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_named_exists(page: Path) -> None:
+    """In code within a sentence that is a flag or a command of refine-fast."""
+    from refine_fast.cli import parser
+
+    (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    known = {
+        flag for command in commands.choices.values() for flag in command._option_string_actions
+    }
+    text = re.sub(r"^```.+?^```", "", page.read_text(), flags=re.S | re.M)
+    mark = "`" if page.suffix == ".md" else "``"
+    code = re.findall(rf"{mark}((?:--|refine-fast|run |index ).+?){mark}", text, re.S)
+    named = {flag for words in code for flag in re.findall(r"--[a-z][a-z-]*", words)}
+    assert named <= known

@@ -1,9 +1,12 @@
-"""Sphinx builds the API reference from the docstrings.
+"""Sphinx builds the guides, and the API reference from the docstrings.
 
 sphinx-build -W .github/docs build/docs
 """
 
 from __future__ import annotations
+
+from docutils import nodes
+from sphinx.application import Sphinx
 
 import refine_fast
 from refine_fast import pipeline
@@ -32,3 +35,16 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!refine_fast\.).*"), (r"py:.*", r".*\._.*
 suppress_warnings = ["ref.python"]
 html_theme = "alabaster"
 html_theme_options = {"description": "REFINE, with fused kernels", "fixed_sidebar": True}
+
+
+def link_pages(app: Sphinx, tree: nodes.document) -> None:
+    """The guides link to one another as .rst files, which is what GitHub shows."""
+    for link in tree.findall(nodes.reference):
+        page, dot_rst, anchor = link.get("refuri", "").partition(".rst")
+        if dot_rst and "/" not in page:
+            link["refuri"] = f"{page}.html{anchor}"
+
+
+def setup(app: Sphinx) -> None:
+    """Sphinx calls this when it has read the configuration."""
+    app.connect("doctree-read", link_pages)

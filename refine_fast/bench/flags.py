@@ -45,7 +45,7 @@ def add_bench_flags(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="leave out every other peer; repeatable",
+        help="of the peers, measure this one alone; repeatable",
     )
     purpose = command.add_mutually_exclusive_group()  # what to do with measurements, or instead
     purpose.add_argument(
