@@ -18,7 +18,7 @@ from refine_fast.pipeline.context import RunContext
 from refine_fast.pipeline.corpus.language import other_language
 from refine_fast.pipeline.encoder.load import encoder_folder
 from refine_fast.pipeline.stages.chunk import cut_corpus
-from refine_fast.pipeline.stages.query import offline_queries
+from refine_fast.pipeline.stages.query import dev_queries, offline_queries, split_queries
 
 TEMPLATE = " ".join(
     f"Clause {i}: the buyer keeps the {part} dry, checks it every month and reports each crack."
@@ -169,3 +169,58 @@ def test_the_bundled_encoder_warns_of_other_languages(minilm: Path, tmp_path: Pa
     with pytest.warns(RefineFastWarning, match=r"^most documents are in the Thai script, and min"):
         cut_corpus(here)
     cut_corpus(context(minilm, tmp_path, docs))  # an encoder of the user's own: no word
+
+
+def beir(folder: Path, dev: int) -> Path:
+    """A BEIR folder: 60 passages, the first 45 with a training query, the last ``dev`` with one of
+    split dev, and one with a query that dev and test ask."""
+    (folder / "qrels").mkdir(parents=True)
+    ids = [f"P{i}" for i in range(60)]
+    write(folder / "corpus.jsonl", [{"_id": id, "text": f"{id} is {id * 3}."} for id in ids])
+    write(folder / "queries.jsonl", [{"_id": id, "text": f"What is {id}?"} for id in ids])
+    for split, judged in {
+        "train": ids[:45],
+        "dev": [ids[50], *ids[-dev:]],
+        "test": ids[50:51],
+    }.items():
+        rows = "".join(f"{id}\t{id}\t1\n" for id in judged)
+        (folder / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{rows}")
+    return folder
+
+
+@pytest.mark.parametrize(("dev", "used"), [(8, False), (9, True)])
+def test_the_split_dev_chooses_where_it_is_as_large_as_what_would_be_held_out(
+    tiny: Path, tmp_path: Path, dev: int, used: bool
+) -> None:
+    folder = beir(tmp_path / "set", dev)
+    for docs in (folder, folder / "corpus.jsonl"):  # with judged test queries, and without
+        here = context(tiny, tmp_path, docs, queries=folder, dedup="keep", held_out=0.1)
+        _, chunks, _ = cut_corpus(here)
+        parts = split_queries(
+            here, chunks, offline_queries(here, chunks, {}), dev_queries(here, chunks, {})
+        )
+        held_out = 0 if docs == folder else 5
+        assert len(parts.get("held_out", [])) == held_out
+        asked = {query.chunk_id for query in parts["dev"]}
+        if used:
+            assert asked == {f"P{i}" for i in range(51, 60)}
+        else:
+            assert len(asked) == 9
+            assert asked <= {f"P{i}" for i in range(45)}
+        assert len(parts["train"]) == 45 - held_out - (0 if used else 9)
+        assert not asked & {query.chunk_id for query in parts["train"]}
+
+
+def test_passages_of_the_split_dev_are_never_near_duplicates(minilm: Path, tmp_path: Path) -> None:
+    docs = documents(tmp_path, PAGES | OTHERS)
+    folder = tmp_path / "set"
+    (folder / "qrels").mkdir(parents=True)
+    write(folder / "corpus.jsonl", [{"_id": id, "text": text} for id, text in PAGES.items()])
+    write(folder / "queries.jsonl", [{"_id": id, "text": f"pressure of {id}"} for id in PAGES])
+    for split, id in (("train", "P3"), ("dev", "P7")):
+        (folder / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{id}\t{id}\t1")
+    here = context(minilm, tmp_path, docs, queries=folder)
+    with pytest.warns(RefineFastWarning, match=r"9 of 14 chunks are removed as near duplicates"):
+        _, chunks, removed = cut_corpus(here)
+    assert [chunk.id for chunk in chunks] == ["P0", "P3", "P7", "rain", "bakery"]
+    assert [query.chunk_id for query in dev_queries(here, chunks, removed.twins)] == ["P7"]

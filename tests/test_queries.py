@@ -17,7 +17,7 @@ from refine_fast.pipeline.corpus.chunk import Chunk
 from refine_fast.pipeline.queries.query import Query
 from refine_fast.pipeline.queries.salient import content_words, salient_terms
 from refine_fast.pipeline.queries.synthetic import synthesize_queries
-from refine_fast.pipeline.queries.user import load_queries
+from refine_fast.pipeline.queries.user import load_dev_queries, load_queries
 
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 
@@ -256,6 +256,24 @@ def test_beir_queries_that_the_test_asks_too_are_left_out(tmp_path: Path) -> Non
     ]
     (tmp_path / "qrels" / "test.tsv").unlink()
     assert [query.chunk_id for query in load_queries(tmp_path, CHUNKS)] == ["rivers#0", "glaciers"]
+
+
+def test_the_split_dev_of_a_beir_folder(tmp_path: Path) -> None:
+    """Without what the test asks too, and with what train does, which leaves it out."""
+    folder = beir(tmp_path)
+    assert load_dev_queries(folder, CHUNKS) == load_dev_queries(folder / "queries.jsonl", []) == []
+    (folder / "qrels" / "dev.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq1\trivers#1\t1\nq3\tglaciers\t1\n"
+        "q4\tunknown\t1\nq4\tglaciers\t0\n"
+    )
+    dev = [Query("Where is coal carried?", "rivers#1", "user")]
+    assert load_dev_queries(folder, CHUNKS) == dev
+    (folder / "qrels" / "test.tsv").unlink()
+    assert [query.text for query in load_queries(folder, CHUNKS)] == []
+    asked = [query.text for query in load_dev_queries(folder, CHUNKS)]
+    assert asked == ["Where is coal carried?", "how does a  glacier FORM?"]
+    (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq3\tglaciers\t0\n")
+    assert load_dev_queries(folder, CHUNKS) == []  # its grades are hidden
 
 
 @pytest.mark.parametrize("judged", ["q3\tglaciers\t0", "q3\tunknown\t1", ""])

@@ -35,7 +35,7 @@ from ..queries.splits import require_enough
 from ..stages import run_stages, systems
 from ..stages.chunk import cut_corpus
 from ..stages.curve import PASSAGES, QUERIES
-from ..stages.query import made_queries, offline_queries, split_queries
+from ..stages.query import dev_queries, made_queries, offline_queries, split_queries
 from ..training.cross_encoder import pair_logits
 from ..training.memory import fit_training
 from ..training.trained import Trained
@@ -121,7 +121,8 @@ def plan(config: RunConfig) -> Plan:
     if config.llm_writes and config.made_kinds:
         # Those are made besides the model's, of which there are as many as of the usual kinds.
         asked += made_queries(context, chunks, KINDS_IN_TURN)
-    queries = split_queries(context, chunks, asked)
+    dev = dev_queries(context, chunks, duplicates.twins)
+    queries = split_queries(context, chunks, asked, dev)
     if not config.llm_writes:
         require_enough(queries["train"])
     examples = len(queries["train"])

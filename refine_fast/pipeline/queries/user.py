@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 
 from ...errors import RefineFastError, RefineFastWarning
@@ -14,25 +15,22 @@ from ..corpus.dedup import shingles
 from ..corpus.text import normalize, words
 from .query import Query
 from .splits import without
-from .user_formats import Judgement, read_judgements
+from .user_formats import Judgement, read_dev_judgements, read_judgements
 
 MIN_CONTAINMENT = 0.8
 """Share of the shorter text's shingles that the other must have for the two to be the same."""
 
 
-def load_queries(
-    path: Path, chunks: Sequence[Chunk], split: str = "train", encoding: str | None = None
-) -> list[Query]:
-    """The user's queries, from any file that ``user_formats`` reads.
+def load_queries(path: Path, chunks: Sequence[Chunk], encoding: str | None = None) -> list[Query]:
+    """The user's queries, from any file that ``user_formats`` reads; of a BEIR folder, its split
+    ``train``, without what another split asks too: it would be trained on and tested with.
 
     A judgement names a chunk or a document by its id, or gives the text. Of a document that was cut
-    into several chunks, the chunk with the highest tf-idf similarity to the query counts. In a BEIR
-    folder, a query that another split asks too is left out: it would be trained on and tested with.
+    into several chunks, the chunk with the highest tf-idf similarity to the query counts.
 
     Args:
         path: file or folder.
         chunks: all chunks.
-        split: the file of ``qrels/`` in a BEIR folder.
         encoding: of a file that is not UTF-8; None: see ``read_judgements``.
 
     Returns:
@@ -46,7 +44,7 @@ def load_queries(
         raise RefineFastError(
             f'{path} does not exist; give JSON lines of {{"text", "doc_id"}} or a BEIR folder.'
         )
-    judgements = list(read_judgements(path, split, encoding))
+    judgements = list(read_judgements(path, encoding))
     found = _Finder(chunks).find(judgements)
     missing = [item for item, chunk in zip(judgements, found, strict=True) if chunk is None]
     if not judgements:
@@ -64,17 +62,33 @@ def load_queries(
             RefineFastWarning,
             stacklevel=2,
         )
-    queries = [
+    return _unlike(_queries(judgements, found), path, {"train"})
+
+
+def load_dev_queries(path: Path, chunks: Sequence[Chunk]) -> list[Query]:
+    """The split ``dev`` of a BEIR folder, without what a split asks that is neither dev nor train.
+    Passages that name no chunk are skipped.
+
+    Returns:
+        As of ``load_queries``; none if ``path`` has no such split.
+    """
+    judgements = read_dev_judgements(path)
+    return _unlike(_queries(judgements, _Finder(chunks).find(judgements)), path, {"train", "dev"})
+
+
+def _queries(judgements: Sequence[Judgement], found: Sequence[Chunk | None]) -> list[Query]:
+    return [
         Query(item.query, chunk.id, "user")
         for item, chunk in zip(judgements, found, strict=True)
         if chunk is not None
     ]
-    if path.is_dir():
-        others = sorted(other.stem for other in path.glob("qrels/*.tsv") if other.stem != split)
-        queries = without(
-            queries, [text for other in others for text in judged_queries(path, other)]
-        )
-    return list(dict.fromkeys(queries))
+
+
+def _unlike(queries: Sequence[Query], path: Path, splits: Collection[str]) -> list[Query]:
+    """The queries, each once, that no split of a BEIR folder but ``splits`` asks."""
+    others = sorted(path.glob("qrels/*.tsv")) if path.is_dir() else []
+    asked = [judged_queries(path, each.stem) for each in others if each.stem not in splits]
+    return list(dict.fromkeys(without(queries, [text for text, _ in chain.from_iterable(asked)])))
 
 
 def _named(judgement: Judgement) -> str:

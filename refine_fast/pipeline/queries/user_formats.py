@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RefineFastError
-from ..corpus.beir import load_beir
+from ..corpus.beir import judged_queries, load_beir
 from ..corpus.columns import plain
 from ..corpus.formats.content import Unreadable
 from ..corpus.formats.tables import (
@@ -96,14 +96,11 @@ class Judgement:
     """The text of the passage; where both are given, the id is looked up first."""
 
 
-def read_judgements(
-    path: Path, split: str = "train", encoding: str | None = None
-) -> Iterator[Judgement]:
-    """Every judgement in a file or folder.
+def read_judgements(path: Path, encoding: str | None = None) -> Iterator[Judgement]:
+    """Every judgement in a file, or of the split ``train`` in a folder.
 
     Args:
         path: the file, which ends in one of ``tables.SUFFIXES``, or the folder.
-        split: the file of ``qrels/`` to read in a BEIR folder.
         encoding: of a file that is not UTF-8. None: JSON lines must be UTF-8, and the encoding of
             other files is detected.
 
@@ -111,7 +108,7 @@ def read_judgements(
         RefineFastError: if the format is unknown or a row is malformed: file, line, field, remedy.
     """
     if path.is_dir():
-        yield from _folder(path, split)
+        yield from _folder(path)
         return
     if table_suffix(path) is None:
         raise RefineFastError(
@@ -157,17 +154,34 @@ def _text_file(folder: Path) -> Path | None:
     return next((folder / name for name in QUERY_FILES if (folder / name).is_file()), None)
 
 
-def _folder(folder: Path, split: str) -> Iterator[Judgement]:
+def read_dev_judgements(path: Path) -> list[Judgement]:
+    """The relevant passages of the split ``dev`` in a BEIR folder, which may hide its grades; none
+    elsewhere.
+
+    Raises:
+        RefineFastError: if a file is malformed.
+    """
+    if not (path / _QRELS[0] / "dev.tsv").is_file():
+        return []
+    return [
+        Judgement(text, "dev", doc)
+        for text, grades in judged_queries(path, "dev")
+        for doc, grade in grades.items()
+        if grade > 0
+    ]
+
+
+def _folder(folder: Path) -> Iterator[Judgement]:
     own, gpl = _QRELS
     if (folder / gpl).is_dir() and not (folder / own).is_dir():
-        yield from _gpl(folder / gpl / f"{split}.tsv", folder)
+        yield from _gpl(folder / gpl / "train.tsv", folder)
         return
-    judged = load_beir(folder, split)
+    judged = load_beir(folder, "train")
     row_of = {doc: row for row, doc in enumerate(judged.doc_ids)}
     for id, text, grades in zip(judged.query_ids, judged.queries, judged.qrels, strict=True):
         relevant = [doc for doc, grade in grades.items() if grade > 0]
         for doc in sorted(relevant, key=lambda doc: row_of.get(doc, len(row_of))):
-            yield Judgement(text, f"query {id} of {split}", doc)
+            yield Judgement(text, f"query {id} of train", doc)
 
 
 def _file(path: Path, encoding: str | None) -> Iterator[Judgement]:

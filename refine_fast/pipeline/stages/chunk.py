@@ -22,7 +22,12 @@ from ..corpus.documents import Document, Reading, beir_corpus, load_documents
 from ..corpus.jsonl import write_records
 from ..corpus.language import other_language
 from ..encoder.load import DEFAULT_ENCODER, document_tokenizer, load_encoder
-from ..queries.user_formats import query_files, read_judgements
+from ..queries.user_formats import (
+    Judgement,
+    query_files,
+    read_dev_judgements,
+    read_judgements,
+)
 from ..workers import Spread
 
 if TYPE_CHECKING:
@@ -193,7 +198,9 @@ def _labelled(
     queries: Path | None, encoding: str | None, chunks: Sequence[Chunk]
 ) -> Callable[[Chunk], bool]:
     """Whether one of the user's queries names a chunk, by its id, its document's id or its text."""
-    judgements = [] if queries is None else list(read_judgements(queries, encoding=encoding))
+    judgements: list[Judgement] = []
+    if queries is not None:
+        judgements = [*read_judgements(queries, encoding), *read_dev_judgements(queries)]
     known = {id for chunk in chunks for id in (chunk.id, document_id(chunk.id))}
     ids = {item.doc_id for item in judgements}
     texts = {item.passage for item in judgements if item.passage and item.doc_id not in known}

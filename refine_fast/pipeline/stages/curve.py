@@ -18,7 +18,7 @@ from ..queries.splits import held_out_set
 if TYPE_CHECKING:
     from ..context import RunContext
 
-QUERIES, PASSAGES = 500, 1000
+QUERIES, PASSAGES = 1000, 1000
 """The most of the queries and chunks that are scored at each weight: a sample decides."""
 
 

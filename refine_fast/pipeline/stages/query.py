@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from ..queries.python_questions import python_questions, python_training_queries
 from ..queries.query import KINDS_IN_TURN, Query
 from ..queries.splits import split_by_document, without
 from ..queries.synthetic import synthesize_queries
-from ..queries.user import load_queries
+from ..queries.user import load_dev_queries, load_queries
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -33,7 +34,8 @@ def run(context: RunContext, folder: Path) -> None:
     """Writes the queries to train on, to compare fusion weights on, and to evaluate on."""
     chunks = read_records(context.path(CHUNKS), Chunk)
     twins = read_json(context.path(TWINS))
-    write_split(context, folder, chunks, offline_queries(context, chunks, twins))
+    queries, dev = offline_queries(context, chunks, twins), dev_queries(context, chunks, twins)
+    write_split(context, folder, chunks, queries, dev)
 
 
 def offline_queries(
@@ -47,14 +49,34 @@ def offline_queries(
     """
     config = context.config
     if config.queries is not None:
-        by_id = {chunk.id: chunk for chunk in chunks}
-        removed = [replace(by_id[twin], id=id) for id, twin in twins.items() if twin in by_id]
-        queries = load_queries(config.queries, [*chunks, *removed], encoding=config.encoding)
-        moved = (replace(q, chunk_id=twins.get(q.chunk_id, q.chunk_id)) for q in queries)
-        return list(dict.fromkeys(moved))
+        load = partial(load_queries, config.queries, encoding=config.encoding)
+        return _of_kept(load, chunks, twins)
     if context.written_beforehand:
         return python_training_queries(chunks)
     return made_queries(context, chunks, config.made_kinds or KINDS_IN_TURN)
+
+
+def dev_queries(
+    context: RunContext, chunks: Sequence[Chunk], twins: Mapping[str, str]
+) -> list[Query]:
+    """Those that the user set aside: the split ``dev`` of a BEIR folder that ``--queries`` names;
+    none elsewhere. ``twins``: as of ``offline_queries``."""
+    if context.config.queries is None:
+        return []
+    return _of_kept(partial(load_dev_queries, context.config.queries), chunks, twins)
+
+
+def _of_kept(
+    load: Callable[[Sequence[Chunk]], list[Query]],
+    chunks: Sequence[Chunk],
+    twins: Mapping[str, str],
+) -> list[Query]:
+    """The user's queries as ``load`` finds them, those of removed duplicates of the kept ones."""
+    by_id = {chunk.id: chunk for chunk in chunks}
+    removed = [replace(by_id[twin], id=id) for id, twin in twins.items() if twin in by_id]
+    queries = load([*chunks, *removed])
+    moved = (replace(q, chunk_id=twins.get(q.chunk_id, q.chunk_id)) for q in queries)
+    return list(dict.fromkeys(moved))
 
 
 def made_queries(context: RunContext, chunks: Sequence[Chunk], kinds: Sequence[str]) -> list[Query]:
@@ -64,30 +86,43 @@ def made_queries(context: RunContext, chunks: Sequence[Chunk], kinds: Sequence[s
 
 
 def split_queries(
-    context: RunContext, chunks: Sequence[Chunk], queries: list[Query]
+    context: RunContext,
+    chunks: Sequence[Chunk],
+    queries: Sequence[Query],
+    dev: Sequence[Query] = (),
 ) -> dict[str, list[Query]]:
     """{"train": ..., "dev": ..., "held_out": ...}, the last one unless the documents have test
     queries of their own.
 
-    The split is by whole documents, and none of the queries is a judged test query.
+    The split is by whole documents, and none of the queries is a judged test query. "dev" is
+    ``dev``, which the user set aside, unless those are fewer than would be held out.
     """
     shares = {}
     if context.judged_corpus:
-        queries = without(queries, load_beir(context.judged_corpus).queries)
+        tested = load_beir(context.judged_corpus).queries
+        queries, dev = without(queries, tested), without(dev, tested)
     elif context.built_in:
         queries = without(queries, python_questions(chunks).queries)
     if not context.has_test_queries:
         shares["held_out"] = context.config.held_out
     low, high = DEV_SHARES
-    shares["dev"] = min(high, max(low, DEV_QUERIES / max(len(queries), 1)))
-    return split_by_document(queries, chunks, shares, seed=context.config.seed)
+    share = min(high, max(low, DEV_QUERIES / max(len(queries), 1)))
+    if len(dev) < share * len(queries):
+        shares["dev"], dev = share, []
+    parts = split_by_document(queries, chunks, shares, seed=context.config.seed)
+    return {"dev": without(dev, [query.text for query in parts.get("held_out", ())]), **parts}
 
 
 def write_split(
-    context: RunContext, folder: Path, chunks: Sequence[Chunk], queries: list[Query]
+    context: RunContext,
+    folder: Path,
+    chunks: Sequence[Chunk],
+    queries: Sequence[Query],
+    dev: Sequence[Query] = (),
 ) -> None:
-    """Splits the queries, writes one file for each part, and shows some of them."""
-    parts = split_queries(context, chunks, queries)
+    """Splits the queries, writes one file for each part, and shows some of them. ``dev``: as of
+    ``split_queries``."""
+    parts = split_queries(context, chunks, queries, dev)
     for part, name in (("train", QUERIES), ("dev", DEV), ("held_out", HELD_OUT)):
         write_records(folder / name, parts.get(part, []))
     made = parts["train"]
