@@ -304,8 +304,8 @@ class RunConfig(BaseModel):
         "auto",
         "share of distillation in the loss, from the frozen encoder and BM25 or --teacher; the "
         "rest is InfoNCE; auto: 0.5 with --teacher, or if queries are made without a language "
-        "model, else 0; choose: trains with 0, 0.5 and 1, and keeps auto's share unless another is "
-        "better on held-out queries",
+        "model, else 0.25; choose: trains with 0, auto's share and 1, and keeps auto's unless "
+        "another is better on held-out queries",
         "SHARE",
     )
     teacher: Teacher | None = _option(

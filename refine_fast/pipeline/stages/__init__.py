@@ -253,6 +253,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             (*trained, DISTILL_FACTS, *map(curve_file, compared)),
             candidates,
             "weight tolerance curve distill" if context.chooses_weight else "weight distill",
+            shares=context.shares,
             rule=context.distill,
         )
     else:

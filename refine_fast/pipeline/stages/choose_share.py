@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
     from ..context import RunContext
 
 
-def run(context: RunContext, folder: Path, *, rule: float) -> None:
+def run(context: RunContext, folder: Path, *, shares: Sequence[float], rule: float) -> None:
     """Copies what was trained with the best share, with its curve, and writes the scores of each.
 
-    ``rule``: the share that is kept unless another is better."""
+    ``rule``: the one of ``shares`` that is kept unless another is better."""
     base = read_scores(context.path(curve_file(0)))
     fused = [weight for weight in context.compared_weights if weight > 0]
     dev: dict[float, Scores] = {}
     weights: dict[float, float] = {}
-    for share in context.shares:
+    for share in shares:
         files = {weight: context.path(at_share(share)) / curve_file(weight) for weight in fused}
         curve = {0.0: base} | {weight: read_scores(file) for weight, file in files.items()}
         weights[share] = _weight(context, curve)
