@@ -104,6 +104,13 @@ def test_no_question_where_the_clause_is_uncertain(sentence: str) -> None:
     assert english_questions(sentence) == {}
 
 
+@pytest.mark.parametrize("means", ["heating the ore", "placing rows of bricks", "slow cooling"])
+def test_no_activity_is_asked_for_as_an_agent(means: str) -> None:
+    assert "who" not in english_questions(f"The steel was formed by {means} in an open furnace.")
+    asked = english_questions("The crane was built by Lessing in 1908.")["who"]
+    assert asked == "Who built the crane in 1908?"
+
+
 def test_a_negated_sentence_is_not_asked_for_its_date() -> None:
     assert "when" not in english_questions("The crane was not used by the port in 1908.")
 

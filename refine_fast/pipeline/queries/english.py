@@ -244,7 +244,8 @@ def _by_agent(clause: Clause, agent: regex.Match[str]) -> str | None:
     before, name, after = agent[1].strip(), agent[2], agent[3]
     *adverbs, participle = before.split() or [""]
     base = _participles().get(participle.lower())
-    if base is None or name.endswith("ing"):
+    # what is done by doing something has no agent in this sentence
+    if base is None or any(word.islower() and word.endswith("ing") for word in name.split()):
         return None
     if any(not word.lower().endswith("ly") for word in adverbs):
         return None
