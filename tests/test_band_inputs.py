@@ -87,6 +87,9 @@ def test_a_wrong_argument_is_named() -> None:
         rf.band_topk_part(queries, docs, 2, id_offset="9")
     with pytest.raises(TypeError, match=r"^docs must be dense .*pass docs\.to_dense\(\)"):
         rf.band_topk(queries, docs.to_sparse(), 2)
+    masked = np.ma.masked_array(docs.numpy(), docs.numpy() > 0)
+    with pytest.raises(TypeError, match=r"^docs has a mask, .*pass docs\.filled\(0\)"):
+        rf.band_topk(queries, masked, 2)
 
 
 def test_scores_carry_no_graph() -> None:

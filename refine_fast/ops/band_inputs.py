@@ -162,7 +162,7 @@ def shape(x: Any, name: str) -> tuple[int, int]:
 
     Raises:
         ValueError: anything but two dimensions and at least one column.
-        TypeError: anything else, such as a list or a sparse tensor.
+        TypeError: anything else, such as a list, a sparse tensor or a masked array.
     """
     if not hasattr(x, "get_shape") and not hasattr(x, "shape"):
         raise TypeError(
@@ -171,6 +171,8 @@ def shape(x: Any, name: str) -> tuple[int, int]:
         )
     if isinstance(x, Tensor) and x.layout != torch.strided:
         raise TypeError(f"{name} must be dense (got {x.layout}); pass {name}.to_dense()")
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} has a mask, which would be ignored; pass {name}.filled(0)")
     sizes = tuple(x.get_shape() if hasattr(x, "get_shape") else x.shape)
     if len(sizes) != 2 or sizes[1] == 0:
         raise ValueError(
