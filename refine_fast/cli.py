@@ -29,6 +29,7 @@ from .arguments import (
 )
 from .bench.flags import add_bench_flags
 from .errors import RefineFastError
+from .termination import Terminated, terminable
 
 if TYPE_CHECKING:
     from .pipeline.config import RunConfig
@@ -43,7 +44,7 @@ LAST_STAGE = {
 }
 """Command -> the last stage that it does."""
 
-OK, FAILED, BAD_INPUT, LOCKED, KEPT_BASE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+OK, FAILED, BAD_INPUT, LOCKED, KEPT_BASE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
 
 EXAMPLES = """examples:
   refine-fast run --out demo                      try it on Python's documentation
@@ -55,7 +56,7 @@ EXAMPLES = """examples:
   refine-fast fuse base/ tuned/ --out fused/ --weight 0.5
 
 exit codes: 0 success, 1 failure, 2 bad input, 3 the run folder is in use,
-4 no fine-tuned model was better, so the base model was kept, 130 Ctrl-C"""
+4 no fine-tuned model was better, so the base model was kept, 130 Ctrl-C, 143 SIGTERM"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +96,7 @@ def perform(options: argparse.Namespace) -> int:
     console = Console(quiet=options.quiet, json=options.json)
     try:
         isa()  # a bad REFINE_FAST_ISA ends the command here, not hours later
-        with console.warnings():
+        with console.warnings(), terminable():
             code = options.work(options, console)
     except LockedError as error:
         console.error(str(error))
@@ -111,9 +112,9 @@ def perform(options: argparse.Namespace) -> int:
             raise
         console.error(f"{str(error).rstrip('.')}; check the model, or use --precision fp32.")
         return BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         console.error(f"stopped; {options.stopped}.")
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except OSError as error:
         where, reason = error.filename or "a file", error.strerror or error
         console.error(f"{where}: {reason}; fix this and run the same command again.")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import os
+import signal
+import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -69,6 +73,30 @@ def test_a_full_disk_is_an_error_of_the_system(capsys) -> None:
 
     assert perform(write) == 1
     assert "No space left on device; fix this and run the same" in capsys.readouterr().err
+
+
+def test_sigterm_stops_a_command_as_ctrl_c_does(capsys) -> None:
+    """By default it would leave temporary files. In another thread, which gets no signal, a command
+    runs all the same; a handler of somebody else's stays."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def work() -> None:
+            with tempfile.TemporaryDirectory(dir=folder):
+                signal.raise_signal(signal.SIGTERM)
+
+        assert perform(work) == 143
+        assert os.listdir(folder) == []
+    assert capsys.readouterr().err == "error: stopped; stopped.\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(perform, lambda: None).result() == 0
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        assert perform(lambda: signal.raise_signal(signal.SIGTERM)) == 0
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert heard == [signal.SIGTERM]
 
 
 def test_what_an_operation_refuses_is_one_sentence(capsys) -> None:

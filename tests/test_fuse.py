@@ -441,10 +441,11 @@ def test_on_the_command_line(
         "exists: give another, or pass overwrite=True (--overwrite) to replace it"
         in capsys.readouterr().err
     )
-    monkeypatch.setattr(merge._Merge, "run", lambda _: signal.raise_signal(signal.SIGINT))
-    assert main([*command, "--overwrite"]) == 130
-    assert capsys.readouterr().err == "error: stopped; nothing was left at --out.\n"
-    assert sorted(os.listdir(tmp_path)) == ["base", "out", "tuned"]
+    for sent, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        monkeypatch.setattr(merge._Merge, "run", lambda _, sent=sent: signal.raise_signal(sent))
+        assert main([*command, "--overwrite"]) == code
+        assert capsys.readouterr().err == "error: stopped; nothing was left at --out.\n"
+        assert sorted(os.listdir(tmp_path)) == ["base", "out", "tuned"]
     with pytest.raises(SystemExit):
         main([*command, "--weights", "layer.*"])
     assert "'layer.*' must be GLOB=W, such as '*.embeddings.*=0'" in capsys.readouterr().err
