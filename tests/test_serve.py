@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -101,7 +103,12 @@ def test_the_endpoint_answers_as_search_does(address: str, run: Path, capsys) ->
     query = "how are operators called"
     status, found = call(f"{address}/api/search", {"query": query, "k": 3})
     assert status == 200
-    assert call(f"{address}/api/search?q=how+are+operators+called&k=3") == (200, found)
+    url = f"{address}/api/search?q=how+are+operators+called&k=3"
+    assert call(url) == (200, found)
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
+        assert response.status == 200
+    for kind in ("Application/JSON", "application/json; charset=utf-8"):
+        assert call(f"{address}/api/search", {"query": query, "k": 3}, kind=kind) == (200, found)
     assert main(["search", str(run), query, "-k", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["systems"] == found["systems"]
 
@@ -334,7 +341,10 @@ def test_marks_choose_the_blend(indexed: Path, tmp_path: Path, capsys) -> None:
     assert chosen_by()["queries"] == 61 - gone
 
 
-def test_the_command_serves_until_it_is_stopped(run: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_serves_until_it_is_stopped(run: Path, sent: signal.Signals, code: int) -> None:
+    """A client that leaves within its request is no fault of the server's, and one that never ends
+    its request does not keep it from stopping."""
     process = subprocess.Popen(
         [sys.executable, "-m", "refine_fast", "serve", str(run), "--port", "0", "--json"],
         stdout=subprocess.PIPE,
@@ -346,10 +356,20 @@ def test_the_command_serves_until_it_is_stopped(run: Path) -> None:
     while "}" not in lines:
         lines += process.stdout.readline()
     address = json.loads(lines)["address"]
-    assert call(f"{address}api/about")[0] == 200
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) in (0, 130)
-    assert "Traceback" not in process.stderr.read()
+    begun = (
+        b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 50\r\n\r\n{"
+    )
+    place = ("127.0.0.1", urlsplit(address).port)
+    with socket.create_connection(place) as gone, socket.create_connection(place) as slow:
+        for client in (gone, slow):
+            client.sendall(begun)
+        gone.close()
+        assert call(f"{address}api/about")[0] == 200
+        process.send_signal(sent)
+        assert process.wait(60) == code
+    assert "Traceback" not in (told := process.stderr.read())
+    assert told.endswith("stopped; the marks are saved.\n")
 
 
 def test_a_token_that_was_made_is_shown_even_if_quiet(

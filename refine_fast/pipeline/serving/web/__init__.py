@@ -12,6 +12,7 @@ may run no script but its own.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable
@@ -25,7 +26,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
@@ -38,6 +39,9 @@ STATIC = Path(__file__).parent / "static"
 
 MAX_BODY = 200_000
 """Bytes of a request: 10,000 characters, escaped."""
+
+BODY_SECONDS = 5
+"""How long a request may take to arrive: a server that is stopped waits for what has begun."""
 
 MAX_K = 100
 
@@ -136,7 +140,7 @@ class Api:
 
     async def search(self, request: Request) -> Response:
         """The best passages by each system, and which of them are marked for this query."""
-        if request.method == "GET":
+        if request.method != "POST":  # GET, or HEAD, which is answered as GET
             asked: dict[str, Any] = dict(request.query_params)
             query, k = asked.get("q"), asked.get("k", "10")
         else:
@@ -199,13 +203,18 @@ class Api:
 async def _json(request: Request) -> dict[str, Any]:
     """The object in a request. Its type must be JSON, which another site's page cannot send
     without permission."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind.strip().lower() != "application/json":
         raise BadRequest("Content-Type must be application/json")
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise BadRequest(f"a request may have at most {MAX_BODY:,} bytes")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY:
+                    raise BadRequest(f"a request may have at most {MAX_BODY:,} bytes")
+    except (ClientDisconnect, TimeoutError):
+        raise BadRequest("the request is not complete") from None
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
