@@ -188,10 +188,16 @@ def beir(folder: Path, dev: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("dev", "used"), [(8, False), (9, True)])
+@pytest.mark.parametrize(
+    ("dev", "most", "used"), [(8, 1000, False), (9, 1000, True), (8, 8, True), (7, 8, False)]
+)
 def test_the_split_dev_chooses_where_it_is_as_large_as_what_would_be_held_out(
-    tiny: Path, tmp_path: Path, dev: int, used: bool
+    tiny: Path, tmp_path: Path, monkeypatch, dev: int, most: int, used: bool
 ) -> None:
+    """Or as what would be scored of that. One that is too small is named."""
+    monkeypatch.setattr("refine_fast.pipeline.stages.query.MOST_DEV", most)
+    said: list[str] = []
+    monkeypatch.setattr(Console, "say", lambda _, line: said.append(line))
     folder = beir(tmp_path / "set", dev)
     for docs in (folder, folder / "corpus.jsonl"):  # with judged test queries, and without
         here = context(tiny, tmp_path, docs, queries=folder, dedup="keep", held_out=0.1)
@@ -203,12 +209,14 @@ def test_the_split_dev_chooses_where_it_is_as_large_as_what_would_be_held_out(
         assert len(parts.get("held_out", [])) == held_out
         asked = {query.chunk_id for query in parts["dev"]}
         if used:
-            assert asked == {f"P{i}" for i in range(51, 60)}
+            assert asked == {f"P{i}" for i in range(60 - dev, 60)}
         else:
             assert len(asked) == 9
             assert asked <= {f"P{i}" for i in range(45)}
         assert len(parts["train"]) == 45 - held_out - (0 if used else 9)
         assert not asked & {query.chunk_id for query in parts["train"]}
+    told = [line for line in said if f"the split dev has {dev} queries, too few to choose" in line]
+    assert len(told) == (0 if used else 2)
 
 
 def test_passages_of_the_split_dev_are_never_near_duplicates(minilm: Path, tmp_path: Path) -> None:

@@ -267,13 +267,34 @@ def test_the_split_dev_of_a_beir_folder(tmp_path: Path) -> None:
         "q4\tunknown\t1\nq4\tglaciers\t0\n"
     )
     dev = [Query("Where is coal carried?", "rivers#1", "user")]
-    assert load_dev_queries(folder, CHUNKS) == dev
+    unknown = r'1 of 3 queries are skipped .* the first "unknown" at query q4 of dev'
+    with pytest.warns(RefineFastWarning, match=unknown):
+        assert load_dev_queries(folder, CHUNKS) == dev
     (folder / "qrels" / "test.tsv").unlink()
-    assert [query.text for query in load_queries(folder, CHUNKS)] == []
-    asked = [query.text for query in load_dev_queries(folder, CHUNKS)]
+    with pytest.warns(RefineFastWarning, match=unknown):
+        asked = [query.text for query in load_dev_queries(folder, CHUNKS)]
     assert asked == ["Where is coal carried?", "how does a  glacier FORM?"]
+    with pytest.raises(RefineFastError, match=r"ask every query of train\.tsv too"):
+        load_queries(folder, CHUNKS)
     (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq3\tglaciers\t0\n")
     assert load_dev_queries(folder, CHUNKS) == []  # its grades are hidden
+
+
+@pytest.mark.parametrize("empty", ["q1", "q3", "q4"])
+def test_an_empty_query_of_a_beir_folder_is_refused(tmp_path: Path, empty: str) -> None:
+    """In what is trained on or chooses the weight; a test counts it as BEIR does."""
+    folder = beir(tmp_path)
+    (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq4\tglaciers\t1\n")
+    rows = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    rows = [{**row, "text": " "} if row["_id"] == empty else row for row in rows]
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = {"q1": load_queries, "q4": load_dev_queries}
+    for load in (load_queries, load_dev_queries):
+        if asked.get(empty) is load:
+            with pytest.raises(RefineFastError, match=f": query {empty} is empty; write the query"):
+                load(folder, CHUNKS)
+        else:
+            load(folder, CHUNKS)
 
 
 @pytest.mark.parametrize("judged", ["q3\tglaciers\t0", "q3\tunknown\t1", ""])

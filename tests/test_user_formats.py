@@ -225,6 +225,7 @@ def test_a_text_that_is_no_document_is_named(tmp_path: Path) -> None:
         ("q.json", '"text"', "holds a JSON str, not a list of objects"),
         ("q.json", "[1]", r"q.json:1 holds a JSON int; each item .* must be an object"),
         ("q.json", '{"queries": {}, "relevant_docs": {"a": ["lathe"]}}', "query a has no text in"),
+        ("q.json", '{"queries": {"a": " "}, "relevant_docs": {"a": ["kiln"]}}', "query a is empty"),
         ("q.parquet", "no parquet", "q.parquet cannot be read: it is not a Parq"),
         ("hard-negatives.jsonl", '{"qid": "1", "pos": ["a"], "neg": {}}', "put qgen-queries.jsonl"),
     ],

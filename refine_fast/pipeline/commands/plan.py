@@ -31,10 +31,10 @@ from ..evaluation.general_knowledge import general_knowledge
 from ..preflight import try_encoder, try_language_model, try_teacher
 from ..queries.python_questions import python_questions
 from ..queries.query import KINDS_IN_TURN, Query
-from ..queries.splits import require_enough
+from ..queries.splits import MOST_DEV, require_enough
 from ..stages import run_stages, systems
 from ..stages.chunk import cut_corpus
-from ..stages.curve import PASSAGES, QUERIES
+from ..stages.curve import PASSAGES
 from ..stages.query import dev_queries, made_queries, offline_queries, split_queries
 from ..training.cross_encoder import pair_logits
 from ..training.memory import fit_training
@@ -147,7 +147,7 @@ def plan(config: RunConfig) -> Plan:
     for folder in context.ood:
         data = load_beir(folder)
         scored += min(len(data.docs), config.ood_passages) + len(data.queries)
-    compared = min(len(chunks), PASSAGES) + min(len(queries["dev"]), QUERIES)
+    compared = min(len(chunks), PASSAGES) + min(len(queries["dev"]), MOST_DEV)
     compared += 2 * len(general_knowledge("guard").docs)  # each with a question
     weights = list(context.weights)
     for _ in context.shares[1:]:

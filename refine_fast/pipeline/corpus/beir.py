@@ -173,16 +173,16 @@ def load_beir(folder: Path, split: str = "test") -> RetrievalSet:
     )
 
 
-def judged_queries(folder: Path, split: str) -> list[tuple[str, dict[str, float]]]:
-    """The queries in a split of a folder in BEIR layout, which may hide its grades: text, and grade
-    by passage.
+def judged_queries(folder: Path, split: str) -> list[tuple[str, str, dict[str, float]]]:
+    """The queries in a split of a folder in BEIR layout, which may hide its grades: id, text, and
+    grade by passage.
 
     Raises:
         RefineFastError: A missing or malformed file.
     """
     queries = _texts(folder, "queries")
     qrels = read_qrels(folder / "qrels" / f"{split}.tsv", queries.keys())
-    return [(passage_text(*queries[key]), grades) for key, grades in qrels.items()]
+    return [(key, passage_text(*queries[key]), grades) for key, grades in qrels.items()]
 
 
 def _texts(folder: Path, stem: str) -> dict[str, tuple[str, str]]:

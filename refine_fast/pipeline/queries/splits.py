@@ -15,6 +15,9 @@ from ..corpus.text import normalize
 from .python_questions import python_questions
 from .query import Query
 
+MOST_DEV = 1000
+"""The most queries that are scored at each fusion weight: of more, a sample decides."""
+
 MIN_SOURCES = 20
 """With fewer sources than this (one long file, say), the chunks are split instead."""
 

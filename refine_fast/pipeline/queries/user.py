@@ -37,8 +37,9 @@ def load_queries(path: Path, chunks: Sequence[Chunk], encoding: str | None = Non
         One query of kind "user" for each judgement that names a chunk.
 
     Raises:
-        RefineFastError: if a row is malformed or no judgement names a chunk. The number of
-            judgements that name none (removed as a duplicate, say) is a RefineFastWarning.
+        RefineFastError: if a row is malformed, no judgement names a chunk, or other splits ask
+            every query. The number of judgements that name no chunk (removed as a duplicate, say)
+            is a RefineFastWarning.
     """
     if not path.exists():
         raise RefineFastError(
@@ -55,28 +56,37 @@ def load_queries(path: Path, chunks: Sequence[Chunk], encoding: str | None = Non
             f"{_named(missing[0])}; give ids of the documents, such as {chunks[0].id!r}, or their "
             "texts."
         )
+    queries = _unlike(_queries(path, judgements, found), path, {"train"})
+    if not queries:
+        raise RefineFastError(
+            f"{path}: the other splits in qrels/ ask every query of train.tsv too, which leaves "
+            "none to train on; take them out of those, or give other queries."
+        )
+    return queries
+
+
+def load_dev_queries(path: Path, chunks: Sequence[Chunk]) -> list[Query]:
+    """The split ``dev`` of a BEIR folder, without what a split asks that is neither dev nor train.
+
+    Returns:
+        As of ``load_queries``; none if ``path`` has no such split, or it names no chunk.
+    """
+    judgements = read_dev_judgements(path)
+    found = _Finder(chunks).find(judgements)
+    return _unlike(_queries(path, judgements, found), path, {"train", "dev"})
+
+
+def _queries(
+    path: Path, judgements: Sequence[Judgement], found: Sequence[Chunk | None]
+) -> list[Query]:
+    missing = [item for item, chunk in zip(judgements, found, strict=True) if chunk is None]
     if missing:
         warnings.warn(
             f"{path}: {len(missing)} of {len(judgements)} queries are skipped because they name no "
             f"document, the first {_named(missing[0])}.",
             RefineFastWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return _unlike(_queries(judgements, found), path, {"train"})
-
-
-def load_dev_queries(path: Path, chunks: Sequence[Chunk]) -> list[Query]:
-    """The split ``dev`` of a BEIR folder, without what a split asks that is neither dev nor train.
-    Passages that name no chunk are skipped.
-
-    Returns:
-        As of ``load_queries``; none if ``path`` has no such split.
-    """
-    judgements = read_dev_judgements(path)
-    return _unlike(_queries(judgements, _Finder(chunks).find(judgements)), path, {"train", "dev"})
-
-
-def _queries(judgements: Sequence[Judgement], found: Sequence[Chunk | None]) -> list[Query]:
     return [
         Query(item.query, chunk.id, "user")
         for item, chunk in zip(judgements, found, strict=True)
@@ -88,7 +98,8 @@ def _unlike(queries: Sequence[Query], path: Path, splits: Collection[str]) -> li
     """The queries, each once, that no split of a BEIR folder but ``splits`` asks."""
     others = sorted(path.glob("qrels/*.tsv")) if path.is_dir() else []
     asked = [judged_queries(path, each.stem) for each in others if each.stem not in splits]
-    return list(dict.fromkeys(without(queries, [text for text, _ in chain.from_iterable(asked)])))
+    texts = [text for _, text, _ in chain.from_iterable(asked)]
+    return list(dict.fromkeys(without(queries, texts)))
 
 
 def _named(judgement: Judgement) -> str:

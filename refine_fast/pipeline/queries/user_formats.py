@@ -164,11 +164,22 @@ def read_dev_judgements(path: Path) -> list[Judgement]:
     if not (path / _QRELS[0] / "dev.tsv").is_file():
         return []
     return [
-        Judgement(text, "dev", doc)
-        for text, grades in judged_queries(path, "dev")
+        Judgement(_not_empty(text, f"{path}: query {id}"), f"query {id} of dev", doc)
+        for id, text, grades in judged_queries(path, "dev")
         for doc, grade in grades.items()
         if grade > 0
     ]
+
+
+def _not_empty(query: str, where: str) -> str:
+    """The text of a query.
+
+    Raises:
+        RefineFastError: if it is blank, from which nothing can be learned.
+    """
+    if not query.strip():
+        raise RefineFastError(f"{where} is empty; write the query or delete what judges it.")
+    return query
 
 
 def _folder(folder: Path) -> Iterator[Judgement]:
@@ -181,7 +192,8 @@ def _folder(folder: Path) -> Iterator[Judgement]:
     for id, text, grades in zip(judged.query_ids, judged.queries, judged.qrels, strict=True):
         relevant = [doc for doc, grade in grades.items() if grade > 0]
         for doc in sorted(relevant, key=lambda doc: row_of.get(doc, len(row_of))):
-            yield Judgement(text, f"query {id} of train", doc)
+            where = f"query {id} of train"
+            yield Judgement(_not_empty(text, f"{folder}: query {id}"), where, doc)
 
 
 def _file(path: Path, encoding: str | None) -> Iterator[Judgement]:
@@ -245,7 +257,8 @@ def _gpl(path: Path, folder: Path, encoding: str | None = None) -> Iterator[Judg
             raise RefineFastError(f"{path}:{place}: query {id!r} is not in {source}; add it.")
         if (id, doc_id) not in seen:  # one line for each negative
             seen.add((id, doc_id))
-            yield Judgement(queries[id], f"{path}:{place}", doc_id)
+            text = _not_empty(queries[id], f"{source}: query {id}")
+            yield Judgement(text, f"{path}:{place}", doc_id)
 
 
 def _gpl_pairs(path: Path, encoding: str | None) -> Iterator[tuple[int | str, str, str]]:
@@ -275,8 +288,9 @@ def _llama_index(path: Path, value: Row) -> Iterator[Judgement]:
         where = f"{path}: query {id}"
         if not isinstance(value["queries"].get(id), str):
             raise RefineFastError(f'{where} has no text in "queries"; add it.')
+        query = _not_empty(value["queries"][id], where)
         for doc_id in _listed(doc_ids):
-            yield Judgement(value["queries"][id], where, str(doc_id), corpus.get(str(doc_id)))
+            yield Judgement(query, where, str(doc_id), corpus.get(str(doc_id)))
 
 
 def _row(row: Row, where: str) -> Iterator[Judgement]:

@@ -13,13 +13,13 @@ from ..encoder.weighted import encoder_at
 from ..evaluation.evaluate import score
 from ..evaluation.general_knowledge import general_knowledge
 from ..queries.query import Query
-from ..queries.splits import held_out_set
+from ..queries.splits import MOST_DEV, held_out_set
 
 if TYPE_CHECKING:
     from ..context import RunContext
 
-QUERIES, PASSAGES = 1000, 1000
-"""The most of the queries and chunks that are scored at each weight: a sample decides."""
+PASSAGES = 1000
+"""The most chunks that are scored at each weight, besides those that answer a query."""
 
 
 def run(context: RunContext, folder: Path, *, weight: float, tuned: str = TUNED) -> None:
@@ -27,7 +27,7 @@ def run(context: RunContext, folder: Path, *, weight: float, tuned: str = TUNED)
     queries about held-out documents ("dev") and on general knowledge ("guard")."""
     chunks = read_records(context.path(CHUNKS), Chunk)
     dev = held_out_set(chunks, read_records(context.path(DEV), Query), "dev").sample(
-        queries=QUERIES, docs=PASSAGES, seed=context.config.seed
+        queries=MOST_DEV, docs=PASSAGES, seed=context.config.seed
     )
     load = partial(
         encoder_at,

@@ -15,7 +15,7 @@ from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records, write_records
 from ..queries.python_questions import python_questions, python_training_queries
 from ..queries.query import KINDS_IN_TURN, Query
-from ..queries.splits import split_by_document, without
+from ..queries.splits import MOST_DEV, split_by_document, without
 from ..queries.synthetic import synthesize_queries
 from ..queries.user import load_dev_queries, load_queries
 
@@ -95,7 +95,7 @@ def split_queries(
     queries of their own.
 
     The split is by whole documents, and none of the queries is a judged test query. "dev" is
-    ``dev``, which the user set aside, unless those are fewer than would be held out.
+    ``dev``, which the user set aside, unless those are fewer than would be held out and scored.
     """
     shares = {}
     if context.judged_corpus:
@@ -107,10 +107,15 @@ def split_queries(
         shares["held_out"] = context.config.held_out
     low, high = DEV_SHARES
     share = min(high, max(low, DEV_QUERIES / max(len(queries), 1)))
-    if len(dev) < share * len(queries):
+    if len(dev) < min(share * len(queries), MOST_DEV):
+        if dev:
+            context.console.say(
+                f"  the split dev has {len(dev):,} queries, too few to choose the weight by; "
+                f"{share:.0%} of train is held out instead"
+            )
         shares["dev"], dev = share, []
     parts = split_by_document(queries, chunks, shares, seed=context.config.seed)
-    return {"dev": without(dev, [query.text for query in parts.get("held_out", ())]), **parts}
+    return {"dev": list(dev), **parts}
 
 
 def write_split(
