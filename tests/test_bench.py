@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import json
 import operator
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -356,24 +354,6 @@ def test_memory_of_a_child_process() -> None:
     assert peak_mb(partial(partial, subprocess.run, ["true"])) < 8
     allocate = [sys.executable, "-c", "b'x' * (1 << 30)"]
     assert peak_mb(partial(partial, subprocess.run, allocate)) > 1000
-
-
-def test_the_process_that_measures_memory_removes_its_files(tmp_path: Path) -> None:
-    """In a process of its own, whose temporary files lie in a folder of their own."""
-    code = """
-from functools import partial
-import refine_fast as rf
-from refine_fast.bench.measuring import peak_mb
-from refine_fast.bench.suite import ready
-if __name__ == "__main__":
-    what = "fuse", "warm", {"gb": 0.004, "shards": 1}, "fp32", "cpu"
-    assert peak_mb(partial(ready, what, "loop", rf.isa(), 1)) > 0
-"""
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    with TemporaryDirectory() as files:  # a short path, since a socket will be there
-        subprocess.run([sys.executable, script], env=os.environ | {"TMPDIR": files}, check=True)
-        assert not list(Path(files).glob("refine-fast-bench-*"))
 
 
 def test_the_process_that_measures_memory_calls_the_contender() -> None:

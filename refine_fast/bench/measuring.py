@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import re
 import resource
+import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -124,17 +127,33 @@ def peak_mb(build: Callable[[], Callable[[], object]]) -> float:
     context.set_forkserver_preload(["refine_fast.bench.suite", "sentence_transformers"])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_peak_in_child, args=(build, sender))
-    child.start()
-    sender.close()
     try:
+        child.start()
+        sender.close()
+        receiver.recv()  # it has begun
         return receiver.recv()
     except EOFError:
         raise RuntimeError(f"the process that measured {build} died") from None
+    except KeyboardInterrupt:
+        receiver.close()  # a child that has not begun does not
+        if child.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGINT)
+        raise
     finally:
-        child.join()
+        if child.pid is not None:
+            child.join()
 
 
 def _peak_in_child(build: Callable[[], Callable[[], object]], pipe: Connection) -> None:
+    try:
+        pipe.send(None)
+        pipe.send(_peak_of(build))
+    except (KeyboardInterrupt, BrokenPipeError):  # the parent says that it was stopped
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # else a second one stops the cleaning up
+
+
+def _peak_of(build: Callable[[], Callable[[], object]]) -> float:
     def peak() -> float:
         found = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
         return int(found[0]) / 1024
@@ -151,4 +170,4 @@ def _peak_in_child(build: Callable[[], Callable[[], object]], pipe: Connection) 
         resource.getrusage(who).ru_maxrss / 1024
         for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)
     )
-    pipe.send(max(peak() - before, children if children > own + COUNTED else 0.0))
+    return max(peak() - before, children if children > own + COUNTED else 0.0)
