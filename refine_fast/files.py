@@ -132,6 +132,13 @@ def write_errors(path: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, reason, str(path)) from error
 
 
+def of_the_disk(error: BaseException) -> bool:
+    """Whether an error says that a file cannot be written, for want of room or of permission:
+    neither the model nor the network is to blame then."""
+    codes = (*_WRITE_ERRORS, errno.EACCES, errno.EPERM)
+    return isinstance(error, OSError) and error.errno in codes
+
+
 def name_of(path: str | os.PathLike[str]) -> str:
     """The path as printable text: bytes that are not UTF-8 become ``\\xe9``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
+from disks import full_disk
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from refine_fast.cli import main
@@ -46,6 +52,28 @@ def test_an_encoder_that_cannot_end_well(docs: Path, damaged: Path, tmp_path: Pa
     assert not (out / "chunks.jsonl").exists()
     assert main(["doctor", "--model", str(damaged)]) == 2
     assert "NaN" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_a_disk_is_not_blamed_on_the_encoder(
+    docs: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The one of temporary files, which hold a copy of the encoder, and that of the cache."""
+    plan = ["plan", str(docs), "--out", str(tmp_path / "run"), "--quiet"]
+    with full_disk():
+        assert main([*plan, "--model", str(tiny)]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tempfile.gettempdir()}/")
+    assert "File too large; fix this" in line
+    cache = constants.HF_HUB_CACHE
+    for error, told in (
+        (OSError(errno.ENOSPC, "No space left on device"), f"{cache}: No space left on device; "),
+        (PermissionError(errno.EACCES, "Permission denied", "hub/x"), "hub/x: Permission denied; "),
+        (FileNotFoundError("no network"), "model: some/encoder is not a local folder and cannot"),
+    ):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
+        assert main([*plan, "--model", "some/encoder"]) in (1, 2)
+        assert capsys.readouterr().err.startswith(f"error: {told}")
 
 
 def test_a_run_that_is_up_to_date_tries_nothing(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import RefineFastError
-from ...files import read_json
+from ...files import of_the_disk, read_json, write_errors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,6 +41,7 @@ def encoder_folder(name: str, option: str = "model") -> Path:
 
     Raises:
         RefineFastError: if there is no such encoder.
+        OSError: if the cache cannot be written.
     """
     if name == DEFAULT_ENCODER:
         try:
@@ -59,13 +60,17 @@ def encoder_folder(name: str, option: str = "model") -> Path:
                 f"give the folder of {'an encoder' if option == 'model' else 'a cross-encoder'}."
             )
         return path.resolve()
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, ignore_patterns=_OTHER_FORMATS + _PICKLED_WEIGHTS))
-        if not any(folder.rglob("*.safetensors")):
-            folder = Path(snapshot_download(name, ignore_patterns=_OTHER_FORMATS))
+        with write_errors(Path(constants.HF_HUB_CACHE)):
+            patterns = _OTHER_FORMATS + _PICKLED_WEIGHTS
+            folder = Path(snapshot_download(name, ignore_patterns=patterns))
+            if not any(folder.rglob("*.safetensors")):
+                folder = Path(snapshot_download(name, ignore_patterns=_OTHER_FORMATS))
     except Exception as error:
+        if of_the_disk(error):
+            raise
         raise RefineFastError(
             f"{option}: {name} is not a local folder and cannot be downloaded from Hugging Face "
             f"({type(error).__name__}); check the name or the network."

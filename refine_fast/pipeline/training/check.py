@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import RefineFastError
+from ...files import of_the_disk, write_errors
 from ...fuse.compatibility import compare_models
 from ...fuse.plan import make_plan
 from ..encoder.encode import encode, unit_of_similarity
@@ -41,6 +42,7 @@ def check_training(
 
     Raises:
         RefineFastError: if a step fails; the message says which and why.
+        OSError: if the temporary folder cannot be written.
     """
     tuned = copy.deepcopy(model)
     adapters = (trained or Trained()).choose(tuned)
@@ -57,8 +59,11 @@ def check_training(
         adapter.merge_and_unload()
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            tuned.save_pretrained(temporary, create_model_card=False)
+            with write_errors(Path(temporary)):
+                tuned.save_pretrained(temporary, create_model_card=False)
         except Exception as error:
+            if of_the_disk(error):
+                raise
             reason = " ".join(str(error).split())[:200]
             raise RefineFastError(
                 f"model: {folder} can be trained but not saved ({type(error).__name__}: {reason}); "
