@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import tempfile
+import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -97,6 +98,30 @@ def test_sigterm_stops_a_command_as_ctrl_c_does(capsys) -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert heard == [signal.SIGTERM]
+
+
+def test_ctrl_c_before_the_command_begins(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(cli, "add_run_flags", lambda _: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["run", "--out", "run"]) == 130
+    assert capsys.readouterr().err == "error: stopped; nothing was begun.\n"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_within_a_destructor_is_not_lost(capsys, sent: signal.Signals, code: int) -> None:
+    """Python drops what is raised there: one SIGTERM in seven had no effect while libraries were
+    imported."""
+
+    class Last:
+        def __del__(self) -> None:
+            signal.raise_signal(sent)
+
+    def work() -> None:
+        Last()
+        while True:
+            time.sleep(0.01)
+
+    assert perform(work) == code
+    assert capsys.readouterr().err == "error: stopped; stopped.\n"
 
 
 def test_what_an_operation_refuses_is_one_sentence(capsys) -> None:
