@@ -139,6 +139,12 @@ def of_the_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in codes
 
 
+def real_path(path: Path) -> Path:
+    """The absolute path without links. ``Path.resolve`` raises RuntimeError for a link to itself
+    before Python 3.13."""
+    return Path(os.path.realpath(path))
+
+
 def name_of(path: str | os.PathLike[str]) -> str:
     """The path as printable text: bytes that are not UTF-8 become ``\\xe9``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

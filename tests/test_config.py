@@ -17,6 +17,7 @@ from refine_fast.cli import join_negative_values, main, parser
 from refine_fast.errors import RefineFastError
 from refine_fast.pipeline.config import RunConfig
 from refine_fast.pipeline.config_file import load_config
+from refine_fast.pipeline.engine import RunFolder
 from refine_fast.pipeline.recipes import QUICK, RECIPES
 
 BAND = (
@@ -205,6 +206,12 @@ def test_bad_folders(tmp_path: Path) -> None:
     ):
         RunConfig(out=tmp_path / "run", ood=[tmp_path / "one" / "set", tmp_path / "two" / "set"])
     assert len(RunConfig(out=tmp_path / "run", ood=[tmp_path / "one" / "set"] * 2).ood) == 1
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(RefineFastError, match=r"^docs: .*/loop does not exist; give the path"):
+        RunConfig(docs=tmp_path / "loop", out=tmp_path / "run")
+    inside = RunFolder(RunConfig(out=tmp_path / "loop" / "run").out)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"), inside:
+        pass
 
 
 def test_yaml_and_flags_say_the_same(tmp_path: Path) -> None:

@@ -433,10 +433,12 @@ def test_places_that_cannot_be_written(copied: Path, docs: Path, tmp_path: Path,
     (tmp_path / "link").symlink_to(mine)
     assert "exists and is not a folder" in out("beir", tmp_path / "link", "--overwrite")
     (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to("loop")
     capsys.readouterr()
-    flags = ["--format", "triplets", "--out", str(tmp_path / "file" / "a.jsonl")]
-    assert main(["export", str(copied), *flags]) == 1
-    assert "File exists" in capsys.readouterr().err
+    for name in ("file", "loop"):
+        flags = ["--format", "triplets", "--out", str(tmp_path / name / "a.jsonl")]
+        assert main(["export", str(copied), *flags]) == 1
+        assert f"{tmp_path / name}: File exists; fix this" in capsys.readouterr().err
 
 
 def test_an_export_that_fails_leaves_the_earlier_one(

@@ -293,6 +293,7 @@ def test_outputs_that_are_refused(folders: tuple[Path, Path], tmp_path: Path) ->
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
     (tmp_path / "link").symlink_to(base)
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a_file").write_text("mine")
     before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
     for out in (
@@ -302,6 +303,7 @@ def test_outputs_that_are_refused(folders: tuple[Path, Path], tmp_path: Path) ->
         base / "out",
         tmp_path / "link",
         tmp_path / "link" / "out",
+        tmp_path / "loop",
         tmp_path / "x" / ".." / "base",
     ):
         with pytest.raises(RefineFastError, match=r"contain each other|is a link"):

@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import _core
 from ..errors import RefineFastError, RefineFastWarning
-from ..files import fsync
+from ..files import fsync, real_path
 from ..profiling import stage
 from .adapter import LowRank
 from .atomic_output import AtomicOutput, is_taken
@@ -182,9 +182,9 @@ def _check_outputs(plan: Plan, inputs: list[Path], finals: list[Path], overwrite
             "each weight of a sweep needs its own output, which is not inside another's"
         )
     for final in finals:
-        real = final.resolve()
+        real = real_path(final)
         for given in inputs:
-            path = given.resolve()
+            path = real_path(given)
             if real == path or real in path.parents or path in real.parents:
                 raise RefineFastError(
                     f"the output {final} and the input {given} contain each other:"

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from ..errors import RefineFastError
-from ..files import name_of
+from ..files import name_of, real_path
 from .corpus.beir import is_beir
 from .corpus.nanobeir import folder_name, is_nanobeir, sets_of
 from .encoder.load import DEFAULT_ENCODER
@@ -60,7 +60,7 @@ def _path(value: Any) -> Path:
         raise ValueError("is a Windows path; give a path on this machine")
     if "\\" in text and not os.path.lexists(text):  # of a file that was written on Windows
         text = text.replace("\\", "/")
-    return Path(os.path.expanduser(text)).resolve()
+    return real_path(Path(os.path.expanduser(text)))
 
 
 def _existing(path: Path | None) -> Path | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import RefineFastError
-from ...files import as_argument
+from ...files import as_argument, real_path
 from ..artifacts import DEV, HELD_OUT, MODEL
 from ..config_file import saved_config
 from ..corpus.jsonl import read_records
@@ -59,7 +59,7 @@ def target_path(
     default = run / EXPORTS / f"{format}{suffix}"
     path = default if target is None else Path(os.path.abspath(Path(target).expanduser()))
     if target is not None:
-        _check_place(run, target, path.resolve())
+        _check_place(run, target, real_path(path))
     if path.suffix != suffix and not is_folder:
         raise RefineFastError(
             f"--out must end in {suffix} for the format {format} (got {target!r}); rename it."

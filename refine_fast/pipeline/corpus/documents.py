@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RefineFastError, RefineFastWarning
-from ...files import as_argument, name_of, walk
+from ...files import as_argument, name_of, real_path, walk
 from ..progress import Progress
 from ..workers import Spread
 from .beir import beir_file
@@ -319,10 +319,10 @@ def _folder(
 ) -> list[Document]:
     named = _Named(folder, reading)
     other: Counter[str] = Counter()
-    excluded = {_real(path) for path in reading.exclude}
+    excluded = {real_path(path) for path in reading.exclude}
 
     def is_document(path: Path) -> bool:
-        real = _real(path)
+        real = real_path(path)
         return excluded.isdisjoint([real, *real.parents])
 
     paths = [(path, name) for path, name in walk(folder, _closed) if is_document(path)]
@@ -369,11 +369,6 @@ def _refuse_retrieval_set(folder: Path, paths: Iterable[Path]) -> None:
             f"{folder} is no BEIR folder but holds one, {corpus.parent}, whose queries would be "
             f"read as documents; give {as_argument(corpus.parent)} instead, or move it elsewhere."
         )
-
-
-def _real(path: Path) -> Path:
-    """The path without links. Path.resolve raises RuntimeError for a link to itself."""
-    return Path(os.path.realpath(path))
 
 
 def _suffix(path: Path) -> str | None:
