@@ -54,20 +54,30 @@ def test_choose_weight(
 @pytest.mark.parametrize(
     ("dev", "weight"),
     [
-        ((0.50, 0.60, 0.605, 0.61), 0.35),  # 1.0 is not shown to be better than any
-        ((0.50, 0.58, 0.605, 0.61), 0.5),  # but than 0.35
+        ((0.50, 0.60, 0.603, 0.606), 0.35),  # 1.0 is hardly better than any
+        ((0.50, 0.60, 0.603, 0.609), 0.5),  # but than 0.35
         ((0.50, 0.505, 0.50, 0.52), 1.0),  # which must be better than 0 as well
         ((0.50, 0.60, 0.55, 0.605), 1.0),  # 0.5, in between, is worse
     ],
 )
-def test_the_smallest_weight_down_to_which_none_is_worse_is_chosen(
+def test_the_smallest_weight_down_to_which_all_are_within_one_standard_error_is_chosen(
     dev: tuple[float, ...], weight: float
 ) -> None:
-    """The interval of a difference reaches .014 beyond it."""
+    """The standard error of a difference is .007."""
     weights = (0.0, 0.35, 0.5, 1.0)
     on_dev = curve(dict(zip(weights, dev, strict=True)))
     flat = curve(dict.fromkeys(weights, 0.8))
     assert choose_weight(on_dev, flat, tolerance=0.005).weight == weight
+
+
+@pytest.mark.parametrize(("changed", "weight"), [(0, 0.5), (5, 0.5), (6, 1.0)])
+def test_a_larger_weight_needs_more_than_five_queries(changed: int, weight: float) -> None:
+    """As an interval does: of fewer that change, all one way, nothing is concluded."""
+    best = np.full(100, 0.6)
+    other = best - 0.1 * (np.arange(100) < changed)
+    dev = {at: Scores({"ndcg@10": x}) for at, x in ((0.0, best - 0.3), (0.5, other), (1.0, best))}
+    flat = curve({0.0: 0.8, 0.5: 0.8, 1.0: 0.8})
+    assert choose_weight(dev, flat, tolerance=0.005).weight == weight
 
 
 @pytest.mark.parametrize(("most", "weight"), [(1.0, 1.0), (0.5, 0.35), (0.1, 0.35)])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
+
+import numpy as np
 
 from .scores import Scores
 from .significance import FEWEST, Gain, gain
@@ -84,9 +87,9 @@ def choose_weight(
 ) -> Choice:
     """Among the weights that are better on ``dev``, the 95% interval of the gain lying above 0, and
     lose at most ``tolerance`` on ``guard``: the best one, or the smallest below it down to which
-    none is shown to be worse on ``dev``. More of the base is kept where few queries cannot tell two
-    weights apart (as the one-standard-error rule prefers the simpler model: Breiman et al.,
-    Classification and Regression Trees, 1984, section 3.4.3).
+    all are within one standard error of it on ``dev``. More of the base is kept where few queries
+    cannot tell two weights apart (Breiman et al., Classification and Regression Trees, 1984,
+    section 3.4.3, who prefer the simpler model so).
 
     The base is kept (weight 0) where there is none: a model that is not shown to be better is not
     worth deploying.
@@ -112,10 +115,18 @@ def choose_weight(
     best = max(both or better or allowed or weights, key=lambda w: dev[w].metrics[METRIC])
     if both:
         below = [weight for weight in reversed(both) if weight < best]
-        as_good = takewhile(lambda weight: _gain(dev, weight, best).low <= 0, below)
+        as_good = takewhile(lambda weight: _as_good(dev, weight, best), below)
         best = min([best, *as_good])
     refused = None if both else FORGETS if better else NOT_BETTER
     return Choice(0.0 if refused else best, best, gains[best], _gain(guard, 0, best), refused)
+
+
+def _as_good(scores: Mapping[float, Scores], weight: float, best: float) -> bool:
+    """Whether a weight is within one standard error of the best, or too few queries change to
+    tell."""
+    change = scores[best].per_query[METRIC] - scores[weight].per_query[METRIC]
+    error = change.std(ddof=1) / math.sqrt(len(change))
+    return bool(np.count_nonzero(change) < FEWEST or change.mean() <= error)
 
 
 def _gain(scores: Mapping[float, Scores], before: float, after: float) -> Gain:
