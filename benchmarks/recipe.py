@@ -55,7 +55,6 @@ OPTIONS: dict[str, list[str]] = {
     "best": [],
     "paper": ["--recipe", "paper"],
     "InfoNCE": ["--distill", "0"],
-    "quarter distilled": ["--distill", "0.25"],
     "half distilled": ["--distill", "0.5"],
     "distilled": ["--distill", "1"],
     "random batches": ["--batches", "random"],
