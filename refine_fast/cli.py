@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = join_negative_values(sys.argv[1:] if arguments is None else arguments)
     try:
         return perform(parser().parse_args(given))
-    except KeyboardInterrupt:  # its imports take seconds
-        print("error: stopped; nothing was begun.", file=sys.stderr)
+    except KeyboardInterrupt:  # before ``perform`` can say more: its imports take seconds
+        print("error: stopped.", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

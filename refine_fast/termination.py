@@ -30,15 +30,16 @@ def terminable() -> Iterator[None]:
         yield
         return
     shown = sys.unraisablehook
+    timers: list[threading.Timer] = []
 
     def send_anew(dropped: sys.UnraisableHookArgs) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             shown(dropped)
             return
         sent = signal.SIGTERM if issubclass(dropped.exc_type, Terminated) else signal.SIGINT
-        later = threading.Timer(RETRY_SECONDS, os.kill, (os.getpid(), sent))
-        later.daemon = True
-        later.start()
+        timers.append(threading.Timer(RETRY_SECONDS, os.kill, (os.getpid(), sent)))
+        timers[-1].daemon = True
+        timers[-1].start()
 
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = send_anew
@@ -46,5 +47,7 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = shown
+        for timer in timers:
+            timer.cancel()
         if signal.getsignal(signal.SIGTERM) is _terminate:  # a rank has its own
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

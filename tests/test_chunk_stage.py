@@ -173,7 +173,7 @@ def test_the_bundled_encoder_warns_of_other_languages(minilm: Path, tmp_path: Pa
 
 def beir(folder: Path, dev: int) -> Path:
     """A BEIR folder: 60 passages, the first 45 with a training query, the last ``dev`` with one of
-    split dev, and one with a query that dev and test ask."""
+    split dev, which P50 answers too, and P50 with a query that dev and test ask."""
     (folder / "qrels").mkdir(parents=True)
     ids = [f"P{i}" for i in range(60)]
     write(folder / "corpus.jsonl", [{"_id": id, "text": f"{id} is {id * 3}."} for id in ids])
@@ -183,7 +183,8 @@ def beir(folder: Path, dev: int) -> Path:
         "dev": [ids[50], *ids[-dev:]],
         "test": ids[50:51],
     }.items():
-        rows = "".join(f"{id}\t{id}\t1\n" for id in judged)
+        answers = [(id, id) for id in judged] + [(id, "P50") for id in judged if split == "dev"]
+        rows = "".join(f"{id}\t{answer}\t1\n" for id, answer in dict.fromkeys(answers))
         (folder / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{rows}")
     return folder
 
@@ -209,7 +210,7 @@ def test_the_split_dev_chooses_where_it_is_as_large_as_what_would_be_held_out(
         assert len(parts.get("held_out", [])) == held_out
         asked = {query.chunk_id for query in parts["dev"]}
         if used:
-            assert asked == {f"P{i}" for i in range(60 - dev, 60)}
+            assert asked == {"P50", *(f"P{i}" for i in range(60 - dev, 60))}
         else:
             assert len(asked) == 9
             assert asked <= {f"P{i}" for i in range(45)}

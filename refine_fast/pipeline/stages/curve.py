@@ -24,7 +24,7 @@ PASSAGES = 1000
 
 def run(context: RunContext, folder: Path, *, weight: float, tuned: str = TUNED) -> None:
     """Writes the scores of the base fused with the ``tuned`` encoder, a folder in the run's, on
-    queries about held-out documents ("dev") and on general knowledge ("guard")."""
+    queries that were held out or set aside ("dev") and on general knowledge ("guard")."""
     chunks = read_records(context.path(CHUNKS), Chunk)
     dev = held_out_set(chunks, read_records(context.path(DEV), Query), "dev").sample(
         queries=MOST_DEV, docs=PASSAGES, seed=context.config.seed

@@ -94,8 +94,8 @@ def split_queries(
     """{"train": ..., "dev": ..., "held_out": ...}, the last one unless the documents have test
     queries of their own.
 
-    The split is by whole documents, and none of the queries is a judged test query. "dev" is
-    ``dev``, which the user set aside, unless those are fewer than would be held out and scored.
+    None of the queries is a judged test query. "dev" is ``dev``, which the user set aside, unless
+    those are fewer than would be held out and scored; else the split is by whole documents.
     """
     shares = {}
     if context.judged_corpus:
@@ -107,10 +107,11 @@ def split_queries(
         shares["held_out"] = context.config.held_out
     low, high = DEV_SHARES
     share = min(high, max(low, DEV_QUERIES / max(len(queries), 1)))
-    if len(dev) < min(share * len(queries), MOST_DEV):
+    asked, set_aside = (len({query.text for query in each}) for each in (queries, dev))
+    if set_aside < min(share * asked, MOST_DEV):
         if dev:
             context.console.say(
-                f"  the split dev has {len(dev):,} queries, too few to choose the weight by; "
+                f"  the split dev has {set_aside:,} queries, too few to choose the weight by; "
                 f"{share:.0%} of train is held out instead"
             )
         shares["dev"], dev = share, []

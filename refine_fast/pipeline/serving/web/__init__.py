@@ -214,7 +214,7 @@ async def _json(request: Request) -> dict[str, Any]:
                 if len(body) > MAX_BODY:
                     raise BadRequest(f"a request may have at most {MAX_BODY:,} bytes")
     except (ClientDisconnect, TimeoutError):
-        raise BadRequest("the request is not complete") from None
+        raise BadRequest(f"the request did not arrive within {BODY_SECONDS} seconds") from None
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
