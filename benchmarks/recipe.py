@@ -48,6 +48,10 @@ QUERIES: dict[str, list[str]] = {
     "smollm2 and made": ["--llm", "smollm2"],
     "llm": ["--queries", str(WRITTEN / "{set}.jsonl")],
     "human": ["--queries", str(DATA / "{set}")],
+    "human and made": [
+        *("--queries", str(DATA / "{set}")),
+        *("--query-kinds", "span,keywords,question"),
+    ],
 }
 CLOZES = ["--query-kinds", "cloze,span,cloze,title", "--queries-per-chunk", "2"]
 """Sentences and titles, once the default."""

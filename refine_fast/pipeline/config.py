@@ -444,8 +444,12 @@ class RunConfig(BaseModel):
         3.4 [2.1, 4.7] (benchmarks/recipe.py)."""
         if self.query_kinds == NO_KINDS:
             return ()
-        if self.query_kinds or self.llm is None:
-            return self.query_kinds or KINDS_IN_TURN
+        if self.query_kinds:
+            return self.query_kinds
+        if self.queries is not None:
+            return ()
+        if self.llm is None:
+            return KINDS_IN_TURN
         from .queries.llm import SMOLLM2
 
         return KINDS_IN_TURN if self.llm == SMOLLM2 else ()

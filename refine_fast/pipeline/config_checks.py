@@ -75,14 +75,10 @@ def check_together(config: Any) -> None:
             "teacher: scores mined negatives, but negatives is 0; give --negatives 1 or more.",
             *("teacher", "negatives"),
         )
-    if config.query_kinds == NO_KINDS and config.llm is None:
+    if config.query_kinds == NO_KINDS and config.llm is None and config.queries is None:
         raise OptionError(
-            "query_kinds: none leaves no queries; name kinds, or add --llm.", "query_kinds"
-        )
-    if config.query_kinds and config.queries is not None:
-        raise OptionError(
-            "query_kinds: --queries already provides the queries; omit --query-kinds or --queries.",
-            *("query_kinds", "queries"),
+            "query_kinds: none leaves no queries; name kinds, or add --llm or --queries.",
+            "query_kinds",
         )
     if config.llm is not None and config.queries is not None:
         if config.teacher != LLM_TEACHER:

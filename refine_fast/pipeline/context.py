@@ -188,9 +188,9 @@ class RunContext:
     def made(self) -> Made:
         """How many of the training queries are made from the documents without a language model."""
         config = self.config
-        if config.queries is not None or self.written_beforehand or not config.made_kinds:
+        if self.written_beforehand or not config.made_kinds:
             return "none"
-        return "some" if config.llm_writes else "all"
+        return "all" if config.queries is None and not config.llm_writes else "some"
 
     @property
     def has_test_queries(self) -> bool:
@@ -304,10 +304,10 @@ class RunContext:
     @property
     def query_source(self) -> str:
         """Where the training queries come from, in words."""
+        also = " and made from the documents" if self.made == "some" else ""
         if self.config.queries is not None:
-            return f"from {name_of(self.config.queries.name)}"
+            return f"from {name_of(self.config.queries.name)}{also}"
         if self.config.llm is not None:
-            also = " and made from the documents" if self.made == "some" else ""
             return f"written by {self.llm_name}{also}"
         if self.written_beforehand:
             return "written by a large language model for this package"

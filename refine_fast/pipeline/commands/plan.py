@@ -35,7 +35,7 @@ from ..queries.splits import MOST_DEV, require_enough
 from ..stages import run_stages, systems
 from ..stages.chunk import cut_corpus
 from ..stages.curve import PASSAGES
-from ..stages.query import dev_queries, made_queries, offline_queries, split_queries
+from ..stages.query import added_queries, dev_queries, made_queries, offline_queries, split_queries
 from ..training.cross_encoder import pair_logits
 from ..training.memory import fit_training
 from ..training.trained import Trained
@@ -122,7 +122,7 @@ def plan(config: RunConfig) -> Plan:
         # Those are made besides the model's, of which there are as many as of the usual kinds.
         asked += made_queries(context, chunks, KINDS_IN_TURN)
     dev = dev_queries(context, chunks, duplicates.twins)
-    queries = split_queries(context, chunks, asked, dev)
+    queries = split_queries(context, chunks, asked, dev, added_queries(context, chunks))
     if not config.llm_writes:
         require_enough(queries["train"])
     examples = len(queries["train"])

@@ -74,7 +74,12 @@ def held_out_set(
 
 
 def split_by_document(
-    queries: Sequence[Query], chunks: Sequence[Chunk], shares: dict[str, float], *, seed: int
+    queries: Sequence[Query],
+    chunks: Sequence[Chunk],
+    shares: dict[str, float],
+    *,
+    seed: int,
+    added: Sequence[Query] = (),
 ) -> dict[str, list[Query]]:
     """Splits whole documents, so that no query is of a text that was trained on; other answers of
     it may be.
@@ -89,30 +94,34 @@ def split_by_document(
         chunks: all chunks.
         shares: name of a held-out part -> its share of the queries.
         seed: seed of the order.
+        added: queries that are only trained on, unless their document is held out.
 
     Returns:
         {"train": the rest, **{name: the part held out}}.
     """
     source_of = {chunk.id: chunk.source for chunk in chunks}
-    by_chunk = len({source_of[query.chunk_id] for query in queries}) < MIN_SOURCES
+    if len({source_of[query.chunk_id] for query in queries}) < MIN_SOURCES:
+        source_of = {chunk.id: chunk.id for chunk in chunks}
     groups: dict[str, list[Query]] = {}
     for query in queries:
-        groups.setdefault(query.chunk_id if by_chunk else source_of[query.chunk_id], []).append(
-            query
-        )
+        groups.setdefault(source_of[query.chunk_id], []).append(query)
     drawn = iter(sorted(groups, key=lambda key: hashlib.blake2b(f"{seed}:{key}".encode()).digest()))
     answers: dict[str, list[str]] = {}
     for query in queries:
         answers.setdefault(normalize(query.text), []).append(query.chunk_id)
     parts: dict[str, list[Query]] = {}
     held_out: list[str] = []
+    unseen: set[str] = set()
     for name, share in shares.items():
         part: list[Query] = []
         while len(part) < share * len(queries) and (key := next(drawn, None)):
             part += groups[key]
+            unseen.add(key)
         parts[name] = _with_all_answers(without(part, held_out), answers)
         held_out += [query.text for query in part]
-    return {"train": without([query for key in drawn for query in groups[key]], held_out), **parts}
+    train = [query for key in drawn for query in groups[key]]
+    train += [query for query in added if source_of[query.chunk_id] not in unseen]
+    return {"train": without(train, held_out), **parts}
 
 
 def _with_all_answers(part: Sequence[Query], answers: Mapping[str, Sequence[str]]) -> list[Query]:

@@ -35,7 +35,7 @@ def run(context: RunContext, folder: Path) -> None:
     chunks = read_records(context.path(CHUNKS), Chunk)
     twins = read_json(context.path(TWINS))
     queries, dev = offline_queries(context, chunks, twins), dev_queries(context, chunks, twins)
-    write_split(context, folder, chunks, queries, dev)
+    write_split(context, folder, chunks, queries, dev, added_queries(context, chunks))
 
 
 def offline_queries(
@@ -66,6 +66,13 @@ def dev_queries(
     return _of_kept(partial(load_dev_queries, context.config.queries), chunks, twins)
 
 
+def added_queries(context: RunContext, chunks: Sequence[Chunk]) -> list[Query]:
+    """Those made from the chunks beside the user's, to train on."""
+    if context.config.queries is None:
+        return []
+    return made_queries(context, chunks, context.config.made_kinds)
+
+
 def _of_kept(
     load: Callable[[Sequence[Chunk]], list[Query]],
     chunks: Sequence[Chunk],
@@ -90,17 +97,19 @@ def split_queries(
     chunks: Sequence[Chunk],
     queries: Sequence[Query],
     dev: Sequence[Query] = (),
+    added: Sequence[Query] = (),
 ) -> dict[str, list[Query]]:
     """{"train": ..., "dev": ..., "held_out": ...}, the last one unless the documents have test
     queries of their own.
 
     None of the queries is a judged test query. "dev" is ``dev``, which the user set aside, unless
     those are fewer than would be held out and scored; else the split is by whole documents.
+    ``added`` are trained on alone.
     """
     shares = {}
     if context.judged_corpus:
         tested = load_beir(context.judged_corpus).queries
-        queries, dev = without(queries, tested), without(dev, tested)
+        queries, dev, added = (without(each, tested) for each in (queries, dev, added))
     elif context.built_in:
         queries = without(queries, python_questions(chunks).queries)
     if not context.has_test_queries:
@@ -115,7 +124,8 @@ def split_queries(
                 f"{share:.0%} of train is held out instead"
             )
         shares["dev"], dev = share, []
-    parts = split_by_document(queries, chunks, shares, seed=context.config.seed)
+    added = without(added, [query.text for query in dev])
+    parts = split_by_document(queries, chunks, shares, seed=context.config.seed, added=added)
     return {"dev": list(dev), **parts}
 
 
@@ -125,10 +135,11 @@ def write_split(
     chunks: Sequence[Chunk],
     queries: Sequence[Query],
     dev: Sequence[Query] = (),
+    added: Sequence[Query] = (),
 ) -> None:
-    """Splits the queries, writes one file for each part, and shows some of them. ``dev``: as of
-    ``split_queries``."""
-    parts = split_queries(context, chunks, queries, dev)
+    """Splits the queries, writes one file for each part, and shows some of them. The arguments are
+    those of ``split_queries``."""
+    parts = split_queries(context, chunks, queries, dev, added)
     for part, name in (("train", QUERIES), ("dev", DEV), ("held_out", HELD_OUT)):
         write_records(folder / name, parts.get(part, []))
     made = parts["train"]
