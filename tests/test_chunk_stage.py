@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from refine_fast.pipeline.context import RunContext
 from refine_fast.pipeline.corpus.language import other_language
 from refine_fast.pipeline.encoder.load import encoder_folder
 from refine_fast.pipeline.stages.chunk import cut_corpus
-from refine_fast.pipeline.stages.query import dev_queries, offline_queries, split_queries
+from refine_fast.pipeline.stages.query import (
+    added_queries,
+    dev_queries,
+    offline_queries,
+    split_queries,
+)
 
 TEMPLATE = " ".join(
     f"Clause {i}: the buyer keeps the {part} dry, checks it every month and reports each crack."
@@ -218,6 +224,29 @@ def test_the_split_dev_chooses_where_it_is_as_large_as_what_would_be_held_out(
         assert not asked & {query.chunk_id for query in parts["train"]}
     told = [line for line in said if f"the split dev has {dev} queries, too few to choose" in line]
     assert len(told) == (0 if used else 2)
+
+
+def test_made_queries_beside_the_users_are_trained_on_alone(tiny: Path, tmp_path: Path) -> None:
+    folder = beir(tmp_path / "set", 9)
+    ids = [f"P{i}" for i in range(60)]
+    texts = [f"{id} is {id * 3}. {OTHERS['rain']} {OTHERS['bakery']}" for id in ids]
+    write(
+        folder / "corpus.jsonl",
+        [{"_id": id, "text": text} for id, text in zip(ids, texts, strict=True)],
+    )
+    for docs in (folder, folder / "corpus.jsonl"):
+        here = context(tiny, tmp_path, docs, queries=folder, dedup="keep", query_kinds="span")
+        _, chunks, _ = cut_corpus(here)
+        added = added_queries(here, chunks)
+        asked = replace(added[0], text="what is P59?")  # split dev asks it
+        given = offline_queries(here, chunks, {}), dev_queries(here, chunks, {})
+        parts = split_queries(here, chunks, *given, [*added, asked])
+        made = [query for query in parts.pop("train") if query.kind == "span"]
+        assert made
+        assert asked not in made
+        assert {query.kind for part in parts.values() for query in part} == {"user"}
+        held_out = {query.chunk_id for query in parts.get("held_out", [])}
+        assert not held_out & {query.chunk_id for query in made}
 
 
 def test_passages_of_the_split_dev_are_never_near_duplicates(minilm: Path, tmp_path: Path) -> None:

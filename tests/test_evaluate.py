@@ -419,6 +419,26 @@ def test_a_question_with_several_answers() -> None:
     assert {query.text for query in parts["dev"]} & {f"Question {i}" for i in range(7)}
 
 
+def test_added_queries_are_trained_on_unless_their_document_is_held_out() -> None:
+    """By source, and by chunk where there are few sources. A held-out query's text never is."""
+    for sources in (40, 1):
+        chunks, queries = pieces(sources)
+        added = [replace(query, text=f"made {query.text}", kind="span") for query in queries]
+        copies = [replace(query, kind="span") for query in queries]
+        shares = {"dev": 0.1, "test": 0.2}
+        alone = split_by_document(queries, chunks, shares, seed=0)
+        parts = split_by_document(queries, chunks, shares, seed=0, added=added + copies)
+        assert {name: parts[name] for name in shares} == {name: alone[name] for name in shares}
+        of = {chunk.id: chunk.source if sources > 1 else chunk.id for chunk in chunks}
+        unseen = {of[query.chunk_id] for name in shares for query in parts[name]}
+        trained = [query for query in added if of[query.chunk_id] not in unseen]
+        assert 0 < len(trained) < len(added)
+        assert parts["train"][: len(alone["train"])] == alone["train"]
+        assert [query for query in parts["train"] if query.text.startswith("made ")] == trained
+        held_out = {query.text for name in shares for query in parts[name]}
+        assert not held_out & {query.text for query in parts["train"]}
+
+
 def test_all_queries_on_one_document() -> None:
     """The first part takes them all and leaves nothing for the others."""
     chunks, queries = pieces(1)

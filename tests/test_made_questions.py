@@ -279,6 +279,10 @@ def test_the_setting() -> None:
     server = {"llm": "http://localhost/v1", "llm_model": "large"}
     assert RunConfig(out="run", **server).made_kinds == ()
     assert RunConfig(out="run", **server, query_kinds="crop").made_kinds == ("crop",)
+    user = {"queries": __file__}
+    assert RunConfig(out="run", **user).made_kinds == ()
+    assert RunConfig(out="run", **user, query_kinds="crop").made_kinds == ("crop",)
+    assert RunConfig(out="run", **user, query_kinds="none").made_kinds == ()
     with pytest.raises(RefineFastError, match="query_kinds: none leaves no queries; name kinds"):
         RunConfig(out="run", query_kinds="none")
     with pytest.raises(RefineFastError, match=r"query_kinds: riddle must be kinds of query, of cl"):

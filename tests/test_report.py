@@ -127,8 +127,15 @@ def test_queries_that_judge_what_was_made_like_them(
         ({"query_kinds": "span"}, "all", "made from the documents without an LLM"),
         ({"llm": "http://localhost/v1", "llm_model": "m"}, "none", "written by m"),
         ({"llm": "smollm2"}, "some", "written by smollm2 and made from the documents"),
+        ({"queries": __file__, "query_kinds": "none"}, "none", "from test_report.py"),
+        # those that test are the user's alone
+        (
+            {"queries": __file__, "query_kinds": "span"},
+            "none",
+            "from test_report.py and made from the documents",
+        ),
     ],
-    ids=["the demo's", "made", "a model's", "both"],
+    ids=["the demo's", "made", "a model's", "both", "the user's", "the user's and made"],
 )
 def test_who_wrote_the_queries(
     tmp_path: Path, options: dict[str, str], made: Made, source: str

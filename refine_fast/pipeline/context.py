@@ -186,11 +186,17 @@ class RunContext:
 
     @property
     def made(self) -> Made:
-        """How many of the training queries are made from the documents without a language model."""
+        """How many of the queries that are split into training and test are made from the documents
+        without a language model."""
         config = self.config
-        if self.written_beforehand or not config.made_kinds:
+        if config.queries is not None or self.written_beforehand or not config.made_kinds:
             return "none"
-        return "all" if config.queries is None and not config.llm_writes else "some"
+        return "some" if config.llm_writes else "all"
+
+    @property
+    def adds_made(self) -> bool:
+        """Whether made queries are trained on beside the user's."""
+        return self.config.queries is not None and bool(self.config.made_kinds)
 
     @property
     def has_test_queries(self) -> bool:
@@ -226,7 +232,9 @@ class RunContext:
         need more of the teachers."""
         if not isinstance(self.config.distill, str):
             return self.config.distill
-        return 0.25 if self.config.teacher is None and self.made == "none" else 0.5
+        if self.config.teacher is not None or self.adds_made:
+            return 0.5
+        return 0.25 if self.made == "none" else 0.5
 
     def similar_batches(self, distill: float) -> bool:
         """Whether queries with similar documents share batches, at a share of the teachers.
@@ -304,7 +312,7 @@ class RunContext:
     @property
     def query_source(self) -> str:
         """Where the training queries come from, in words."""
-        also = " and made from the documents" if self.made == "some" else ""
+        also = " and made from the documents" if self.adds_made or self.made == "some" else ""
         if self.config.queries is not None:
             return f"from {name_of(self.config.queries.name)}{also}"
         if self.config.llm is not None:

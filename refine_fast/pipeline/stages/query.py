@@ -68,9 +68,7 @@ def dev_queries(
 
 def added_queries(context: RunContext, chunks: Sequence[Chunk]) -> list[Query]:
     """Those made from the chunks beside the user's, to train on."""
-    if context.config.queries is None:
-        return []
-    return made_queries(context, chunks, context.config.made_kinds)
+    return made_queries(context, chunks, context.config.made_kinds) if context.adds_made else []
 
 
 def _of_kept(
