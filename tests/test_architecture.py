@@ -38,7 +38,7 @@ PIPELINE_LAYERS = [
     {"serving"},
     {"reporting"},
     {"artifacts", "config_values", "console", "code_version", "recipes", "cluster"},
-    {"config_messages", "config_checks"},
+    {"config_messages", "config_checks", "config_options"},
     {"config", "engine"},
     {"config_file", "context", "preflight"},
     {"stages"},
