@@ -138,8 +138,8 @@ class Options(BaseModel):
     query_kinds: QueryKinds = _option(
         (),
         "kinds of query to make from the documents, in turn: cloze, title, span, question, "
-        "definition, keywords, crop; with --llm they are made besides the model's, or none "
-        "(default: span,keywords,question, and none with another --llm than smollm2)",
+        "definition, keywords, crop; with --llm or --queries they are made besides, or none "
+        "(default: span,keywords,question; none with --queries or another --llm than smollm2)",
         "KIND,...",
     )
     llm: Name | None = _option(
