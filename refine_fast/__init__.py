@@ -4,6 +4,10 @@ for its three costly operations.
 
 from __future__ import annotations
 
+from .termination import end_commands_at_once
+
+end_commands_at_once()  # before torch is imported, which takes seconds
+
 from . import nn
 from ._native import available_isas, force_isa, isa
 from .fuse import FuseReport, fuse, fuse_into, fuse_sweep

@@ -1,4 +1,5 @@
-"""SIGTERM, which stops a command as Ctrl-C does."""
+"""Ctrl-C, and SIGTERM, which stops a command as Ctrl-C does. Imports no other module: the package
+imports this one first."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 RETRY_SECONDS = 0.1
 
@@ -20,12 +22,46 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
+def _end_at_once(number: int, _: object) -> None:
+    """Ends the process, which has nothing to clean up yet."""
+    if os.environ.get("RANK", "0") == "0":  # one sentence ends a run, not one a rank
+        os.write(2, b"error: stopped.\n")
+    os._exit(128 + number)
+
+
+_BY_DEFAULT = {
+    signal.SIGINT: (signal.default_int_handler, _end_at_once),
+    signal.SIGTERM: (signal.SIG_DFL, _end_at_once),
+}
+"""Signal -> its handlers before a command begins; another is somebody else's, and stays."""
+
+
+def end_commands_at_once() -> None:
+    """Lets Ctrl-C and SIGTERM end a process that is the command, until ``terminable`` takes over:
+    its imports take seconds, and would end with a traceback. Elsewhere nothing changes."""
+    if not _is_command():
+        return
+    for number, handlers in _BY_DEFAULT.items():
+        if signal.getsignal(number) in handlers:
+            signal.signal(number, _end_at_once)
+
+
+def _is_command() -> bool:
+    """Whether this process is ``refine-fast`` or ``python -m refine_fast``, and not one that such a
+    process started."""
+    started = sys.orig_argv
+    if sys.argv[:1] == ["-m"]:  # Python has not found the module yet
+        return started[started.index("-m") :][1:2] == [__package__]
+    return any(each in started and Path(each).name == "refine-fast" for each in sys.argv[:1])
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """Makes SIGTERM stop the command as Ctrl-C does: otherwise its temporary files, as large as a
     model, and the processes that it started would stay. Either is sent anew where Python drops the
     exception, such as in a destructor."""
-    by_default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    before = {number: signal.getsignal(number) for number in _BY_DEFAULT}
+    by_default = before[signal.SIGTERM] in _BY_DEFAULT[signal.SIGTERM]
     if not by_default or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -41,6 +77,8 @@ def terminable() -> Iterator[None]:
         timers[-1].daemon = True
         timers[-1].start()
 
+    if before[signal.SIGINT] is _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = send_anew
     try:
@@ -49,5 +87,7 @@ def terminable() -> Iterator[None]:
         sys.unraisablehook = shown
         for timer in timers:
             timer.cancel()
+        if before[signal.SIGINT] is _end_at_once:
+            signal.signal(signal.SIGINT, _end_at_once)
         if signal.getsignal(signal.SIGTERM) is _terminate:  # a rank has its own
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, before[signal.SIGTERM])

@@ -4,8 +4,11 @@ line.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
@@ -37,3 +40,27 @@ def test_python_dash_m_is_the_command(arguments: list[str], tmp_path: Path) -> N
         command.stderr,
     )
     assert module.stdout or module.stderr
+
+
+def _stopped(folder: Path, sent: int, *start: str | Path, **more: str) -> tuple[int, str]:
+    """Exit code and stderr of a process that gets a signal while it imports torch."""
+    (folder / "torch.py").write_text(
+        f"import os\nos.kill(os.getpid(), {int(sent)})\nraise ImportError"
+    )
+    environment = os.environ | {"PYTHONPATH": str(folder)} | more
+    line = [sys.executable, *start]
+    ended = subprocess.run(line, env=environment, stderr=subprocess.PIPE, text=True)
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_torch_is_imported(sent: signal.Signals, tmp_path: Path) -> None:
+    """It takes seconds, and the command has nothing to clean up. A program that imports the package
+    is stopped as it would be without it."""
+    command = Path(sysconfig.get_path("scripts"), "refine-fast")
+    for start in ([command], ["-m", "refine_fast"], ["-u", command]):
+        assert _stopped(tmp_path, sent, *start) == (128 + sent, "error: stopped.\n")
+    assert _stopped(tmp_path, sent, command, RANK="1") == (128 + sent, "")
+    other, message = _stopped(tmp_path, sent, "-c", "import refine_fast", "-m", "refine_fast")
+    assert other == -sent
+    assert "error: stopped" not in message
