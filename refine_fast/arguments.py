@@ -158,8 +158,8 @@ def add_eval_flags(command: argparse.ArgumentParser) -> None:
         "--systems",
         action="store_true",
         help="score each model in the systems that search offers: passage vectors, best sentence, "
-        "BM25 and their blends, whose weights are chosen on the set's split dev or train, else on "
-        "queries that are made from its passages",
+        "BM25 and their blends, whose weights are chosen on the set's split dev, validation or "
+        "train, else on queries that are made from its passages",
     )
     command.add_argument(
         "--precision",

@@ -249,6 +249,21 @@ def test_made_queries_beside_the_users_are_trained_on_alone(tiny: Path, tmp_path
         assert not held_out & {query.chunk_id for query in made}
 
 
+def test_queries_that_the_documents_test_asks_are_counted(
+    tiny: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """As those of a file, which knows nothing of that test."""
+    said: list[str] = []
+    monkeypatch.setattr(Console, "say", lambda _, line: said.append(line))
+    folder = beir(tmp_path / "set", 1)
+    asked = [{"text": f"What is P{i}?", "doc_id": f"P{i}"} for i in range(40, 52)]
+    write(tmp_path / "asked.jsonl", [*asked, {"text": "What is P50?", "doc_id": "P1"}])
+    here = context(tiny, tmp_path, folder, queries=tmp_path / "asked.jsonl", dedup="keep")
+    _, chunks, _ = cut_corpus(here)
+    split_queries(here, chunks, offline_queries(here, chunks, {}))
+    assert ("  1 of 12 queries are left out, since the documents' split test asks them too") in said
+
+
 def test_passages_of_the_split_dev_are_never_near_duplicates(minilm: Path, tmp_path: Path) -> None:
     docs = documents(tmp_path, PAGES | OTHERS)
     folder = tmp_path / "set"

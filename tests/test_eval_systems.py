@@ -99,9 +99,12 @@ def test_titles_with_blanks() -> None:
     assert offsets.tolist() == [0, 1, 2, 3]
 
 
-def test_where_the_weights_come_from(data: Path) -> None:
+def test_where_the_weights_come_from(data: Path, tmp_path: Path) -> None:
     """No query that chooses is scored."""
     held = load_beir(data)
+    shutil.copytree(data, other := tmp_path / "other")
+    (other / "qrels" / "dev.tsv").rename(other / "qrels" / "validation.tsv")
+    assert choosing_set(other, "test", held)[0] == "the split validation"
     for missing, name in ((None, "the split dev"), ("dev", "the split train")):
         if missing:
             (data / "qrels" / f"{missing}.tsv").unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from retrieval_sets import SMALL, folder_of
 
 from refine_fast.errors import RefineFastError, RefineFastWarning
+from refine_fast.pipeline.corpus.beir import DEV_SPLITS, judged_queries
 from refine_fast.pipeline.corpus.chunk import Chunk
+from refine_fast.pipeline.corpus.jsonl import read_jsonl
 from refine_fast.pipeline.queries.query import Query
 from refine_fast.pipeline.queries.salient import content_words, salient_terms
 from refine_fast.pipeline.queries.synthetic import synthesize_queries
@@ -251,11 +254,52 @@ def beir(folder: Path) -> Path:
 
 
 def test_beir_queries_that_the_test_asks_too_are_left_out(tmp_path: Path) -> None:
-    assert load_queries(beir(tmp_path), CHUNKS) == [
+    """The user is told how many."""
+    said: list[str] = []
+    assert load_queries(beir(tmp_path), CHUNKS, say=said.append) == [
         Query("Where is coal carried?", "rivers#0", "user")
+    ]
+    assert said == [
+        "  1 of 2 queries of the split train are left out, since other splits ask them too"
     ]
     (tmp_path / "qrels" / "test.tsv").unlink()
     assert [query.chunk_id for query in load_queries(tmp_path, CHUNKS)] == ["rivers#0", "glaciers"]
+
+
+@pytest.mark.parametrize("name", [*DEV_SPLITS[1:], None])
+def test_other_names_of_the_split_dev(tmp_path: Path, name: str | None) -> None:
+    """``dev`` itself wins, and the other is then a split like the test."""
+    folder = beir(tmp_path)
+    judged = "query-id\tcorpus-id\tscore\nq1\trivers#0\t1\nq4\tglaciers\t1\n"
+    (folder / "qrels" / f"{name or 'validation'}.tsv").write_text(judged)
+    if name is None:
+        (folder / "qrels" / "dev.tsv").write_text(f"{judged}q2\tglaciers\t1\n")
+        (folder / "qrels" / "test.tsv").unlink()
+    said: list[str] = []
+    found = load_dev_queries(folder, CHUNKS, say=said.append)
+    if name is None:
+        assert [query.text for query in found] == ["How does a glacier form?"]
+        assert said == [
+            "  2 of 3 queries of the split dev are left out, since other splits ask them too"
+        ]
+    else:
+        assert [query.text for query in found] == ["Where is coal carried?", "Unjudged?"]
+        assert said == []
+
+
+def test_the_texts_of_queries_are_read_once_for_all_splits(tmp_path: Path, monkeypatch) -> None:
+    folder = beir(tmp_path)
+    for split in ("dev", "validation", "other"):
+        shutil.copy(folder / "qrels" / "test.tsv", folder / "qrels" / f"{split}.tsv")
+    read: list[Path] = []
+    monkeypatch.setattr(
+        "refine_fast.pipeline.corpus.beir.read_jsonl",
+        lambda path: read.append(path) or read_jsonl(path),
+    )
+    assert len(judged_queries(folder, ["dev", "validation", "other", "test"])) == 4
+    assert read == [folder / "queries.jsonl"]
+    assert judged_queries(folder, []) == []
+    assert len(read) == 1
 
 
 def test_the_split_dev_of_a_beir_folder(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,16 @@ from ...files import name_of
 from .jsonl import read_jsonl, text_field
 from .qrels import read_qrels
 from .text import passage_text
+
+DEV_SPLITS = ("dev", "validation", "valid", "val", "development")
+"""Names of the split that is set aside for choices; the first that a set has counts. Hugging Face's
+sets have a validation."""
+
+
+def dev_split(folder: Path) -> str | None:
+    """The split of a folder in BEIR layout that is set aside for choices; None: there is none."""
+    names = (name for name in DEV_SPLITS if (folder / "qrels" / f"{name}.tsv").is_file())
+    return next(names, None)
 
 
 def is_beir(path: Path, split: str = "test") -> bool:
@@ -173,16 +183,24 @@ def load_beir(folder: Path, split: str = "test") -> RetrievalSet:
     )
 
 
-def judged_queries(folder: Path, split: str) -> list[tuple[str, str, dict[str, float]]]:
-    """The queries in a split of a folder in BEIR layout, which may hide its grades: id, text, and
+def judged_queries(
+    folder: Path, splits: Collection[str]
+) -> list[tuple[str, str, dict[str, float]]]:
+    """The queries in splits of a folder in BEIR layout, which may hide their grades: id, text, and
     grade by passage.
 
     Raises:
         RefineFastError: A missing or malformed file.
     """
+    if not splits:
+        return []
     queries = _texts(folder, "queries")
-    qrels = read_qrels(folder / "qrels" / f"{split}.tsv", queries.keys())
-    return [(key, passage_text(*queries[key]), grades) for key, grades in qrels.items()]
+    judged = [read_qrels(folder / "qrels" / f"{split}.tsv", queries.keys()) for split in splits]
+    return [
+        (key, passage_text(*queries[key]), grades)
+        for qrels in judged
+        for key, grades in qrels.items()
+    ]
 
 
 def _texts(folder: Path, stem: str) -> dict[str, tuple[str, str]]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...errors import RefineFastError, RefineFastWarning
-from ..corpus.beir import judged_queries
+from ..corpus.beir import dev_split, judged_queries
 from ..corpus.chunk import Chunk, document_id
 from ..corpus.dedup import shingles
 from ..corpus.text import normalize, words
@@ -21,7 +20,17 @@ MIN_CONTAINMENT = 0.8
 """Share of the shorter text's shingles that the other must have for the two to be the same."""
 
 
-def load_queries(path: Path, chunks: Sequence[Chunk], encoding: str | None = None) -> list[Query]:
+Say = Callable[[str], None]
+"""Is told a line for the user."""
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
+def load_queries(
+    path: Path, chunks: Sequence[Chunk], encoding: str | None = None, *, say: Say = _ignore
+) -> list[Query]:
     """The user's queries, from any file that ``user_formats`` reads; of a BEIR folder, its split
     ``train``, without what another split asks too: it would be trained on and tested with.
 
@@ -32,6 +41,7 @@ def load_queries(path: Path, chunks: Sequence[Chunk], encoding: str | None = Non
         path: file or folder.
         chunks: all chunks.
         encoding: of a file that is not UTF-8; None: see ``read_judgements``.
+        say: is told how many queries other splits ask.
 
     Returns:
         One query of kind "user" for each judgement that names a chunk.
@@ -56,7 +66,7 @@ def load_queries(path: Path, chunks: Sequence[Chunk], encoding: str | None = Non
             f"{_named(missing[0])}; give ids of the documents, such as {chunks[0].id!r}, or their "
             "texts."
         )
-    queries = _unlike(_queries(path, judgements, found), path, {"train"})
+    queries = _unlike(_queries(path, judgements, found), path, ["train"], say)
     if not queries:
         raise RefineFastError(
             f"{path}: the other splits in qrels/ ask every query of train.tsv too, which leaves "
@@ -65,15 +75,19 @@ def load_queries(path: Path, chunks: Sequence[Chunk], encoding: str | None = Non
     return queries
 
 
-def load_dev_queries(path: Path, chunks: Sequence[Chunk]) -> list[Query]:
-    """The split ``dev`` of a BEIR folder, without what a split asks that is neither dev nor train.
+def load_dev_queries(path: Path, chunks: Sequence[Chunk], *, say: Say = _ignore) -> list[Query]:
+    """The split ``dev`` of a BEIR folder, or as ``dev_split`` finds it, without what a split asks
+    that is neither this one nor train. ``say``: as of ``load_queries``.
 
     Returns:
         As of ``load_queries``; none if ``path`` has no such split, or it names no chunk.
     """
+    split = dev_split(path)
+    if split is None:
+        return []
     judgements = read_dev_judgements(path)
     found = _Finder(chunks).find(judgements)
-    return _unlike(_queries(path, judgements, found), path, {"train", "dev"})
+    return _unlike(_queries(path, judgements, found), path, [split, "train"], say)
 
 
 def _queries(
@@ -94,12 +108,23 @@ def _queries(
     ]
 
 
-def _unlike(queries: Sequence[Query], path: Path, splits: Collection[str]) -> list[Query]:
-    """The queries, each once, that no split of a BEIR folder but ``splits`` asks."""
-    others = sorted(path.glob("qrels/*.tsv")) if path.is_dir() else []
-    asked = [judged_queries(path, each.stem) for each in others if each.stem not in splits]
-    texts = [text for _, text, _ in chain.from_iterable(asked)]
-    return list(dict.fromkeys(without(queries, texts)))
+def _unlike(queries: Sequence[Query], path: Path, splits: Sequence[str], say: Say) -> list[Query]:
+    """The queries, each once, that no split of a BEIR folder but ``splits`` asks; the first of
+    those is that of the queries."""
+    files = sorted(path.glob("qrels/*.tsv")) if path.is_dir() else []
+    others = [each.stem for each in files if each.stem not in splits]
+    kept = without(queries, [text for _, text, _ in judged_queries(path, others)])
+    say_left_out(queries, kept, f"of the split {splits[0]} ", "other splits ask", say)
+    return list(dict.fromkeys(kept))
+
+
+def say_left_out(
+    queries: Sequence[Query], kept: Sequence[Query], which: str, who: str, say: Say
+) -> None:
+    """Says how many of the queries, each text once, are not kept, if any."""
+    before, after = (len({query.text for query in each}) for each in (queries, kept))
+    if after < before:
+        say(f"  {before - after:,} of {before:,} queries {which}are left out, since {who} them too")
 
 
 def _named(judgement: Judgement) -> str:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RefineFastError
-from ..corpus.beir import judged_queries, load_beir
+from ..corpus.beir import dev_split, judged_queries, load_beir
 from ..corpus.columns import plain
 from ..corpus.formats.content import Unreadable
 from ..corpus.formats.tables import (
@@ -155,17 +155,18 @@ def _text_file(folder: Path) -> Path | None:
 
 
 def read_dev_judgements(path: Path) -> list[Judgement]:
-    """The relevant passages of the split ``dev`` in a BEIR folder, which may hide its grades; none
-    elsewhere.
+    """The relevant passages of the split ``dev`` in a BEIR folder, or as ``dev_split`` finds it,
+    which may hide its grades; none elsewhere.
 
     Raises:
         RefineFastError: if a file is malformed.
     """
-    if not (path / _QRELS[0] / "dev.tsv").is_file():
+    split = dev_split(path)
+    if split is None:
         return []
     return [
-        Judgement(_not_empty(text, f"{path}: query {id}"), f"query {id} of dev", doc)
-        for id, text, grades in judged_queries(path, "dev")
+        Judgement(_not_empty(text, f"{path}: query {id}"), f"query {id} of {split}", doc)
+        for id, text, grades in judged_queries(path, [split])
         for doc, grade in grades.items()
         if grade > 0
     ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..corpus.beir import RetrievalSet, is_beir, load_beir
+from ..corpus.beir import DEV_SPLITS, RetrievalSet, is_beir, load_beir
 from ..corpus.text import normalize
 from ..encoder.encode import Role, encode, has_fast_bf16
 from ..encoder.load import device, load_encoder
@@ -52,8 +52,8 @@ def evaluate_systems(
     """Scores every model in every system of ``SYSTEM_NAMES``.
 
     The weights of each model's blends are chosen on queries that are not scored: those of the
-    set's split dev, else of its split train, else queries that are made from its passages, as in
-    the index of a run without a language model.
+    set's split dev or validation, else of its split train, else queries that are made from its
+    passages, as in the index of a run without a language model.
 
     Args:
         models: Folders or names, as for ``encoder_folder``.
@@ -116,7 +116,7 @@ def choosing_set(
     """The queries that choose the weights: what they are, their set, and the kind of each. At most
     ``CHOOSING``, none with the text of a query of ``held``, the split that is scored."""
     scored = {normalize(text) for text in held.queries}
-    for name in ("dev", "train"):
+    for name in (*DEV_SPLITS, "train"):
         if name == split or not is_beir(folder, name):
             continue
         found = load_beir(folder, name)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from ...files import read_json
 from ..artifacts import CHUNKS, DEV, HELD_OUT, QUERIES, TWINS
-from ..corpus.beir import load_beir
+from ..corpus.beir import dev_split, load_beir
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records, write_records
 from ..queries.python_questions import python_questions, python_training_queries
 from ..queries.query import KINDS_IN_TURN, Query
 from ..queries.splits import MOST_DEV, split_by_document, without
 from ..queries.synthetic import synthesize_queries
-from ..queries.user import load_dev_queries, load_queries
+from ..queries.user import load_dev_queries, load_queries, say_left_out
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -49,8 +49,8 @@ def offline_queries(
     """
     config = context.config
     if config.queries is not None:
-        load = partial(load_queries, config.queries, encoding=config.encoding)
-        return _of_kept(load, chunks, twins)
+        load = partial(load_queries, encoding=config.encoding, say=context.console.say)
+        return _of_kept(partial(load, config.queries), chunks, twins)
     if context.written_beforehand:
         return python_training_queries(chunks)
     return made_queries(context, chunks, config.made_kinds or KINDS_IN_TURN)
@@ -59,11 +59,12 @@ def offline_queries(
 def dev_queries(
     context: RunContext, chunks: Sequence[Chunk], twins: Mapping[str, str]
 ) -> list[Query]:
-    """Those that the user set aside: the split ``dev`` of a BEIR folder that ``--queries`` names;
-    none elsewhere. ``twins``: as of ``offline_queries``."""
+    """Those that the user set aside: the split ``dev`` of a BEIR folder that ``--queries`` names,
+    or as ``dev_split`` finds it; none elsewhere. ``twins``: as of ``offline_queries``."""
     if context.config.queries is None:
         return []
-    return _of_kept(partial(load_dev_queries, context.config.queries), chunks, twins)
+    load = partial(load_dev_queries, context.config.queries, say=context.console.say)
+    return _of_kept(load, chunks, twins)
 
 
 def added_queries(context: RunContext, chunks: Sequence[Chunk]) -> list[Query]:
@@ -107,7 +108,11 @@ def split_queries(
     shares = {}
     if context.judged_corpus:
         tested = load_beir(context.judged_corpus).queries
+        given = queries
         queries, dev, added = (without(each, tested) for each in (queries, dev, added))
+        if context.config.queries is not None:
+            who = "the documents' split test asks"
+            say_left_out(given, queries, "", who, context.console.say)
     elif context.built_in:
         queries = without(queries, python_questions(chunks).queries)
     if not context.has_test_queries:
@@ -116,9 +121,10 @@ def split_queries(
     share = min(high, max(low, DEV_QUERIES / max(len(queries), 1)))
     asked, set_aside = (len({query.text for query in each}) for each in (queries, dev))
     if set_aside < min(share * asked, MOST_DEV):
-        if dev:
+        if dev and context.config.queries is not None:
+            name = dev_split(context.config.queries)
             context.console.say(
-                f"  the split dev has {set_aside:,} queries, too few to choose the weight by; "
+                f"  the split {name} has {set_aside:,} queries, too few to choose the weight by; "
                 f"{share:.0%} of train is held out instead"
             )
         shares["dev"], dev = share, []
