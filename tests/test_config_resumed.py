@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from small_runs import SMALL
 
 from refine_fast.errors import RefineFastError
+from refine_fast.pipeline import run
 from refine_fast.pipeline.config import RunConfig
 from refine_fast.pipeline.config_file import load_config
 from refine_fast.pipeline.recipes import QUICK
@@ -91,3 +94,20 @@ def test_a_flag_of_a_resumed_run_does_what_it_does_in_a_new_one(
     assert load_config(None, {"out": demo, "fusion": "weights", "weight": "0.5"}).weight == 0.5
     (tmp_path / "mine.yaml").write_text("epochs: 3")
     assert load_config(tmp_path / "mine.yaml", {"out": demo}, quick).max_steps is None
+
+
+def test_a_store_that_the_rest_of_a_run_does_not_use_is_named(
+    tmp_path: Path, tiny: Path, docs: Path, capsys
+) -> None:
+    """Only where a start was stopped: a run that has ended left nothing there."""
+    config = RunConfig(out=tmp_path / "run", docs=docs, model=str(tiny), **SMALL)
+    earlier = config.model_copy(update={"engine": "ray", "shards": "s3://bucket/prefix"})
+    left = "s3://bucket/prefix may hold files of an earlier start of this run; delete them\n"
+    for stopped in (True, False):
+        shutil.rmtree(config.out, ignore_errors=True)
+        (config.out / ".work" / "chunk").mkdir(parents=True)
+        if not stopped:
+            (config.out / ".work" / "chunk").rmdir()
+        (config.out / "config.yaml").write_text(earlier.to_yaml())
+        run(config, until="chunk")
+        assert (left in capsys.readouterr().err) == stopped

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 
 from ..errors import RefineFastError
 from ..files import atomic
 from .artifacts import REPLIES
 from .cluster.ray_workers import open_workers
 from .config import RunConfig
-from .config_file import refuse_others
+from .config_file import refuse_others, saved_config
 from .console import Console
 from .context import RunContext
 from .corpus.beir import load_beir
@@ -67,6 +68,7 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
         if until not in (names := [stage.name for stage in stages]):
             raise ValueError(f"until must be one of {', '.join(names)} (got {until!r})")
         refuse_others(folder, stages)
+        _say_what_is_left(config, folder, console)
         with atomic(config.out / "config.yaml") as temporary:
             temporary.write_text(config.to_yaml(), encoding="utf-8")
         tried = False
@@ -94,6 +96,15 @@ def run(config: RunConfig, *, console: Console | None = None, until: str = "repo
     if ranks is not None:
         ranks.dismiss()
     return context
+
+
+def _say_what_is_left(config: RunConfig, folder: RunFolder, console: Console) -> None:
+    """Names the store of an earlier start that was stopped, if this one does not use it: nothing
+    else will delete what is there."""
+    with suppress(RefineFastError):  # what cannot be used is replaced
+        before = saved_config(config.out).shards
+        if before not in (None, config.shards) and folder.stopped():
+            console.say(f"{before} may hold files of an earlier start of this run; delete them")
 
 
 def _take_part(config: RunConfig, ranks: Ranks) -> RunContext:
