@@ -104,13 +104,17 @@ def lock_folder(folder: Path, result: Path) -> int:
 
 
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_REFUSED = (errno.EACCES, errno.EPERM)
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+"""Of a folder that was deleted or unmounted."""
 
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Where a file cannot be written, such as on a full disk, raises an OSError that says where,
-    with ``path``, a file or a folder, as the file: safetensors and ``torch.save`` hide it in
-    exceptions of their own, and that of an open file has no name."""
+    """Where a file cannot be written, such as on a full disk or in a folder that is gone, raises an
+    OSError that says where, with ``path``, a file or a folder, as the file: safetensors,
+    ``torch.save`` and faiss hide it in exceptions of their own, and that of an open file has no
+    name."""
     from safetensors import SafetensorError
 
     try:
@@ -119,24 +123,31 @@ def write_errors(path: Path) -> Iterator[None]:
         if error.filename is not None or error.errno not in _WRITE_ERRORS:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        code = int(found[1]) if found else 0
-        if code not in _WRITE_ERRORS:
-            raise
-        raise OSError(code, os.strerror(code), str(path)) from error
-    except RuntimeError as error:
+    except (SafetensorError, RuntimeError) as error:
+        code = _hidden_code(str(error))
+        if code in (*_WRITE_ERRORS, *_REFUSED, *_GONE):
+            raise OSError(code, os.strerror(code), str(path)) from error
         if re.search("unexpected pos|PytorchStreamWriter", str(error)) is None:
             raise
         reason = "a file could not be written whole; the disk may be full"
         raise OSError(errno.ENOSPC, reason, str(path)) from error
 
 
+def _hidden_code(message: str) -> int | None:
+    """The errno in what safetensors, torch or faiss says; None: it has none."""
+    if found := re.search(r"\(os error (\d+)\)", message):
+        return int(found[1])
+    if re.search("Parent directory .* does not exist", message):
+        return errno.ENOENT
+    found = re.search(r"(?:for writing|with strerror): (.+)", message)
+    codes = {os.strerror(code): code for code in errno.errorcode}
+    return codes.get(found[1].strip()) if found else None
+
+
 def of_the_disk(error: BaseException) -> bool:
     """Whether an error says that a file cannot be written, for want of room or of permission:
     neither the model nor the network is to blame then."""
-    codes = (*_WRITE_ERRORS, errno.EACCES, errno.EPERM)
-    return isinstance(error, OSError) and error.errno in codes
+    return isinstance(error, OSError) and error.errno in (*_WRITE_ERRORS, *_REFUSED)
 
 
 def real_path(path: Path) -> Path:

@@ -6,6 +6,7 @@ The stages here are tiny; test_run.py kills real ones.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -60,6 +61,40 @@ def test_a_full_disk_is_named(tmp_path: Path, save: Callable[[Path], None], reas
     with RunFolder(tmp_path / "run") as run, caught_error as caught, full_disk():
         run.do(stage)
     assert str(caught.value.filename).startswith(str(tmp_path / "run" / ".work" / "full"))
+
+
+def _faiss_index(path: Path) -> None:
+    faiss = pytest.importorskip("faiss")
+    faiss.write_index(faiss.IndexFlatIP(4), str(path))
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: save_file({"w": torch.zeros(1)}, path),
+        lambda path: torch.save({"w": torch.zeros(1)}, path),
+        lambda path: save_rows(path, np.zeros((1, 3))),
+        _faiss_index,
+    ],
+)
+@pytest.mark.parametrize(
+    ("instead", "reason"), [(None, "No such file or directory"), ("a file", "Not a directory")]
+)
+def test_a_folder_that_is_gone_is_named(
+    tmp_path: Path, save: Callable[[Path], None], instead: str | None, reason: str
+) -> None:
+    """Deleted or unmounted while a stage writes there."""
+
+    def work(folder: Path) -> None:
+        shutil.rmtree(folder)
+        if instead is not None:
+            folder.write_text(instead)
+        save(folder / "rows.npy")
+
+    with RunFolder(tmp_path / "run") as run, pytest.raises(OSError, match="directory") as caught:
+        run.do(Stage("gone", (), work))
+    assert str(caught.value.filename).startswith(str(tmp_path / "run" / ".work" / "gone"))
+    assert caught.value.strerror in (reason, "No such file or directory")  # torch's of both
 
 
 @pytest.mark.parametrize("error", [RuntimeError("diverged"), SafetensorError("bad header")])
