@@ -146,6 +146,13 @@ def test_what_cannot_be_done_is_named(
         with pytest.raises(RefineFastError, match=missing):
             done_by(workers, tmp_path / "d", doubling(tmp_path / "log"), 1)
 
+    class Uninstalled:
+        def __reduce__(self) -> Any:
+            return __import__, ("elsewhere_only",)
+
+    with pytest.raises(RefineFastError, match=r"load its work \(.*'elsewhere_only'\); install"):
+        done_by(workers, tmp_path / "e", Uninstalled(), 1)
+
     def dies() -> Work:
         def work(item: int, path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -141,6 +141,21 @@ def size() -> str:
     )
 
 
+def raised_by(error: Any) -> Exception:
+    """What a task raised, by its RayTaskError; where its process could not load the task, a
+    RefineFastError."""
+    from ray.exceptions import RaySystemError
+
+    if not isinstance(error.cause, RaySystemError):
+        cause: Exception = error.cause
+        return cause
+    return RefineFastError(
+        f"engine: a worker cannot load its work ({_last_line(error.cause)}); install the packages "
+        "of this process on every node, in the same versions, and start the command in a folder "
+        "without Python files of their names."
+    )
+
+
 def line_of(error: Exception) -> str:
     """The beginning of an error's message."""
     return " ".join(str(error).split())[:200]

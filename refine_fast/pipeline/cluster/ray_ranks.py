@@ -21,7 +21,7 @@ from ...errors import RefineFastError
 from ..ranks import TIMEOUT, RankLostError
 from ..workers import Hear
 from .exchange import SharedFolder
-from .ray_cluster import line_of, room_for
+from .ray_cluster import line_of, raised_by, room_for
 
 RETRIES = 3
 """How often in a row training starts again without getting further than before."""
@@ -199,7 +199,7 @@ class _Ranks:
             self._begin(news, own_gpus="num_gpus" in needs)
             return self._watch(news, hear)
         except RayTaskError as error:
-            raise error.cause from None
+            raise raised_by(error) from None
         except RayError as error:
             return line_of(error)
         finally:

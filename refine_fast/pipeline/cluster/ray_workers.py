@@ -23,7 +23,15 @@ from ..workers import Hear, SharedRows, Work
 from .exchange import Exchange, FolderExchange
 from .object_exchange import ObjectExchange
 from .object_path import ObjectPath
-from .ray_cluster import connect, line_of, needs_in_words, room_for, size, threads_for
+from .ray_cluster import (
+    connect,
+    line_of,
+    needs_in_words,
+    raised_by,
+    room_for,
+    size,
+    threads_for,
+)
 from .ray_ranks import train_on_ranks
 from .shards import Shards, ShardWorker, digest_of
 
@@ -280,7 +288,7 @@ class RayWorkers:
         try:
             ray.get(ref)
         except RayTaskError as error:
-            raise error.cause from None
+            raise raised_by(error) from None
         except RayError as error:
             self._drop(actor)
             shard.deaths += 1
