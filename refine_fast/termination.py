@@ -1,14 +1,16 @@
-"""Ctrl-C, and SIGTERM, which stops a command as Ctrl-C does. Imports no other module: the package
+"""Ctrl-C, and SIGTERM, which stops a command as Ctrl-C does. Imports no slow module: the package
 imports this one first."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 RETRY_SECONDS = 0.1
@@ -51,7 +53,8 @@ def _is_command() -> bool:
     process started."""
     started = sys.orig_argv
     if sys.argv[:1] == ["-m"]:  # Python has not found the module yet
-        return started[started.index("-m") :][1:2] == [__package__]
+        before = (each for each, then in pairwise(started) if then == __package__)
+        return any(re.fullmatch("-[a-zA-Z]*m", each) for each in before)
     return any(each in started and Path(each).name == "refine-fast" for each in sys.argv[:1])
 
 
@@ -60,11 +63,10 @@ def terminable() -> Iterator[None]:
     """Makes SIGTERM stop the command as Ctrl-C does: otherwise its temporary files, as large as a
     model, and the processes that it started would stay. Either is sent anew where Python drops the
     exception, such as in a destructor."""
-    before = {number: signal.getsignal(number) for number in _BY_DEFAULT}
-    by_default = before[signal.SIGTERM] in _BY_DEFAULT[signal.SIGTERM]
-    if not by_default or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # which gets no signal
         yield
         return
+    before = {number: signal.getsignal(number) for number in _BY_DEFAULT}
     shown = sys.unraisablehook
     timers: list[threading.Timer] = []
 
@@ -79,7 +81,8 @@ def terminable() -> Iterator[None]:
 
     if before[signal.SIGINT] is _end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _terminate)
+    if before[signal.SIGTERM] in _BY_DEFAULT[signal.SIGTERM]:
+        signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = send_anew
     try:
         yield

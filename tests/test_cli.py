@@ -23,7 +23,7 @@ import torch
 from rich.console import Console as RichConsole
 
 import refine_fast as rf
-from refine_fast import cli
+from refine_fast import cli, termination
 from refine_fast.pipeline import RunConfig, run
 from refine_fast.pipeline.commands import doctor
 from refine_fast.pipeline.console import Console
@@ -95,8 +95,11 @@ def test_sigterm_stops_a_command_as_ctrl_c_does(capsys) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     try:
         assert perform(lambda: signal.raise_signal(signal.SIGTERM)) == 0
+        signal.signal(signal.SIGINT, termination._end_at_once)  # as while the command is imported
+        assert perform(lambda: signal.raise_signal(signal.SIGINT)) == 130
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     assert heard == [signal.SIGTERM]
 
 
