@@ -31,7 +31,7 @@ from refine_fast.pipeline import RunConfig
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.context import RunContext
 from refine_fast.pipeline.encoder.load import load_encoder
-from refine_fast.pipeline.ranks import Ranks, launched, may_report
+from refine_fast.pipeline.ranks import RankLostError, Ranks, launched, may_report
 from refine_fast.pipeline.stages import train
 from refine_fast.pipeline.training import trainer
 from refine_fast.pipeline.training.batches import Collator, Example, Twin
@@ -482,6 +482,8 @@ def differing() -> str:
         found.require_same({"seed": 0, "training data": "ab" if found.rank else "cd"})
     except RefineFastError as error:
         return str(error)
+    with pytest.raises(RankLostError, match="told to stop, since another rank ended or the launch"):
+        signal.raise_signal(signal.SIGTERM)
     told = [callable(signal.getsignal(signal.SIGTERM)), may_report(), may_report()]
     return f"first {told} {signal.getsignal(signal.SIGTERM) == signal.SIG_DFL}"
 

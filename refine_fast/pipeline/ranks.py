@@ -37,11 +37,8 @@ _LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 class RankLostError(RefineFastError):
     """Another rank ended before this one was done. The command line exits with 1."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "another rank of this run ended, so this rank stopped; "
-            "run the same command to resume from the last checkpoint."
-        )
+    def __init__(self, why: str = "another rank of this run ended, so this rank stopped") -> None:
+        super().__init__(f"{why}; run the same command to resume from the last checkpoint.")
 
 
 @dataclass(frozen=True)
@@ -190,8 +187,10 @@ def _take_gpu(number: int) -> None:
 
 
 def _on_sigterm(*_: object) -> None:
-    """torchrun ends the other ranks with SIGTERM when one has failed."""
-    raise RankLostError
+    """torchrun ends the ranks with SIGTERM when one has failed, or when it gets one itself."""
+    raise RankLostError(
+        "this rank was told to stop, since another rank ended or the launcher was stopped"
+    )
 
 
 @contextmanager
