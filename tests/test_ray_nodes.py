@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -357,3 +358,27 @@ def test_the_bytes_of_a_run_with_four_workers_through_the_client(
     second(3)
     run(RunConfig(out=tmp_path / "spread", engine=address, **settings), console=quiet)
     assert results(tmp_path / "spread") == results(tmp_path / "plain")
+
+
+STOPPED = """
+import os, signal, time
+import ray
+from refine_fast.pipeline.cluster.ray_cluster import connect
+from refine_fast.termination import Terminated, terminable
+
+with terminable():
+    connect("ray")
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+    except Terminated:
+        print("stopped")
+    ray.shutdown()
+"""
+
+
+def test_sigterm_does_not_abort_the_command() -> None:
+    """Ray installs handlers of its own when it connects, of which one aborts the process."""
+    line = [sys.executable, "-c", STOPPED]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=600)
+    assert (ended.returncode, ended.stdout) == (0, "stopped\n"), ended.stderr

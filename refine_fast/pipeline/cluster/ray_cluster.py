@@ -6,6 +6,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ...errors import RefineFastError
@@ -59,6 +63,19 @@ def needs_in_words(needs: dict[str, int]) -> str:
     return "1 GPU" if "num_gpus" in needs else f"{cores} core{'s' if cores > 1 else ''}"
 
 
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keeps what SIGTERM does in this process: Ray's own handlers abort it, and nothing is cleaned
+    up."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@_sigterm_kept()
 def connect(engine: str) -> bool:
     """Connects this process to Ray: to the given address, else to the cluster that runs on this
     machine, else to one that is started here.
@@ -110,6 +127,7 @@ def _connect_to(address: str, options: dict[str, Any]) -> None:
             ) from None
 
 
+@_sigterm_kept()
 def found_cluster() -> str:
     """The cluster that ``--engine ray`` would use, in words; starts none."""
     import ray
