@@ -20,10 +20,6 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, by which schedulers and containers end a process."""
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
 def _end_at_once(number: int, _: object) -> None:
     """Ends the process, which has nothing to clean up yet."""
     if os.environ.get("RANK", "0") == "0":  # one sentence ends a run, not one a rank
@@ -70,6 +66,12 @@ def terminable() -> Iterator[None]:
     shown = sys.unraisablehook
     timers: list[threading.Timer] = []
 
+    told: list[int] = []
+
+    def terminate(number: int, _: object) -> None:
+        told.append(number)
+        raise Terminated
+
     def send_anew(dropped: sys.UnraisableHookArgs) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             shown(dropped)
@@ -82,15 +84,19 @@ def terminable() -> Iterator[None]:
     if before[signal.SIGINT] is _end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if before[signal.SIGTERM] in _BY_DEFAULT[signal.SIGTERM]:
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, terminate)
     sys.unraisablehook = send_anew
     try:
         yield
+    except KeyboardInterrupt:
+        if told:  # Ray raises a KeyboardInterrupt of its own instead
+            raise Terminated from None
+        raise
     finally:
         sys.unraisablehook = shown
         for timer in timers:
             timer.cancel()
         if before[signal.SIGINT] is _end_at_once:
             signal.signal(signal.SIGINT, _end_at_once)
-        if signal.getsignal(signal.SIGTERM) is _terminate:  # a rank has its own
+        if signal.getsignal(signal.SIGTERM) is terminate:  # a rank has its own
             signal.signal(signal.SIGTERM, before[signal.SIGTERM])

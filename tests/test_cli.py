@@ -89,6 +89,14 @@ def test_sigterm_stops_a_command_as_ctrl_c_does(capsys) -> None:
         assert os.listdir(folder) == []
     assert capsys.readouterr().err == "error: stopped; stopped.\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def replaced() -> None:  # as Ray does while it waits
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    assert perform(replaced) == 143
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(perform, lambda: None).result() == 0
     heard: list[int] = []
