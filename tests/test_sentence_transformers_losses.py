@@ -3,14 +3,14 @@ parents run."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from rank_processes import run_ranks
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("sentence_transformers", reason="needs the pipeline: pip install '.[pipeline]'")
 from datasets import Dataset
@@ -259,60 +259,48 @@ def test_attention_of_a_bf16_encoder_goes_back_in_float32(
     assert seen == [torch.float32] * 12  # 6 layers, both columns
 
 
-WORKER = '''
-import sys, torch, torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from refine_fast.integrations.sentence_transformers import (
-    CachedFusedMultipleNegativesRankingLoss, FusedMultipleNegativesRankingLoss)
-
-def run(kind, sizes, rank, **settings):
-    """Gradient of a linear encoder; one size: the whole batch in one process."""
+def linear(
+    kind: Any, sizes: list[int], rank: int, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Loss, and gradient of a linear encoder; one size: the whole batch in one process."""
     torch.manual_seed(0)
     encoder, batch = nn.Linear(16, 8, bias=False), torch.randn(3, 10, 16)
     scores, several = torch.randn(10, 2), len(sizes) > 1
     model = DistributedDataParallel(encoder) if several else encoder
     part = batch.split(sizes, dim=1)[rank]
-    loss = kind(nn.Sequential(nn.Identity()), gather_across_devices=several, **settings)
+    loss = kind(MODEL, gather_across_devices=several, **settings)
     labels = scores.split(sizes)[rank] if "distill" in settings else None
     columns = list(model(part))
-    if kind is FusedMultipleNegativesRankingLoss:
+    if kind is FUSED:
         value = loss.compute_loss_from_embeddings(columns, labels)
     else:
         value = loss.calculate_loss([[x] for x in columns], labels)
     value.backward()
     return value.detach(), encoder.weight.grad
 
-dist.init_process_group("gloo")
-for settings in ({}, {"directions": ("query_to_doc", "query_to_query")}, {"distill": 0.7},
-                 {"directions": ("query_to_doc", "doc_to_query"),
-                  "partition_mode": "per_direction"}):
-    for kind in (FusedMultipleNegativesRankingLoss, CachedFusedMultipleNegativesRankingLoss):
-        whole, gold = run(kind, [10], 0, **settings)
-        for sizes in ([5, 5], [3, 7]):
-            value, grad = run(kind, sizes, dist.get_rank(), **settings)
-            dist.all_reduce(value)
-            torch.testing.assert_close(value / 2, whole)
-            torch.testing.assert_close(grad, gold, rtol=1e-4, atol=1e-6)
-dist.destroy_process_group()
-'''
+
+def gathered() -> int:
+    """What each rank does: the number of comparisons that it made."""
+    distributed.init_process_group("gloo")
+    compared = 0
+    for name in ("default", "queries", "symmetric", "distill"):
+        settings = {"distill": 0.7} if name == "distill" else COVERED[name]
+        for kind in (FUSED, CACHED_FUSED):
+            whole, gold = linear(kind, [10], 0, settings)
+            for sizes in ([5, 5], [3, 7]):
+                value, grad = linear(kind, sizes, distributed.get_rank(), settings)
+                distributed.all_reduce(value)
+                torch.testing.assert_close(value / 2, whole)
+                torch.testing.assert_close(grad, gold, rtol=1e-4, atol=1e-6)
+                compared += 1
+    distributed.destroy_process_group()
+    return compared
 
 
-def test_negatives_gathered_from_two_processes(tmp_path: Path) -> None:
-    """torchrun, gloo: each process has a part of the batch and sees all of it; DDP's mean gradient
-    is the single process's."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(tmp_path / "worker.py"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_negatives_gathered_from_two_processes() -> None:
+    """Over gloo: each process has a part of the batch and sees all of it; DDP's mean gradient is
+    the single process's."""
+    assert run_ranks(2, gathered) == [16, 16]
 
 
 @pytest.mark.parametrize("kind", [FUSED, CACHED_FUSED])
