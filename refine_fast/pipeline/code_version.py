@@ -45,7 +45,7 @@ def code_version(module: str) -> CodeVersion:
         external |= {other.partition(".")[0] for other in imported} - {PACKAGE}
     distributions = _distributions()
     packages = {
-        distribution: version(distribution)
+        distribution: _version(distribution)
         for name in external - sys.stdlib_module_names
         for distribution in distributions.get(name, ())
     }
@@ -56,6 +56,11 @@ def code_version(module: str) -> CodeVersion:
 @cache
 def _distributions() -> dict[str, list[str]]:
     return dict(packages_distributions())
+
+
+@cache
+def _version(distribution: str) -> str:
+    return version(distribution)
 
 
 @cache
@@ -106,9 +111,11 @@ def _data_files(folder: Path) -> tuple[Path, ...]:
 
 def _imports(tree: ast.AST, package: str) -> Iterator[str]:
     """Absolute names of the modules that run when this code does."""
-    for node in ast.iter_child_nodes(tree):
+    remaining = [tree]
+    while remaining:
+        node = remaining.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            yield from _imports(ast.Module(node.orelse, []), package)
+            remaining += node.orelse
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -122,13 +129,13 @@ def _imports(tree: ast.AST, package: str) -> Iterator[str]:
                 yield submodule if inside and _path(submodule) else module
         elif (
             isinstance(node, ast.Call)
-            and ast.unparse(node.func).endswith("import_module")
             and node.args
             and isinstance(name := getattr(node.args[0], "value", None), str)
+            and ast.unparse(node.func).endswith("import_module")
             and _path(name)
         ):
             yield name
-        yield from _imports(node, package)
+        remaining += ast.iter_child_nodes(node)
 
 
 class _WithoutDocstrings(ast.NodeTransformer):
@@ -137,3 +144,7 @@ class _WithoutDocstrings(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         return None if is_text else node
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        # no statement is within an expression
+        return node if isinstance(node, ast.expr) else super().generic_visit(node)
