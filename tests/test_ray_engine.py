@@ -69,6 +69,28 @@ def free_cores(workers: RayWorkers) -> None:
     workers.close()
 
 
+def test_a_busy_cluster_is_waited_for(
+    free_cores: None, workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the user is told, once."""
+    monkeypatch.setattr(workers, "_patience", 0.1)
+    holder = ray.remote(num_cpus=2)(SimpleNamespace).remote()
+    ray.get(holder.__ray_ready__.remote())
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "no worker" in line:
+            ray.kill(holder)
+
+    monkeypatch.setattr(workers, "_say", say)
+    assert done_by(workers, tmp_path / "shards", doubling(tmp_path / "log"), 2) == {0: "0", 1: "2"}
+    assert [line for line in said if "engine" not in line] == [
+        "  no worker has started yet: the cluster is busy with other work, or has no node with "
+        "1 core to spare; waiting"
+    ]
+
+
 def test_a_killed_worker_costs_its_shard_and_a_rerun_only_what_is_missing(
     workers: RayWorkers, tmp_path: Path
 ) -> None:
@@ -94,28 +116,6 @@ def test_steps_of_a_stage_may_share_a_key(workers: RayWorkers, tmp_path: Path) -
     for step in ("sketch", "compare"):
         shards = workers.map(tmp_path / step, "the key", naming(step), 3, lambda i: i)
         assert {path.read_text() for _, path in shards} == {f"{step} {i}" for i in range(3)}
-
-
-def test_a_busy_cluster_is_waited_for(
-    free_cores: None, workers: RayWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which the user is told, once."""
-    monkeypatch.setattr(workers, "_patience", 0.1)
-    holder = ray.remote(num_cpus=2)(SimpleNamespace).remote()
-    ray.get(holder.__ray_ready__.remote())
-    said: list[str] = []
-
-    def say(line: str) -> None:
-        said.append(line)
-        if "no worker" in line:
-            ray.kill(holder)
-
-    monkeypatch.setattr(workers, "_say", say)
-    assert done_by(workers, tmp_path / "shards", doubling(tmp_path / "log"), 2) == {0: "0", 1: "2"}
-    assert [line for line in said if "engine" not in line] == [
-        "  no worker has started yet: the cluster is busy with other work, or has no node with "
-        "1 core to spare; waiting"
-    ]
 
 
 def test_what_cannot_be_done_is_named(

@@ -27,7 +27,7 @@ from small_runs import SMALL, results
 import refine_fast as rf
 from refine_fast.errors import RefineFastError
 from refine_fast.pipeline import RunConfig, run, sharded_search
-from refine_fast.pipeline.cluster import ray_cluster, ray_workers
+from refine_fast.pipeline.cluster import ray_cluster, ray_ranks, ray_workers
 from refine_fast.pipeline.cluster.ray_workers import RayWorkers
 from refine_fast.pipeline.console import Console
 from refine_fast.pipeline.encoder import encode
@@ -247,8 +247,12 @@ def meets(waits: bool, folder: Path, hear: Callable[..., None], save: Callable[[
 
 
 def test_training_goes_on_with_the_nodes_that_remain(
-    cluster: Cluster, second: Callable[..., Any], tmp_path: Path
+    cluster: Cluster,
+    second: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(ray_ranks, "LINGER", 1.0)  # the rank that remains ends when it is asked to
     workers, leaving = RayWorkers("ray", lambda line: None, trainers=2), second()
     heard = []
 

@@ -139,20 +139,25 @@ class RankActor:
         return True
 
 
-class News:
-    """The news of rank 0 on their way to the driver."""
+def _news_class() -> type:
+    """Of an actor. It travels by value: its process imports nothing, torch least of all."""
 
-    def __init__(self) -> None:
-        self._news: list[tuple[Any, ...]] = []
+    class News:
+        """The news of rank 0 on their way to the driver."""
 
-    def tell(self, *news: Any) -> None:
-        """Takes one."""
-        self._news.append(news)
+        def __init__(self) -> None:
+            self._news: list[tuple[Any, ...]] = []
 
-    def take(self) -> list[tuple[Any, ...]]:
-        """Gives those that were not taken yet."""
-        taken, self._news = self._news, []
-        return taken
+        def tell(self, *news: Any) -> None:
+            """Takes one."""
+            self._news.append(news)
+
+        def take(self) -> list[tuple[Any, ...]]:
+            """Gives those that were not taken yet."""
+            taken, self._news = self._news, []
+            return taken
+
+    return News
 
 
 def _tell(news: Any, *about: Any) -> None:
@@ -191,7 +196,7 @@ class _Ranks:
         from ray.exceptions import RayError, RayTaskError
 
         needs, room = room_for(self.threads)
-        news = ray.remote(News).options(num_cpus=0).remote()
+        news: Any = ray.remote(_news_class()).options(num_cpus=0).remote()
         actor_class = ray.remote(RankActor).options(**needs)
         try:
             self.actors = [actor_class.remote(self.threads) for _ in range(min(most, room))]
