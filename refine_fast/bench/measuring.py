@@ -21,6 +21,8 @@ import torch
 
 COUNTED = 16.0
 """MiB."""
+IMPORTED = ["refine_fast.bench.suite", "sentence_transformers"]
+"""What a process that measures memory has imported: the slow imports of the contenders."""
 
 
 class Sample(NamedTuple):
@@ -124,7 +126,7 @@ def peak_mb(build: Callable[[], Callable[[], object]]) -> float:
     """
     # forked from a process that has done the slow imports once, and has used none of them
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["refine_fast.bench.suite", "sentence_transformers"])
+    context.set_forkserver_preload(IMPORTED)
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_peak_in_child, args=(build, sender))
     try:
