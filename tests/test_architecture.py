@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module may import those of a lower layer only.
 LAYERS = [
-    {"errors", "termination"},
+    {"errors", "imports", "termination"},
     {"files", "_core", "_cuda", "reference", "workspace"},
     {"_native", "profiling", "collectives"},
     {"triton_kernels"},

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from ...imports import uncollected
+
+with uncollected():
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import InputModule
 
 
 def fuse_embeddings(tuned: Tensor, frozen: Tensor, weight: float) -> Tensor:
