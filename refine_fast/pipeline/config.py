@@ -100,11 +100,14 @@ class RunConfig(Options):
         return {"auto": None, "bf16": True, "fp32": False}[self.precision]
 
     @property
-    def per_chunk(self) -> int:
-        """``queries_per_chunk``, decided."""
-        if self.queries_per_chunk != "auto":
-            return self.queries_per_chunk
-        return 2 if self.llm_writes else 3
+    def written_per_chunk(self) -> int:
+        """How many queries a language model is asked to write for each chunk."""
+        return 2 if self.queries_per_chunk == "auto" else self.queries_per_chunk
+
+    @property
+    def made_per_chunk(self) -> int:
+        """How many queries are made for each chunk without one."""
+        return 3 if self.queries_per_chunk == "auto" else self.queries_per_chunk
 
     @property
     def made_kinds(self) -> tuple[str, ...]:
@@ -144,7 +147,7 @@ class RunConfig(Options):
             key_env=self.llm_key_env,
             prompt=self.prompt,
             mix=dict(self.llm_mix),
-            per_chunk=self.per_chunk,
+            per_chunk=self.written_per_chunk,
             temperature=self.llm_temperature,
             max_reply_tokens=self.llm_reply_tokens,
             extra=self.llm_extra,

@@ -132,7 +132,7 @@ class Options(BaseModel):
     )
     queries_per_chunk: PerChunk | Literal["auto"] = _option(
         "auto",
-        "queries to make, or have written, for each chunk; auto: 3, by --llm 2",
+        "queries to make, or have written, for each chunk; auto: make 3, have --llm write 2",
         "N",
     )
     query_kinds: QueryKinds = _option(

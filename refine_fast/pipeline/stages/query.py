@@ -88,7 +88,9 @@ def _of_kept(
 def made_queries(context: RunContext, chunks: Sequence[Chunk], kinds: Sequence[str]) -> list[Query]:
     """Queries of these kinds in turn, as many of each chunk as the configuration says."""
     config = context.config
-    return synthesize_queries(chunks, seed=config.seed, per_chunk=config.per_chunk, kinds=kinds)
+    return synthesize_queries(
+        chunks, seed=config.seed, per_chunk=config.made_per_chunk, kinds=kinds
+    )
 
 
 def split_queries(
