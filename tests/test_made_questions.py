@@ -279,6 +279,10 @@ def test_the_setting() -> None:
     server = {"llm": "http://localhost/v1", "llm_model": "large"}
     assert RunConfig(out="run", **server).made_kinds == ()
     assert RunConfig(out="run", **server, query_kinds="crop").made_kinds == ("crop",)
+    both = RunConfig(out="run", llm="smollm2")
+    assert (both.written_per_chunk, both.made_per_chunk) == (2, 3)
+    both = RunConfig(out="run", llm="smollm2", queries_per_chunk=4)
+    assert (both.written_per_chunk, both.made_per_chunk) == (4, 4)
     user = {"queries": __file__}
     assert RunConfig(out="run", **user).made_kinds == ()
     assert RunConfig(out="run", **user, query_kinds="crop").made_kinds == ("crop",)

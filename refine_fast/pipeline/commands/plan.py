@@ -117,10 +117,12 @@ def plan(config: RunConfig) -> Plan:
     if context.teacher is not None:
         teacher = try_teacher(context.teacher, trust_remote_code=context.trust_remote_code)
     documents, chunks, duplicates = cut_corpus(context)
-    asked = offline_queries(context, chunks, duplicates.twins)
-    if config.llm_writes and config.made_kinds:
-        # Those are made besides the model's, of which there are as many as of the usual kinds.
-        asked += made_queries(context, chunks, KINDS_IN_TURN)
+    if config.llm_writes:
+        # As many made ones stand for the model's.
+        asked = made_queries(context, chunks, KINDS_IN_TURN, config.written_per_chunk)
+        asked += made_queries(context, chunks, config.made_kinds)
+    else:
+        asked = offline_queries(context, chunks, duplicates.twins)
     dev = dev_queries(context, chunks, duplicates.twins)
     queries = split_queries(context, chunks, asked, dev, added_queries(context, chunks))
     if not config.llm_writes:

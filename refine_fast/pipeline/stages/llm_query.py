@@ -28,8 +28,7 @@ def run(context: RunContext, folder: Path) -> None:
     chunks = read_records(context.path(CHUNKS), Chunk)
     queries, account = _ask(context, chunks, folder)
     write_json(folder / ACCOUNT, account.to_dict())
-    if kinds := context.config.made_kinds:
-        queries += made_queries(context, chunks, kinds)
+    queries += made_queries(context, chunks, context.config.made_kinds)
     write_split(context, folder, chunks, queries)
 
 

@@ -14,7 +14,7 @@ from ..corpus.beir import dev_split, load_beir
 from ..corpus.chunk import Chunk
 from ..corpus.jsonl import read_records, write_records
 from ..queries.python_questions import python_questions, python_training_queries
-from ..queries.query import KINDS_IN_TURN, Query
+from ..queries.query import Query
 from ..queries.splits import MOST_DEV, split_by_document, without
 from ..queries.synthetic import synthesize_queries
 from ..queries.user import load_dev_queries, load_queries, say_left_out
@@ -53,7 +53,7 @@ def offline_queries(
         return _of_kept(partial(load, config.queries), chunks, twins)
     if context.written_beforehand:
         return python_training_queries(chunks)
-    return made_queries(context, chunks, config.made_kinds or KINDS_IN_TURN)
+    return made_queries(context, chunks, config.made_kinds)
 
 
 def dev_queries(
@@ -69,7 +69,8 @@ def dev_queries(
 
 def added_queries(context: RunContext, chunks: Sequence[Chunk]) -> list[Query]:
     """Those made from the chunks beside the user's, to train on."""
-    return made_queries(context, chunks, context.config.made_kinds) if context.adds_made else []
+    kinds = context.config.made_kinds if context.adds_made else ()
+    return made_queries(context, chunks, kinds)
 
 
 def _of_kept(
@@ -85,12 +86,16 @@ def _of_kept(
     return list(dict.fromkeys(moved))
 
 
-def made_queries(context: RunContext, chunks: Sequence[Chunk], kinds: Sequence[str]) -> list[Query]:
-    """Queries of these kinds in turn, as many of each chunk as the configuration says."""
+def made_queries(
+    context: RunContext, chunks: Sequence[Chunk], kinds: Sequence[str], per_chunk: int | None = None
+) -> list[Query]:
+    """Queries of these kinds in turn, as many of each chunk as the configuration says, or
+    ``per_chunk``; none of no kinds."""
+    if not kinds:
+        return []
     config = context.config
-    return synthesize_queries(
-        chunks, seed=config.seed, per_chunk=config.made_per_chunk, kinds=kinds
-    )
+    per_chunk = per_chunk or config.made_per_chunk
+    return synthesize_queries(chunks, seed=config.seed, per_chunk=per_chunk, kinds=kinds)
 
 
 def split_queries(
