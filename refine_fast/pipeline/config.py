@@ -112,8 +112,8 @@ class RunConfig(Options):
     @property
     def made_kinds(self) -> tuple[str, ...]:
         """``query_kinds``, decided. The bundled model is too small for its queries alone: on SQuAD
-        they gain 1.1 points of recall@3 [0.1, 2.1], those of these kinds 4.1 [2.6, 5.6], and both
-        3.4 [2.1, 4.7] (benchmarks/recipe.py)."""
+        they gain 1.1 points of recall@3 [0.1, 2.1], those of these kinds 3.5 [2.1, 4.8], and both
+        2.8 [1.6, 4.0] (benchmarks/recipe.py)."""
         if self.query_kinds == NO_KINDS:
             return ()
         if self.query_kinds:
