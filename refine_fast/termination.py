@@ -49,8 +49,8 @@ def _is_command() -> bool:
     process started."""
     started = sys.orig_argv
     if sys.argv[:1] == ["-m"]:  # Python has not found the module yet
-        before = (each for each, then in pairwise(started) if then == __package__)
-        return any(re.fullmatch("-[a-zA-Z]*m", each) for each in before)
+        named = (*started, *map("".join, pairwise(started)))  # -mrefine_fast, -um refine_fast
+        return any(re.fullmatch(f"-[a-zA-Z]*m{__package__}", each) for each in named)
     return any(each in started and Path(each).name == "refine-fast" for each in sys.argv[:1])
 
 
@@ -62,7 +62,6 @@ def terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which gets no signal
         yield
         return
-    before = {number: signal.getsignal(number) for number in _BY_DEFAULT}
     shown = sys.unraisablehook
     timers: list[threading.Timer] = []
 
@@ -81,9 +80,9 @@ def terminable() -> Iterator[None]:
         timers[-1].daemon = True
         timers[-1].start()
 
-    if before[signal.SIGINT] is _end_at_once:
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if before[signal.SIGTERM] in _BY_DEFAULT[signal.SIGTERM]:
+    if signal.getsignal(signal.SIGTERM) in _BY_DEFAULT[signal.SIGTERM]:
         signal.signal(signal.SIGTERM, terminate)
     sys.unraisablehook = send_anew
     try:
@@ -96,7 +95,5 @@ def terminable() -> Iterator[None]:
         sys.unraisablehook = shown
         for timer in timers:
             timer.cancel()
-        if before[signal.SIGINT] is _end_at_once:
-            signal.signal(signal.SIGINT, _end_at_once)
         if signal.getsignal(signal.SIGTERM) is terminate:  # a rank has its own
-            signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

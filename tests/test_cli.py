@@ -105,6 +105,7 @@ def test_sigterm_stops_a_command_as_ctrl_c_does(capsys) -> None:
         assert perform(lambda: signal.raise_signal(signal.SIGTERM)) == 0
         signal.signal(signal.SIGINT, termination._end_at_once)  # as while the command is imported
         assert perform(lambda: signal.raise_signal(signal.SIGINT)) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -58,7 +58,13 @@ def test_a_stop_while_torch_is_imported(sent: signal.Signals, tmp_path: Path) ->
     """It takes seconds, and the command has nothing to clean up. A program that imports the package
     is stopped as it would be without it."""
     command = Path(sysconfig.get_path("scripts"), "refine-fast")
-    for start in ([command], ["-m", "refine_fast"], ["-um", "refine_fast"], ["-u", command]):
+    for start in (
+        [command],
+        ["-m", "refine_fast"],
+        ["-um", "refine_fast"],
+        ["-mrefine_fast"],
+        ["-u", command],
+    ):
         assert _stopped(tmp_path, sent, *start) == (128 + sent, "error: stopped.\n")
     assert _stopped(tmp_path, sent, command, RANK="1") == (128 + sent, "")
     other, message = _stopped(tmp_path, sent, "-c", "import refine_fast", "-m", "refine_fast")

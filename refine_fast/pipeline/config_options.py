@@ -127,7 +127,7 @@ class Options(BaseModel):
     queries: ExistingPath | None = _option(
         None,
         "your own questions: JSON lines {text, doc_id}, a file's id being its path below DOCS; a "
-        "BEIR folder (train; dev chooses the weight); or a file of another tool",
+        "BEIR folder (train; dev or validation chooses the weight); or a file of another tool",
         "FILE",
     )
     queries_per_chunk: PerChunk | Literal["auto"] = _option(

@@ -175,7 +175,7 @@ def _mix(value: Any) -> tuple[tuple[str, float], ...]:
 
 
 NO_KINDS = ("none",)
-"""``--query-kinds none``: queries of the language model alone."""
+"""``--query-kinds none``: queries of the language model or the user alone."""
 
 
 def _query_kinds(value: Any) -> tuple[str, ...]:

@@ -111,11 +111,16 @@ def _queries(
 def _unlike(queries: Sequence[Query], path: Path, splits: Sequence[str], say: Say) -> list[Query]:
     """The queries, each once, that no split of a BEIR folder but ``splits`` asks; the first of
     those is that of the queries."""
-    files = sorted(path.glob("qrels/*.tsv")) if path.is_dir() else []
-    others = [each.stem for each in files if each.stem not in splits]
-    kept = without(queries, [text for _, text, _ in judged_queries(path, others)])
+    kept = without(queries, texts_of_other_splits(path, splits))
     say_left_out(queries, kept, f"of the split {splits[0]} ", "other splits ask", say)
     return list(dict.fromkeys(kept))
+
+
+def texts_of_other_splits(path: Path, splits: Sequence[str]) -> list[str]:
+    """What the splits of a BEIR folder ask that are not among ``splits``; nothing elsewhere."""
+    files = sorted(path.glob("qrels/*.tsv")) if path.is_dir() else []
+    others = [each.stem for each in files if each.stem not in splits]
+    return [text for _, text, _ in judged_queries(path, others)]
 
 
 def say_left_out(

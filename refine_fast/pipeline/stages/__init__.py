@@ -58,6 +58,9 @@ from ..queries.user_formats import query_texts
 NAMES = "model queries query_kinds llm llm_model teacher distill"
 """Settings that the model card and the report quote."""
 
+MADE_SETTINGS = "queries_per_chunk made_per_chunk query_kinds made_kinds"
+"""As given and as decided: a default that changes makes other queries."""
+
 LLM_SETTINGS = (
     "llm llm_model llm_batch llm_mix llm_temperature llm_reply_tokens llm_extra max_calls "
     "max_tokens max_cost price_in price_out duplicates round_trip judge"
@@ -145,7 +148,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             query,
             split,
             made(CHUNKS, TWINS) | asked | judged,
-            "queries_per_chunk query_kinds llm held_out seed encoding",
+            f"{MADE_SETTINGS} llm held_out seed encoding",
             counts=as_judged,
             facts=built_in,
         )
@@ -160,7 +163,7 @@ def run_stages(context: RunContext) -> Iterator[Stage]:
             | judged
             | encoder
             | given(prompt=config.prompt, judge_prompt=config.judge_prompt),
-            f"queries_per_chunk query_kinds held_out seed precision {LLM_SETTINGS}",
+            f"{MADE_SETTINGS} written_per_chunk held_out seed precision {LLM_SETTINGS}",
             counts=as_judged,
             facts=built_in,
             unfinished=lambda: llm_query.unanswered(context),

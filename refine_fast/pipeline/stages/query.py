@@ -17,7 +17,7 @@ from ..queries.python_questions import python_questions, python_training_queries
 from ..queries.query import Query
 from ..queries.splits import MOST_DEV, split_by_document, without
 from ..queries.synthetic import synthesize_queries
-from ..queries.user import load_dev_queries, load_queries, say_left_out
+from ..queries.user import load_dev_queries, load_queries, say_left_out, texts_of_other_splits
 
 if TYPE_CHECKING:
     from ..context import RunContext
@@ -68,9 +68,12 @@ def dev_queries(
 
 
 def added_queries(context: RunContext, chunks: Sequence[Chunk]) -> list[Query]:
-    """Those made from the chunks beside the user's, to train on."""
-    kinds = context.config.made_kinds if context.adds_made else ()
-    return made_queries(context, chunks, kinds)
+    """Those made from the chunks beside the user's, to train on; none that the user set aside."""
+    config = context.config
+    if config.queries is None:
+        return []
+    made = made_queries(context, chunks, config.made_kinds)
+    return without(made, texts_of_other_splits(config.queries, ["train"]))
 
 
 def _of_kept(
@@ -113,15 +116,16 @@ def split_queries(
     ``added`` are trained on alone.
     """
     shares = {}
+    tested: Sequence[str] = ()
     if context.judged_corpus:
         tested = load_beir(context.judged_corpus).queries
-        given = queries
-        queries, dev, added = (without(each, tested) for each in (queries, dev, added))
-        if context.config.queries is not None:
-            who = "the documents' split test asks"
-            say_left_out(given, queries, "", who, context.console.say)
     elif context.built_in:
-        queries = without(queries, python_questions(chunks).queries)
+        tested = python_questions(chunks).queries
+    given = queries
+    queries, dev, added = (without(each, tested) for each in (queries, dev, added))
+    if context.judged_corpus and context.config.queries is not None:
+        who = "the documents' split test asks"
+        say_left_out(given, queries, "", who, context.console.say)
     if not context.has_test_queries:
         shares["held_out"] = context.config.held_out
     low, high = DEV_SHARES
@@ -135,7 +139,6 @@ def split_queries(
                 f"{share:.0%} of train is held out instead"
             )
         shares["dev"], dev = share, []
-    added = without(added, [query.text for query in dev])
     parts = split_by_document(queries, chunks, shares, seed=context.config.seed, added=added)
     return {"dev": list(dev), **parts}
 
